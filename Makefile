@@ -1,0 +1,56 @@
+# `make demo` and `make test` need Python 3.10-3.13 and, for the C++ part, a C++17 compiler; they set up .venv first.
+
+PYTHON ?= python3
+# One exact version, so that everybody tests the same; for another build of PyTorch: make TORCH='torch>=2.9'
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+
+BIN      := $(VENV)/bin
+STAMP    := $(VENV)/.installed
+SANITIZE := address,undefined
+SOURCES  := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench dev sanitize clean
+
+help: ## this list
+	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+): .*## /  make \1\t/' | expand -t 18
+
+demo: $(STAMP) ## the loss barrier between two small networks, in seconds, with no files needed
+	@$(BIN)/modeconn demo
+
+test: lint ## all checks: ruff, mypy, and the tests, which include a wheel used from a clean environment
+	$(BIN)/pytest -q
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy modeconn kernels
+
+bench: $(STAMP) ## the side-by-side table: this library against a pass per point and other peers
+	$(BIN)/python bench/run.py
+
+dev: $(STAMP) ## only set up .venv, with modeconn in it (editable)
+
+sanitize: $(STAMP) ## the tests of the C++ part under the address and undefined-behaviour sanitizers (gcc)
+	MODECONN_NATIVE=1 MODECONN_SANITIZE=$(SANITIZE) $(BIN)/python -m pip install --quiet --upgrade \
+	    --no-build-isolation --no-deps --target build/sanitize .
+	MODECONN_SANITIZE=$(SANITIZE) PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    $(BIN)/pytest -q --capture=sys tests/test_native.py
+
+clean: ## remove .venv, build products and caches: all that git does not know
+	rm -rf $(VENV) build dist .cache .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -f modeconn/_native*.so modeconn/_native_missing.txt
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installed again when the packaging or the C++ sources change; the Python sources are used in place.
+$(STAMP): $(SOURCES)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v or sys.exit("modeconn needs Python 3.10 or later; $(PYTHON) is %d.%d (make PYTHON=...)" % v); v <= (3, 13) or print("note: modeconn is tested with Python 3.10 to 3.13; $(PYTHON) is %d.%d" % v)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH) into $(VENV)"
+	@$(BIN)/python -m pip install "$(TORCH)"
+	@echo "Building modeconn and installing it with its tools into $(VENV) (details: $(VENV)/install.log)"
+	@$(BIN)/python -m pip install -v --editable '.[dev]' > $(VENV)/install.log 2>&1 \
+	    || { tail -n 40 $(VENV)/install.log; exit 1; }
+	@grep -aE '^ *(✓|✗)' $(VENV)/install.log | sort -u || true
+	@touch $@

@@ -1,0 +1,1 @@
+"""Triton kernels, one operation per file; installed as modeconn.kernels."""

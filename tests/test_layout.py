@@ -1,0 +1,206 @@
+"""Imports point one way, have no cycle, and `import modeconn` stays cheap."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Who may import whom: a module imports from its own level and lower ones. An entry covers what is below it.
+LEVELS = {
+    "modeconn.errors": 0,
+    "modeconn.state": 1,
+    "modeconn.data": 1,
+    "modeconn.datasets": 1,
+    "modeconn.plotting": 1,
+    "modeconn.result": 1,
+    "modeconn.paths": 1,
+    "modeconn.metrics": 1,
+    "modeconn.models": 1,
+    "modeconn.graph": 1,
+    "modeconn.native": 1,
+    "modeconn.kernels": 1,
+    "modeconn.capture": 2,
+    "modeconn.plan": 3,
+    "modeconn.backends": 3,
+    "modeconn.evaluate": 4,
+    "modeconn.explain": 4,
+    "modeconn.training_state": 5,
+    "modeconn.train": 5,
+    "modeconn.connect": 5,
+    "modeconn.experiments": 6,
+    "modeconn.cli": 7,
+    "modeconn.__main__": 8,
+    "modeconn": 8,  # the public names
+}
+
+
+def modules_of(root: Path) -> dict[str, Path]:
+    """Every module of the package in a checkout, by its installed name."""
+    found = {}
+    for folder, package in ((root / "modeconn", "modeconn"), (root / "kernels", "modeconn.kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports_of(name: str, path: Path, modules: dict[str, Path]) -> Iterator[str]:
+    """The modules of the package that one of them imports, anywhere in its text."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                source = ".".join([*above, source] if source else above)
+            for alias in node.names:
+                imported = f"{source}.{alias.name}"
+                if imported in modules:
+                    yield imported
+                elif source in modules:
+                    yield source
+
+
+def level_of(name: str) -> int | None:
+    """The level of the closest entry that covers a module; the one of "modeconn" covers that module alone."""
+    while name not in LEVELS and name.count(".") > 1:
+        name = name.rpartition(".")[0]
+    return LEVELS.get(name)
+
+
+def graph_of(root: Path) -> dict[str, set[str]]:
+    modules = modules_of(root)
+    return {name: set(imports_of(name, path, modules)) - {name} for name, path in modules.items()}
+
+
+def upward_edges(graph: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{name} (level {level_of(name)}) imports {imported} (level {level_of(imported)})"
+        for name, all_imported in graph.items()
+        for imported in sorted(all_imported)
+        if (level_of(imported) or 0) > (level_of(name) or 0)
+    ]
+
+
+def cycle_in(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of some import cycle, in order; [] where there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, trail: list[str]) -> list[str]:
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return []
+        for imported in sorted(graph[name]):
+            cycle = visit(imported, [*trail, name])
+            if cycle:
+                return cycle
+        done.add(name)
+        return []
+
+    return next(filter(None, (visit(name, []) for name in sorted(graph))), [])
+
+
+def test_every_module_has_a_level():
+    missing = [name for name in modules_of(ROOT) if level_of(name) is None]
+    assert not missing, f"say in LEVELS where these stand: {missing}"
+
+
+def test_imports_point_downwards():
+    assert upward_edges(graph_of(ROOT)) == []
+
+
+def test_imports_have_no_cycle():
+    assert cycle_in(graph_of(ROOT)) == []
+
+
+@pytest.fixture
+def package(tmp_path: Path):
+    def write(**files: str) -> dict[str, set[str]]:
+        for name, text in files.items():
+            path = tmp_path / "modeconn" / (name.replace("__slash__", "/") + ".py")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        return graph_of(tmp_path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import modeconn.cli",
+        "from modeconn import cli",
+        "from modeconn.cli import main",
+        "from .cli import main",
+        "from . import cli",
+        "def f():\n    from modeconn.cli import main",
+    ],
+)
+def test_an_upward_import_is_found_however_it_is_written(package, text: str):
+    graph = package(__init__="", state=text, cli__slash____init__="main = None")
+    assert upward_edges(graph) == ["modeconn.state (level 1) imports modeconn.cli (level 7)"]
+
+
+def test_a_module_below_a_package_stands_at_its_level(package):
+    graph = package(
+        plan__slash____init__="",
+        plan__slash__cost="from ..evaluate import x\nfrom .liveness import x\nfrom ..state import load",
+        plan__slash__liveness="x = 1",
+        evaluate="",
+        state="",
+    )
+    assert graph["modeconn.plan.cost"] == {"modeconn.evaluate", "modeconn.plan.liveness", "modeconn.state"}
+    assert upward_edges(graph) == ["modeconn.plan.cost (level 3) imports modeconn.evaluate (level 4)"]
+
+
+def test_an_import_of_the_public_names_from_inside_is_upward(package):
+    graph = package(__init__="x = 1", state="from modeconn import x")
+    assert upward_edges(graph) == ["modeconn.state (level 1) imports modeconn (level 8)"]
+
+
+def test_a_cycle_is_found(package):
+    graph = package(state="import modeconn.data", data="from . import paths", paths="from modeconn.state import x")
+    assert cycle_in(graph) == ["modeconn.data", "modeconn.paths", "modeconn.state", "modeconn.data"]
+
+
+def test_a_module_without_a_level_is_found():
+    assert level_of("modeconn.surprise") is None
+    assert level_of("modeconn.plan.anything") == LEVELS["modeconn.plan"]
+
+
+HEAVY = ["triton", "matplotlib", "pandas", "sklearn", "safetensors", "tqdm", "torch.export", "torch._dynamo"]
+IMPORT_COST = f"""
+import sys, time, json
+import torch
+before = set(sys.modules)
+start = time.perf_counter()
+import modeconn
+seconds = time.perf_counter() - start
+new = set(sys.modules) - before
+heavy = [name for name in {HEAVY} if any(m == name or m.startswith(name + ".") for m in new)]
+print(json.dumps([heavy, seconds]))
+"""
+
+
+def test_importing_modeconn_is_cheap():
+    """Nothing optional or slow comes with it, and beyond `import torch` it costs 100 ms at most."""
+    seconds = []
+    for _ in range(5):  # the least of a few: the limit is on the work, not on what else the machine does
+        done = subprocess.run([sys.executable, "-c", IMPORT_COST], capture_output=True, text=True, check=True)
+        heavy, took = json.loads(done.stdout)
+        assert heavy == []
+        seconds.append(took)
+        if took <= 0.1:
+            break
+    assert min(seconds) <= 0.1, f"import modeconn took {seconds} s"
