@@ -1,0 +1,437 @@
+"""Any source gives the same rows in the same order, in batches of the size asked for, never loaded whole."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from modeconn.data import Batches, as_batches
+from modeconn.datasets import Images
+from modeconn.errors import ModeconnError
+
+N = 23
+INPUTS = torch.arange(N * 6, dtype=torch.float32).reshape(N, 2, 3)
+TARGETS = torch.arange(N)
+
+
+@contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """A ModeconnError of one line that has all the words."""
+    with pytest.raises(ModeconnError) as caught:
+        yield
+    text = str(caught.value)
+    assert "\n" not in text
+    assert [word for word in words if word not in text] == [], text
+
+
+class Samples(Dataset):
+    """A map-style data set of (tensor, int) samples."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return INPUTS[index], int(TARGETS[index])
+
+
+class Stream(IterableDataset):
+    """The same samples, one after the other."""
+
+    def __iter__(self):
+        return iter([(INPUTS[i], int(TARGETS[i])) for i in range(N)])
+
+
+class Lists:
+    """Neither a list nor an iterator: something of the user's own that can be iterated again."""
+
+    def __init__(self, rows: int = N) -> None:
+        self.rows = rows
+
+    def __iter__(self):
+        cuts = [slice(start, min(start + 9, self.rows)) for start in range(0, self.rows, 9)]
+        return iter([[INPUTS[cut], TARGETS[cut]] for cut in cuts])
+
+
+def stored(folder: Path) -> tuple[np.memmap, np.memmap]:
+    """Memory maps of the inputs and the targets."""
+    np.save(folder / "x.npy", INPUTS.numpy())
+    np.save(folder / "y.npy", TARGETS.numpy())
+    return np.load(folder / "x.npy", mmap_mode="r"), np.load(folder / "y.npy", mmap_mode="r")
+
+
+def mapped(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory-mapped torch tensors."""
+    torch.save((INPUTS, TARGETS), folder / "data.pt")
+    return torch.load(folder / "data.pt", mmap=True)
+
+
+def images(folder: Path) -> Images:
+    pixels = INPUTS.reshape(N, 1, 2, 3)
+    return Images(pixels, TARGETS, name="x", split="train", classes=[str(i) for i in range(N)], scale=1.0)
+
+
+SOURCES = {
+    "tensors": lambda folder: (INPUTS, TARGETS),
+    "list of tensors": lambda folder: [INPUTS, TARGETS],
+    "strided tensors": lambda folder: (INPUTS.mT.contiguous().mT, TARGETS.repeat_interleave(2)[::2]),
+    "arrays": lambda folder: (INPUTS.numpy(), TARGETS.numpy()),
+    "tensor and array": lambda folder: (INPUTS, TARGETS.numpy()),
+    "reversed array": lambda folder: (np.flip(np.flip(INPUTS.numpy(), 0).copy(), 0), TARGETS.numpy()),
+    "big-endian array": lambda folder: (INPUTS.numpy().astype(">f4"), TARGETS.numpy().astype(">i8")),
+    "memory maps": stored,
+    "views of memory maps": lambda folder: tuple(np.asarray(part)[:] for part in stored(folder)),
+    "mapped tensors": mapped,
+    "images": images,
+    "TensorDataset": lambda folder: TensorDataset(INPUTS, TARGETS),
+    "Dataset": lambda folder: Samples(),
+    "Subset": lambda folder: Subset(Samples(), range(N)),
+    "IterableDataset": lambda folder: Stream(),
+    "DataLoader": lambda folder: DataLoader(Samples(), batch_size=5),
+    "DataLoader of a stream": lambda folder: DataLoader(Stream(), batch_size=4),
+    "list of batches": lambda folder: list(DataLoader(Samples(), batch_size=5)),
+    "list of one batch": lambda folder: [(INPUTS, TARGETS)],
+    "batches of arrays": lambda folder: [
+        (INPUTS[:9].numpy(), TARGETS[:9]),
+        (INPUTS[9:], TARGETS[9:].numpy()),
+    ],
+    "empty batches between": lambda folder: [(INPUTS[a:b], TARGETS[a:b]) for a, b in ((0, 0), (0, 9), (9, 9), (9, N))],
+    "iterable": lambda folder: Lists(),
+    "generator": lambda folder: ((INPUTS[i : i + 3], TARGETS[i : i + 3]) for i in range(0, N, 3)),
+}
+
+
+def check_pass(batches: Batches, size: int, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+    """One pass gives these rows, in this order, in batches of this size."""
+    given = [(x.clone(), y.clone()) for x, y in batches]
+    assert [len(y) for _, y in given[:-1]] == [size] * (len(given) - 1)
+    assert 1 <= len(given[-1][1]) <= size
+    for part, expected in enumerate((inputs, targets)):
+        found = torch.cat([batch[part] for batch in given])
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, N, 1000])
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_gives_the_same_rows(tmp_path: Path, name: str, size: int):
+    data = SOURCES[name](tmp_path)
+    batches = as_batches(data, size)
+    inputs = INPUTS[:, None] if name == "images" else INPUTS
+    check_pass(batches, size, inputs, TARGETS)
+    assert batches.samples == N
+    assert batches.passes == 1
+    if name == "generator":
+        with refused("iterator can be read only once", "second pass", "DataLoader"):
+            next(iter(batches))
+    else:
+        check_pass(batches, size, inputs, TARGETS)
+        assert batches.passes == 2
+
+
+@hypothesis.given(
+    cuts=st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),
+    size=st.integers(1, 50),
+    reuse=st.booleans(),
+)
+def test_the_sources_batches_make_no_difference(cuts: list[int], size: int, reuse: bool):
+    """Any cut of the rows into batches, also where each overwrites the one before in memory."""
+    total = sum(cuts)
+    inputs, targets = torch.arange(2.0 * total).reshape(total, 2), torch.arange(total)
+    buffers = torch.empty(max(cuts), 2), torch.empty(max(cuts), dtype=torch.int64)
+
+    def pieces():
+        start = 0
+        for rows in cuts:
+            pair = inputs[start : start + rows], targets[start : start + rows]
+            start += rows
+            if reuse:
+                pair = tuple(buffer[:rows].copy_(part) for buffer, part in zip(buffers, pair, strict=True))
+            yield pair
+
+    check_pass(as_batches(pieces(), size), size, inputs, targets)
+
+
+# ------------------------------------------------------------------------------------------- attributes
+
+
+@pytest.mark.parametrize(
+    ("data", "samples"),
+    [
+        ((INPUTS, TARGETS), N),
+        (Samples(), N),
+        (DataLoader(Samples(), batch_size=5), N),
+        (DataLoader(Samples(), batch_size=5, drop_last=True), 20),
+        (DataLoader(Samples(), batch_size=5, sampler=range(0, N, 2)), 12),
+        (DataLoader(Samples(), batch_sampler=[[0, 1], [2]]), None),
+        (DataLoader([(INPUTS, TARGETS)], batch_size=None), None),
+        (DataLoader(Stream(), batch_size=4), None),
+        (Stream(), None),
+        ([(INPUTS, TARGETS)], None),
+    ],
+)
+def test_samples_are_known_before_the_pass_where_the_source_tells(data: object, samples: int | None):
+    batches = as_batches(data, 4)
+    assert batches.samples == samples
+    seen = sum(len(targets) for _, targets in batches)
+    assert batches.samples == seen
+    assert samples in (None, seen)
+
+
+def test_a_pass_counts_when_it_begins():
+    batches = as_batches((INPUTS, TARGETS), 4)
+    assert batches.passes == 0
+    next(iter(batches))
+    assert batches.passes == 1
+    assert sum(len(targets) for _, targets in batches) == N
+    assert batches.passes == 2
+
+
+def test_batches_stay_what_they_are():
+    batches = as_batches((INPUTS, TARGETS), 4)
+    assert as_batches(batches, 9) is batches
+    assert batches.batch_size == 4
+
+
+def test_order_and_randomness_are_the_users():
+    """A shuffling loader is used as it is; a Dataset is read in order and leaves the random state alone."""
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    check_pass(as_batches(Samples(), 4), 4, INPUTS, TARGETS)
+    assert torch.equal(torch.get_rng_state(), before)
+    loader = DataLoader(Samples(), batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(1))
+    found = torch.cat([targets for _, targets in as_batches(loader, 4)])
+    assert not torch.equal(found, TARGETS)
+    assert torch.equal(found.sort().values, TARGETS)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+def test_dtype_and_device_stay(dtype: torch.dtype):
+    for device in ("cpu", "meta"):
+        inputs = INPUTS.to(device, dtype)
+        for data in ((inputs, TARGETS), [(inputs[:9], TARGETS[:9]), (inputs[9:], TARGETS[9:])]):
+            for x, y in as_batches(data, 4):
+                assert (x.dtype, x.device.type) == (dtype, device)
+                assert (y.dtype, y.device.type) == (torch.int64, "cpu")
+
+
+# --------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("data", [(INPUTS, TARGETS), (INPUTS.numpy(), TARGETS.numpy()), [(INPUTS, TARGETS)]])
+def test_full_batches_share_the_sources_memory(data: object):
+    for i, (inputs, targets) in zip(range(N // 4), as_batches(data, 4), strict=False):
+        assert inputs.data_ptr() == INPUTS[4 * i :].data_ptr()
+        assert targets.data_ptr() == TARGETS[4 * i :].data_ptr()
+
+
+class Watched(np.memmap):
+    """A memory map that remembers the longest slice taken from it, and refuses to be read in one go."""
+
+    longest = 0
+
+    def __getitem__(self, index):
+        part = super().__getitem__(index)
+        if isinstance(index, slice):
+            Watched.longest = max(Watched.longest, len(part))
+        return part
+
+    def __array__(self, *args, **kwargs):
+        pytest.fail("the whole map was read")
+
+
+def test_a_memory_map_is_read_slice_by_slice(tmp_path: Path):
+    rows, size = 1000, 10
+    np.arange(rows * 8, dtype=np.float32).tofile(tmp_path / "x.bin")
+    inputs = Watched(tmp_path / "x.bin", np.float32, "r", shape=(rows, 8))
+    batches = as_batches((inputs, np.arange(rows)), size)
+    assert sum(float(x.double().sum()) for x, _ in batches) == sum(range(rows * 8))
+    assert Watched.longest == size
+
+
+def resident() -> int:
+    """This process's resident bytes, mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc (Linux)")
+@pytest.mark.parametrize("view", [lambda map_: map_, lambda map_: map_[:, 1:], np.asarray])
+def test_a_long_memory_map_does_not_fill_the_memory(tmp_path: Path, view):
+    rows, width, size = 1 << 15, 1024, 256  # 128 MiB in batches of 1 MiB
+    whole, batch = rows * width * 4, size * width * 4
+    np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (rows, width)).flush()
+    inputs = view(np.load(tmp_path / "x.npy", mmap_mode="r"))
+    batches = as_batches((inputs, np.zeros(rows, np.int64)), size)
+    next(iter(batches))
+    before, peak = resident(), 0
+    tracemalloc.start()
+    for x, _ in batches:
+        assert not x.any()
+        peak = max(peak, resident() - before)
+    allocated = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert allocated < 4 * batch
+    assert peak < whole / 4
+
+
+def test_a_private_map_keeps_its_changes(tmp_path: Path):
+    """Pages of a copy-on-write map hold what the user wrote: they are not given back."""
+    np.zeros((4096, 4), np.float32).tofile(tmp_path / "x.bin")
+    inputs = np.memmap(tmp_path / "x.bin", np.float32, "c", shape=(4096, 4))
+    inputs[:] = 7
+    batches = as_batches((inputs, np.zeros(4096)), 1024)
+    for _ in range(2):
+        assert all((x == 7).all() for x, _ in batches)
+
+
+def test_a_writable_map_keeps_its_changes(tmp_path: Path):
+    np.zeros((4096, 4), np.float32).tofile(tmp_path / "x.bin")
+    inputs = np.memmap(tmp_path / "x.bin", np.float32, "r+", shape=(4096, 4))
+    inputs[:] = 7
+    batches = as_batches((inputs, np.zeros(4096)), 1024)
+    for _ in range(2):
+        assert all((x == 7).all() for x, _ in batches)
+    assert (np.fromfile(tmp_path / "x.bin", np.float32) == 7).all()
+
+
+@pytest.mark.parametrize(("rows", "size"), [(10, 100), (100, 10), (30, 20), (7, 7)])
+def test_about_two_of_the_sources_batches_live_at_a_time(rows: int, size: int):
+    alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+    most = 0
+
+    def pieces():
+        nonlocal most
+        for _ in range(20):
+            inputs = torch.zeros(rows, 3)
+            alive.add(inputs.untyped_storage())
+            most = max(most, sum(1 for _ in alive))
+            yield inputs, torch.zeros(rows)
+
+    gc.disable()  # reference counts alone must do
+    try:
+        assert sum(len(targets) for _, targets in as_batches(pieces(), size)) == 20 * rows
+    finally:
+        gc.enable()
+    assert most <= 3
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (INPUTS, ["of type Tensor", "(inputs, targets)"]),
+        (INPUTS.numpy(), ["of type ndarray"]),
+        ({"x": INPUTS}, ["of type dict"]),
+        (None, ["of type NoneType"]),
+        (7, ["of type int"]),
+        ("mnist", ["'mnist'", "mc.datasets.load"]),
+        (Path("data.pt"), ["'data.pt'", "mc.datasets.load"]),
+        ((INPUTS, TARGETS, TARGETS), ["3 tensors", "expected two"]),
+        ([INPUTS], ["1 tensors", "expected two"]),
+        (TensorDataset(INPUTS), ["1 tensors", "expected two"]),
+        ((INPUTS, TARGETS[:-1]), ["23 inputs but 22 targets"]),
+        ((INPUTS, TARGETS.tolist()), ["targets of type list"]),
+        (({"ids": INPUTS}, TARGETS), ["inputs of type dict", "not supported yet"]),
+        ((INPUTS, torch.tensor(1)), ["targets is a single number"]),
+        ((np.array(["a", "b"]), np.arange(2)), ["inputs", "<U1"]),
+        ((np.array([None]), np.arange(1)), ["inputs", "object"]),
+        ((INPUTS[:0], TARGETS[:0]), ["no samples"]),
+        (Subset(Samples(), []), ["no samples"]),
+        (DataLoader(Samples(), batch_size=100, drop_last=True), ["no samples"]),
+        ([], ["no samples"]),
+        (Dataset(), ["Dataset has no length", "__len__"]),
+    ],
+)
+def test_what_cannot_be_data_is_refused_at_once(data: object, words: list[str]):
+    with refused("data: ", *words):
+        as_batches(data, 4)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, None, "100"])
+def test_batch_size_is_a_positive_whole_number(size: object):
+    with refused("batch_size: ", str(size)):
+        as_batches((INPUTS, TARGETS), size)
+
+
+class Unfit(Dataset):
+    """Samples of the given values."""
+
+    def __init__(self, *samples: object) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> object:
+        return self.samples[index]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (iter([]), ["the iterator is empty", "read only once", "DataLoader"]),
+        (Lists(0), ["no samples"]),
+        ([(INPUTS[:0], TARGETS[:0])], ["no samples"]),
+        ([(INPUTS, TARGETS), (INPUTS, TARGETS[1:])], ["batch 1: 23 inputs but 22 targets"]),
+        ([(INPUTS, TARGETS), (INPUTS, TARGETS), INPUTS], ["batch 2 is of type Tensor"]),
+        ([(INPUTS, TARGETS), "x"], ["batch 1 is of type str"]),
+        ([(INPUTS,)], ["batch 0 has 1 parts"]),
+        ([(INPUTS, TARGETS, TARGETS)], ["batch 0 has 3 parts"]),
+        ([{"input_ids": INPUTS, "labels": TARGETS}], ["batch 0 is of type dict"]),
+        ([({"ids": INPUTS}, TARGETS)], ["batch 0: inputs of type dict", "not supported yet"]),
+        ([((INPUTS, INPUTS), TARGETS)], ["batch 0: inputs of type tuple", "not supported yet"]),
+        ([(INPUTS, TARGETS.tolist())], ["batch 0: targets of type list"]),
+        ([(INPUTS[0], 3)], ["batch 0: targets is a single number", "DataLoader(data"]),
+        ([(INPUTS[0], torch.tensor(3))], ["targets is a single number"]),
+        ([(INPUTS, TARGETS), (INPUTS[:, :1], TARGETS)], ["batch 1", "inputs are [1, 3]", "[2, 3]"]),
+        ([(INPUTS, TARGETS), (INPUTS.double(), TARGETS)], ["torch.float64", "torch.float32"]),
+        ([(INPUTS, TARGETS), (INPUTS, TARGETS[:, None])], ["batch 1", "targets are [1]"]),
+        ([(INPUTS, TARGETS), (INPUTS.to("meta"), TARGETS)], ["on meta", "on cpu"]),
+        (Unfit((object(), 1)), ["cannot be joined", "object", "transform"]),
+        (Unfit((torch.ones(2), 1), (torch.ones(3), 1)), ["cannot be joined", "equal size"]),
+        (Unfit({"x": torch.ones(2), "y": 1}), ["batch 0 is of type dict"]),
+        (Unfit(torch.ones(2), torch.ones(2)), ["batch 0 is of type Tensor"]),
+    ],
+)
+def test_bad_batches_are_refused_while_reading(data: object, words: list[str]):
+    with refused("data: ", *words):
+        list(as_batches(data, 4))
+
+
+class Spent(IterableDataset):
+    """Its second pass has other rows than its first."""
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths = iter(lengths)
+
+    def __iter__(self):
+        return iter([(INPUTS[0], 1)] * next(self.lengths))
+
+
+@pytest.mark.parametrize("second", [0, 9, 11])
+def test_a_second_pass_of_another_length_is_refused(second: int):
+    batches = as_batches(DataLoader(Spent(10, second), batch_size=5), 4)
+    assert sum(len(targets) for _, targets in batches) == 10
+    with refused(f"pass 2 gave {second} samples", "first 10", "read only once"):
+        list(batches)
+    assert batches.samples == 10
+
+
+def test_an_abandoned_pass_says_nothing_about_the_length():
+    batches = as_batches(DataLoader(Spent(50, 10, 10), batch_size=5), 4)
+    next(iter(batches))
+    assert batches.samples is None
+    for _ in range(2):
+        assert sum(len(targets) for _, targets in batches) == 10
