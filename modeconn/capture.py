@@ -1,0 +1,296 @@
+"""nn.Module → graph, by torch.export and an empty decomposition table.
+
+That intermediate form is functional, still high level (linear, conv2d, layer_norm, …) and free of the module's Python, so
+one table of rules covers every way of writing a network. What cannot be exported (control flow that depends on the data,
+shapes fixed to one batch) becomes a graph of a single node that calls the module itself: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import operator
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from modeconn.errors import ModeconnError
+from modeconn.graph import Entry, Graph, In, Node, Size
+
+# Rows of the sample that the network is traced and checked with.
+_SAMPLE_ROWS = 4
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode, with every submodule's own mode restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.export prints on its way to an exception, which is reported in one line instead."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model itself where it has that dtype and device already, else a converted copy: the user's is never changed."""
+    tensors = [*model.parameters(), *model.buffers()]
+    fits = all((not v.is_floating_point() or v.dtype == dtype) and v.device == device for v in tensors)
+    return model if fits else copy.deepcopy(model).to(device=device, dtype=dtype)
+
+
+def capture(model: nn.Module, sample: Tensor) -> Graph:
+    """Capture a model, in eval mode, as a graph that takes any number of rows.
+
+    Args:
+        model: any module that takes one tensor; it is left as it was.
+        sample: a few rows of input, of the dtype and on the device to compute with.
+
+    Raises:
+        ModeconnError: the model does not run on the sample.
+    """
+    x = sample[:_SAMPLE_ROWS]
+    if len(x) < 2:  # export takes a batch of one for a constant
+        x = torch.cat([x, x])
+    with eval_mode(model), torch.no_grad(), _quiet():
+        try:
+            expected = model(x)
+        except Exception as error:
+            raise ModeconnError(
+                f"the model does not run on inputs of shape {['N', *x.shape[1:]]} and dtype {_short(x.dtype)}: {_line(error)}"
+            ) from error
+        try:
+            graph = _export(model, x)
+            whole, *parts = (run(graph, model.state_dict(), rows) for rows in (x, x[:1], x[1:]))
+        except Exception as error:  # whatever export stumbles over, the module itself still runs
+            return _opaque(model, x, f"torch.export: {_line(error)}")
+        if not _same(whole, expected):
+            return _opaque(model, x, "the exported graph does not give the module's own outputs")
+    first, rest, whole = (_flat(out) for out in (*parts, expected))
+    mixes = not all(_alike(torch.cat([a, b]), c) for a, b, c in zip(first, rest, whole) if c.dim() and len(c) == len(x))
+    return Graph(graph.nodes, graph.output, graph.constants, mixes_rows=mixes)
+
+
+def run(graph: Graph, entries: dict[str, Tensor], x: Tensor) -> Any:
+    """The graph's output for one set of entries: a plain interpreter, used to check a capture."""
+    values: dict[int, Any] = {0: x}
+    for node in graph.nodes[1:]:
+        tensors = [graph.constants[name] if name in graph.constants else entries[name] for name in node.entries]
+        values[node.id] = node.run([values[i] for i in node.inputs], tensors, len(x))
+    return graph.fill_output(values)
+
+
+def _export(model: nn.Module, x: Tensor) -> Graph:
+    from torch.export import Dim, export
+
+    program = export(model, (x,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False).run_decompositions({})
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    persistent = model.state_dict().keys()
+    constants: dict[str, Tensor] = {}
+    for placeholder, target in {**names, **lifted}.items():
+        if placeholder in lifted or target not in persistent:
+            names[placeholder] = target
+            constants[target] = program.constants[target] if target in program.constants else program.state_dict[target]
+
+    nodes: list[Node] = []
+    ids: dict[str, int] = {}  # fx node name → node id
+    for fx in program.graph.nodes:
+        if fx.op == "placeholder" and fx.name not in names:
+            ids[fx.name] = _add(nodes, "input", _identity, (), shape=_shape(fx.meta["val"]), source="input")
+        elif fx.op == "call_function" and isinstance(fx.meta.get("val"), Tensor | tuple | list):
+            source = fx.args[0] if fx.target is operator.getitem else None
+            if source is not None and source.name in ids and nodes[ids[source.name]].op == "batch_norm":
+                ids[fx.name] = ids[source.name]  # eval-mode batch norm returns one tensor and two empty ones
+                continue
+            ids[fx.name] = _add_call(nodes, fx, ids, names)
+
+    def leaf(item: Any) -> Any:
+        return In(ids[item.name]) if isinstance(item, torch.fx.Node) else item
+
+    users = set(signature.user_outputs)
+    (returned,) = [fx.args[0] for fx in program.graph.nodes if fx.op == "output"]
+    flat = [leaf(item) for item in returned if not isinstance(item, torch.fx.Node) or item.name in users]
+    output = pytree.tree_unflatten(flat, program.call_spec.out_spec)
+    return Graph(tuple(nodes), output, constants)
+
+
+def _add(nodes: list[Node], op: str, function: Callable[..., Any], args: tuple[Any, ...], **more: Any) -> int:
+    nodes.append(Node(len(nodes), op, function, args, **more))
+    return len(nodes) - 1
+
+
+def _add_call(nodes: list[Node], fx: Any, ids: dict[str, int], names: dict[str, str]) -> int:
+    inputs: list[int] = []
+    entries: list[str] = []
+
+    def template(item: Any) -> Any:
+        if isinstance(item, torch.fx.Node):
+            value = item.meta.get("val")
+            if item.name in names:
+                entries.append(names[item.name])
+                return Entry(len(entries) - 1)
+            if item.name in ids:
+                inputs.append(ids[item.name])
+                return In(len(inputs) - 1)
+            return _size(value)
+        if isinstance(item, (list, tuple)):
+            return [template(part) for part in item]
+        return item
+
+    args = tuple(template(item) for item in fx.args)
+    kwargs = {key: template(item) for key, item in fx.kwargs.items()}
+    value = fx.meta["val"]
+    op, function, args, kwargs = _canonical(fx.target, args, kwargs, nodes, inputs)
+    tags = getattr(fx.target, "tags", ())
+    return _add(
+        nodes, op, function, args, kwargs=kwargs, inputs=tuple(inputs), entries=tuple(entries),
+        shape=_shape(value[0] if op == "batch_norm" else value), source=_source(fx),
+        batched=any(nodes[i].batched for i in inputs), random=torch.Tag.nondeterministic_seeded in tags,
+    )  # fmt: skip
+
+
+def _canonical(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], nodes: list[Node], inputs: list[int]
+) -> tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Name an operation for the rules, and replace the few that would not run on every layout."""
+    name = getattr(target, "__name__", str(target))
+    packet = name.removesuffix("." + name.rsplit(".", 1)[-1]) if "." in name else name
+    if packet == "_native_batch_norm_legit_no_training":
+        x, weight, bias, mean, var, _, eps = args
+        return "batch_norm", _batch_norm, (x, mean, var, weight, bias, eps), kwargs
+    if packet in ("view", "_unsafe_view", "reshape"):
+        before, after = nodes[inputs[0]].shape, args[1]
+        if len(after) == 2 and len(before) > 2 and isinstance(before[0], Size) and isinstance(after[0], Size):
+            if str(before[0]) == str(after[0]):
+                return "flatten", torch.flatten, (args[0], 1), kwargs
+        # A view of a channels-last value would need a copy; reshape makes it where needed.
+        return "reshape", torch.reshape, args, kwargs
+    return packet, target, args, kwargs
+
+
+def _batch_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+def _opaque(model: nn.Module, x: Tensor, reason: str) -> Graph:
+    """One node that calls the module with the entries swapped in."""
+    from torch.func import functional_call
+
+    names = tuple(model.state_dict())
+
+    def call(value: Tensor, *entries: Tensor) -> Any:
+        with eval_mode(model):
+            return functional_call(model, dict(zip(names, entries)), (value,), tie_weights=False)
+
+    rows = Size(lambda n: n, "N")
+    whole = model(x)
+    shape = (rows, *whole.shape[1:]) if isinstance(whole, Tensor) and whole.dim() else (rows,)
+    nodes = (
+        Node(0, "input", _identity, (), shape=(rows, *x.shape[1:]), source="input"),
+        Node(1, "module", call, (In(0), *map(Entry, range(len(names)))), (0,), names, shape, type(model).__name__),
+    )
+    try:
+        parts = [torch.cat(pair) for pair in zip(*(_flat(model(part)) for part in (x[:1], x[1:])), strict=True)]
+        mixes = not all(map(_alike, parts, _flat(whole)))
+    except (RuntimeError, ValueError):  # it takes batches of one size only
+        mixes = True
+    return Graph(nodes, In(1), {}, fallback=reason, mixes_rows=mixes)
+
+
+def _shape(value: Any) -> tuple[int | Size, ...]:
+    return tuple(_size(d) for d in value.shape) if isinstance(value, Tensor) else ()
+
+
+def _size(value: Any) -> int | Size:
+    """An int, or a function of the batch size for a symbolic one."""
+    if not isinstance(value, torch.SymInt):
+        return int(value)
+    expression = value.node.expr
+    symbols = list(expression.free_symbols)
+    if not symbols:
+        return int(expression)
+    if len(symbols) > 1:
+        raise ModeconnError(f"a shape depends on more than the batch size: {expression}")
+    if expression == symbols[0]:
+        return Size(lambda rows: rows, "N")
+    known: dict[int, int] = {}
+
+    def of(rows: int) -> int:
+        if rows not in known:
+            known[rows] = int(expression.subs(symbols[0], rows))
+        return known[rows]
+
+    return Size(of, str(expression.subs(symbols[0], "N")))
+
+
+def _source(fx: Any) -> str:
+    """The module's path, and the line of the user's code where that is not the module itself."""
+    stack = fx.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', fx.meta.get("stack_trace") or "")
+    frames = [(file, line) for file, line in frames if f"{os.sep}torch{os.sep}" not in file]
+    where = f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
+    return f"{path} {where}".strip()
+
+
+def _flat(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    flat_a, flat_b = _flat(a), _flat(b)
+    return len(flat_a) == len(flat_b) and all(map(_alike, flat_a, flat_b))
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Equal up to what the order of summation may change: these are runs of the same operations."""
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    scale = b.abs().max().item() if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _line(error: BaseException) -> str:
+    """The first telling line of an exception's message, so that one line stays one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"

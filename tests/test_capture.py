@@ -1,0 +1,160 @@
+"""Capture: many ways of writing a network become the same graph, and what cannot be captured still runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import modeconn as mc
+from modeconn.capture import capture, run
+
+
+class Functional(nn.Module):
+    """Functions, methods, views, buffers, a residual sum, a concatenation, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 6)
+        self.batch_norm = nn.BatchNorm2d(6)
+        self.layer_norm = nn.LayerNorm(6)
+        self.head = nn.Linear(12, 5)
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        x = x + F.relu_(self.batch_norm(x))
+        x = F.adaptive_avg_pool2d(x, 1)
+        x = x.view(x.size(0), -1) * self.scale
+        x = torch.cat([self.layer_norm(x), 2 * x], dim=1)
+        return self.head(F.dropout(x, 0.5, self.training))
+
+
+class DataDependent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else -self.layer(x)
+
+
+class FixedBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(4, -1)
+
+
+class MixesRows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x - x.mean(0))
+
+
+def ops(model: nn.Module, x: Tensor) -> list[str]:
+    return [node.op for node in capture(model, x).nodes]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_a_graph_takes_any_number_of_rows(rows):
+    model = Functional().eval()
+    graph = capture(model, torch.randn(4, 2, 8, 8))
+    assert graph.fallback is None and not graph.mixes_rows
+    x = torch.randn(rows, 2, 8, 8)
+    torch.testing.assert_close(run(graph, model.state_dict(), x), model(x))
+
+
+def test_operations_keep_their_names():
+    model = nn.Sequential(
+        nn.Conv1d(2, 3, 3),
+        nn.BatchNorm1d(3),
+        nn.ReLU(inplace=True),
+        nn.MaxPool1d(2),
+        nn.Flatten(),
+        nn.Dropout(),
+        nn.Linear(9, 2),
+    )
+    got = ops(model, torch.randn(3, 2, 8))
+    # max_pool1d has no high-level form of its own in every version of PyTorch
+    assert [op for op in got if op in ("input", "conv1d", "batch_norm", "relu", "flatten", "linear")] == [
+        "input", "conv1d", "batch_norm", "relu", "flatten", "linear",
+    ]  # fmt: skip
+    assert {"conv2d", "group_norm", "batch_norm", "relu", "add", "layer_norm", "cat", "mul", "linear"} <= set(
+        ops(Functional(), torch.randn(2, 2, 8, 8))
+    )
+
+
+def test_a_sample_of_one_row_will_do():
+    assert capture(nn.Linear(4, 3), torch.randn(1, 4)).fallback is None
+
+
+@pytest.mark.parametrize("model, x", [(DataDependent(), torch.randn(6, 4)), (FixedBatch(), torch.randn(4, 6))])
+def test_what_cannot_be_captured_falls_back_and_says_why(model, x, capfd):
+    graph = capture(model, x)
+    assert graph.fallback is not None and "torch.export" in graph.fallback
+    assert capfd.readouterr() == ("", ""), "export's own noise stays out of the terminal"
+    torch.testing.assert_close(run(graph, model.state_dict(), x), model(x))
+    assert graph.mixes_rows or isinstance(model, DataDependent)
+
+
+def test_rows_that_depend_on_each_other_are_noticed():
+    assert capture(MixesRows(), torch.randn(4, 4)).mixes_rows
+    assert not capture(nn.Linear(4, 3), torch.randn(4, 4)).mixes_rows
+
+
+def test_the_model_is_left_as_it_was():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout()).train()
+    model[1].eval()  # a mode of its own
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    capture(model, torch.randn(3, 1, 5, 5))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_a_model_that_does_not_run_is_one_clear_line():
+    with pytest.raises(mc.ModeconnError, match=r"does not run on inputs of shape \['N', 5\]"):
+        capture(nn.Linear(4, 3), torch.randn(2, 5))
+
+
+def test_several_outputs():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, object]:
+            y = self.layer(x)
+            return {"logits": y, "pair": (x, y.exp())}
+
+    model = Two()
+    graph = capture(model, torch.randn(2, 4))
+    x = torch.randn(5, 4)
+    out = run(graph, model.state_dict(), x)
+    assert graph.tensor_output is None and set(out) == {"logits", "pair"}
+    torch.testing.assert_close(out["pair"][1], model(x)["pair"][1])
+
+
+def test_tied_weights():
+    class Tied(nn.Module):
+        def __init__(self, depends: bool) -> None:
+            super().__init__()
+            self.inner, self.outer, self.depends = nn.Linear(4, 4), nn.Linear(4, 4), depends
+            self.outer.weight = self.inner.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.outer(self.inner(x))
+            return -y if self.depends and x.sum() > 1e9 else y
+
+    for depends in (False, True):
+        model = Tied(depends)
+        x = torch.randn(3, 4)
+        graph = capture(model, x)
+        assert (graph.fallback is not None) == depends
+        untied = {key: value.clone() for key, value in model.state_dict().items()}
+        torch.testing.assert_close(run(graph, untied, x), model(x))
