@@ -1,0 +1,295 @@
+"""Graph × path → program: what is dead, constant, a combination or varying, segment by segment.
+
+The planner walks the graph from its output backwards, asking for each node's value *of certain units only*. Per segment a
+value comes out as a combination of shared values, Σ_j column_j(t) v_j, or as varying. A constant is the combination with
+one term. Shared values are numbered by what they are made of (operation, inputs, contents of the weights), so that equal
+ones are one value, within a segment and between segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeconn.graph import Graph, Node
+from modeconn.paths import Path, blend
+from modeconn.plan.contents import Contents, Cut
+from modeconn.plan.program import Blend, Combination, Form, Program, Segment, SharedStep, Term, Varying, VaryingStep
+from modeconn.plan.rules import Mismatch, Rule, Support, Wanted, rule_for, static
+
+# Columns that differ by no more than this are rounding of one number: (1 - t) + t is not exactly 1 for every t.
+_ROUNDING = 8 * float(np.finfo(np.float64).eps)
+
+
+def make_program(
+    graph: Graph, path: Path, points: np.ndarray, *, dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None, frozen: frozenset[str] = frozenset(),
+) -> Program:  # fmt: skip
+    """Plan the evaluation of a graph at some points of a path.
+
+    Args:
+        points: as `Path.points` returns them; repeated ones are evaluated once.
+        dtype, device: what will be computed with.
+        frozen: entries that stay those of the first control point (`buffers="start"`).
+    """
+    device = device or torch.device("cpu")
+    start = {name: path.control_points[0][name] for name in frozen}
+    distinct, inverse = np.unique(points, axis=0, return_inverse=True)
+    coefficients = path.coefficients(distinct).numpy()
+    contents = Contents(path.control_points, {**graph.constants, **start}, dtype, device)
+    shared = _Shared(graph)
+    segments = []
+    segment_of = path.segment_of(distinct)
+    for index in np.unique(segment_of):
+        rows = np.flatnonzero(segment_of == index)
+        active = np.flatnonzero((coefficients[rows] != 0).any(0))
+        # All coefficients zero is a legal point of a mixture: the network with all weights zero.
+        active = active if len(active) else np.zeros(1, np.int64)
+        segment = Segment(int(index), rows, tuple(active.tolist()), coefficients[np.ix_(rows, active)])
+        _SegmentPlanner(graph, contents, shared, segment).plan()
+        segments.append(segment)
+    weights = {node.id: [contents.tensor(name, 0) for name in node.entries] for node in graph.nodes}
+    naive = sum(flops(node, weights[node.id], node.numbers()) for node in graph.nodes if node.batched)
+    return Program(graph, distinct, inverse.reshape(-1), shared.steps, segments, naive).pruned()
+
+
+class _Shared:
+    """The shared steps of all segments, numbered by what they compute."""
+
+    def __init__(self, graph: Graph) -> None:
+        entry = graph.nodes[0]
+        self.steps = [SharedStep(entry, (), (), None, 0.0, entry.numbers())]
+        self._known: dict[tuple[object, ...], int] = {}
+
+    def add(self, key: tuple[object, ...], step: SharedStep) -> int:
+        if key not in self._known:
+            self._known[key] = len(self.steps)
+            self.steps.append(step)
+        return self._known[key]
+
+
+class _SegmentPlanner:
+    """Finds the forms of one segment's values."""
+
+    def __init__(self, graph: Graph, contents: Contents, shared: _Shared, segment: Segment) -> None:
+        self.graph, self.contents, self.shared, self.segment = graph, contents, shared, segment
+        self.forms: dict[tuple[int, object], Form] = {}
+        self.combined: dict[int, int] = {}  # id of a combination's terms → the step that adds it up
+        self.ones = np.ones(len(segment.rows))
+        self.everyone = tuple(range(len(segment.active)))
+
+    def plan(self) -> None:
+        for node_id in self.graph.outputs():
+            self.segment.outputs[node_id] = self.value(node_id, None)
+        for (node_id, _), form in self.forms.items():
+            self.segment.forms.setdefault(node_id, []).append(form)
+
+    def value(self, node_id: int, wanted: Wanted) -> Form:
+        """The form of a node's value; at least the wanted units of it. Its `units` say which it has."""
+        key = (node_id, wanted.key if wanted else None)
+        if key not in self.forms:
+            self.forms[key] = self._derive(self.graph.nodes[node_id], wanted)
+        return self.forms[key]
+
+    # -- one node -------------------------------------------------------------------------------------------------
+
+    def _derive(self, node: Node, wanted: Wanted) -> Form:
+        if node.id == 0:
+            return Combination((Term(0, self.ones),), None, node.numbers())
+        rule = rule_for(node)
+        inputs, cuts, units = self._inputs(node, rule, wanted, self.everyone)
+        entries = [self._entry(name, cut) for name, cut in zip(node.entries, cuts)]
+        fixed = all(isinstance(entry, Tensor) for entry in entries)
+        constant = all(isinstance(form, Combination) and form.constant for form in inputs)
+        if constant and fixed:
+            return self._share(node, _constants(inputs), entries, units, self.ones)  # type: ignore[arg-type]
+        form: Form | None = None
+        if constant:
+            form = self._combine_entries(node, rule, wanted, inputs, entries, cuts, units)
+        elif fixed:
+            form = self._combine_inputs(node, rule, inputs, entries, units)  # type: ignore[arg-type]
+        return form or self._vary(node, inputs, entries, units)
+
+    def _inputs(self, node: Node, rule: Rule, wanted: Wanted, points: Sequence[int]) -> tuple[list[Form], list[Cut], Wanted]:
+        """The inputs' forms for the wanted units, looking only at some of the active control points' weights."""
+        shapes = [self.graph.nodes[i].shape for i in node.inputs]
+
+        wishes = rule.wants(node, wanted, shapes, self._support(node, points))
+        inputs = [self.value(i, wish) for i, wish in zip(node.inputs, wishes)]
+        try:
+            cuts, units = rule.cuts(node, wanted, [form.units for form in inputs], shapes)
+        except Mismatch:
+            inputs = [self.value(i, None) for i in node.inputs]
+            cuts, units = rule.cuts(node, wanted, [form.units for form in inputs], shapes)
+        return inputs, cuts, units
+
+    def _support(self, node: Node, points: Sequence[int]) -> Support:
+        """The support of the node's weights over some of the active control points."""
+
+        def support(entry: int, axis: int, rows: np.ndarray | None) -> np.ndarray:
+            masks = [self.contents.support(self._tensor(node.entries[entry], k, (rows,)), axis) for k in points]
+            live: np.ndarray = np.logical_or.reduce(masks)
+            return live
+
+        return support
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    def _tensor(self, name: str, k: int, cut: Cut) -> Tensor:
+        return self.contents.tensor(name, self.segment.active[k], cut)
+
+    def _entry(self, name: str, cut: Cut) -> Tensor | Blend:
+        """An entry on this segment: one tensor if it does not change with t, else a blend of the different ones."""
+        tensors = [self._tensor(name, k, cut) for k in self.everyone]
+        if not tensors[0].is_floating_point():
+            return self.contents.tensor(name, 0, cut)
+        groups = self._group([(tensor,) for tensor in tensors])
+        if not groups:
+            return self.contents.register(torch.zeros_like(tensors[0]))
+        different = tuple(each for _, (each,), _ in groups)
+        columns = tuple(column for _, _, column in groups)
+        if all(np.ptp(column) == 0 for column in columns):
+            return self.contents.register(blend(different, [column[0] for column in columns]))
+        return Blend(different, columns)
+
+    def _group(self, tuples: Sequence[tuple[Tensor, ...]]) -> list[tuple[list[int], tuple[Tensor, ...], np.ndarray]]:
+        """Merge active control points with equal tensors by adding their columns; drop those that are all zero.
+
+        Returns:
+            for each different tuple of tensors: the control points that have it, the tuple, and its column.
+        """
+        members: dict[tuple[int, ...], list[int]] = {}
+        for k, tensors in enumerate(tuples):
+            if not all(self.contents.is_zero(tensor) for tensor in tensors):
+                members.setdefault(tuple(map(self.contents.number, tensors)), []).append(k)
+        groups = []
+        for points in members.values():
+            column = self.segment.coefficients[:, points].sum(1)
+            if np.ptp(column) <= _ROUNDING * np.abs(column).max(initial=1.0):
+                column = np.full_like(column, 1.0 if abs(column[0] - 1.0) <= _ROUNDING else column[0])
+            if column.any():
+                groups.append((points, tuples[points[0]], column))
+        return groups
+
+    # -- the four classes -----------------------------------------------------------------------------------------
+
+    def _share(
+        self, node: Node, inputs: Sequence[int], entries: Sequence[Tensor], units: Wanted, column: np.ndarray
+    ) -> Combination:
+        """One shared value with a column."""
+        numbers = self._numbers(node, units)
+        key = (node.id, tuple(inputs), tuple(map(self.contents.number, entries)), units.key if units else None)
+        step = SharedStep(node, tuple(inputs), tuple(entries), units, flops(node, entries, numbers), numbers)
+        return Combination((Term(self.shared.add(key, step), column),), units, numbers)
+
+    def _combine_entries(
+        self, node: Node, rule: Rule, wanted: Wanted, inputs: Sequence[Form], entries: Sequence[Tensor | Blend],
+        cuts: Sequence[Cut], units: Wanted,
+    ) -> Combination | None:  # fmt: skip
+        """Constant inputs, weights that vary, and the value linear in them: one shared value per set of weights."""
+        linear = rule.linear_entries(node)
+        if any(isinstance(entry, Blend) and i not in linear for i, entry in enumerate(entries)):
+            return None
+        sets = [
+            tuple(self._tensor(name, k, cut) for i, (name, cut) in enumerate(zip(node.entries, cuts)) if i in linear)
+            for k in self.everyone
+        ]
+        groups = self._group(sets)
+        if len(groups) > len(self.segment.rows):
+            return None  # fewer points than summands
+        apart = self._apart(node, rule, wanted, [points for points, _, _ in groups])
+        terms: list[Term] = []
+        for points, _, column in groups:
+            if apart:  # each set of weights looks at its own live inputs only
+                inputs, cuts, _ = self._inputs(node, rule, wanted, points[:1])
+            # An entry outside of `linear` is fixed here and goes into every summand.
+            values = [
+                self._tensor(name, points[0], cut) if i in linear else self._entry(name, cut)
+                for i, (name, cut) in enumerate(zip(node.entries, cuts))
+            ]
+            terms += self._share(node, _constants(inputs), values, units, column).terms  # type: ignore[arg-type]
+        return Combination(tuple(terms), units, self._numbers(node, units))
+
+    def _apart(self, node: Node, rule: Rule, wanted: Wanted, groups: Sequence[Sequence[int]]) -> bool:
+        """Whether the sets of weights read inputs that overlap so little that each is better served by its own.
+
+        On a swing of the constructive path the two readouts read disjoint units; taken apart, each is the network at its
+        own end of the segment, which the neighbouring segments need as well.
+        """
+        shapes = [self.graph.nodes[i].shape for i in node.inputs]
+
+        def wished(points: Sequence[int]) -> float:
+            wishes = rule.wants(node, wanted, shapes, self._support(node, points))
+            shares = [len(w.index) / static(shape[w.axis]) if w else 1.0 for w, shape in zip(wishes, shapes)]
+            return sum(shares)
+
+        return sum(wished(points) for points in groups) <= wished(self.everyone)
+
+    def _combine_inputs(
+        self, node: Node, rule: Rule, inputs: Sequence[Form], entries: Sequence[Tensor], units: Wanted
+    ) -> Combination | None:
+        """Fixed weights, inputs that are combinations, and the value linear in them: one shared value per column."""
+        combinations = [form for form in inputs if isinstance(form, Combination)]
+        linearity = rule.linearity(node)
+        if not linearity or len(combinations) < len(inputs):
+            return None
+        columns = [term.column for term in next(form for form in combinations if not form.constant).terms]
+        affine = bool((np.abs(sum(columns) - 1.0) <= _ROUNDING * len(columns)).all())
+        if linearity == "affine" and not affine:
+            return None
+        picked: list[list[int]] = []  # per input, its shared value for each column
+        for form in combinations:
+            if form.constant and affine:  # the columns add up to 1, so a constant is a combination of itself
+                picked.append([form.terms[0].value] * len(columns))
+            elif len(form.terms) == len(columns) and all(map(np.array_equal, (t.column for t in form.terms), columns)):
+                picked.append([term.value for term in form.terms])
+            else:
+                return None
+        terms = [
+            term
+            for values, column in zip(zip(*picked), columns)
+            for term in self._share(node, values, entries, units, column).terms
+        ]
+        return Combination(tuple(terms), units, self._numbers(node, units))
+
+    def _vary(self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Blend], units: Wanted) -> Varying:
+        operands = tuple(self._operand(form) for form in inputs)
+        numbers = self._numbers(node, units)
+        weights = [entry if isinstance(entry, Tensor) else entry.tensors[0] for entry in entries]
+        return self._step(VaryingStep(node, operands, tuple(entries), units, flops(node, weights, numbers), numbers))
+
+    def _operand(self, form: Form) -> Combination | int:
+        """What a varying step reads: a constant, or an earlier step; a combination becomes a step that adds it up."""
+        if isinstance(form, Varying):
+            return form.step
+        if form.constant:
+            return form
+        if id(form) not in self.combined:
+            node = self.shared.steps[form.terms[0].value].node
+            step = VaryingStep(node, (), (), form.units, form.flops, form.numbers, combine=form)
+            self.combined[id(form)] = self._step(step).step
+        return self.combined[id(form)]
+
+    def _step(self, step: VaryingStep) -> Varying:
+        self.segment.steps.append(step)
+        return Varying(len(self.segment.steps) - 1, step.units)
+
+    def _numbers(self, node: Node, units: Wanted) -> float:
+        return node.numbers() * (len(units.index) / static(node.shape[units.axis]) if units else 1.0)
+
+
+def _constants(forms: Sequence[Form]) -> list[int]:
+    """The shared values of forms that are known to be constant."""
+    return [form.terms[0].value for form in forms if isinstance(form, Combination)]
+
+
+def flops(node: Node, weights: Sequence[Tensor], numbers: float) -> float:
+    """Arithmetic of a node per row: 2 per multiply-add, 1 per number of anything else."""
+    if node.op == "linear" or node.op.startswith("conv"):
+        return 2.0 * numbers * weights[0].numel() / max(len(weights[0]), 1) if weights else numbers
+    if node.op == "module":
+        return 2.0 * sum(tensor.numel() for tensor in weights if tensor.is_floating_point())
+    return 0.0 if node.op == "input" else numbers

@@ -1,0 +1,192 @@
+"""What a plan consists of: shared steps, done once per row, and for each segment what is left to do per point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import Tensor
+
+from modeconn.graph import Graph, Node
+from modeconn.plan.rules import Wanted
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """column(t) · shared value: one summand of a combination. The column is float64 [T], over the segment's points."""
+
+    value: int
+    column: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Combination:
+    """Σ_j column_j(t) · value_j, of shared values. A constant is one term with a column of ones.
+
+    Attributes:
+        numbers: size of the value, per row.
+    """
+
+    terms: tuple[Term, ...]
+    units: Wanted = None
+    numbers: float = 0.0
+
+    @property
+    def constant(self) -> bool:
+        return len(self.terms) == 1 and bool((self.terms[0].column == 1.0).all())
+
+    @property
+    def flops(self) -> float:
+        """Arithmetic of adding it up for one point, per row; none for a constant."""
+        return 0.0 if self.constant else 2.0 * len(self.terms) * self.numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Varying:
+    """The value of a step that is done for every point."""
+
+    step: int
+    units: Wanted = None
+
+
+Form = Combination | Varying
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """A weight that varies: Σ_j column_j(t) · tensor_j. Formed once per point, not once per block of rows."""
+
+    tensors: tuple[Tensor, ...]
+    columns: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SharedStep:
+    """A node's value that does not depend on t, done once per row for all segments that need it.
+
+    Attributes:
+        inputs: shared values it takes.
+        entries: its weights, cut down to the wanted units.
+        flops, numbers: arithmetic and size of the value, per row.
+    """
+
+    node: Node
+    inputs: tuple[int, ...]
+    entries: tuple[Tensor, ...]
+    units: Wanted
+    flops: float
+    numbers: float
+
+
+@dataclass(frozen=True, eq=False)
+class VaryingStep:
+    """A node's value at each point, or, with `combine` set, the sum of that combination of the node's values.
+
+    Attributes:
+        inputs: for each input of the node the earlier step, or the constant, that it is.
+        entries: its weights: fixed ones, or blends.
+    """
+
+    node: Node
+    inputs: tuple[Combination | int, ...]
+    entries: tuple[Tensor | Blend, ...]
+    units: Wanted
+    flops: float
+    numbers: float
+    combine: Combination | None = None
+
+
+@dataclass(eq=False)
+class Segment:
+    """The points that share their active control points.
+
+    Attributes:
+        rows: which of the plan's distinct points lie here, int [T].
+        coefficients: float64 [T, K] over the active control points.
+        active: their indices.
+        steps: what is done for each point.
+        outputs: the form of every node that the output is made of.
+        forms: the form of every node that was asked for, for `explain`.
+    """
+
+    index: int
+    rows: np.ndarray
+    active: tuple[int, ...]
+    coefficients: np.ndarray
+    steps: list[VaryingStep] = field(default_factory=list)
+    outputs: dict[int, Form] = field(default_factory=dict)
+    forms: dict[int, list[Form]] = field(default_factory=dict)
+
+    @property
+    def flops(self) -> float:
+        """Arithmetic per row for one point, the combination of the output included."""
+        combined = sum(form.flops for form in self.outputs.values() if isinstance(form, Combination))
+        return sum(step.flops for step in self.steps) + combined
+
+
+@dataclass(eq=False)
+class Program:
+    """A plan: evaluate `shared` once per row, then each segment's steps for each of its points.
+
+    Attributes:
+        points: the distinct points, in rising order, float64 [T] or [T, dim].
+        inverse: for each point that was asked for its place among the distinct ones.
+        shared: every shared step; value 0 is the input.
+        naive_flops: arithmetic of one forward pass of one network, per row.
+        order: the shared values that are needed, in execution order.
+    """
+
+    graph: Graph
+    points: np.ndarray
+    inverse: np.ndarray
+    shared: list[SharedStep]
+    segments: list[Segment]
+    naive_flops: float
+    order: list[int] = field(default_factory=list)
+
+    @property
+    def shared_flops(self) -> float:
+        """Arithmetic per row that is done once, whatever the number of points."""
+        return sum(self.shared[value].flops for value in self.order)
+
+    @property
+    def varying_flops(self) -> float:
+        """Arithmetic per row that is done for all points together."""
+        return sum(segment.flops * len(segment.rows) for segment in self.segments)
+
+    def kept(self) -> list[int]:
+        """Shared values that segments take up: what must stay while the points are evaluated."""
+        forms: list[Form | int | None] = []
+        for segment in self.segments:
+            forms += segment.outputs.values()
+            for step in segment.steps:
+                forms += [*step.inputs, step.combine]
+        return sorted({term.value for form in forms if isinstance(form, Combination) for term in form.terms})
+
+    def pruned(self) -> Program:
+        """The program without the steps that planning tried and nobody uses."""
+        segments = [_without_unused(segment) for segment in self.segments]
+        program = replace(self, segments=segments)
+        used = set(program.kept())
+        for value in reversed(range(len(self.shared))):
+            if value in used:
+                used |= set(self.shared[value].inputs)
+        return replace(program, order=sorted(used))
+
+
+def _without_unused(segment: Segment) -> Segment:
+    used = {form.step for form in segment.outputs.values() if isinstance(form, Varying)}
+    for index in reversed(range(len(segment.steps))):
+        if index in used:
+            used |= {i for i in segment.steps[index].inputs if isinstance(i, int)}
+    place = {index: new for new, index in enumerate(sorted(used))}
+    steps = [
+        replace(step, inputs=tuple(place[i] if isinstance(i, int) else i for i in step.inputs))
+        for index, step in enumerate(segment.steps)
+        if index in used
+    ]
+    outputs: dict[int, Form] = {
+        node: Varying(place[form.step], form.units) if isinstance(form, Varying) else form
+        for node, form in segment.outputs.items()
+    }
+    return replace(segment, steps=steps, outputs=outputs)

@@ -1,0 +1,323 @@
+"""The planner: each rule in both directions, what is shared between segments, and what it all costs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modeconn as mc
+from naive import clone, mlp, pass_per_point
+from policy import assert_within_policy
+
+State = dict[str, Tensor]
+
+
+def classes(model: nn.Module, path: mc.Line | mc.PolyChain, x: Tensor, points: int = 11, segment: int = 0) -> list[str]:
+    """The class of each node on a segment, with its live units where some are dead."""
+    plan = mc.explain(model, path, x, points)
+    assert plan.program.graph.fallback is None
+    rows = plan.nodes(plan.program.segments[segment])
+    return [row["class"] + ("" if row["units"] in ("all", "none") else " " + row["units"]) for row in rows]
+
+
+def agrees(model: nn.Module, path: object, x: Tensor, y: Tensor, points: object = 11) -> None:
+    """Pruned, shared and combined or not: the numbers are those of a pass per point."""
+    got = mc.evaluate(model, path, (x, y), points)
+    plain, exact = (pass_per_point(model, path, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64))
+    for name in ("loss", "error"):
+        assert_within_policy(name, got.values[name], plain[name], exact[name], torch.float32)
+
+
+def moved(state: State, key: str, amount: float = 0.3, rows: slice | Tensor = slice(None), seed: int = 1) -> State:
+    """A copy in which an entry has moved at random, in some rows only."""
+    state = clone(state)
+    noise = torch.randn(state[key].shape, generator=torch.Generator().manual_seed(seed))
+    state[key][rows] += amount * noise[rows]
+    return state
+
+
+X, Y = torch.randn(65, 20, generator=torch.Generator().manual_seed(0)), torch.arange(65) % 10
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    return mlp(20, 33, 32, 10)
+
+
+def test_a_line_between_different_networks_combines_the_first_layer_only(model):
+    path = mc.Line(model, mlp(20, 33, 32, 10, seed=1))
+    assert classes(model, path, X) == ["combination", *["varying"] * 4]
+    agrees(model, path, X, Y)
+
+
+def test_moving_the_last_layer_only_combines_the_logits(model):
+    path = mc.Line(model, moved(model.state_dict(), "4.weight"))
+    assert classes(model, path, X) == [*["constant"] * 4, "combination"]
+    agrees(model, path, X, Y)
+
+
+def test_moving_a_middle_layer_shares_what_is_below_it(model):
+    path = mc.Line(model, moved(model.state_dict(), "2.bias"))
+    assert classes(model, path, X) == ["constant", "constant", "combination", "varying", "varying"]
+    agrees(model, path, X, Y)
+
+
+def test_equal_networks_are_constant_all_through(model):
+    path = mc.Line(model, clone(model))
+    assert set(classes(model, path, X)) == {"constant"}
+    agrees(model, path, X, Y)
+
+
+def test_dead_units_are_not_computed(model):
+    state = clone(model)
+    state["4.weight"][:, 20:] = 0
+    path = mc.Line(state, moved(state, "2.weight", rows=slice(20, None)))
+    assert classes(model, path, X) == ["constant", "constant", "constant 20/32", "constant 20/32", "constant"]
+    agrees(model, path, X, Y)
+
+
+def test_a_unit_that_is_live_at_one_end_is_live(model):
+    state = clone(model)
+    state["4.weight"][:, 20:] = 0
+    other = moved(state, "2.weight", rows=slice(20, None))
+    other["4.weight"][3, 25] = 1e-30
+    assert classes(model, mc.Line(state, other), X)[2:4] == ["combination 21/32", "varying 21/32"]
+    agrees(model, mc.Line(state, other), X, Y)
+
+
+def test_units_die_through_several_layers(model):
+    state = clone(model)
+    state["4.weight"][:, 16:] = 0
+    state["2.weight"][:16, 11:] = 0  # the live units of layer 2 read 11 of layer 1
+    assert classes(model, mc.Line(state, moved(state, "0.weight", rows=slice(11, None))), X) == [
+        "constant 11/33", "constant 11/33", "constant 16/32", "constant 16/32", "constant",
+    ]  # fmt: skip
+
+
+def test_an_output_that_nothing_reaches(model):
+    state = clone(model)
+    state["4.weight"][:] = 0
+    path = mc.Line(state, moved(state, "2.weight"))
+    assert classes(model, path, X)[2] == "combination 1/32"  # one is kept for its shape
+    agrees(model, path, X, Y)
+
+
+def conv_net() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+IMAGES = torch.randn(65, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_channels_are_units():
+    model = conv_net()
+    state = clone(model)
+    state["9.weight"].view(10, 8, 4)[:, 5:] = 0  # channel c owns the flattened features [4c, 4c + 4)
+    state["4.weight"][:5, 3:] = 0
+    dead = moved(state, "4.weight", rows=slice(5, None))
+    dead = moved(dead, "0.weight", rows=slice(3, None))
+    dead["1.running_mean"][3:] += 1
+    got = classes(model, mc.Line(state, dead), IMAGES)
+    assert got == [
+        *["constant 3/6"] * 4, *["constant 5/8"] * 3, "constant 20/32", "constant 20/32", "constant",
+    ]  # fmt: skip
+    agrees(model, mc.Line(state, dead), IMAGES, Y)
+
+
+def test_a_channel_with_one_live_feature_is_live():
+    model = conv_net()
+    state = clone(model)
+    state["9.weight"].view(10, 8, 4)[:, 5:] = 0
+    state["9.weight"].view(10, 8, 4)[0, 7, 2] = 1.0
+    assert classes(model, mc.Line(state, moved(state, "4.weight", rows=slice(5, None))), IMAGES)[4] == "combination 6/8"
+    agrees(model, mc.Line(state, moved(state, "4.weight", rows=slice(5, None))), IMAGES, Y)
+
+
+def test_linear_operations_carry_a_combination_on():
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x))
+            y = y + 0.5 * y - 1.0
+            return self.head(torch.cat([y[:, :3], y[:, 3:]], 1).mean((2, 3)))
+
+    model = Linear()
+    path = mc.Line(model, moved(model.state_dict(), "conv.weight"))
+    assert set(classes(model, path, IMAGES)) == {"combination"}, "the whole loss curve costs two forward passes"
+    agrees(model, path, IMAGES, Y)
+    # Batch norm's scale times the convolution's weight: a product of two things that vary is not linear.
+    both = moved(moved(model.state_dict(), "conv.weight"), "norm.weight")
+    assert classes(model, mc.Line(model, both), IMAGES)[:2] == ["combination", "varying"]
+    agrees(model, mc.Line(model, both), IMAGES, Y)
+    # A variance enters through a square root.
+    variance = moved(model.state_dict(), "norm.running_var", 0.1)
+    assert classes(model, mc.Line(model, variance), IMAGES)[:2] == ["constant", "varying"]
+    agrees(model, mc.Line(model, variance), IMAGES, Y)
+
+
+def test_offsets_need_coefficients_that_add_up_to_one():
+    model = nn.Sequential(nn.Linear(20, 8), nn.Linear(8, 10))  # no activation between them
+    states = [model.state_dict(), moved(model.state_dict(), "0.weight")]
+    assert classes(model, mc.Line(*states), X) == ["combination", "combination"]
+    t = [[0.3, 0.9], [1.0, 1.0], [0.2, -0.4]]
+    rows = mc.explain(model, mc.Mixture(states), X, t)
+    assert [row["class"] for row in rows.nodes(rows.program.segments[0])] == ["combination", "varying"]
+    agrees(model, mc.Mixture(states), X, Y, t)
+    agrees(model, mc.Plane.random(model), X, Y, 3)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.GroupNorm(4, 32)], ids=["layer", "group"])
+def test_norms_over_units_keep_all_of_them(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 32), norm, nn.ReLU(), nn.Linear(32, 10))
+    state = clone(model)
+    state["3.weight"][:, 16:] = 0
+    other = moved(state, "0.weight", rows=slice(16, None))  # dead to the output, but not to the norm
+    assert classes(model, mc.Line(state, other), X)[:2] == ["combination", "varying"]
+    agrees(model, mc.Line(state, other), X, Y)
+    scaled = moved(moved(state, "1.weight"), "1.bias", seed=2)
+    assert classes(model, mc.Line(state, scaled), X)[:2] == ["constant", "combination"]
+    agrees(model, mc.Line(state, scaled), X, Y)
+
+
+def test_residual_branches_and_different_live_units():
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer, self.head = nn.Linear(20, 16), nn.Linear(16, 20), nn.Linear(20, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(x + self.outer(torch.relu(self.inner(x)))))
+
+    torch.manual_seed(0)
+    model = Residual()
+    state = clone(model)
+    state["head.weight"][:, 7:] = 0
+    dead = moved(state, "outer.weight", rows=slice(7, None))
+    # The input has no units of its own to leave out, so the sum asks its other branch for all of them.
+    assert classes(model, mc.Line(state, dead), X)[2:4] == ["combination", "combination"]
+    agrees(model, mc.Line(state, dead), X, Y)
+    agrees(model, mc.Line(state, moved(state, "inner.weight")), X, Y)
+
+
+def chain(model: nn.Module, segments: int, kind: str) -> mc.PolyChain:
+    """Control points that move dead units of the last hidden layer ("rewrite") or the last layer ("swing")."""
+    state = clone(model)
+    state["4.weight"][:, 16:] = 0
+    points = [state]
+    for k in range(segments):
+        if kind == "rewrite" or (kind == "both" and k % 2):
+            points.append(moved(moved(points[-1], "2.weight", rows=slice(16, None), seed=k), "2.bias", rows=slice(16, None)))
+        else:
+            swung = moved(points[-1], "4.weight", seed=k)
+            swung["4.weight"][:, 16:] = 0
+            points.append(swung)
+    return mc.PolyChain(points)
+
+
+@pytest.mark.parametrize("kind", ["rewrite", "swing", "both"])
+def test_the_networks_arithmetic_does_not_depend_on_the_number_of_points(model, kind):
+    path = chain(model, 6, kind)
+    few, many = (mc.explain(model, path, X, 6 * n + 1) for n in (10, 1000))
+    assert few.network_flops == many.network_flops
+    swings = {"rewrite": 0, "swing": 6, "both": 3}[kind]
+    # A swing costs the combination of the logits: two of 10 numbers, 2 operations each. A breakpoint costs nothing.
+    assert many.point_flops <= swings * 1001 * 40
+    assert (many.point_flops > 0) == (swings > 0)
+    agrees(model, path, X, Y, 6 * 4 + 1)
+
+
+def test_a_prefix_is_computed_once_for_all_segments(model):
+    one, forty = (mc.explain(model, chain(model, count, "both"), X, 10 * count + 1) for count in (1, 40))
+    below = sum(step.flops for step in one.program.shared if step.node.op in ("linear", "relu") and step.node.id <= 4)
+    logits = 2 * 16 * 10
+    assert one.network_flops == below + 2 * logits
+    assert forty.network_flops == below + 21 * logits  # 20 swings pass through 21 different readouts
+
+
+def test_readouts_of_disjoint_units_are_taken_apart():
+    """On a swing between two subnetworks side by side, each end is its own narrow network, shared with its neighbours."""
+    model = mlp(20, 32, 32, 10)
+    state = clone(model)
+    state["2.weight"][:16, 16:] = 0
+    state["2.weight"][16:, :16] = 0
+    left, right = clone(state), clone(state)
+    left["4.weight"][:, 16:] = 0
+    right["4.weight"][:, :16] = 0
+    plan = mc.explain(model, mc.PolyChain([left, left, right, right]), X, 31)
+    half = 2 * 20 * 16 + 16 + 2 * 16 * 16 + 16 + 2 * 16 * 10
+    assert plan.network_flops == 2 * half
+    agrees(model, mc.PolyChain([left, left, right, right]), X, Y, 31)
+
+
+def test_equal_contents_are_shared_whatever_the_objects(model):
+    other = {key: value.clone() for key, value in mlp(20, 33, 32, 10, seed=5).state_dict().items()}
+    again = clone(other)
+    plan = mc.explain(model, mc.PolyChain([model.state_dict(), other, again, clone(model)]), X, 31)
+    assert [set(classes(model, mc.PolyChain([model.state_dict(), other, again]), X, 21, s)) for s in (0, 1)][1] == {"constant"}
+    first_layer = [plan.program.shared[v] for v in plan.program.order if plan.program.shared[v].node.id == 1]
+    assert len(first_layer) == 2, "two different first layers, each computed once"
+
+
+def test_points_that_coincide_are_evaluated_once(model):
+    path = mc.Line(model, mlp(20, 33, 32, 10, seed=1))
+    plan = mc.explain(model, path, X, [0.5, 0.0, 0.5, 0.5])
+    assert len(plan.program.points) == 2 and plan.program.inverse.tolist() == [1, 0, 1, 1]
+
+
+def test_operations_without_a_rule_run_as_they_are():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(20, 16), nn.Linear(16, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cumsum(self.layer(x), 1).sort(1).values)
+
+    model = Odd()
+    path = mc.Line(model, moved(model.state_dict(), "layer.weight"))
+    plan = mc.explain(model, path, X)
+    notes = [row["note"] for row in plan.nodes(plan.program.segments[0])]
+    assert any("no rule for cumsum" in note for note in notes) and plan.program.graph.fallback is None
+    agrees(model, path, X, Y)
+    dead = clone(model)
+    dead["head.weight"][:, 8:] = 0
+    agrees(model, mc.Line(dead, moved(dead, "layer.weight", rows=slice(8, None))), X, Y)
+
+
+def test_weights_that_are_computed():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(20, 8)), nn.ReLU(), nn.Linear(8, 10))
+    key = "0.parametrizations.weight.original0"
+    path = mc.Line(model, moved(model.state_dict(), key))
+    agrees(model, path, X, Y)
+    agrees(model, mc.Line(model, moved(model.state_dict(), "2.weight")), X, Y)
+
+
+def test_the_printed_plan(model):
+    text = str(mc.explain(model, chain(model, 4, "both"), X, 41))
+    assert "16/32" in text and "combination" in text and "segments 1, 3 (" in text
+    as_json = mc.explain(model, chain(model, 4, "both"), X, 41).to_json()
+    assert as_json["points"] == 41 and len(as_json["segments"]) == 4
+    assert as_json["flops_per_sample"]["plan"] == pytest.approx(
+        as_json["flops_per_sample"]["once"] + as_json["flops_per_sample"]["per_point"]
+    )
+
+
+def test_grouped_convolutions_keep_their_channels():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 10))
+    state = clone(model)
+    state["4.weight"][:, 32:] = 0
+    other = moved(state, "2.weight", rows=slice(2, None))
+    assert classes(model, mc.Line(state, other), IMAGES)[2] == "combination"
+    agrees(model, mc.Line(state, other), IMAGES, Y)
+    assert np.isfinite(mc.evaluate(model, mc.Line(state, other), (IMAGES, Y), 3).loss).all()
