@@ -1,0 +1,23 @@
+"""The backends, by name. Each is imported when it is asked for; all have the methods of `ReferenceBackend`."""
+
+from __future__ import annotations
+
+import torch
+
+from modeconn.backends.reference import ReferenceBackend
+from modeconn.errors import ModeconnError
+from modeconn.plan.program import Program
+
+NAMES = ("reference",)
+
+
+def check_name(name: str) -> None:
+    """Raise a ModeconnError for a backend that does not exist."""
+    if name not in ("auto", *NAMES):
+        raise ModeconnError(f'backend {name!r} is unknown: expected "auto" or one of {", ".join(NAMES)}')
+
+
+def make_backend(name: str, program: Program, dtype: torch.dtype, device: torch.device) -> ReferenceBackend:
+    """The backend of that name; "auto" takes the fastest that runs the program."""
+    check_name(name)
+    return ReferenceBackend(program, dtype, device)

@@ -1,0 +1,35 @@
+"""How many rows at a time: a model of the cache, so that the same machine always takes the same blocks."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from modeconn.plan.program import Program
+
+# What is assumed where the machine does not say: per core, and the least that is common today.
+_DEFAULT_L2 = 1 << 20
+# Fewer rows than this no longer amortise the cost of an operator call.
+_LEAST = 64
+
+
+def block_rows(program: Program, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows whose activations, going into and out of the widest step, fit the second-level caches of the cores in use.
+
+    On a GPU blocks are as large as the batch: what matters there is to fill the device.
+    """
+    if device.type != "cpu":
+        return 1 << 30
+    steps = [step for segment in program.segments for step in segment.steps] or program.shared
+    item = torch.finfo(dtype).bits // 8
+    widest = max(2 * step.numbers * item for step in steps)
+    cache = torch.get_num_threads() * _second_level()
+    return max(_LEAST, int(cache // widest))
+
+
+def _second_level() -> int:
+    try:
+        return os.sysconf("SC_LEVEL2_CACHE_SIZE") or _DEFAULT_L2
+    except (AttributeError, ValueError, OSError):  # not a glibc system
+        return _DEFAULT_L2

@@ -1,0 +1,136 @@
+"""The reference backend: plain PyTorch, every dtype and device, and the definition that the others are tested against.
+
+Shared values are computed once per batch. Then, for each point, the weights are formed once and blocks of rows, small
+enough for their activations to stay in the cache, go through all the steps down to the sums of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeconn.backends.cache import block_rows
+from modeconn.metrics import Head
+from modeconn.paths import blend
+from modeconn.plan.program import Blend, Combination, Program, Segment, Varying
+
+# The shared values of one batch, by number.
+Values = dict[int, Any]
+
+
+class ReferenceBackend:
+    """Runs a program on batches of rows.
+
+    Args:
+        program: what to run.
+        dtype, device: of the computation.
+    """
+
+    name = "reference"
+
+    def __init__(self, program: Program, dtype: torch.dtype, device: torch.device) -> None:
+        self.program = program
+        self._kept = set(program.kept())
+        self._block = block_rows(program, dtype, device)
+
+    def shared(self, x: Tensor) -> Values:
+        """The shared values of a batch that the segments take up."""
+        parts: dict[int, list[Any]] = {}
+        for rows in self._blocks(len(x)):
+            values: Values = {0: x[rows]}
+            for number in self.program.order:
+                step = self.program.shared[number]
+                if number:
+                    values[number] = step.node.run([values[i] for i in step.inputs], step.entries, rows.stop - rows.start)
+                if number in self._kept:
+                    parts.setdefault(number, []).append(values[number])
+        batched = {number: self.program.shared[number].node.batched for number in parts}
+        return {number: part[0] if len(part) == 1 or not batched[number] else torch.cat(part) for number, part in parts.items()}
+
+    def sums(self, segment: Segment, values: Values, targets: Tensor, head: Head, tick: Callable[[], None]) -> Tensor:
+        """The head's sums over a batch at each of the segment's points, float64 [T, metrics].
+
+        Args:
+            values: what `shared` returned for the batch.
+            tick: called after each point.
+        """
+        whole = self.program.graph.tensor_output
+        form = segment.outputs[whole] if whole is not None else None
+        if isinstance(form, Combination):
+            return self._combined(form, values, targets, head, tick)
+        sums = head.zeros(len(segment.rows), targets.device)
+        for point in range(len(segment.rows)):
+            for rows, outputs in self._outputs(segment, point, values, len(targets)):
+                sums[point] += head.sums(outputs, targets[rows])
+            tick()
+        return sums
+
+    def _combined(self, form: Combination, values: Values, targets: Tensor, head: Head, tick: Callable[[], None]) -> Tensor:
+        """Outputs that are combinations: nothing of the network is left to do, and equal outputs are summed once."""
+        # Rows along the fast axis: the head reduces over few classes and many rows.
+        terms = [values[term.value] for term in form.terms]
+        terms = [v.t().contiguous().t() if v.dim() == 2 else v for v in terms]
+        sums = head.zeros(len(form.terms[0].column), targets.device)
+        before: list[float] = []
+        for point in range(len(sums)):
+            row = [float(term.column[point]) for term in form.terms]
+            sums[point] = sums[point - 1] if row == before else head.sums(blend(terms, row), targets)
+            before = row
+            tick()
+        return sums
+
+    def _outputs(self, segment: Segment, point: int, values: Values, rows: int) -> Iterator[tuple[slice, Any]]:
+        """The network's output at one point, a block of rows at a time."""
+        program = self.program
+        weights = [
+            [blend(e.tensors, [c[point] for c in e.columns]) if isinstance(e, Blend) else e for e in step.entries]
+            for step in segment.steps
+        ]
+        once: dict[int, Any] = {}  # values that have nothing to do with the rows
+        dropped = _last_uses(segment)
+
+        def constant(number: int, block: slice) -> Any:
+            return values[number][block] if program.shared[number].node.batched else values[number]
+
+        def combined(form: Combination, block: slice) -> Any:
+            return blend([constant(term.value, block) for term in form.terms], [term.column[point] for term in form.terms])
+
+        for block in self._blocks(rows):
+            done: dict[int, Any] = dict(once)
+            for index, step in enumerate(segment.steps):
+                if index in done:
+                    continue
+                if step.combine is not None:
+                    done[index] = combined(step.combine, block)
+                else:
+                    inputs = [done[i] if isinstance(i, int) else combined(i, block) for i in step.inputs]
+                    done[index] = step.node.run(inputs, weights[index], block.stop - block.start)
+                if not step.node.batched:
+                    once[index] = done[index]
+                for i in dropped[index]:  # memory that is used again is memory that is still in the cache
+                    del done[i]
+            outputs = {
+                node: done[form.step] if isinstance(form, Varying) else combined(form, block)
+                for node, form in segment.outputs.items()
+            }
+            yield block, program.graph.fill_output(outputs)
+
+    def _blocks(self, rows: int) -> Iterator[slice]:
+        step = rows if self.program.graph.mixes_rows else self._block
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+
+
+def _last_uses(segment: Segment) -> list[list[int]]:
+    """For each step, the earlier ones whose value nobody needs after it."""
+    last = {i: index for index, step in enumerate(segment.steps) for i in step.inputs if isinstance(i, int)}
+    for form in segment.outputs.values():
+        if isinstance(form, Varying):
+            last.pop(form.step, None)
+    drops: list[list[int]] = [[] for _ in segment.steps]
+    for i, index in last.items():
+        drops[index].append(i)
+    return drops

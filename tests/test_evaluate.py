@@ -1,0 +1,392 @@
+"""mc.evaluate: exact numbers in one pass, whatever the batches, the order of t, the architecture; and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import modeconn as mc
+from naive import clone, mlp, pass_per_point
+from policy import assert_within_policy
+
+X = torch.randn(130, 20, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(130) % 10
+
+
+@pytest.fixture(scope="module")
+def nets() -> list[nn.Sequential]:
+    return [mlp(20, 33, 17, 10, seed=k) for k in range(3)]
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["line", "polychain", "bezier", "plane", "random", "mixture"])
+def test_every_path_against_float64(nets, kind, precision):
+    a, b, c = nets
+    path, points = {
+        "line": (mc.Line(a, b), 21),
+        "polychain": (mc.PolyChain([a, b, c]), 21),
+        "bezier": (mc.Bezier([a, b, c]), 21),
+        "plane": (mc.Plane.through(a, b, c), 5),
+        "random": (mc.Plane.random(a, biases=True), 5),
+        "mixture": (mc.Mixture([a, b, c]), [[1, 0, 0], [0.2, 0.3, 0.5], [0.4, -0.7, 2.0], [0, 0, 0]]),
+    }[kind]
+    got = mc.evaluate(a, path, (X, Y), points, precision=precision)
+    dtype = getattr(torch, precision)
+    plain, exact = (pass_per_point(a, path, X, Y, got.t, d) for d in (dtype, torch.float64))
+    for name in ("loss", "error"):
+        assert_within_policy(name, got.values[name], plain[name], exact[name], dtype)
+    assert (got.passes, got.samples, got.backend) == (1, 130, "reference")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 63, 129])
+@pytest.mark.parametrize("widths", [(1, 1, 2), (20, 10), (3, 245, 1, 10), (20, 63, 7, 2)], ids=str)
+def test_odd_shapes(rows, widths):
+    a, b = (mlp(*widths, seed=k) for k in range(2))
+    x, y = torch.randn(rows, widths[0]), torch.arange(rows) % widths[-1]
+    path = mc.Line(a, b)
+    got = mc.evaluate(a, path, (x, y), 5)
+    plain, exact = (pass_per_point(a, path, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64))
+    assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
+
+
+def test_inputs_that_are_not_contiguous(nets):
+    path = mc.Line(*nets[:2])
+    wide = torch.randn(130, 40)
+    wide[:, ::2] = X
+    np.testing.assert_allclose(
+        mc.evaluate(nets[0], path, (wide[:, ::2], Y), 5).loss, mc.evaluate(nets[0], path, (X, Y), 5).loss, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("module", [nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.LeakyReLU, nn.ELU], ids=lambda m: m.__name__)
+def test_activations(module):
+    a, b = (mlp(20, 9, 9, 10, activation=module, seed=k) for k in range(2))
+    path = mc.Line(a, b)
+    got = mc.evaluate(a, path, (X, Y), 5)
+    plain, exact = (pass_per_point(a, path, X, Y, got.t, dtype) for dtype in (torch.float32, torch.float64))
+    assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
+
+
+def test_the_end_points_are_the_given_networks(nets):
+    got = mc.evaluate(nets[0], mc.Line(*nets[:2]), (X, Y), 3, batch_size=130)
+    for t, net in ((0, nets[0]), (2, nets[1])):
+        assert got.loss[t] == pytest.approx(nn.functional.cross_entropy(net(X).double(), Y).item(), rel=1e-6)
+
+
+# -- invariants ---------------------------------------------------------------------------------------------------------
+
+
+def states(seed: int) -> tuple[nn.Sequential, list[dict[str, Tensor]]]:
+    model = mlp(20, 13, 9, 10, seed=seed)
+    return model, [clone(mlp(20, 13, 9, 10, seed=seed + k)) for k in range(3)]
+
+
+@settings(max_examples=8)
+@given(seed=st.integers(0, 1000), points=st.integers(1, 9))
+def test_reversing_a_path_reverses_its_result(seed, points):
+    model, (a, b, c) = states(seed)
+    for forth, back in (
+        (mc.Line(a, b), mc.Line(b, a)), (mc.PolyChain([a, b, c]), mc.PolyChain([c, b, a])),
+        (mc.Bezier([a, b, c]), mc.Bezier([c, b, a])),
+    ):  # fmt: skip
+        t = np.linspace(0, 1, points)
+        np.testing.assert_allclose(
+            mc.evaluate(model, forth, (X, Y), t).loss, mc.evaluate(model, back, (X, Y), 1 - t).loss, rtol=2e-6
+        )
+
+
+@settings(max_examples=8)
+@given(seed=st.integers(0, 1000))
+def test_permuting_hidden_units_of_both_ends_changes_nothing(seed):
+    model, (a, b, _) = states(seed)
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(seed))
+
+    def permuted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            **state,
+            "0.weight": state["0.weight"][order],
+            "0.bias": state["0.bias"][order],
+            "2.weight": state["2.weight"][:, order],
+        }
+
+    np.testing.assert_allclose(
+        mc.evaluate(model, mc.Line(a, b), (X, Y), 5).loss,
+        mc.evaluate(model, mc.Line(permuted(a), permuted(b)), (X, Y), 5).loss,
+        rtol=2e-6,
+    )
+
+
+@settings(max_examples=8)
+@given(seed=st.integers(0, 1000), cut=st.sampled_from([0.25, 0.5, 0.75]))
+def test_splitting_a_segment_changes_nothing(seed, cut):
+    model, (a, b, _) = states(seed)
+    line = mc.Line(a, b)
+    split = mc.PolyChain([a, line.at(cut), b])
+    t = np.linspace(0, 1, 9)
+    u = np.where(t <= 0.5, 2 * t * cut, cut + (2 * t - 1) * (1 - cut))
+    np.testing.assert_allclose(mc.evaluate(model, split, (X, Y), t).loss, mc.evaluate(model, line, (X, Y), u).loss, rtol=5e-6)
+
+
+@settings(max_examples=10)
+@given(batch_size=st.integers(1, 200), budget=st.integers(1, 1 << 20))
+def test_batches_do_not_matter(batch_size, budget):
+    model, (a, b, _) = states(1)
+    whole = mc.evaluate(model, mc.Line(a, b), (X, Y), 3)
+    got = mc.evaluate(model, mc.Line(a, b), (X, Y), 3, batch_size=batch_size)
+    np.testing.assert_allclose(got.loss, whole.loss, rtol=2e-6)
+    np.testing.assert_array_equal(got.error, whole.error)
+    got = mc.evaluate(model, mc.Line(a, b), (X, Y), 3, memory_budget=budget)
+    np.testing.assert_allclose(got.loss, whole.loss, rtol=2e-6)
+
+
+@settings(max_examples=10)
+@given(t=st.lists(st.floats(-1, 2), min_size=1, max_size=12))
+def test_order_and_repetition_of_t_do_not_matter(t):
+    model, (a, b, c) = states(2)
+    for path in (mc.Line(a, b), mc.PolyChain([a, b, c])):
+        got = mc.evaluate(model, path, (X, Y), t)
+        assert got.t.tolist() == t
+        again = mc.evaluate(model, path, (X, Y), t[::-1] + t)
+        np.testing.assert_array_equal(again.loss, np.concatenate([got.loss[::-1], got.loss]))
+
+
+def test_the_same_call_gives_the_same_bits(nets):
+    path = mc.Line(*nets[:2])
+    first, second = (mc.evaluate(nets[0], path, (X, Y), 11).loss for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+# -- data, losses, options ----------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_data_gives_the_same(nets, tmp_path):
+    path = mc.Line(*nets[:2])
+    whole = mc.evaluate(nets[0], path, (X, Y), 3).loss
+    dataset = TensorDataset(X, Y)
+    mapped = np.memmap(tmp_path / "x.dat", np.float32, "w+", shape=X.shape)
+    mapped[:] = X.numpy()
+    for data in (
+        (X.numpy(), Y.numpy()), (mapped, Y), dataset, DataLoader(dataset, batch_size=7),
+        [(X[:50], Y[:50]), (X[50:], Y[50:])], ((X[i : i + 9], Y[i : i + 9]) for i in range(0, 130, 9)),
+    ):  # fmt: skip
+        got = mc.evaluate(nets[0], path, data, 3)
+        np.testing.assert_allclose(got.loss, whole, rtol=2e-6)
+        assert (got.samples, got.passes) == (130, 1)
+
+
+def test_data_are_read_once(nets):
+    class Counted(torch.utils.data.Dataset):
+        reads = 0
+
+        def __len__(self) -> int:
+            return 130
+
+        def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+            Counted.reads += 1
+            return X[i], Y[i]
+
+    mc.evaluate(nets[0], mc.Bezier(nets), Counted(), 50)
+    assert Counted.reads == 130
+
+
+def test_custom_loss_and_metrics(nets):
+    def margin(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.topk(2).values.diff(dim=1).neg().squeeze(1)
+
+    def smoothed(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.1)
+
+    path = mc.Line(*nets[:2])
+    got = mc.evaluate(nets[0], path, (X, Y), 2, loss=smoothed, metrics=("loss", "error", "top5_error", margin))
+    logits = nets[1](X)
+    assert set(got.values) == {"loss", "error", "top5_error", "margin"}
+    assert got.loss[1] == pytest.approx(smoothed(logits, Y).mean().item(), rel=1e-5)
+    assert got.margin[1] == pytest.approx(margin(logits, Y).mean().item(), rel=1e-5)
+    assert got.top5_error[1] == pytest.approx((logits.topk(5).indices != Y[:, None]).all(1).double().mean().item())
+
+
+def test_mse_and_bce(nets):
+    path, target = mc.Line(*nets[:2]), torch.rand(130, 10)
+    got = mc.evaluate(nets[0], path, (X, target), 2, loss="mse")
+    assert set(got.values) == {"loss"}
+    assert got.loss[1] == pytest.approx(nn.functional.mse_loss(nets[1](X), target).item(), rel=1e-5)
+    bits = (target > 0.5).float()
+    got = mc.evaluate(nets[0], path, (X, bits), 2, loss="bce")
+    assert got.loss[1] == pytest.approx(nn.functional.binary_cross_entropy_with_logits(nets[1](X), bits).item(), rel=1e-5)
+    assert got.error[1] == pytest.approx(((nets[1](X) > 0) != bits.bool()).double().mean().item(), rel=1e-6)
+
+
+def test_ties_are_decided_as_argmax_does():
+    model = nn.Linear(20, 10)
+    zero = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
+    got = mc.evaluate(model, mc.Line(zero, model), (X, Y), 2)
+    assert got.error[0] == pytest.approx(0.9) and got.loss[0] == pytest.approx(np.log(10))
+
+
+def test_buffers_of_the_start():
+    model = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    a, b = clone(model), clone(model)
+    b["1.running_mean"] += 1.0
+    b["1.running_var"] *= 3.0
+    got = mc.evaluate(model, mc.Line(a, b), (X, Y), 3, buffers="start")
+    np.testing.assert_allclose(got.loss, got.loss[0], rtol=1e-7)
+    assert np.ptp(mc.evaluate(model, mc.Line(a, b), (X, Y), 3).loss) > 1e-3
+
+
+def test_a_module_that_cannot_be_captured_still_runs():
+    class DataDependent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(20, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) if x.shape[1] == 20 and bool(x.isfinite().all()) else x
+
+    a, b = DataDependent(), DataDependent()
+    path = mc.Line(a, b)
+    with pytest.warns(UserWarning, match="could not be captured: torch.export"):
+        got = mc.evaluate(a, path, (X, Y), 5)
+    exact = pass_per_point(a, path, X, Y, got.t, torch.float64)
+    np.testing.assert_allclose(got.loss, exact["loss"], rtol=1e-6)
+    assert got.passes == 1 and "torch.export" in got.info["fallback"]
+
+
+def test_the_model_is_left_as_it_was(nets):
+    model = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10)).train()
+    before, modes = clone(model), [m.training for m in model.modules()]
+    other = clone(nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10)))
+    for precision in ("float32", "float64"):
+        mc.evaluate(model, mc.Line(model, other), (X, Y), 3, precision=precision)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(before[k], v) and v.dtype == before[k].dtype for k, v in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_progress_reaches_the_end(nets):
+    seen: list[tuple[int, int | None]] = []
+    mc.evaluate(nets[0], mc.Line(*nets[:2]), (X, Y), 5, batch_size=50, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (130, 130) and [d for d, _ in seen] == sorted(d for d, _ in seen) and len(seen) == 15
+
+
+def test_losses_that_are_not_finite_are_reported(nets):
+    huge = {key: value * 1e30 for key, value in clone(nets[1]).items()}
+    with pytest.warns(RuntimeWarning, match=r"loss is not finite at t = 0.5, 1.0"):
+        got = mc.evaluate(nets[0], mc.Line(nets[0], huge), (X, Y), 3)
+    assert np.isfinite(got.loss).tolist() == [True, False, False]
+
+
+# -- memory -------------------------------------------------------------------------------------------------------------
+
+PEAK = """
+    import resource, sys, numpy as np, torch, modeconn as mc
+    from torch import nn
+    kind, argument = sys.argv[1], int(sys.argv[2])
+    torch.set_num_threads(1)
+    a, b = (nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)) for _ in range(2))
+    if kind == "points":
+        x, y = torch.randn(500, 64), torch.arange(500) % 10
+        mc.evaluate(a, mc.Line(a, b), (x, y), argument, progress=False)
+    else:
+        x = np.memmap(sys.argv[3], np.float32, "r", shape=(argument, 64))
+        mc.evaluate(a, mc.Line(a, b), (x, np.zeros(argument, np.int64)), 2, memory_budget=4 << 20, progress=False)
+    # Pages of a mapped file are the system's to drop; what the process holds itself is the anonymous memory.
+    own = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, own[0].split()[1])
+"""
+
+
+def peak(*arguments: object) -> tuple[int, int]:
+    code = [sys.executable, "-c", textwrap.dedent(PEAK), *map(str, arguments)]
+    most, own = subprocess.run(code, check=True, capture_output=True, text=True).stdout.split()
+    return int(most), int(own)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_number_of_points():
+    few, many = (peak("points", points)[0] for points in (11, 10_001))
+    assert many <= 1.05 * few
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_memory_map_larger_than_the_budget_streams(tmp_path):
+    rows = {"small": 1 << 14, "large": 1 << 19}  # 4 MiB and 128 MiB, under a budget of 4 MiB
+    own = {}
+    for name, count in rows.items():
+        np.memmap(tmp_path / name, np.float32, "w+", shape=(count, 64)).flush()
+        own[name] = peak("mapped", count, tmp_path / name)[1]
+    assert own["large"] < own["small"] + 48 * 1024, "kilobytes that the process holds itself"
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------------
+
+
+def bad(nets: list[nn.Sequential], says: str, **changes: object) -> None:
+    arguments: dict[str, object] = {
+        "model": nets[0],
+        "path": mc.Line(*nets[:2]),
+        "data": (X, Y),
+        "points": 3,
+        **changes,
+    }
+    with pytest.raises(mc.ModeconnError, match=says) as caught:
+        mc.evaluate(**arguments)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "says, changes",
+    [
+        ("loss is 'hinge'.*cross_entropy", {"loss": "hinge"}),
+        ("metric 'accuracy' is unknown", {"metrics": ("loss", "accuracy")}),
+        ("metrics is empty", {"metrics": ()}),
+        ("asked for twice", {"metrics": ("loss", "loss")}),
+        ("backend 'fast' is unknown", {"backend": "fast"}),
+        ("buffers is 'mean'", {"buffers": "mean"}),
+        ("precision is 'half'", {"precision": "half"}),
+        ("batch_size is 0", {"batch_size": 0}),
+        ("memory_budget is -1", {"memory_budget": -1}),
+        ("points is 0", {"points": 0}),
+        ("device 'nowhere'", {"device": "nowhere"}),
+        ("no samples", {"data": (X[:0], Y[:0])}),
+        ("no samples", {"data": []}),
+        (r"label 11 is out of range: the model has 10 classes", {"data": (X, Y + 2)}),
+        (r"label -1 is out of range", {"data": (X, Y - 1)}),
+        ("class labels are integers", {"data": (X, Y.float())}),
+        ("expects floating point", {"data": (X, Y), "loss": "mse"}),
+        (r"does not run on inputs of shape \['N', 19\]", {"data": (X[:, 1:], Y)}),
+        ("does not run on inputs of shape.*int64", {"data": (torch.ones(5, 20, dtype=torch.int64), Y[:5])}),
+        ("does not fit the model.*'0.weight' has shape", {"model": mlp(20, 30, 17, 10)}),
+        ("does not fit the model.*'5.weight' is missing", {"model": nn.Sequential(*mlp(20, 33, 17, 10), nn.Linear(10, 10))}),
+        ("loss gives \\[\\] for 130 samples", {"loss": nn.functional.cross_entropy}),
+        ('for classes, and loss="mse" has none', {"loss": "mse", "metrics": ("error",)}),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(nets, says, changes):
+    bad(nets, says, **changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(nets):
+    bad(nets, "device 'cuda' cannot be used", device="cuda")
+
+
+def test_a_generator_is_spent_after_one_pass(nets):
+    data = ((X[i : i + 9], Y[i : i + 9]) for i in range(0, 130, 9))
+    mc.evaluate(nets[0], mc.Line(*nets[:2]), data, 3)
+    bad(nets, "iterator can be read only once", data=data)
+
+
+def test_a_good_run_warns_of_nothing(nets):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mc.evaluate(nets[0], mc.Line(*nets[:2]), (X, Y), 3)

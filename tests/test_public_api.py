@@ -1,0 +1,27 @@
+"""The public names, pinned: a change here is a change of the contract and takes a line in the CHANGELOG."""
+
+from __future__ import annotations
+
+import inspect
+
+import modeconn as mc
+
+
+def test_public_names():
+    assert sorted(mc.__all__) == [
+        "Bezier", "Line", "Mixture", "ModeconnError", "PathResult", "Plan", "Plane", "PolyChain", "datasets", "evaluate",
+        "explain", "load",
+    ]  # fmt: skip
+    assert all(hasattr(mc, name) for name in mc.__all__)
+
+
+def test_evaluate_signature():
+    assert list(inspect.signature(mc.evaluate).parameters) == [
+        "model", "path", "data", "points", "loss", "metrics", "buffers", "backend", "device", "batch_size", "progress",
+        "precision", "memory_budget",
+    ]  # fmt: skip
+
+
+def test_every_public_name_is_documented():
+    for name in set(mc.__all__) - {"datasets"}:
+        assert inspect.getdoc(getattr(mc, name)), name
