@@ -1,0 +1,187 @@
+"""`modeconn evaluate`: loss and error along the path between checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from modeconn.cli import options, output
+from modeconn.errors import ModeconnError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from modeconn.paths import Path
+    from modeconn.result import PathResult
+
+# Kind of path: fewest and most checkpoints.
+PATHS = {"line": (2, 2), "polychain": (2, None), "bezier": (2, None), "plane": (3, 3)}
+POINTS, POINTS_OF_A_PLANE = 101, 21
+RESULT_SUFFIXES = (".npz", ".json")
+
+
+def add(commands: options.Commands) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="loss and error along the path between checkpoints, in one pass over the data",
+        description="Loss and error along the path between checkpoints, in one pass over the data.",
+        epilog=options.example("modeconn evaluate a.safetensors b.safetensors --data digits --plot barrier.png"),
+    )
+    add_path(parser)
+    options.add_data(parser)
+    computing = parser.add_argument_group("computing")
+    computing.add_argument(
+        "--loss",
+        metavar="NAME",
+        default="cross_entropy",
+        help="cross_entropy, mse or bce (default: cross_entropy)",
+    )
+    computing.add_argument(
+        "--metrics",
+        metavar="NAMES",
+        type=options.names,
+        help="of loss, error, top5_error, separated by commas (default: loss,error)",
+    )
+    computing.add_argument(
+        "--buffers",
+        choices=("interpolate", "start"),
+        default="interpolate",
+        help="the statistics of norm layers between the networks (default: interpolate)",
+    )
+    computing.add_argument(
+        "--backend",
+        metavar="NAME",
+        default="auto",
+        help="auto, reference, … (default: auto, the fastest that can)",
+    )
+    computing.add_argument("--precision", metavar="NAME", default="float32", help="float32 or float64 (default: float32)")
+    computing.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=options.count,
+        help="samples read at a time (default: chosen for the model)",
+    )
+    computing.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cpu)")
+    results = parser.add_argument_group("results")
+    results.add_argument("--plot", metavar="FILE", help="draw the result: .png, .svg or .pdf")
+    results.add_argument("--save", metavar="FILE", help="keep the result for mc.PathResult.load: .npz or .json")
+    results.add_argument("--json", metavar="FILE", help="write the result as JSON; - is stdout, and nothing else then is")
+    results.add_argument("--quiet", "-q", action="store_true", help="print nothing, and show no progress")
+    parser.set_defaults(run=run)
+
+
+def add_path(parser: argparse.ArgumentParser) -> None:
+    """The options that say which path between which networks, and where on it."""
+    parser.add_argument(
+        "checkpoints",
+        metavar="CHECKPOINT",
+        nargs="+",
+        help="two or more: .safetensors, or .pt that holds weights only",
+    )
+    options.add_model(parser, required=False)
+    parser.add_argument(
+        "--path",
+        choices=tuple(PATHS),
+        help="through the checkpoints (default: line, polychain for three or more)",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--points",
+        metavar="N",
+        type=options.count,
+        help=f"evenly spaced points; for a plane N × N (default: {POINTS}, for a plane {POINTS_OF_A_PLANE})",
+    )
+    where.add_argument(
+        "--at",
+        metavar="T,T,…",
+        type=options.numbers,
+        help="these points instead, such as 0,0.25,1; write --at=-0.1,0 where the first is negative",
+    )
+
+
+def check_path(args: argparse.Namespace) -> str:
+    """The kind of path, where the checkpoints are there and as many as it needs."""
+    kind = args.path or ("line" if len(args.checkpoints) <= 2 else "polychain")
+    fewest, most = PATHS[kind]
+    given = len(args.checkpoints)
+    if given < fewest or (most is not None and given > most):
+        expected = f"{fewest}" if most == fewest else f"at least {fewest}"
+        raise ModeconnError(f"a {kind} goes through {expected} checkpoints, got {given}: {', '.join(args.checkpoints)}")
+    if kind == "plane" and args.at is not None:
+        raise ModeconnError("--at takes points of a curve, not of a plane: use --points")
+    options.check_inputs(args.checkpoints)
+    return kind
+
+
+def make_path(kind: str, files: list[str]) -> Path:
+    """The path through checkpoint files."""
+    from modeconn import paths
+
+    if kind == "plane":
+        return paths.Plane.through(*files)
+    if kind == "line":
+        return paths.Line(*files)
+    return (paths.PolyChain if kind == "polychain" else paths.Bezier)(files)
+
+
+def points_of(args: argparse.Namespace, kind: str) -> int | np.ndarray:
+    """What --points or --at say, or the default."""
+    import numpy as np
+
+    if args.at is not None:
+        return np.array(args.at)
+    return int(args.points or (POINTS_OF_A_PLANE if kind == "plane" else POINTS))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check everything, evaluate, print and write."""
+    kind = check_path(args)
+    options.check_outputs({"--plot": args.plot, "--save": args.save, "--json": args.json}, args.checkpoints)
+    options.check_plot(args.plot)
+    if args.save is not None and not args.save.lower().endswith(RESULT_SUFFIXES):
+        raise ModeconnError(f"--save {args.save}: the name must end in {' or '.join(RESULT_SUFFIXES)}")
+
+    from modeconn.evaluate import evaluate
+
+    spec, model = options.load_model(args, args.checkpoints)
+    path = make_path(kind, args.checkpoints)
+    options.check_fits(model, spec, path.control_points[0], args.checkpoints[0])
+    data = options.load_data(args)
+    result = evaluate(
+        model,
+        path,
+        data,
+        points=points_of(args, kind),
+        loss=args.loss,
+        metrics=args.metrics,
+        buffers=args.buffers,
+        backend=args.backend,
+        device=args.device,
+        batch_size=args.batch_size,
+        precision=args.precision,
+        progress=output.on_terminal() and not args.quiet,
+    )
+    result.info |= {
+        "model": spec,
+        "checkpoints": ", ".join(args.checkpoints),
+        "data": f"{args.data} {args.split}",
+        "normalization": data.normalization,
+    }
+    if kind == "plane":
+        result.info["control_points"] = "[[0, 0], [1, 0], [0, 1]]"
+    report(result, args)
+
+
+def report(result: PathResult, args: argparse.Namespace) -> None:
+    """Write the files that were asked for, and print the rest."""
+    if args.save is not None:
+        result.save(args.save)
+    if args.plot is not None:
+        output.write_plot(result, args.plot)
+    if args.json is not None:
+        output.write_json(result.to_dict(), args.json)
+    if args.quiet or args.json == "-":
+        return
+    output.print_result(result)
+    output.print_written(args.plot, args.save, args.json)

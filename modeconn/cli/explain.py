@@ -1,0 +1,44 @@
+"""`modeconn explain`: what an evaluation would compute, and why."""
+
+from __future__ import annotations
+
+import argparse
+
+from modeconn.cli import options, output
+from modeconn.cli.evaluate import add_path, check_path, make_path, points_of
+
+# Rows of the sample that the model is captured with; the plan does not depend on how many.
+ROWS = 8
+
+
+def add(commands: options.Commands) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "explain",
+        help="what is computed once and what at every point, without computing it",
+        description="The plan of an evaluation: what is computed once, what at every point.",
+        epilog=options.example("modeconn explain a.safetensors b.safetensors --data digits"),
+    )
+    add_path(parser)
+    options.add_data(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the plan as JSON; - is stdout, and nothing else then is")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check everything, plan, print."""
+    kind = check_path(args)
+    options.check_outputs({"--json": args.json}, args.checkpoints)
+
+    from modeconn.evaluate import explain
+
+    spec, model = options.load_model(args, args.checkpoints)
+    path = make_path(kind, args.checkpoints)
+    options.check_fits(model, spec, path.control_points[0], args.checkpoints[0])
+    data = options.load_data(args)
+    sample, _ = data.slice(0, min(ROWS, len(data)))
+    plan = explain(model, path, sample, points=points_of(args, kind))
+    if args.json is not None:
+        output.write_json(plan.to_json(), args.json)
+    if args.json != "-":
+        print(plan)

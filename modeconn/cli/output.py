@@ -1,0 +1,184 @@
+"""What the commands print and write."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modeconn.result import PathResult
+    from modeconn.train import Epoch
+
+
+def on_terminal() -> bool:
+    """Whether someone is watching: both streams are terminals, so bars may be drawn."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def write_json(content: dict[str, Any], file: str) -> None:
+    """Write JSON to a file, whole or not at all, or to stdout if it is ``-``."""
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    if file == "-":
+        sys.stdout.write(text)
+        return
+    from modeconn.state import atomic_write
+
+    atomic_write(file, lambda stream: stream.write(text.encode()))
+
+
+def write_plot(result: PathResult, file: str) -> None:
+    """Draw a result into a PNG, SVG or PDF file, whole or not at all."""
+    from pathlib import Path
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from modeconn.state import atomic_write
+
+    # Not pyplot: it would look for a display.
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    result.plot(figure.add_subplot())
+    kind = Path(file).suffix.lower().lstrip(".")
+    atomic_write(file, lambda stream: figure.savefig(stream, format=kind, dpi=160))
+
+
+def print_plot(result: PathResult) -> None:
+    """The small picture, as wide as the terminal allows, up to 80 columns."""
+    width = min(80, max(30, shutil.get_terminal_size((80, 24)).columns))
+    print(result.terminal_plot(width=width, height=14))
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Columns, the first aligned left and the others right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in [header, *rows]:
+        cells = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
+        cells[0] = f"{row[0]:<{widths[0]}}"
+        print("  ".join(cells).rstrip())
+
+
+def metric_text(name: str, value: float | None) -> str:
+    """A value as people read it: error rates in per cent."""
+    if value is None:
+        return "–"
+    if name.endswith("error") and math.isfinite(value):
+        return f"{100 * value:.2f} %"
+    return f"{value:.4g}"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration with about three digits."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def bytes_text(count: int) -> str:
+    """A size in memory with about three digits."""
+    size, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size >= 1000:
+            size, unit = size / 1024, larger
+    return f"{size:.3g} {unit}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 pass``, ``60,000 samples``."""
+    plural = {"pass": "passes"}.get(noun, f"{noun}s")
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def print_result(result: PathResult) -> None:
+    """The picture and the numbers of an evaluation."""
+    print_plot(result)
+    print()
+    if result.t.ndim == 1:
+        _print_curve(result)
+    else:
+        _print_plane(result)
+    print()
+    print(
+        f"{counted(result.samples, 'sample')}, {counted(len(result.t), 'point')}, "
+        f"{counted(result.passes, 'pass')} over the data in {seconds_text(result.seconds)}"
+    )
+    where = [str(result.info[key]) for key in ("device", "precision") if key in result.info]
+    print(", ".join([f"{result.backend} backend", *where]))
+
+
+def print_written(*files: str | None) -> None:
+    """Say which files were written."""
+    for file in files:
+        if file is not None and file != "-":
+            print(f"wrote {file}")
+
+
+def _print_curve(result: PathResult) -> None:
+    rows = []
+    for name, column in result.values.items():
+        ends = [column[result.t == end] for end in (0.0, 1.0)]
+        first, last = (float(end[0]) if len(end) else None for end in ends)
+        where, highest = result.highest(name)
+        barrier = None if first is None or last is None else result.barrier(name)
+        rows.append(
+            [
+                name,
+                metric_text(name, first),
+                metric_text(name, last),
+                f"{metric_text(name, highest)} at t = {where:.4g}",
+                metric_text(name, barrier),
+            ]
+        )
+    print_table(["", "t = 0", "t = 1", "highest", "barrier"], rows)
+
+
+def _print_plane(result: PathResult) -> None:
+    rows = []
+    for name, column in result.values.items():
+        cells = []
+        for index in (int(column.argmin()), int(column.argmax())):
+            where = ", ".join(f"{number:.4g}" for number in result.t[index])
+            cells.append(f"{metric_text(name, float(column[index]))} at ({where})")
+        rows.append([name, *cells])
+    print_table(["", "lowest", "highest"], rows)
+
+
+def json_number(value: float) -> float | str:
+    """A float as JSON can hold it: "nan", "inf" and "-inf" are strings, as in a saved result."""
+    return value if math.isfinite(value) else str(value)
+
+
+@contextmanager
+def epoch_bar(epochs: int, quiet: bool) -> Iterator[Callable[[Epoch], None]]:
+    """What shows the epochs of a training: a bar on a terminal, a line each elsewhere, nothing if `quiet`."""
+    if quiet:
+        yield lambda epoch: None
+    elif not on_terminal():
+        width = len(str(epochs))
+        yield lambda epoch: print(
+            f"epoch {epoch.epoch:>{width}}/{epochs}  {_progress_text(epoch)}  {epoch.seconds:.2f} s",
+            flush=True,
+        )
+    else:
+        from tqdm import tqdm
+
+        with tqdm(total=epochs, unit="epoch", leave=False, dynamic_ncols=True) as bar:
+
+            def show(epoch: Epoch) -> None:
+                bar.set_postfix_str(_progress_text(epoch), refresh=False)
+                bar.update(epoch.epoch - bar.n)
+
+            yield show
+
+
+def _progress_text(epoch: Epoch) -> str:
+    return f"loss {epoch.loss:.4f}  error {100 * epoch.error:5.2f} %"
