@@ -1,0 +1,95 @@
+"""What careful users do without modeconn, each as fast as its idea allows: losses and errors at T points of a path.
+
+Every peer takes (model, path, x, y, t) and returns (losses [T], errors [T]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from modeconn.paths import Path
+
+Peer = Callable[[nn.Module, Path, Tensor, Tensor, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def _finish(rows: list[tuple[Tensor, Tensor]], samples: int) -> tuple[np.ndarray, np.ndarray]:
+    loss, error = (torch.stack(column).double().numpy() / samples for column in zip(*rows))
+    return loss, error
+
+
+def dataloader_loop(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each point load its weights, then go through a DataLoader in batches of 100 (as published evaluations do)."""
+    rows = []
+    loader = DataLoader(TensorDataset(x, y), batch_size=100)
+    with torch.no_grad():
+        for value in t:
+            model.load_state_dict(path.at(value))
+            loss, wrong = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+            for inputs, labels in loader:
+                outputs = model(inputs)
+                loss += F.cross_entropy(outputs, labels, reduction="sum")
+                wrong += (outputs.argmax(1) != labels).sum()
+            rows.append((loss, wrong.double()))
+    return _finish(rows, len(x))
+
+
+def whole_tensor(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each point load its weights and run the whole data set as one batch (as loss-landscapes does)."""
+    rows = []
+    with torch.no_grad():
+        for value in t:
+            model.load_state_dict(path.at(value))
+            outputs = model(x)
+            rows.append((F.cross_entropy(outputs, y, reduction="sum"), (outputs.argmax(1) != y).sum().double()))
+    return _finish(rows, len(x))
+
+
+def functional_chunks(rows_per_chunk: int) -> Peer:
+    """functional_call in chunks of rows that stay in the cache: the best that plain PyTorch does on a CPU."""
+
+    def run(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = []
+        with torch.no_grad():
+            for value in t:
+                state = path.at(value)
+                loss, wrong = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+                for start in range(0, len(x), rows_per_chunk):
+                    labels = y[start : start + rows_per_chunk]
+                    outputs = functional_call(model, state, (x[start : start + rows_per_chunk],))
+                    loss += F.cross_entropy(outputs, labels, reduction="sum")
+                    wrong += (outputs.argmax(1) != labels).sum()
+                rows.append((loss, wrong.double()))
+        return _finish(rows, len(x))
+
+    return run
+
+
+def vmap_points(points_per_call: int, rows_per_chunk: int) -> Peer:
+    """vmap of functional_call over stacked weights: the "model ensembling" recipe of torch.func."""
+
+    def run(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        outputs_of = vmap(lambda state, inputs: functional_call(model, state, (inputs,)), in_dims=(0, None))
+        rows = []
+        with torch.no_grad():
+            for first in range(0, len(t), points_per_call):
+                states = [path.at(value) for value in t[first : first + points_per_call]]
+                stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
+                loss = torch.zeros(len(states), dtype=torch.float64)
+                wrong = torch.zeros(len(states), dtype=torch.int64)
+                for start in range(0, len(x), rows_per_chunk):
+                    labels = y[start : start + rows_per_chunk]
+                    outputs = outputs_of(stacked, x[start : start + rows_per_chunk])
+                    flat = F.cross_entropy(outputs.flatten(0, 1), labels.repeat(len(states)), reduction="none")
+                    loss += flat.view(len(states), -1).sum(1)
+                    wrong += (outputs.argmax(2) != labels).sum(1)
+                rows += list(zip(loss, wrong.double()))
+        return _finish(rows, len(x))
+
+    return run

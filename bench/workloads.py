@@ -1,0 +1,77 @@
+"""What is timed: networks, paths and data, real ones where they are to be had."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path as File
+
+import torch
+from torch import Tensor, nn
+
+import modeconn as mc
+from modeconn.models import build
+from modeconn.paths import Path
+
+ROOT = File(__file__).resolve().parent.parent
+SHARED = File(os.environ.get("MODECONN_SHARED", ROOT.parent / "shared"))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One evaluation; `source` says whether networks and data are real."""
+
+    name: str
+    model: nn.Module
+    path: Path
+    x: Tensor
+    y: Tensor
+    source: str
+
+
+def mnist_line(samples: int) -> Workload:
+    """The line between the two 10 × 245 MNIST networks, over the training set."""
+    model = build("mlp:784-245x10-10")
+    files = [SHARED / "checkpoints" / f"mnist-fcn-10x245-seed{seed}.safetensors" for seed in (1, 2)]
+    if all(file.exists() for file in files):
+        path, networks = mc.Line(*files), "trained networks"
+    else:
+        path, networks = mc.Line(build("mlp:784-245x10-10"), build("mlp:784-245x10-10")), "random networks"
+    x, y, data = _mnist(samples)
+    return Workload(f"MNIST 784-245x10-10, {len(x)} samples, line", model, path, x, y, f"{networks}, {data}")
+
+
+def random_line(spec: str, samples: int) -> Workload:
+    """The line between two random networks of a built-in kind, over random data."""
+    model, start, end = (build(spec) for _ in range(3))  # peers load weights into the model
+    width = next(p for p in model.parameters()).shape[1]
+    torch.manual_seed(0)
+    x, y = torch.randn(samples, width), torch.randint(0, 10, (samples,))
+    return Workload(f"{spec}, {samples} samples, line", model, mc.Line(start, end), x, y, "random networks, random data")
+
+
+def mnist_chain(samples: int, segments: int, kind: str) -> Workload:
+    """A chain whose segments move dead units ("rewrite") or the last layer ("swing") of the MNIST network."""
+    line = mnist_line(samples)
+    start = {key: value.clone() for key, value in line.path.control_points[0].items()}
+    start["20.weight"][:, 122:] = 0
+    points = [start]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(segments):
+        point = {key: value.clone() for key, value in points[-1].items()}
+        key, rows = ("18.weight", slice(122, None)) if kind == "rewrite" else ("20.weight", slice(None))
+        noise = 0.05 * torch.randn(point[key].shape, generator=generator)
+        point[key][rows] += noise[rows] * (1.0 if kind == "rewrite" else (torch.arange(245) < 122))
+        points.append(point)
+    name = f"MNIST 784-245x10-10, {samples} samples, chain of {segments} segments, {kind}"
+    return Workload(name, line.model, mc.PolyChain(points), line.x, line.y, line.source)
+
+
+def _mnist(samples: int) -> tuple[Tensor, Tensor, str]:
+    roots = [os.environ.get("MODECONN_DATA"), ROOT / ".cache" / "data" / "mnist"]
+    for root in filter(None, roots):
+        if File(root).is_dir():
+            x, y = mc.datasets.load("mnist", root=root).slice(0, samples)
+            return x.flatten(1).contiguous(), y, "real data"
+    torch.manual_seed(0)
+    return torch.randn(samples, 784), torch.randint(0, 10, (samples,)), "random data of MNIST's shape"
