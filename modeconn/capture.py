@@ -15,7 +15,9 @@ import operator
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from modeconn.graph import Entry, Graph, In, Node, Size
 
 # Rows of the sample that the network is traced and checked with.
 _SAMPLE_ROWS = 4
+# Tracing takes a good part of a second. A graph is taken up again if it still gives the module's own outputs.
+_CAPTURED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Graph]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -87,16 +91,32 @@ def capture(model: nn.Module, sample: Tensor) -> Graph:
             raise ModeconnError(
                 f"the model does not run on inputs of shape {['N', *x.shape[1:]]} and dtype {_short(x.dtype)}: {_line(error)}"
             ) from error
-        try:
-            graph = _export(model, x)
-            whole, *parts = (run(graph, model.state_dict(), rows) for rows in (x, x[:1], x[1:]))
-        except Exception as error:  # whatever export stumbles over, the module itself still runs
-            return _opaque(model, x, f"torch.export: {_line(error)}")
-        if not _same(whole, expected):
-            return _opaque(model, x, "the exported graph does not give the module's own outputs")
-    first, rest, whole = (_flat(out) for out in (*parts, expected))
-    mixes = not all(_alike(torch.cat([a, b]), c) for a, b, c in zip(first, rest, whole) if c.dim() and len(c) == len(x))
-    return Graph(graph.nodes, graph.output, graph.constants, mixes_rows=mixes)
+        known, kind = _CAPTURED.setdefault(model, {}), (x.dtype, x.device, *x.shape[1:])
+        if kind not in known or not _holds(known[kind], model, x, expected):
+            known.pop(kind, None)
+            try:
+                graph = _export(model, x)
+                whole, *parts = (run(graph, model.state_dict(), rows) for rows in (x, x[:1], x[1:]))
+            except Exception as error:  # whatever export stumbles over, the module itself still runs
+                return _opaque(model, x, f"torch.export: {_line(error)}")
+            if not _same(whole, expected):
+                return _opaque(model, x, "the exported graph does not give the module's own outputs")
+            known[kind] = replace(graph, mixes_rows=not _rows_apart(parts, expected, len(x)))
+        return known[kind]
+
+
+def _holds(graph: Graph, model: nn.Module, x: Tensor, expected: Any) -> bool:
+    """Whether a graph captured earlier is still the module's: it may have been changed since."""
+    try:
+        return _same(run(graph, model.state_dict(), x), expected)
+    except Exception:  # entries that are gone, shapes that have changed
+        return False
+
+
+def _rows_apart(parts: list[Any], whole: Any, rows: int) -> bool:
+    """Whether the outputs of two parts of a batch, put together, are the outputs of the batch."""
+    first, rest, both = (_flat(out) for out in (*parts, whole))
+    return all(_alike(torch.cat([a, b]), c) for a, b, c in zip(first, rest, both) if c.dim() and len(c) == rows)
 
 
 def run(graph: Graph, entries: dict[str, Tensor], x: Tensor) -> Any:

@@ -158,3 +158,17 @@ def test_tied_weights():
         assert (graph.fallback is not None) == depends
         untied = {key: value.clone() for key, value in model.state_dict().items()}
         torch.testing.assert_close(run(graph, untied, x), model(x))
+
+
+def test_a_graph_is_taken_up_again_only_while_it_holds():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    x = torch.randn(5, 4)
+    first = capture(model, x)
+    nn.init.ones_(model[0].weight)  # other weights, the same network
+    assert capture(model, x) is first
+    assert capture(model, torch.randn(5, 2, 4)) is not first
+    model[1] = nn.Tanh()
+    second = capture(model, x)
+    assert second is not first and [node.op for node in second.nodes] == ["input", "linear", "tanh"]
+    model[0].register_buffer("unused", torch.zeros(2))
+    torch.testing.assert_close(run(capture(model, x), model.state_dict(), x), model(x))

@@ -31,7 +31,6 @@ LEVELS = {
     "modeconn.plan": 3,
     "modeconn.backends": 3,
     "modeconn.evaluate": 4,
-    "modeconn.explain": 4,
     "modeconn.training_state": 5,
     "modeconn.train": 5,
     "modeconn.connect": 5,
