@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "bind_engine.h"
 #include "cpu_features.h"
 #include "logsumexp.h"
 
@@ -76,4 +77,5 @@ PYBIND11_MODULE(_native, module) {
     module.def("versions", &versions, "What this extension was built with.");
     module.def("logsumexp", &logsumexp, py::arg("x").noconvert(),
                "Row-wise log-sum-exp of a float32 or float64 array [rows, columns], in float64: [rows].");
+    modeconn::bind_engine(module);
 }

@@ -1,8 +1,37 @@
 """Signatures of the C++ extension (csrc/bindings.cpp); modeconn.native is its only importer."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 def features() -> dict[str, bool | int]: ...
 def versions() -> dict[str, str | int]: ...
 def logsumexp(x: npt.NDArray[np.float32] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]: ...
+def isas() -> list[str]: ...
+def kernel_names(isa: str = "") -> tuple[str, str, str]: ...
+def chain_outputs(
+    terms: Sequence[npt.NDArray[Any]],
+    coefficients: npt.NDArray[np.float64],
+    layers: Sequence[Mapping[str, Any]],
+    out: npt.NDArray[Any],
+    *,
+    activation: str = "identity",
+    slope: float = 0.01,
+    threads: int = 1,
+    isa: str = "",
+) -> None: ...
+def chain_sums(
+    terms: Sequence[npt.NDArray[Any]],
+    coefficients: npt.NDArray[np.float64],
+    layers: Sequence[Mapping[str, Any]],
+    targets: npt.NDArray[Any],
+    *,
+    loss: str = "cross_entropy",
+    top5: bool = False,
+    activation: str = "identity",
+    slope: float = 0.01,
+    threads: int = 1,
+    isa: str = "",
+) -> npt.NDArray[np.float64]: ...

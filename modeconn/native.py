@@ -38,7 +38,12 @@ def reason() -> str:
     return _load()[1]
 
 
-def _require() -> Any:
+def extension() -> Any:
+    """The C++ extension itself, for the native backend.
+
+    Raises:
+        ModeconnError: it is not available.
+    """
     module, problem = _load()
     if module is None:
         raise ModeconnError(f"the C++ extension modeconn._native is not available: {problem}")
@@ -56,7 +61,7 @@ def features() -> dict[str, bool | int]:
     Raises:
         ModeconnError: the extension is not available.
     """
-    return dict(_require().features())
+    return dict(extension().features())
 
 
 def versions() -> dict[str, str | int]:
@@ -70,7 +75,7 @@ def versions() -> dict[str, str | int]:
     Raises:
         ModeconnError: the extension is not available.
     """
-    return dict(_require().versions())
+    return dict(extension().versions())
 
 
 def logsumexp(x: torch.Tensor) -> torch.Tensor:
@@ -91,7 +96,7 @@ def logsumexp(x: torch.Tensor) -> torch.Tensor:
     """
     import torch
 
-    module = _require()
+    module = extension()
     if x.device.type != "cpu":
         raise ModeconnError(f"logsumexp: x must be on the CPU; it is on {x.device}")
     if x.requires_grad:

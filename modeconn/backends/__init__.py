@@ -8,7 +8,7 @@ from modeconn.backends.reference import ReferenceBackend
 from modeconn.errors import ModeconnError
 from modeconn.plan.program import Program
 
-NAMES = ("reference",)
+NAMES = ("reference", "native")
 
 
 def check_name(name: str) -> None:
@@ -20,4 +20,9 @@ def check_name(name: str) -> None:
 def make_backend(name: str, program: Program, dtype: torch.dtype, device: torch.device) -> ReferenceBackend:
     """The backend of that name; "auto" takes the fastest that runs the program."""
     check_name(name)
+    if name != "reference":
+        from modeconn.backends.native import NativeBackend, unsupported
+
+        if name == "native" or not unsupported(program, device):
+            return NativeBackend(program, dtype, device)
     return ReferenceBackend(program, dtype, device)

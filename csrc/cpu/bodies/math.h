@@ -1,0 +1,140 @@
+// exp, expm1, log1p and the activations on vectors, to about 1-2 units in the last place. No table and no fitted
+// coefficient: after range reduction the Taylor series themselves are short enough.
+#pragma once
+#include "../context.h"
+#include "vector.h"
+
+namespace modeconn {
+namespace {
+
+template <class T> struct Real;
+template <> struct Real<float> {
+  static constexpr int mantissa = 23, bias = 127, exp_terms = 7, log_terms = 5;
+  static constexpr float magic = 12582912.f;                        // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860677e-06f;  // high * n is exact
+  static constexpr float exp_low = -87.3f;                          // below it exp counts as zero (< 1.2e-38)
+  static constexpr float root_half = 0.70710678f;
+};
+template <> struct Real<double> {
+  static constexpr int mantissa = 52, bias = 1023, exp_terms = 13, log_terms = 12;
+  static constexpr double magic = 6755399441055744.0;
+  static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double exp_low = -708.0;
+  static constexpr double root_half = 0.70710678118654752;
+};
+
+constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
+
+template <class S, int N, int I> MODECONN_INLINE typename S::V exp_series(typename S::V r) {
+  constexpr auto c = typename S::T(inverse_factorial(I));
+  if constexpr (I == N) return splat<S>(c);
+  else return exp_series<S, N, I + 1>(r) * r + c;
+}
+
+// For exp_low <= x <= 0 or NaN: scale = 2^n and q with exp(x) = scale + scale * q. Below exp_low the callers mask.
+template <class S> MODECONN_INLINE void exp_parts(typename S::V x, typename S::V& scale, typename S::V& q) {
+  using R = Real<typename S::T>;
+  using U = typename S::U;
+  typename S::V shifted = x * typename S::T(1.4426950408889634) + R::magic;
+  typename S::V n = shifted - R::magic;
+  typename S::V r = (x - n * R::ln2_high) - n * R::ln2_low;
+  q = exp_series<S, R::exp_terms, 1>(r) * r;
+  scale = (typename S::V)(((U)shifted << R::mantissa) + (typename S::Bits(R::bias) << R::mantissa));
+}
+
+template <class S> MODECONN_INLINE typename S::V exp_negative(typename S::V x) {
+  typename S::V scale, q;
+  exp_parts<S>(x, scale, q);
+  return x < Real<typename S::T>::exp_low ? typename S::V{} : scale * q + scale;
+}
+
+template <class S> MODECONN_INLINE typename S::V expm1_negative(typename S::V x) {
+  typename S::V scale, q;
+  exp_parts<S>(x, scale, q);
+  return x < Real<typename S::T>::exp_low ? splat<S>(-1) : scale * q + (scale - 1);
+}
+
+template <class S, int N, int I> MODECONN_INLINE typename S::V atanh_series(typename S::V z) {
+  constexpr auto c = typename S::T(2.0 / (2 * I + 1));
+  if constexpr (I + 1 == N) return splat<S>(c);
+  else return atanh_series<S, N, I + 1>(z) * z + c;
+}
+
+// For y >= 0: 1 + y = 2^e (1 + f), log(1 + f) = 2 atanh(f / (2 + f)); for small y, f is y itself and nothing is lost.
+template <class S> MODECONN_INLINE typename S::V log1p_positive(typename S::V y) {
+  using R = Real<typename S::T>;
+  using M = typename S::M;
+  using U = typename S::U;
+  using V = typename S::V;
+  V u = 1 + y;
+  M e = (M)((U)u - (U)splat<S>(R::root_half)) >> R::mantissa;
+  V f = (V)((U)u - ((U)e << R::mantissa)) - 1;
+  f = e == 0 ? y : f;
+  V n = __builtin_convertvector(e, V);
+  V s = f / (2 + f);
+  V log = atanh_series<S, R::log_terms, 0>(s * s) * s;
+  log = n * R::ln2_high + (n * R::ln2_low + log);
+  return y - y == 0 ? log : y;  // NaN and infinity stay
+}
+
+template <class S> MODECONN_INLINE typename S::V absolute(typename S::V x) { return x < 0 ? -x : x; }
+
+template <class S> MODECONN_INLINE typename S::V sigmoid(typename S::V x) {
+  typename S::V e = exp_negative<S>(-absolute<S>(x));
+  return (x < 0 ? e : splat<S>(1)) / (1 + e);
+}
+
+template <class S> MODECONN_INLINE typename S::V tanh(typename S::V x) {
+  typename S::V m = expm1_negative<S>(-2 * absolute<S>(x));
+  typename S::V y = -m / (2 + m);
+  return x < 0 ? -y : y;
+}
+
+// The C library's erf, element by element: exact, and the only activation that is not vectorised.
+template <class S> MODECONN_INLINE typename S::V gelu(typename S::V x) {
+  typename S::V erf = x * typename S::T(0.70710678118654752);
+  for (int i = 0; i < S::L; ++i) {
+    if constexpr (sizeof(typename S::T) == 4) erf[i] = __builtin_erff(erf[i]);
+    else erf[i] = __builtin_erf(erf[i]);
+  }
+  return x * typename S::T(0.5) * (1 + erf);
+}
+
+template <class S, Act act> MODECONN_INLINE typename S::V apply(typename S::V x, typename S::T slope) {
+  using T = typename S::T;
+  if constexpr (act == Act::relu) return x < 0 ? typename S::V{} : x;  // NaN stays NaN
+  else if constexpr (act == Act::leaky_relu) return x > 0 ? x : x * slope;
+  else if constexpr (act == Act::tanh) return tanh<S>(x);
+  else if constexpr (act == Act::gelu) return gelu<S>(x);
+  else if constexpr (act == Act::gelu_tanh)  // (1 + tanh(u)) / 2 = sigmoid(2u)
+    return x * sigmoid<S>(T(1.5957691216057308) * (x + T(0.044715) * x * x * x));
+  else if constexpr (act == Act::silu) return x * sigmoid<S>(x);
+  else if constexpr (act == Act::sigmoid) return sigmoid<S>(x);
+  else return x;
+}
+
+template <Act a> struct ActTag { static constexpr Act value = a; };
+
+// Calls f with the activation as a compile-time constant.
+template <class F> MODECONN_INLINE void with_activation(Act act, F&& f) {
+  switch (act) {
+    case Act::identity: return f(ActTag<Act::identity>{});
+    case Act::relu: return f(ActTag<Act::relu>{});
+    case Act::leaky_relu: return f(ActTag<Act::leaky_relu>{});
+    case Act::tanh: return f(ActTag<Act::tanh>{});
+    case Act::gelu: return f(ActTag<Act::gelu>{});
+    case Act::gelu_tanh: return f(ActTag<Act::gelu_tanh>{});
+    case Act::silu: return f(ActTag<Act::silu>{});
+    case Act::sigmoid: return f(ActTag<Act::sigmoid>{});
+  }
+}
+
+template <class S> void activate(Activation act, int64_t count, typename S::T* values) {
+  with_activation(act.kind, [&](auto tag) {
+    for (int64_t i = 0; i < count; i += S::L)
+      store<S>(values + i, apply<S, decltype(tag)::value>(load<S>(values + i), typename S::T(act.slope)));
+  });
+}
+
+}  // namespace
+}  // namespace modeconn

@@ -1,0 +1,26 @@
+// Fills one table: lanes of S, NV vectors of samples in a panel, MR units in a tile.
+#pragma once
+#include "head.h"
+#include "move.h"
+#include "product.h"
+
+namespace modeconn {
+namespace {
+
+template <class S, int NV, int MR> void fill(Kernels<typename S::T>& k, const char* name) {
+  k.name = name;
+  k.panel = NV * S::L;
+  k.units = MR;
+  k.depth = 32 * 1024 / (k.panel * int(sizeof(typename S::T)));
+  k.pack = pack<S, MR>;
+  k.combine_rows = combine_rows<S, NV>;
+  k.combine = combine<S>;
+  k.product = product<S, NV, MR>;
+  k.activate = activate<S>;
+  k.write_rows = write_rows<S, NV>;
+  k.cross_entropy = cross_entropy<S, NV>;
+  k.mse = mse<S, NV>;
+}
+
+}  // namespace
+}  // namespace modeconn

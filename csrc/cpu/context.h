@@ -1,0 +1,75 @@
+// The table of micro-kernels: one per element type and instruction set. The engine sees nothing else of a CPU.
+// The contract of every slot is written in csrc/README.md.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace modeconn {
+
+enum class Act : int { identity, relu, leaky_relu, tanh, gelu, gelu_tanh, silu, sigmoid };
+
+// What a product's tile can apply in registers; the others are a pass over the finished panel.
+constexpr bool fused(Act act) { return act == Act::identity || act == Act::relu || act == Act::leaky_relu; }
+
+struct Activation {
+  Act kind = Act::identity;
+  double slope = 0;  // of leaky_relu
+};
+
+// Rows of a matrix: element (i, k) is data[i * stride + k].
+template <class T> struct Rows {
+  const T* data = nullptr;
+  ptrdiff_t stride = 0;
+};
+
+// A run of consecutive k in a tile's product: `length` rows of the panel from `x`, against packed weights from `w`.
+template <class T> struct Span {
+  const T* x;
+  const T* w;
+  int64_t length;
+};
+
+struct LossSums {
+  double loss = 0, errors = 0, errors5 = 0;
+};
+
+template <class T> struct Kernels {
+  const char* name;    // for instance "avx512 32x12"
+  int panel;           // samples in a panel: values of one unit for `panel` samples are contiguous
+  int units;           // most units a tile computes at once
+  int64_t depth;       // most k of one product call, so that the panel's part stays in L1
+
+  void (*pack)(int terms, const Rows<T>* weights, const T* coefficients, int units, int64_t depth, T* out);
+  void (*combine_rows)(int terms, const Rows<T>* rows, const T* coefficients, int samples, int64_t width, Activation act, T* panel);
+  void (*combine)(int terms, const T* const* values, const T* coefficients, int64_t count, Activation act, T* out);
+  void (*product)(int spans, const Span<T>* span, int units, const T* bias, bool add, Activation act, T* out);
+  void (*activate)(Activation act, int64_t count, T* values);
+  void (*write_rows)(const T* panel, int samples, int64_t width, T* out, ptrdiff_t stride);
+  LossSums (*cross_entropy)(const T* panel, int samples, int64_t classes, const int64_t* labels, bool top5);
+  LossSums (*mse)(const T* panel, int samples, int64_t width, const T* targets, ptrdiff_t stride);
+};
+
+struct Context {
+  const char* isa;
+  Kernels<float> f32;
+  Kernels<double> f64;
+  template <class T> const Kernels<T>& kernels() const;
+};
+template <> inline const Kernels<float>& Context::kernels<float>() const { return f32; }
+template <> inline const Kernels<double>& Context::kernels<double>() const { return f64; }
+
+// `isa` null or empty: the variable MODECONN_ISA, else the best that this CPU runs. Throws std::invalid_argument on
+// a name that is unknown, was not built, or that this CPU cannot run.
+const Context& context(const char* isa = nullptr);
+
+// The names that context() accepts here, best first; the last is "generic".
+int supported_isas(const char* names[3]);
+
+int64_t l2_bytes();
+
+// Each instruction set fills the whole table, because the panel's width is shared by all slots.
+void fill_generic(Context& c);
+void fill_avx2(Context& c);
+void fill_avx512(Context& c);
+
+}  // namespace modeconn

@@ -1,0 +1,111 @@
+// Where the packed weights of one point lie, and their packing: per layer its tiles one after the other, each
+// [depth][units of the tile], then the bias.
+#pragma once
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "chain.h"
+
+namespace modeconn {
+
+constexpr int64_t cache_line = 64;
+
+// Uninitialised memory on a cache line's boundary, in large pages if it is large: packed weights are read once per block
+// and would miss the address cache on every page.
+template <class T> class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(::operator new(size_t(count) * sizeof(T), align(count))), Free{align(count)}) {
+#if defined(__linux__)
+    if (align(count) == std::align_val_t(large_page)) madvise(data_.get(), size_t(count) * sizeof(T), MADV_HUGEPAGE);
+#endif
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  static constexpr size_t large_page = 2 << 20;
+  static std::align_val_t align(int64_t count) {
+    return std::align_val_t(size_t(count) * sizeof(T) >= large_page ? large_page : size_t(cache_line));
+  }
+  struct Free {
+    std::align_val_t align;
+    void operator()(T* p) const { ::operator delete(p, align); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// Splits `units` into the fewest tiles of at most `most`, of sizes that differ by at most one.
+struct Tiles {
+  int64_t units, count;
+  Tiles(int64_t units, int64_t most) : units(units), count((units + most - 1) / most) {}
+  int64_t begin(int64_t i) const { return i * (units / count) + std::min(i, units % count); }
+  int size(int64_t i) const { return int(units / count + (i < units % count)); }
+};
+
+// The terms whose coefficient is not zero, with their coefficients in the element type.
+template <class T, class Item> struct Active {
+  std::vector<Item> items;
+  std::vector<T> coefficients;
+  Active(const std::vector<Item>& all, const double* c) {
+    for (size_t j = 0; j < all.size(); ++j)
+      if (c[j] != 0) items.push_back(all[j]), coefficients.push_back(T(c[j]));
+  }
+  int count() const { return int(items.size()); }
+};
+
+template <class T> struct PackedLayer {
+  Tiles tiles;
+  int64_t weights, bias;  // offsets in the point's buffer
+};
+
+template <class T> struct Packing {
+  std::vector<PackedLayer<T>> layers;
+  struct Piece { int layer; int64_t begin, end; };  // of tiles: the unit of work
+  std::vector<Piece> pieces;
+  int64_t size = 0;  // elements per point
+
+  Packing(const Chain<T>& chain, const Kernels<T>& kernels) {
+    auto reserve = [&](int64_t n) {
+      int64_t at = size;
+      size += (n + cache_line - 1) / cache_line * cache_line;
+      return at;
+    };
+    for (const Layer<T>& layer : chain.layers) {
+      Tiles tiles(layer.units, kernels.units);
+      int64_t step = std::max<int64_t>(1, (1 << 15) / (layer.depth * kernels.units + 1));
+      for (int64_t i = 0; i < tiles.count; i += step)
+        pieces.push_back({int(layers.size()), i, std::min(i + step, tiles.count)});
+      int64_t weights = reserve(layer.units * layer.depth), bias = reserve(layer.units);
+      layers.push_back({tiles, weights, bias});
+    }
+  }
+
+  void pack(const Chain<T>& chain, const Kernels<T>& kernels, int64_t point, const Piece& piece, T* out) const {
+    const Layer<T>& layer = chain.layers[piece.layer];
+    const PackedLayer<T>& at = layers[piece.layer];
+    const double* c = layer.coefficients + point * int64_t(layer.weights.size());
+    Active<T, Rows<T>> weights(layer.weights, c);
+    Active<T, const T*> biases(layer.biases, layer.bias_coefficients + point * int64_t(layer.biases.size()));
+    for (int64_t i = piece.begin; i < piece.end; ++i) {
+      int64_t u0 = at.tiles.begin(i);
+      int units = at.tiles.size(i);
+      std::vector<Rows<T>> rows = weights.items;
+      for (Rows<T>& r : rows) r.data += u0 * r.stride;
+      kernels.pack(weights.count(), rows.data(), weights.coefficients.data(), units, layer.depth,
+                   out + at.weights + u0 * layer.depth);
+      for (int u = 0; u < units && !layer.biases.empty(); ++u) {
+        T sum = biases.count() ? biases.coefficients[0] * biases.items[0][u0 + u] : T(0);
+        for (int g = 1; g < biases.count(); ++g) sum += biases.coefficients[g] * biases.items[g][u0 + u];
+        out[at.bias + u0 + u] = sum;
+      }
+    }
+  }
+};
+
+}  // namespace modeconn

@@ -1,0 +1,182 @@
+"""The native backend: chains of linear layers and activations fused in the C++ engine, from the first layer to the sums.
+
+Each segment is looked at once. If what it does per point is such a chain, or adds up a combination of outputs, the engine
+runs it for blocks of samples that stay in the cache. Any other segment is left to the reference backend, which also
+computes the shared values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeconn import native
+from modeconn.backends.reference import ReferenceBackend, Values
+from modeconn.errors import ModeconnError
+from modeconn.graph import Node
+from modeconn.metrics import Head
+from modeconn.plan.program import Blend, Combination, Program, Segment, Term, Varying, VaryingStep
+
+# Points of one call into the engine: few enough that progress moves, many enough to fill the cores.
+_POINTS = 16
+# The engine's sums, by the names that a head has for them.
+_SUMS = {"loss": 0, "error": 1, "top5_error": 2}
+_PASS_THROUGH = ("clone", "alias", "detach", "dropout", "contiguous")
+
+
+@dataclass
+class Stage:
+    """Something that the engine does to a value, and the activation after it."""
+
+    activation: str = "identity"
+    slope: float = 0.01
+
+
+@dataclass
+class Linear(Stage):
+    """A linear layer: Σ_g columns[:, g] weights[g], and a bias likewise."""
+
+    weights: list[np.ndarray] = field(default_factory=list)
+    columns: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    biases: list[np.ndarray] = field(default_factory=list)
+    bias_columns: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+
+    def at(self, points: slice) -> dict[str, Any]:
+        """The layer as the engine takes it, for some of the points."""
+        layer: dict[str, Any] = {"weights": self.weights, "coefficients": np.ascontiguousarray(self.columns[points])}
+        if self.biases:
+            layer |= {"biases": self.biases, "bias_coefficients": np.ascontiguousarray(self.bias_columns[points])}
+        return layer | {"activation": self.activation, "slope": self.slope}
+
+
+@dataclass
+class Chain:
+    """A segment as the engine takes it: the activation of Σ_j column_j V_j, then layers."""
+
+    terms: tuple[Term, ...]
+    start: Stage = field(default_factory=Stage)
+    layers: list[Linear] = field(default_factory=list)
+
+
+class NativeBackend(ReferenceBackend):
+    """Runs chains in the C++ engine and everything else as the reference backend does.
+
+    Raises:
+        ModeconnError: the engine is not built, the device is not the CPU, or no segment is a chain.
+    """
+
+    name = "native"
+
+    def __init__(self, program: Program, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(program, dtype, device)
+        reason = unsupported(program, device)
+        if reason:
+            raise ModeconnError(f'backend "native" cannot run this: {reason}; ask for "reference" or "auto"')
+        self._chains = {segment.index: find_chain(program, segment) for segment in program.segments}
+
+    def sums(self, segment: Segment, values: Values, targets: Tensor, head: Head, tick: Callable[..., None]) -> Tensor:
+        chain = self._chains[segment.index]
+        if not isinstance(chain, Chain) or not head.builtin:
+            return super().sums(segment, values, targets, head, tick)
+        engine = native.extension()
+        terms = [values[term.value].contiguous().numpy() for term in chain.terms]
+        columns = np.stack([term.column for term in chain.terms], axis=1)
+        sums = head.zeros(len(segment.rows), targets.device)
+        wanted = [_SUMS[name] for name in head.names]
+        for start in range(0, len(sums), _POINTS):
+            points = slice(start, min(start + _POINTS, len(sums)))
+            part = engine.chain_sums(
+                terms,
+                columns[points],
+                [layer.at(points) for layer in chain.layers],
+                targets.contiguous().numpy(),
+                top5="top5_error" in head.names,
+                activation=chain.start.activation,
+                slope=chain.start.slope,
+                threads=torch.get_num_threads(),
+            )
+            sums[points] = torch.from_numpy(part[:, wanted])
+            tick(points.stop - points.start)
+        return sums
+
+
+def unsupported(program: Program, device: torch.device) -> str:
+    """Why the engine can run nothing of a program; empty where it can."""
+    if device.type != "cpu":
+        return f"it computes on the CPU, and the device is {device}"
+    if not native.available():
+        return f"the C++ extension is not available: {native.reason()}"
+    found = [find_chain(program, segment) for segment in program.segments]
+    reasons = [reason for reason in found if isinstance(reason, str)]
+    return reasons[0] if len(reasons) == len(found) else ""
+
+
+def find_chain(program: Program, segment: Segment) -> Chain | str:
+    """The segment as a chain, or why it is none."""
+    output = program.graph.tensor_output
+    if output is None:
+        return "the network returns more than one tensor"
+    if len(program.graph.nodes[output].shape) != 2:
+        return "the network's output is not [N, classes]"
+    form = segment.outputs[output]
+    if isinstance(form, Combination):
+        return Chain(form.terms)
+    chain = Chain(())
+    for index, step in enumerate(segment.steps):
+        reads = step.combine if step.combine is not None else step.inputs[0] if len(step.inputs) == 1 else None
+        if not step.node.batched or len(step.node.shape) != 2 or reads is None:
+            return f"{_where(step.node)} is not part of a chain of linear layers"
+        if index == 0 and isinstance(reads, Combination):
+            chain.terms = reads.terms
+        elif reads != index - 1:
+            return f"{_where(step.node)} does not follow the step before it"
+        reason = "" if step.combine is not None else _append(chain, step, len(segment.rows))
+        if reason:
+            return f"{_where(step.node)} {reason}"
+    return chain if isinstance(form, Varying) and form.step == len(segment.steps) - 1 else "the output is not the last step"
+
+
+def _append(chain: Chain, step: VaryingStep, points: int) -> str:
+    """Add a step to the chain; why it cannot be added, if so."""
+    if step.node.op in _PASS_THROUGH:
+        return ""
+    if step.node.op == "linear":
+        (weights, columns), *bias = (_blend(entry, points) for entry in step.entries)
+        biases, bias_columns = bias[0] if bias else ([], np.empty((points, 0)))
+        chain.layers.append(Linear(weights=weights, columns=columns, biases=biases, bias_columns=bias_columns))
+        return ""
+    activation = _activation(step.node)
+    if activation is None:
+        return "is neither a linear layer nor an activation that the engine has"
+    before: Stage = chain.layers[-1] if chain.layers else chain.start
+    if before.activation != "identity":
+        return "follows another activation"
+    before.activation, before.slope = activation.activation, activation.slope
+    return ""
+
+
+def _blend(entry: Tensor | Blend, points: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """An entry as arrays and their coefficients [points, arrays]."""
+    if isinstance(entry, Tensor):
+        return [entry.contiguous().numpy()], np.ones((points, 1))
+    return [tensor.contiguous().numpy() for tensor in entry.tensors], np.stack(entry.columns, axis=1)
+
+
+def _activation(node: Node) -> Stage | None:
+    """The engine's activation for a node, if it has it."""
+    if node.op in ("relu", "tanh", "silu", "sigmoid"):
+        return Stage(node.op)
+    if node.op == "leaky_relu":
+        return Stage("leaky_relu", float(node.args[1]) if len(node.args) > 1 else 0.01)
+    if node.op == "gelu":
+        return Stage("gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu")
+    return None
+
+
+def _where(node: Node) -> str:
+    return f"{node.op} ({node.source})"

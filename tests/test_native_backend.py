@@ -1,0 +1,159 @@
+"""The native backend against the reference: the same program, the same numbers, and a reason where it cannot run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modeconn as mc
+from modeconn import native
+from modeconn.backends.native import Chain, find_chain
+from naive import clone, mlp, pass_per_point
+from policy import assert_within_policy
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"no C++ extension: {native.reason()}")
+
+X = torch.randn(130, 20, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(130) % 10
+
+
+def agrees(model: nn.Module, path: object, x: Tensor, y: Tensor, points: object, precision: str = "float32") -> None:
+    got = mc.evaluate(model, path, (x, y), points, backend="native", precision=precision)
+    dtype = getattr(torch, precision)
+    plain, exact = (pass_per_point(model, path, x, y, got.t, d) for d in (dtype, torch.float64))
+    for name in ("loss", "error"):
+        assert_within_policy(name, got.values[name], plain[name], exact[name], dtype)
+    assert got.backend == "native"
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("points", [1, 2, 21, 1000])
+def test_lines(precision, points):
+    a, b = (mlp(20, 33, 17, 10, seed=k) for k in range(2))
+    agrees(a, mc.Line(a, b), X, Y, points, precision)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 63, 1025])
+@pytest.mark.parametrize("widths", [(1, 1, 2), (20, 10), (3, 245, 1, 10), (20, 63, 7, 2), (5, 1025, 3)], ids=str)
+def test_odd_shapes(rows, widths):
+    a, b = (mlp(*widths, seed=k) for k in range(2))
+    agrees(a, mc.Line(a, b), torch.randn(rows, widths[0]), torch.arange(rows) % widths[-1], 3)
+
+
+@pytest.mark.parametrize("module", [nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.LeakyReLU], ids=lambda m: m.__name__)
+def test_activations(module):
+    a, b = (mlp(20, 9, 9, 10, activation=module, seed=k) for k in range(2))
+    agrees(a, mc.Line(a, b), X, Y, 5)
+
+
+def test_every_path():
+    a, b, c = (mlp(20, 33, 17, 10, seed=k) for k in range(3))
+    for path, points in (
+        (mc.PolyChain([a, b, c]), 13),
+        (mc.Bezier([a, b, c]), 7),
+        (mc.Plane.through(a, b, c), 3),
+        (mc.Plane.random(a, biases=True), 3),
+        (mc.Mixture([a, b, c]), [[1, 0, 0], [0.4, -0.7, 2.0], [0, 0, 0]]),
+    ):
+        agrees(a, path, X, Y, points)
+
+
+def test_weights_and_biases_that_vary_apart():
+    a = mlp(20, 33, 17, 10)
+    for moved in (("2.weight",), ("2.bias",), ("2.bias", "4.weight"), ("0.bias", "2.weight")):
+        b = clone(a)
+        for key in moved:
+            b[key] += 0.3 * torch.randn_like(b[key])
+        agrees(a, mc.Line(a, b), X, Y, 7)
+
+
+def test_dead_units_and_combined_logits():
+    a = clone(mlp(20, 33, 32, 10))
+    a["4.weight"][:, 16:] = 0
+    b, c = clone(a), clone(a)
+    b["2.weight"][16:] += 1.0
+    c["4.weight"][:, :16] += 0.3
+    c["2.weight"][16:] += 1.0
+    model = mlp(20, 33, 32, 10)
+    agrees(model, mc.PolyChain([a, b, c]), X, Y, 41)
+    live = clone(a)
+    live["2.weight"][:16] += 0.2
+    agrees(model, mc.Line(a, live), X, Y, 7)
+
+
+def test_linear_layers_without_activation_or_bias():
+    torch.manual_seed(0)
+    make = lambda: nn.Sequential(nn.Linear(20, 8, bias=False), nn.ReLU(), nn.Dropout(), nn.Linear(8, 8), nn.Linear(8, 10))
+    a, b = make(), make()
+    agrees(a, mc.Line(a, b), X, Y, 5)
+
+
+def test_top5_and_ties():
+    zero = {key: torch.zeros_like(value) for key, value in mlp(20, 8, 10).state_dict().items()}
+    a = mlp(20, 8, 10)
+    names = ("loss", "error", "top5_error")
+    ours, theirs = (
+        mc.evaluate(a, mc.Line(zero, a), (X, Y), 3, metrics=names, backend=backend) for backend in ("native", "reference")
+    )
+    np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-6)
+    np.testing.assert_array_equal(ours.error, theirs.error)
+    np.testing.assert_array_equal(ours.top5_error[1:], theirs.top5_error[1:])  # ties beyond the first are the backend's choice
+
+
+def test_sums_do_not_depend_on_threads():
+    a, b = (mlp(20, 33, 17, 10, seed=k) for k in range(2))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(mc.evaluate(a, mc.Line(a, b), (X, Y), [0.3], backend="native").loss)
+    finally:
+        torch.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(20, 20), nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + torch.relu(self.inner(x)))
+
+
+def test_what_is_no_chain_says_why_and_runs_by_auto():
+    a, b = Residual(), Residual()
+    with pytest.raises(mc.ModeconnError, match=r'"native" cannot run this: .*add.*; ask for "reference"'):
+        mc.evaluate(a, mc.Line(a, b), (X, Y), 5, backend="native")
+    assert mc.evaluate(a, mc.Line(a, b), (X, Y), 5).backend == "reference"
+
+
+def test_segments_that_are_no_chains_are_split_off():
+    a = Residual()
+    b, c = clone(a), clone(a)
+    b["head.weight"] += 0.1  # combined logits: the engine's
+    c["inner.weight"] += 0.1  # a residual sum per point: the reference's
+    path = mc.PolyChain([a, b, c])
+    program = mc.explain(a, path, X, 21).program
+    assert [isinstance(find_chain(program, segment), Chain) for segment in program.segments] == [True, False]
+    agrees(a, path, X, Y, 21)
+
+
+def test_a_head_that_the_engine_does_not_have():
+    a, b = (mlp(20, 8, 10, seed=k) for k in range(2))
+    target = torch.rand(130, 10)
+    ours, theirs = (mc.evaluate(a, mc.Line(a, b), (X, target), 3, loss="mse", backend=n) for n in ("native", "reference"))
+    np.testing.assert_array_equal(ours.loss, theirs.loss)
+
+
+def test_inputs_and_labels_of_any_layout():
+    a, b = (mlp(20, 8, 10, seed=k) for k in range(2))
+    wide = torch.randn(130, 40)
+    wide[:, ::2] = X
+    labels = torch.stack([Y, Y], 1)[:, 0]
+    path = mc.PolyChain([a, b, {**clone(b), "2.bias": torch.zeros(10)}])
+    ours = mc.evaluate(a, path, (wide[:, ::2], labels.int()), 9, backend="native")
+    np.testing.assert_allclose(ours.loss, mc.evaluate(a, path, (X, Y), 9, backend="reference").loss, rtol=1e-6)
