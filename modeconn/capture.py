@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from modeconn import ops
 from modeconn.errors import ModeconnError
 from modeconn.graph import Entry, Graph, In, Node, Size
 
@@ -146,7 +146,7 @@ def _export(model: nn.Module, x: Tensor) -> Graph:
     ids: dict[str, int] = {}  # fx node name → node id
     for fx in program.graph.nodes:
         if fx.op == "placeholder" and fx.name not in names:
-            ids[fx.name] = _add(nodes, "input", _identity, (), shape=_shape(fx.meta["val"]), source="input")
+            ids[fx.name] = _add(nodes, "input", ops.identity, (), shape=_shape(fx.meta["val"]), source="input")
         elif fx.op == "call_function" and isinstance(fx.meta.get("val"), Tensor | tuple | list):
             source = fx.args[0] if fx.target is operator.getitem else None
             if source is not None and source.name in ids and nodes[ids[source.name]].op == "batch_norm":
@@ -207,7 +207,9 @@ def _canonical(
     packet = name.removesuffix("." + name.rsplit(".", 1)[-1]) if "." in name else name
     if packet == "_native_batch_norm_legit_no_training":
         x, weight, bias, mean, var, _, eps = args
-        return "batch_norm", _batch_norm, (x, mean, var, weight, bias, eps), kwargs
+        return "batch_norm", ops.batch_norm, (x, mean, var, weight, bias, eps), kwargs
+    if packet == "linear":
+        return packet, ops.linear, args, kwargs
     if packet in ("view", "_unsafe_view", "reshape"):
         before, after = nodes[inputs[0]].shape, args[1]
         if len(after) == 2 and len(before) > 2 and isinstance(before[0], Size) and isinstance(after[0], Size):
@@ -216,14 +218,6 @@ def _canonical(
         # A view of a channels-last value would need a copy; reshape makes it where needed.
         return "reshape", torch.reshape, args, kwargs
     return packet, target, args, kwargs
-
-
-def _batch_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
-
-
-def _identity(x: Any) -> Any:
-    return x
 
 
 def _opaque(model: nn.Module, x: Tensor, reason: str) -> Graph:
@@ -240,7 +234,7 @@ def _opaque(model: nn.Module, x: Tensor, reason: str) -> Graph:
     whole = model(x)
     shape = (rows, *whole.shape[1:]) if isinstance(whole, Tensor) and whole.dim() else (rows,)
     nodes = (
-        Node(0, "input", _identity, (), shape=(rows, *x.shape[1:]), source="input"),
+        Node(0, "input", ops.identity, (), shape=(rows, *x.shape[1:]), source="input"),
         Node(1, "module", call, (In(0), *map(Entry, range(len(names)))), (0,), names, shape, type(model).__name__),
     )
     try:

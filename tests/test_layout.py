@@ -26,6 +26,7 @@ LEVELS = {
     "modeconn.models": 1,
     "modeconn.graph": 1,
     "modeconn.native": 1,
+    "modeconn.ops": 1,
     "modeconn.kernels": 1,
     "modeconn.capture": 2,
     "modeconn.plan": 3,

@@ -15,16 +15,17 @@ _LEAST = 64
 
 
 def block_rows(program: Program, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows whose activations, going into and out of the widest step, fit the second-level caches of the cores in use.
+    """Rows whose activations, going into and out of the widest step, take up the nearer caches.
 
-    On a GPU blocks are as large as the batch: what matters there is to fill the device.
+    That is twice the second level of the cores in use: what does not fit there is still in the level behind, and larger
+    blocks cost less per row in operator calls. On a GPU blocks are as large as the batch: what matters there is to fill the device.
     """
     if device.type != "cpu":
         return 1 << 30
     steps = [step for segment in program.segments for step in segment.steps] or program.shared
     item = torch.finfo(dtype).bits // 8
     widest = max(2 * step.numbers * item for step in steps)
-    cache = torch.get_num_threads() * _second_level()
+    cache = 2 * torch.get_num_threads() * _second_level()
     return max(_LEAST, int(cache // widest))
 
 
