@@ -18,7 +18,7 @@ def block_rows(program: Program, dtype: torch.dtype, device: torch.device) -> in
     """Rows whose activations, going into and out of the widest step, take up the nearer caches.
 
     That is twice the second level of the cores in use: what does not fit there is still in the level behind, and larger
-    blocks cost less per row in operator calls. On a GPU blocks are as large as the batch: what matters there is to fill the device.
+    blocks cost less per row in operator calls. On a GPU blocks are as large as the batch: there the device must be filled.
     """
     if device.type != "cpu":
         return 1 << 30
