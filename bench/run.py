@@ -2,6 +2,7 @@
 
     python bench/run.py                       the line between two MNIST networks, 101 points, 60,000 samples
     python bench/run.py --samples 6000 --points 11 --json out.json
+    python bench/run.py --vgg --samples 10000 --points 21     two slim VGG-11 on CIFAR-10
     python bench/run.py --accuracy            also the distance from a float64 pass per point, at every point
     python bench/run.py --chain               chains whose segments move dead units, or the last layer
 
@@ -70,7 +71,10 @@ def machine() -> dict[str, Any]:
 
 def line(options: argparse.Namespace) -> dict[str, Any]:
     """The line: ours at all points, the others at a few."""
-    work = workloads.random_line(options.model, options.samples) if options.model else workloads.mnist_line(options.samples)
+    if options.model:
+        work = workloads.random_line(options.model, options.samples)
+    else:
+        work = (workloads.vgg_line if options.vgg else workloads.mnist_line)(options.samples)
     few = np.linspace(0, 1, options.peer_points)
     ours = np.linspace(0, 1, options.points)
     plan = mc.explain(work.model, work.path, work.x[:4], options.points)
@@ -84,14 +88,16 @@ def line(options: argparse.Namespace) -> dict[str, Any]:
     contenders: dict[str, tuple[Callable[[], Any], int, float]] = {
         f"modeconn ({name})": (one_pass(name), len(ours), plan.flops * len(work.x) / len(ours)) for name in options.backends
     }
-    for name, peer in {
-        "DataLoader loop, batch 100": peers.dataloader_loop,
-        "whole tensor at once": peers.whole_tensor,
-        "functional_call, 500 rows": peers.functional_chunks(500),
-        "functional_call, 1000 rows": peers.functional_chunks(1000),
-        "functional_call, 2000 rows": peers.functional_chunks(2000),
-        "vmap, 8 points, 1000 rows": peers.vmap_points(8, 1000),
-    }.items():
+    convolutional = work.x.dim() == 4
+    rows = (128, 500) if convolutional else (500, 1000, 2000)
+    others: dict[str, peers.Peer] = {"DataLoader loop, batch 100": peers.dataloader_loop}
+    if convolutional:
+        others["channels_last loop, batch 128"] = peers.channels_last_loop
+    else:
+        others["whole tensor at once"] = peers.whole_tensor
+    others |= {f"functional_call, {n} rows": peers.functional_chunks(n) for n in rows}
+    others[f"vmap, 8 points, {rows[-2]} rows"] = peers.vmap_points(8, rows[-2])
+    for name, peer in others.items():
         points = np.linspace(0, 1, 8) if name.startswith("vmap") else few
         contenders[name] = (functools.partial(peer, *args, points), len(points), naive)
     for run, _, _ in contenders.values():
@@ -189,6 +195,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--model", metavar="SPEC", help="two random networks of this kind instead, such as mlp:784-512x3-10")
+    parser.add_argument("--vgg", action="store_true", help="the two slim VGG-11 on CIFAR-10 instead")
     parser.add_argument("--backends", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument(
         "--warm", action=argparse.BooleanOptionalAction, default=False, help="run everything once, untimed, first"

@@ -130,6 +130,8 @@ def blend(tensors: Sequence[Tensor], row: Sequence[float] | np.ndarray) -> Tenso
         return torch.zeros_like(tensors[0])
     if len(terms) == 1 and terms[0][0] == 1.0:
         return terms[0][1]
+    if len(terms) == 2 and abs(terms[0][0] + terms[1][0] - 1.0) <= _SNAP:
+        return torch.lerp(terms[0][1], terms[1][1], terms[1][0])  # one pass over the memory
     total = terms[0][1] * terms[0][0]
     for c, tensor in terms[1:]:
         total.add_(tensor, alpha=c)

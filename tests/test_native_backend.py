@@ -111,6 +111,67 @@ class Residual(nn.Module):
         return self.head(x + torch.relu(self.inner(x)))
 
 
+def conv_net(seed: int, pool: nn.Module | None = None, **conv: object) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(2, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 7, (3, 1), **conv), nn.Tanh(),  # type: ignore[arg-type]
+        pool or nn.AvgPool2d(2, 1), nn.Flatten(), nn.Dropout(), nn.LazyLinear(9), nn.ReLU(), nn.Linear(9, 10),
+    )  # fmt: skip
+
+
+IMAGES = torch.randn(67, 2, 12, 9, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "conv", [{}, {"padding": 1}, {"stride": 2}, {"stride": (1, 2), "padding": (2, 1)}, {"bias": False}], ids=str
+)
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_convolutions(conv, precision):
+    nets = [conv_net(seed, **conv) for seed in range(2)]
+    for net in nets:
+        net(IMAGES)
+    agrees(nets[0], mc.Line(*nets), IMAGES, Y[:67], 5, precision)
+
+
+def test_dead_channels():
+    nets = [conv_net(seed) for seed in range(2)]
+    for net in nets:
+        net(IMAGES)
+    a, b = (clone(net) for net in nets)
+    a["3.weight"][:, 3:] = b["3.weight"][:, 3:] = 0
+    features = a["8.weight"].shape[1] // 7
+    a["8.weight"][:, 4 * features :] = b["8.weight"][:, 4 * features :] = 0
+    agrees(nets[0], mc.Line(a, b), IMAGES, Y[:67], 5)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(2, ceil_mode=True),
+        nn.AvgPool2d(3, padding=1, count_include_pad=False), nn.AvgPool2d(2, divisor_override=3), nn.AdaptiveAvgPool2d(1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_poolings_that_the_engine_does_not_have_are_left_to_the_reference(pool):
+    nets = [conv_net(seed, pool) for seed in range(2)]
+    for net in nets:
+        net(IMAGES)
+    path = mc.Line(*nets)
+    got = mc.evaluate(nets[0], path, (IMAGES, Y[:67]), 3)
+    assert got.backend == "reference"
+    np.testing.assert_allclose(got.loss, pass_per_point(nets[0], path, IMAGES, Y[:67], got.t, torch.float64)["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 1)), nn.AvgPool2d(3, padding=1), nn.AvgPool2d(2)], ids=str
+)
+def test_poolings(pool):
+    nets = [conv_net(seed, pool) for seed in range(2)]
+    for net in nets:
+        net(IMAGES)
+    agrees(nets[0], mc.Line(*nets), IMAGES, Y[:67], 5)
+
+
 def test_what_is_no_chain_says_why_and_runs_by_auto():
     a, b = Residual(), Residual()
     with pytest.raises(mc.ModeconnError, match=r'"native" cannot run this: .*add.*; ask for "reference"'):

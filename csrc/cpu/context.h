@@ -43,6 +43,7 @@ template <class T> struct Kernels {
   void (*combine_rows)(int terms, const Rows<T>* rows, const T* coefficients, int samples, int64_t width, Activation act, T* panel);
   void (*combine)(int terms, const T* const* values, const T* coefficients, int64_t count, Activation act, T* out);
   void (*product)(int spans, const Span<T>* span, int units, const T* bias, bool add, Activation act, T* out);
+  void (*pool)(bool max, int taps, const T* const* values, T divisor, int64_t count, T* out);
   void (*activate)(Activation act, int64_t count, T* values);
   void (*write_rows)(const T* panel, int samples, int64_t width, T* out, ptrdiff_t stride);
   LossSums (*cross_entropy)(const T* panel, int samples, int64_t classes, const int64_t* labels, bool top5);

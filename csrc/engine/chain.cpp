@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "images.h"
 #include "packed.h"
 
 namespace modeconn {
@@ -10,6 +11,7 @@ namespace {
 constexpr int64_t shared_panels = 16;            // of a block share one pass over weights that do not fit L2
 constexpr int64_t wanted_tasks = 64;             // enough for any team to share evenly
 constexpr int64_t packed_bytes = 12 << 20;       // packed weights in flight: they should stay in the last cache level
+constexpr int64_t image_bytes = 8 << 20;         // of a block's terms, if they are images
 constexpr int64_t staged_bytes = 24 * 1024;      // a block's terms without layers: in L1 while all points go over them
 
 // Blocks of panels. Their size depends on the problem alone, never on the threads: the sums' order is fixed.
@@ -22,32 +24,17 @@ struct Blocks {
   int64_t end(int64_t b) const { return std::min(panels, (b + 1) * size); }
 };
 
-// Brings the next layer's weights from the last cache level into L2, a few lines per tile of the current layer: without
-// it the first panel of every layer waits for its weights.
-class Prefetch {
- public:
-  template <class T> Prefetch(const T* begin, int64_t count, int64_t calls)
-      : at_(reinterpret_cast<const char*>(begin)), end_(reinterpret_cast<const char*>(begin + count)),
-        step_((end_ - at_) / std::max<int64_t>(1, calls) + cache_line) {}
-  void operator()() {
-    for (const char* stop = std::min(end_, at_ + step_); at_ < stop; at_ += cache_line) __builtin_prefetch(at_, 0, 2);
-  }
-
- private:
-  const char *at_, *end_;
-  int64_t step_;
-};
-
 template <class T> class Engine {
  public:
   Engine(const Chain<T>& chain, const Kernels<T>& kernels, Team& team, LossSums* sums)
-      : chain_(chain), k_(kernels), team_(team), sums_(sums), packing_(chain, kernels) {}
+      : chain_(chain), k_(kernels), team_(team), sums_(sums), packing_(chain, kernels),
+        images_(chain, kernels, packing_) {}
 
   void run() {
     if (chain_.points == 0) return;
     for (int64_t t = 0; sums_ && t < chain_.points; ++t) sums_[t] = {};
     if (chain_.rows == 0) return;
-    if (chain_.layers.empty()) run_combined();
+    if (chain_.layers.empty() && chain_.steps.empty()) run_combined();
     else run_layers();
   }
 
@@ -58,34 +45,53 @@ template <class T> class Engine {
   // Points go in groups whose packed weights fit the last cache level; tasks are (block, point of the group), blocks
   // outermost, so that a block's terms are read from memory once per group.
   void run_layers() {
-    int64_t widest = chain_.width;
+    int64_t widest = chain_.flat(), streamed = 0;
     bool split = false;
-    for (const Layer<T>& l : chain_.layers) widest = std::max(widest, l.units), split |= !in_place(l);
+    for (const Layer<T>& l : chain_.layers)
+      widest = std::max(widest, l.units), split |= !in_place(l), streamed += l.units * l.depth * int64_t(sizeof(T));
     panel_size_ = widest * k_.panel;
     int64_t most = std::max(shared_panels, l2_bytes() * 3 / 8 / (panel_size_ * int64_t(sizeof(T))));
-    int64_t fewest = std::clamp<int64_t>(packing_.size * int64_t(sizeof(T)) / l2_bytes(), 1, shared_panels);
+    int64_t fewest = std::clamp<int64_t>(streamed / l2_bytes(), 1, shared_panels);
+    if (!chain_.steps.empty())  // images are large: a block's should stay in the last cache level while the points pass
+      most = std::clamp<int64_t>(image_bytes / (int64_t(chain_.terms.size()) * chain_.width * k_.panel * int64_t(sizeof(T))), 1, most);
     Blocks blocks(panels(), fewest, most, chain_.points);
-    int64_t group = std::max<int64_t>(1, packed_bytes / (packing_.size * int64_t(sizeof(T))));
+    int64_t group = std::max<int64_t>(1, packed_bytes / (packing_.size * int64_t(sizeof(T)) + 1));
     group = std::min(std::max<int64_t>(group, blocks.count < 8 ? team_.threads() : 1), chain_.points);
 
+    // So many points of a block are one task: images are combined for all of them at once.
+    int64_t share = std::clamp<int64_t>(group * blocks.count / (4 * team_.threads()), 1, images_.share());
+
     Buffer<T> packed(packing_.size * group);
-    std::vector<Buffer<T>> values;  // per thread: the panels of a block, and where the next layer's go
+    std::vector<Buffer<T>> values;  // per thread: the panels of a block for each point, and where the next layer's go
     int64_t spare = split ? blocks.size : 1;
-    for (int i = 0; i < team_.threads(); ++i) values.emplace_back((blocks.size + spare) * panel_size_);
+    std::vector<Buffer<T>> pixels;  // per thread: where one panel of images goes through the steps
+    for (int i = 0; i < team_.threads(); ++i) {
+      values.emplace_back((share * blocks.size + spare) * panel_size_);
+      pixels.emplace_back(images_.scratch(share));
+    }
     std::vector<LossSums> partial(group * blocks.count);
 
     for (int64_t t0 = 0; t0 < chain_.points; t0 += group) {
       int64_t n = std::min(group, chain_.points - t0), pieces = int64_t(packing_.pieces.size());
       team_.each(n * pieces, [&](int64_t i, int) {
-        packing_.pack(chain_, k_, t0 + i / pieces, packing_.pieces[i % pieces], packed.get() + i / pieces * packing_.size);
+        packing_.pack(k_, t0 + i / pieces, packing_.pieces[i % pieces], packed.get() + i / pieces * packing_.size);
       });
-      team_.each(n * blocks.count, [&](int64_t i, int thread) {
-        int64_t b = i / n, t = i % n;
-        Panels x, y;
-        for (int64_t p = 0; p < blocks.size; ++p) x.push_back(values[thread].get() + p * panel_size_);
-        for (int64_t p = 0; p < spare; ++p) y.push_back(values[thread].get() + (blocks.size + p) * panel_size_);
-        x.resize(blocks.end(b) - blocks.begin(b));
-        partial[t * blocks.count + b] = block(t0 + t, blocks.begin(b), packed.get() + t * packing_.size, x, y, thread);
+      int64_t shares = (n + share - 1) / share;
+      team_.each(shares * blocks.count, [&](int64_t task, int thread) {
+        int64_t b = task / shares, t = task % shares * share, begin = blocks.begin(b);
+        T* at = values[thread].get();
+        auto take = [&](int64_t count) {
+          Panels panels;
+          for (int64_t p = 0; p < count; ++p, at += panel_size_) panels.push_back(at);
+          return panels;
+        };
+        Panels y = take(spare);
+        std::vector<Panels> x;
+        for (int64_t i = t; i < std::min(n, t + share); ++i) x.push_back(take(blocks.end(b) - begin));
+        if (chain_.steps.empty()) combine(t0 + t, begin, x[0]);
+        else if (!images(t0 + t, begin, packed.get() + t * packing_.size, x, pixels[thread].get(), thread)) return;
+        for (size_t i = 0; i < x.size(); ++i, ++t)
+          partial[t * blocks.count + b] = block(t0 + t, begin, packed.get() + t * packing_.size, x[i], y, thread);
       });
       add(partial, t0, n, blocks.count);
     }
@@ -93,13 +99,26 @@ template <class T> class Engine {
 
   using Panels = std::vector<T*>;
 
-  LossSums block(int64_t point, int64_t begin, const T* packed, Panels& x, Panels& y, int thread) {
+  void combine(int64_t point, int64_t begin, Panels& x) const {
     Active<T, Rows<T>> terms(chain_.terms, chain_.coefficients + point * int64_t(chain_.terms.size()));
     for (Rows<T>& r : terms.items) r.data += begin * k_.panel * r.stride;
     for (size_t p = 0; p < x.size(); ++p) {
       k_.combine_rows(terms.count(), terms.items.data(), terms.coefficients.data(), samples(begin + p), chain_.width, chain_.act, x[p]);
       for (Rows<T>& r : terms.items) r.data += k_.panel * r.stride;
     }
+  }
+
+  // The steps on images for the points point .. point + x.size(); false: stopped.
+  bool images(int64_t point, int64_t begin, const T* packed, std::vector<Panels>& x, T* scratch, int thread) {
+    for (size_t p = 0; p < x[0].size(); ++p) {
+      images_.combine(point, int64_t(x.size()), (begin + p) * k_.panel, samples(begin + p), scratch);
+      for (size_t i = 0; i < x.size(); ++i)
+        if (!images_.run(int64_t(i), packed + i * packing_.size, scratch, x[i][p], [&] { return team_.stopping(thread); })) return false;
+    }
+    return true;
+  }
+
+  LossSums block(int64_t point, int64_t begin, const T* packed, Panels& x, Panels& y, int thread) {
     for (size_t l = 0; l < chain_.layers.size(); ++l) {
       if (team_.stopping(thread)) return {};
       size_t next = (l + 1) % chain_.layers.size();
@@ -147,7 +166,7 @@ template <class T> class Engine {
     for (int64_t i = first; i < end; ++i, prefetch()) {
       int units = at.tiles.size(i);
       Span<T> span{x + k0 * k_.panel, packed + at.weights + u0 * layer.depth + k0 * units, depth};
-      k_.product(1, &span, units, last && !layer.biases.empty() ? packed + at.bias + u0 : nullptr, k0 > 0, act, y + u0 * k_.panel);
+      k_.product(1, &span, units, last && layer.biased() ? packed + at.bias + u0 : nullptr, k0 > 0, act, y + u0 * k_.panel);
       u0 += units;
     }
     if (last && !in_registers) k_.activate(layer.act, (u0 - begin) * k_.panel, y + begin * k_.panel);
@@ -155,7 +174,7 @@ template <class T> class Engine {
 
   void head(int64_t point, int64_t panel, const T* x, LossSums& sums) const {
     const Head<T>& h = chain_.head;
-    int64_t width = chain_.layers.empty() ? chain_.width : chain_.layers.back().units, row = panel * k_.panel;
+    int64_t width = chain_.result(), row = panel * k_.panel;
     LossSums s;
     if (h.loss == Loss::none)
       k_.write_rows(x, samples(panel), width, h.outputs + point * h.point_stride + row * h.row_stride, h.row_stride);
@@ -217,6 +236,7 @@ template <class T> class Engine {
   Team& team_;
   LossSums* sums_;
   Packing<T> packing_;
+  Images<T> images_;
   int64_t panel_size_ = 0;
 };
 

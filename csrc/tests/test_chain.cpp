@@ -8,6 +8,9 @@
 #include "../engine/chain.h"
 
 namespace modeconn {
+
+int check_images(const Context& context);  // test_images.cpp
+
 namespace {
 
 std::mt19937 random_bits(1);
@@ -26,10 +29,10 @@ template <class T> double check(const Context& context, int64_t rows, std::vecto
   std::vector<double> c = draw<double>(points * 2);
   for (int64_t t = 0; t < points; ++t) c[2 * t] *= t % 3 != 0;
 
-  Chain<T> chain{rows, points, widths[0], {}, c.data(), {act, 0.125}, {}, {}};
+  Chain<T> chain{rows, points, widths[0], {}, c.data(), {act, 0.125}, {}, {}, {}};
   for (int j = 0; j < 2; ++j) chain.terms.push_back({keep(rows * widths[0]), widths[0]});
   for (size_t l = 1; l < widths.size(); ++l) {
-    Layer<T> layer{widths[l], widths[l - 1], {}, {}, c.data(), c.data(), {act, 0.125}};
+    Layer<T> layer{widths[l], widths[l - 1], 1, {}, {}, c.data(), c.data(), {act, 0.125}};
     for (int g = 0; g < 2; ++g) {
       layer.weights.push_back({keep(layer.units * layer.depth, 1 / std::sqrt(layer.depth)), layer.depth});
       layer.biases.push_back(keep(layer.units));
@@ -112,7 +115,7 @@ int main() {
   int n = modeconn::supported_isas(isas), bad = 0;
   for (int i = 0; i < n; ++i) {
     const modeconn::Context& context = modeconn::context(isas[i]);
-    bad += modeconn::check_all<float>(context, 1e-4) + modeconn::check_all<double>(context, 1e-12);
+    bad += modeconn::check_all<float>(context, 1e-4) + modeconn::check_all<double>(context, 1e-12) + modeconn::check_images(context);
     std::printf("%s: %s\n", isas[i], bad ? "FAIL" : "PASS");
   }
   return bad != 0;

@@ -11,7 +11,7 @@ from modeconn.plan.program import Program
 # What is assumed where the machine does not say: per core, and the least that is common today.
 _DEFAULT_L2 = 1 << 20
 # Fewer rows than this no longer amortise the cost of an operator call.
-_LEAST = 64
+_LEAST = 128
 
 
 def block_rows(program: Program, dtype: torch.dtype, device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""The native backend: chains of linear layers and activations fused in the C++ engine, from the first layer to the sums.
+"""The native backend: chains of linear layers, convolutions, poolings and activations, fused in the C++ engine.
 
 Each segment is looked at once. If what it does per point is such a chain, or adds up a combination of outputs, the engine
 runs it for blocks of samples that stay in the cache. Any other segment is left to the reference backend, which also
@@ -24,6 +24,8 @@ from modeconn.plan.program import Blend, Combination, Program, Segment, Term, Va
 
 # Points of one call into the engine: few enough that progress moves, many enough to fill the cores.
 _POINTS = 16
+# The same where only outputs are combined.
+_POINTS_OF_OUTPUTS = 256
 # The engine's sums, by the names that a head has for them.
 _SUMS = {"loss": 0, "error": 1, "top5_error": 2}
 _PASS_THROUGH = ("clone", "alias", "detach", "dropout", "contiguous")
@@ -38,20 +40,25 @@ class Stage:
 
 
 @dataclass
-class Linear(Stage):
-    """A linear layer: Σ_g columns[:, g] weights[g], and a bias likewise."""
+class Layer(Stage):
+    """A step of the engine: a linear layer or convolution Σ_g columns[:, g] weights[g], with a bias likewise, or a pooling."""
 
+    op: str = "linear"
+    geometry: dict[str, tuple[int, int]] = field(default_factory=dict)
     weights: list[np.ndarray] = field(default_factory=list)
-    columns: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    columns: np.ndarray | None = None
     biases: list[np.ndarray] = field(default_factory=list)
-    bias_columns: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    bias_columns: np.ndarray | None = None
 
     def at(self, points: slice) -> dict[str, Any]:
-        """The layer as the engine takes it, for some of the points."""
-        layer: dict[str, Any] = {"weights": self.weights, "coefficients": np.ascontiguousarray(self.columns[points])}
-        if self.biases:
-            layer |= {"biases": self.biases, "bias_coefficients": np.ascontiguousarray(self.bias_columns[points])}
-        return layer | {"activation": self.activation, "slope": self.slope}
+        """The step as the engine takes it, for some of the points."""
+        step: dict[str, Any] = {"op": self.op, **self.geometry}
+        if self.columns is not None:
+            step |= {"weights": self.weights, "coefficients": np.ascontiguousarray(self.columns[points])}
+            step |= {"activation": self.activation, "slope": self.slope}
+        if self.bias_columns is not None:
+            step |= {"biases": self.biases, "bias_coefficients": np.ascontiguousarray(self.bias_columns[points])}
+        return step
 
 
 @dataclass
@@ -60,7 +67,7 @@ class Chain:
 
     terms: tuple[Term, ...]
     start: Stage = field(default_factory=Stage)
-    layers: list[Linear] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
 
     @property
     def constant(self) -> bool:
@@ -93,8 +100,9 @@ class NativeBackend(ReferenceBackend):
         columns = np.stack([term.column for term in chain.terms], axis=1)
         sums = head.zeros(len(segment.rows), targets.device)
         wanted = [_SUMS[name] for name in head.names]
-        for start in range(0, len(sums), _POINTS):
-            points = slice(start, min(start + _POINTS, len(sums)))
+        together = _POINTS if chain.layers else _POINTS_OF_OUTPUTS
+        for start in range(0, len(sums), together):
+            points = slice(start, min(start + together, len(sums)))
             part = engine.chain_sums(
                 terms,
                 columns[points],
@@ -134,8 +142,8 @@ def find_chain(program: Program, segment: Segment) -> Chain | str:
     chain = Chain(())
     for index, step in enumerate(segment.steps):
         reads = step.combine if step.combine is not None else step.inputs[0] if len(step.inputs) == 1 else None
-        if not step.node.batched or len(step.node.shape) != 2 or reads is None:
-            return f"{_where(step.node)} is not part of a chain of linear layers"
+        if not step.node.batched or len(step.node.shape) not in (2, 4) or reads is None:
+            return f"{_where(step.node)} is not part of a chain of linear layers and convolutions"
         if index == 0 and isinstance(reads, Combination):
             chain.terms = reads.terms
         elif reads != index - 1:
@@ -148,21 +156,69 @@ def find_chain(program: Program, segment: Segment) -> Chain | str:
 
 def _append(chain: Chain, step: VaryingStep, points: int) -> str:
     """Add a step to the chain; why it cannot be added, if so."""
-    if step.node.op in _PASS_THROUGH:
+    op = step.node.op
+    if op in _PASS_THROUGH:
         return ""
-    if step.node.op == "linear":
+    if op == "flatten":
+        chain.layers.append(Layer(op="flatten"))
+        return ""
+    if (op == "linear" and len(step.node.shape) == 2) or op == "conv2d":
+        geometry = _geometry(step.node) if op == "conv2d" else {}
+        if isinstance(geometry, str):
+            return geometry
         (weights, columns), *bias = (_blend(entry, points) for entry in step.entries)
-        biases, bias_columns = bias[0] if bias else ([], np.empty((points, 0)))
-        chain.layers.append(Linear(weights=weights, columns=columns, biases=biases, bias_columns=bias_columns))
+        biases, bias_columns = bias[0] if bias else ([], None)
+        chain.layers.append(
+            Layer(op=op, geometry=geometry, weights=weights, columns=columns, biases=biases, bias_columns=bias_columns)
+        )
+        return ""
+    if op in ("max_pool2d", "avg_pool2d"):
+        geometry = _pooling(step.node)
+        if isinstance(geometry, str):
+            return geometry
+        chain.layers.append(Layer(op=op, geometry=geometry))
         return ""
     activation = _activation(step.node)
     if activation is None:
-        return "is neither a linear layer nor an activation that the engine has"
+        return "is nothing that the engine has"
     before: Stage = chain.layers[-1] if chain.layers else chain.start
-    if before.activation != "identity":
-        return "follows another activation"
+    if before.activation != "identity" or (isinstance(before, Layer) and before.columns is None):
+        return "does not follow a linear layer or a convolution"
     before.activation, before.slope = activation.activation, activation.slope
     return ""
+
+
+def _argument(node: Node, position: int, name: str, default: Any) -> Any:
+    """An argument of an operation, however it was passed."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """(height, width) of what PyTorch takes as one or two numbers."""
+    values = [value] if isinstance(value, int) else list(value)
+    return (values[0], values[-1])
+
+
+def _geometry(node: Node) -> dict[str, tuple[int, int]] | str:
+    """Stride and padding of a convolution, or why the engine does not have it."""
+    padding = _argument(node, 4, "padding", 0)
+    if isinstance(padding, str) or _pair(_argument(node, 5, "dilation", 1)) != (1, 1) or _argument(node, 6, "groups", 1) != 1:
+        return "is dilated, grouped, or padded by name"
+    return {"stride": _pair(_argument(node, 3, "stride", 1)), "padding": _pair(padding)}
+
+
+def _pooling(node: Node) -> dict[str, tuple[int, int]] | str:
+    """Kernel, stride and padding of a pooling, or why the engine does not have it."""
+    kernel, padding = _argument(node, 1, "kernel_size", 1), _argument(node, 3, "padding", 0)
+    stride = _argument(node, 2, "stride", None) or kernel
+    if node.op == "max_pool2d":
+        plain = _pair(_argument(node, 4, "dilation", 1)) == (1, 1) and not _argument(node, 5, "ceil_mode", False)
+    else:
+        by_kernel = _argument(node, 5, "count_include_pad", True) and _argument(node, 6, "divisor_override", None) is None
+        plain = by_kernel and not _argument(node, 4, "ceil_mode", False)
+    if not plain:
+        return "rounds up, is dilated, or divides in its own way"
+    return {"kernel": _pair(kernel), "stride": _pair(stride), "padding": _pair(padding)}
 
 
 def _blend(entry: Tensor | Blend, points: int) -> tuple[list[np.ndarray], np.ndarray]:

@@ -76,6 +76,19 @@ void combine(int terms, const typename S::T* const* values, const typename S::T*
   if (act.kind != Act::identity) activate<S>(act, count, out);
 }
 
+// NaN counts as the maximum, as in PyTorch.
+template <class S>
+void pool(bool max, int taps, const typename S::T* const* values, typename S::T divisor, int64_t count, typename S::T* out) {
+  for (int64_t i = 0; i < count; i += S::L) {
+    typename S::V y = load<S>(values[0] + i);
+    for (int j = 1; j < taps; ++j) {
+      typename S::V x = load<S>(values[j] + i);
+      y = max ? ((x > y) | (x != x) ? x : y) : y + x;
+    }
+    store<S>(out + i, max ? y : y / divisor);
+  }
+}
+
 template <class S, int NV>
 void write_rows(const typename S::T* panel, int samples, int64_t width, typename S::T* out, ptrdiff_t stride) {
   constexpr int L = S::L, P = NV * L;

@@ -16,6 +16,7 @@ template <class S, int NV, int MR> void fill(Kernels<typename S::T>& k, const ch
   k.combine_rows = combine_rows<S, NV>;
   k.combine = combine<S>;
   k.product = product<S, NV, MR>;
+  k.pool = pool<S>;
   k.activate = activate<S>;
   k.write_rows = write_rows<S, NV>;
   k.cross_entropy = cross_entropy<S, NV>;

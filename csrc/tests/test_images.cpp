@@ -1,0 +1,102 @@
+// Convolutions and pooling under the sanitizers, against plain loops in double precision, on a reduced set of shapes.
+#include <cmath>
+#include <cstdio>
+#include <random>
+
+#include "../engine/chain.h"
+
+namespace modeconn {
+namespace {
+
+using Values = std::vector<double>;
+std::mt19937 random_bits(2);
+
+template <class T> std::vector<T> draw(int64_t n) {
+  std::normal_distribution<double> normal;
+  std::vector<T> v(n);
+  for (T& x : v) x = T(normal(random_bits));
+  return v;
+}
+
+template <class T> Values plain(const ImageStep<T>& s, const Values& x) {
+  Values y;
+  const Window& w = s.window;
+  for (int64_t u = 0; u < s.out.channels; ++u)
+    for (int64_t h = 0; h < s.out.height; ++h)
+      for (int64_t v = 0; v < s.out.width; ++v) {
+        double sum = s.op == Op::conv ? s.layer.biases[0][u] : 0, max = -INFINITY;
+        for (int64_t c = 0; c < s.in.channels; ++c)
+          for (int64_t i = 0; i < w.kernel[0]; ++i)
+            for (int64_t j = 0; j < w.kernel[1]; ++j) {
+              int64_t row = h * w.stride[0] - w.padding[0] + i, column = v * w.stride[1] - w.padding[1] + j;
+              if ((s.op != Op::conv && c != u) || row < 0 || column < 0 || row >= s.in.height || column >= s.in.width) continue;
+              double value = x[(c * s.in.height + row) * s.in.width + column];
+              if (s.op == Op::conv) value *= s.layer.weights[0].data[u * s.layer.depth + c * s.layer.taps + i * w.kernel[1] + j];
+              sum += value, max = std::max(max, value);
+            }
+        y.push_back(s.op == Op::conv ? std::max(sum, 0.0) : s.op == Op::max_pool ? max : sum / double(w.taps()));
+      }
+  return y;
+}
+
+template <class T> double check(const Context& context, int64_t rows, const Image& image, std::vector<std::pair<Op, Window>> steps, int threads) {
+  std::vector<std::vector<T>> store;
+  store.reserve(32);
+  auto keep = [&](int64_t n) { return (store.push_back(draw<T>(n)), store.back().data()); };
+  const double ones[3] = {1, 1, 1};
+  const int64_t points = 3;  // equal ones
+  Chain<T> chain{rows, points, image.count(), {{keep(rows * image.count()), image.count()}}, ones, {}, {}, {}, {}};
+  Image in = image;
+  for (auto [op, window] : steps) {
+    ImageStep<T> s{op, window, in, in, {}};
+    s.out.height = (in.height + 2 * window.padding[0] - window.kernel[0]) / window.stride[0] + 1;
+    s.out.width = (in.width + 2 * window.padding[1] - window.kernel[1]) / window.stride[1] + 1;
+    if (op == Op::conv) {
+      s.out.channels = in.channels + 6;
+      s.layer = Layer<T>{s.out.channels, in.channels * window.taps(), window.taps(), {}, {}, ones, ones, {Act::relu, 0}};
+      s.layer.weights.push_back({keep(s.layer.units * s.layer.depth), s.layer.depth});
+      s.layer.biases.push_back(keep(s.layer.units));
+    }
+    chain.steps.push_back(s);
+    in = s.out;
+  }
+  std::vector<T> out(points * rows * in.count(), T(NAN));
+  chain.head.outputs = out.data(), chain.head.row_stride = in.count(), chain.head.point_stride = rows * in.count();
+  Team team(threads, nullptr);
+  run(chain, context.kernels<T>(), team, nullptr);
+  double worst = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* first = chain.terms[0].data + r * image.count();
+    Values x(first, first + image.count());
+    for (const ImageStep<T>& s : chain.steps) x = plain(s, x);
+    double scale = 1;
+    for (double v : x) scale = std::max(scale, std::abs(v));
+    for (int64_t i = 0; i < points * in.count(); ++i) {
+      int64_t t = i / in.count(), k = i % in.count();
+      double error = std::abs(out[(t * rows + r) * in.count() + k] - x[k]) / scale;
+      worst = std::isnan(error) ? INFINITY : std::max(worst, error);
+    }
+  }
+  return worst;
+}
+
+}  // namespace
+
+int check_images(const Context& context) {
+  const Window same{{3, 3}, {1, 1}, {1, 1}}, half{{2, 2}, {2, 2}, {0, 0}}, wide{{5, 2}, {2, 1}, {2, 1}}, lapped{{3, 3}, {2, 2}, {1, 1}};
+  const std::vector<std::vector<std::pair<Op, Window>>> chains = {
+      {{Op::conv, same}}, {{Op::conv, same}, {Op::max_pool, half}, {Op::conv, wide}}, {{Op::conv, wide}, {Op::max_pool, lapped}},
+      {{Op::max_pool, half}, {Op::conv, same}, {Op::avg_pool, half}}, {{Op::avg_pool, lapped}, {Op::avg_pool, half}}};
+  int bad = 0;
+  for (size_t i = 0; i < chains.size(); ++i)
+    for (int64_t rows : {0, 1, 33})
+      for (const Image& image : {Image{1, 4, 4}, Image{3, 5, 7}, Image{17, 8, 4}}) {
+        double f32 = check<float>(context, rows, image, chains[i], 2), f64 = check<double>(context, rows, image, chains[i], 1);
+        if (f32 <= 1e-4 && f64 <= 1e-12) continue;
+        std::printf("FAIL %s images: chain %d rows %d channels %d: errors %.2e %.2e\n", context.isa, int(i), int(rows), int(image.channels), f32, f64);
+        ++bad;
+      }
+  return bad;
+}
+
+}  // namespace modeconn
