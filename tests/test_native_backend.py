@@ -144,11 +144,40 @@ def test_dead_channels():
     agrees(nets[0], mc.Line(a, b), IMAGES, Y[:67], 5)
 
 
+def norm_net(seed: int, **norm: object) -> nn.Sequential:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5, **norm), nn.ReLU(), nn.MaxPool2d(2),  # type: ignore[arg-type]
+        nn.Conv2d(5, 7, 3, bias=False), nn.BatchNorm2d(7), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Linear(9, 10),
+    )  # fmt: skip
+    model(IMAGES)  # running statistics of its own
+    return model
+
+
+@pytest.mark.parametrize("norm", [{}, {"affine": False}, {"eps": 0.1}], ids=str)
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_batch_norms_are_folded(norm, precision):
+    nets = [norm_net(seed, **norm) for seed in range(2)]
+    agrees(nets[0], mc.Line(*nets), IMAGES, Y[:67], 5, precision)
+    agrees(nets[0], mc.PolyChain([*nets, nets[0]]), IMAGES, Y[:67], 9, precision)
+
+
+def test_a_batch_norm_that_alone_moves():
+    net = norm_net(0)
+    for key in ("1.weight", "1.running_var", "5.running_mean", "10.bias"):
+        moved = clone(net)
+        moved[key] += 0.5
+        got = mc.evaluate(net, mc.Line(net, moved), (IMAGES, Y[:67]), 5)
+        exact = pass_per_point(net, mc.Line(net, moved), IMAGES, Y[:67], got.t, torch.float64)
+        np.testing.assert_allclose(got.loss, exact["loss"], rtol=2e-6)
+
+
 @pytest.mark.parametrize(
     "pool",
     [
         nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(2, ceil_mode=True),
-        nn.AvgPool2d(3, padding=1, count_include_pad=False), nn.AvgPool2d(2, divisor_override=3), nn.AdaptiveAvgPool2d(1),
+        nn.AvgPool2d(3, padding=1, count_include_pad=False), nn.AvgPool2d(2, divisor_override=3), nn.AdaptiveAvgPool2d(2),
     ],
     ids=str,
 )  # fmt: skip
@@ -163,7 +192,9 @@ def test_poolings_that_the_engine_does_not_have_are_left_to_the_reference(pool):
 
 
 @pytest.mark.parametrize(
-    "pool", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 1)), nn.AvgPool2d(3, padding=1), nn.AvgPool2d(2)], ids=str
+    "pool",
+    [nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 1)), nn.AvgPool2d(3, padding=1), nn.AvgPool2d(2)],
+    ids=str,
 )
 def test_poolings(pool):
     nets = [conv_net(seed, pool) for seed in range(2)]

@@ -7,7 +7,7 @@ computes the shared values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,11 @@ class Stage:
 
 @dataclass
 class Layer(Stage):
-    """A step of the engine: a linear layer or convolution Σ_g columns[:, g] weights[g], with a bias likewise, or a pooling."""
+    """A step of the engine: a linear layer or convolution Σ_g columns[:, g] weights[g], with a bias likewise, or a pooling.
+
+    Attributes:
+        norm: scale and shift [points, units] of a batch norm that follows.
+    """
 
     op: str = "linear"
     geometry: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -49,6 +53,7 @@ class Layer(Stage):
     columns: np.ndarray | None = None
     biases: list[np.ndarray] = field(default_factory=list)
     bias_columns: np.ndarray | None = None
+    norm: tuple[np.ndarray, np.ndarray] | None = None
 
     def at(self, points: slice) -> dict[str, Any]:
         """The step as the engine takes it, for some of the points."""
@@ -58,6 +63,9 @@ class Layer(Stage):
             step |= {"activation": self.activation, "slope": self.slope}
         if self.bias_columns is not None:
             step |= {"biases": self.biases, "bias_coefficients": np.ascontiguousarray(self.bias_columns[points])}
+        if self.norm is not None:
+            scale, shift = self.norm
+            step |= {"scale": np.ascontiguousarray(scale[points]), "shift": np.ascontiguousarray(shift[points])}
         return step
 
 
@@ -90,6 +98,8 @@ class NativeBackend(ReferenceBackend):
         if reason:
             raise ModeconnError(f'backend "native" cannot run this: {reason}; ask for "reference" or "auto"')
         self._chains = {segment.index: find_chain(program, segment) for segment in program.segments}
+        # A chain may begin with another value than the planner's: the input of a layer that has a norm behind it.
+        self._kept |= {t.value for chain in self._chains.values() if isinstance(chain, Chain) for t in chain.terms}
 
     def sums(self, segment: Segment, values: Values, targets: Tensor, head: Head, tick: Callable[..., None]) -> Tensor:
         chain = self._chains[segment.index]
@@ -148,43 +158,98 @@ def find_chain(program: Program, segment: Segment) -> Chain | str:
             chain.terms = reads.terms
         elif reads != index - 1:
             return f"{_where(step.node)} does not follow the step before it"
-        reason = "" if step.combine is not None else _append(chain, step, len(segment.rows))
+        reason = "" if step.combine is not None else _append(program, chain, step, len(segment.rows))
         if reason:
             return f"{_where(step.node)} {reason}"
     return chain if isinstance(form, Varying) and form.step == len(segment.steps) - 1 else "the output is not the last step"
 
 
-def _append(chain: Chain, step: VaryingStep, points: int) -> str:
+def _append(program: Program, chain: Chain, step: VaryingStep, points: int) -> str:
     """Add a step to the chain; why it cannot be added, if so."""
-    op = step.node.op
-    if op in _PASS_THROUGH:
+    node = step.node
+    size = program.graph.nodes[node.inputs[0]].shape[2:]
+    if node.op in _PASS_THROUGH or (node.op == "adaptive_avg_pool2d" and _pair(node.args[1]) == tuple(size)):
         return ""
-    if op == "flatten":
-        chain.layers.append(Layer(op="flatten"))
-        return ""
-    if (op == "linear" and len(step.node.shape) == 2) or op == "conv2d":
-        geometry = _geometry(step.node) if op == "conv2d" else {}
-        if isinstance(geometry, str):
-            return geometry
-        (weights, columns), *bias = (_blend(entry, points) for entry in step.entries)
-        biases, bias_columns = bias[0] if bias else ([], None)
-        chain.layers.append(
-            Layer(op=op, geometry=geometry, weights=weights, columns=columns, biases=biases, bias_columns=bias_columns)
-        )
-        return ""
-    if op in ("max_pool2d", "avg_pool2d"):
-        geometry = _pooling(step.node)
-        if isinstance(geometry, str):
-            return geometry
-        chain.layers.append(Layer(op=op, geometry=geometry))
-        return ""
-    activation = _activation(step.node)
+    if node.op == "batch_norm":
+        return _append_norm(program, chain, step, points)
+    layer = _layer(step, points, size)
+    if isinstance(layer, Layer):
+        chain.layers.append(layer)
+    if layer is not None:
+        return layer if isinstance(layer, str) else ""
+    activation = _activation(node)
     if activation is None:
         return "is nothing that the engine has"
     before: Stage = chain.layers[-1] if chain.layers else chain.start
     if before.activation != "identity" or (isinstance(before, Layer) and before.columns is None):
         return "does not follow a linear layer or a convolution"
     before.activation, before.slope = activation.activation, activation.slope
+    return ""
+
+
+def _layer(step: VaryingStep, points: int, size: tuple[Any, ...]) -> Layer | str | None:
+    """The step as a layer, why the engine does not have it, or None if it is no layer at all."""
+    node = step.node
+    if node.op == "flatten":
+        return Layer(op="flatten")
+    if node.op == "adaptive_avg_pool2d" and _pair(node.args[1]) == (1, 1):
+        return Layer(op="avg_pool2d", geometry={"kernel": _pair(size)})
+    if node.op in ("max_pool2d", "avg_pool2d"):
+        geometry = _pooling(node)
+        return geometry if isinstance(geometry, str) else Layer(op=node.op, geometry=geometry)
+    if node.op == "conv2d" or (node.op == "linear" and len(node.shape) == 2):
+        return _product(node, [_blend(entry, points) for entry in step.entries])
+    return None
+
+
+def _product(node: Node, entries: Sequence[tuple[list[np.ndarray], np.ndarray]]) -> Layer | str:
+    """A linear layer or convolution from its weight and bias, each as arrays and their coefficients."""
+    geometry = _geometry(node) if node.op == "conv2d" else {}
+    if isinstance(geometry, str):
+        return geometry
+    (weights, columns), *bias = entries
+    biases, bias_columns = bias[0] if bias else ([], None)
+    return Layer(op=node.op, geometry=geometry, weights=weights, columns=columns, biases=biases, bias_columns=bias_columns)
+
+
+def _append_norm(program: Program, chain: Chain, step: VaryingStep, points: int) -> str:
+    """Fold a batch norm with given statistics into the layer before it."""
+    if not chain.layers:
+        reason = _begin_with_layer(program, chain)
+        if reason:
+            return reason
+    before = chain.layers[-1]
+    if before.columns is None or before.activation != "identity" or before.norm is not None:
+        return "does not follow a linear layer or a convolution"
+
+    def vectors(position: int, absent: float) -> np.ndarray:
+        leaf = step.node.args[position]
+        if leaf is None:
+            return np.full((1, 1), absent)
+        arrays, columns = _blend(step.entries[leaf.index], points)
+        combined: np.ndarray = columns @ np.stack(arrays).astype(np.float64)
+        return combined
+
+    mean, var, weight, bias = (vectors(i, absent) for i, absent in ((1, 0.0), (2, 1.0), (3, 1.0), (4, 0.0)))
+    with np.errstate(invalid="ignore"):  # extrapolated variances may be negative: NaN, as PyTorch gives
+        scale = weight / np.sqrt(var + step.node.args[5])
+    before.norm = scale, bias - mean * scale
+    return ""
+
+
+def _begin_with_layer(program: Program, chain: Chain) -> str:
+    """Let the engine compute what the planner has combined: it folds norms into layers only. Why it cannot, if so."""
+    steps = [program.shared[term.value] for term in chain.terms]
+    if len({(step.node.id, step.inputs) for step in steps}) > 1 or steps[0].node.op not in ("linear", "conv2d"):
+        return "follows neither a linear layer nor a convolution"
+    columns = np.stack([term.column for term in chain.terms], axis=1)
+    layer = _product(
+        steps[0].node, [([e.contiguous().numpy() for e in es], columns) for es in zip(*(s.entries for s in steps))]
+    )
+    if isinstance(layer, str):
+        return layer
+    chain.layers.append(layer)
+    chain.terms = (Term(steps[0].inputs[0], np.ones(len(columns))),)
     return ""
 
 
