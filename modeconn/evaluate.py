@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modeconn import state as states
 from modeconn.backends import check_name, make_backend
 from modeconn.capture import capture, eval_mode, prepare
 from modeconn.data import as_batches
@@ -26,7 +27,6 @@ from modeconn.paths import Path, Points
 from modeconn.plan.explain import Plan
 from modeconn.plan.planner import make_program
 from modeconn.result import PathResult
-from modeconn.state import State
 
 # done, total: in samples; total is None where the data does not say.
 Progress = Callable[[int, "int | None"], None]
@@ -83,7 +83,7 @@ def evaluate(
     check_name(backend)
     dtype, where = _precision(precision), _device(device, path)
     frozen = _frozen(buffers, path)
-    check_fit(model, path.control_points[0])
+    _check_fit(model, path)
     first_rows = _positive("batch_size", batch_size)
     budget = _positive("memory_budget", memory_budget) or _MEMORY_BUDGET
 
@@ -135,24 +135,17 @@ def explain(
     t = path.points(points)
     dtype, where = _precision(precision), _device(device, path)
     frozen = _frozen(buffers, path)
-    check_fit(model, path.control_points[0])
+    _check_fit(model, path)
     graph = capture(prepare(model, dtype, where), _moved(torch.as_tensor(sample), dtype, where))
     return Plan(make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen))
 
 
-def check_fit(model: nn.Module, point: State) -> None:
-    """Raise a ModeconnError that lists what differs between a model's entries and a control point's."""
+def _check_fit(model: nn.Module, path: Path) -> None:
+    """Raise a ModeconnError that lists what differs between the model's entries and the path's."""
     own = model.state_dict()
-    wrong = [f"{key!r} is missing" for key in own if key not in point]
-    wrong += [f"{key!r} is not the model's" for key in point if key not in own]
-    wrong += [
-        f"{key!r} has shape {list(point[key].shape)}, the model's {list(own[key].shape)}"
-        for key in own
-        if key in point and own[key].shape != point[key].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ModeconnError(f"the path does not fit the model {type(model).__name__}: {'; '.join(wrong[:5])}{more}")
+    states.match(
+        [own, path.control_points[0]], [f"the model {type(model).__name__}", path.names[0]], devices=False, dtypes=False
+    )
 
 
 def _precision(precision: str) -> torch.dtype:

@@ -63,19 +63,20 @@ def load(source: nn.Module | Mapping[str, Any] | str | os.PathLike[str], *, dtyp
     return {name: _converted(tensor, dtype, copy) for name, tensor in state.items()}
 
 
-def match(states: Sequence[Mapping[str, Tensor]], names: Sequence[str], *, devices: bool = True) -> None:
+def match(states: Sequence[Mapping[str, Tensor]], names: Sequence[str], *, devices: bool = True, dtypes: bool = True) -> None:
     """Raises unless all states have the keys, shapes and dtypes of the first, and its device.
 
     Args:
         states: The states to compare.
         names: What to call each of them in the message.
         devices: Whether the device counts, too.
+        dtypes: Whether the dtype counts.
 
     Raises:
         ModeconnError: Lists the first differences and says how many there are.
     """
     for state, name in zip(states[1:], names[1:], strict=True):
-        differences = list(_differences(states[0], state, devices))
+        differences = list(_differences(states[0], state, devices, dtypes))
         if not differences:
             continue
         hint = _prefix_hint(state, name, states[0]) or _prefix_hint(states[0], names[0], state)
@@ -303,7 +304,7 @@ def _converted(tensor: Tensor, dtype: torch.dtype | None, copy: bool = False) ->
     return tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=copy)
 
 
-def _differences(first: Mapping[str, Tensor], other: Mapping[str, Tensor], devices: bool) -> Iterable[str]:
+def _differences(first: Mapping[str, Tensor], other: Mapping[str, Tensor], devices: bool, dtypes: bool) -> Iterable[str]:
     yield from (f"'{key}' is missing" for key in first if key not in other)
     for key, tensor in other.items():
         if key not in first:
@@ -312,7 +313,7 @@ def _differences(first: Mapping[str, Tensor], other: Mapping[str, Tensor], devic
         expected = first[key]
         if tensor.shape != expected.shape:
             yield f"'{key}' is {list(tensor.shape)}, expected {list(expected.shape)}"
-        elif tensor.dtype != expected.dtype:
+        elif dtypes and tensor.dtype != expected.dtype:
             yield f"'{key}' is {tensor.dtype}, expected {expected.dtype}"
         elif devices and tensor.device != expected.device:
             yield f"'{key}' is on {tensor.device}, expected on {expected.device}"

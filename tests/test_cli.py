@@ -429,7 +429,7 @@ BAD = [
         "wider.safetensors does not match a.safetensors",
     ),
     # the model
-    ((*LINE, "--model", "mlp:64-17-10"), "a.safetensors does not match model mlp:64-17-10"),
+    ((*LINE, "--model", "mlp:64-17-10"), "a.safetensors does not match the model MLP"),
     ((*LINE, "--model", "mlp:64-x-10"), "'x' is not a width"),
     ((*LINE, "--model", "no.such:model"), "cannot be imported"),
     (

@@ -21,8 +21,11 @@ def make_backend(name: str, program: Program, dtype: torch.dtype, device: torch.
     """The backend of that name; "auto" takes the fastest that runs the program."""
     check_name(name)
     if name != "reference":
-        from modeconn.backends.native import NativeBackend, unsupported
+        from modeconn.backends.native import CannotRun, NativeBackend
 
-        if name == "native" or not unsupported(program, device):
+        try:
             return NativeBackend(program, dtype, device)
+        except CannotRun:
+            if name == "native":
+                raise
     return ReferenceBackend(program, dtype, device)

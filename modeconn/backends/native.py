@@ -83,21 +83,29 @@ class Chain:
         return not self.layers and all(np.ptp(term.column) == 0 for term in self.terms)
 
 
+class CannotRun(ModeconnError):
+    """The engine can run nothing of a program; the text says why."""
+
+
 class NativeBackend(ReferenceBackend):
     """Runs chains in the C++ engine and everything else as the reference backend does.
 
     Raises:
-        ModeconnError: the engine is not built, the device is not the CPU, or no segment is a chain.
+        CannotRun: the engine is not built, the device is not the CPU, or no segment is a chain.
     """
 
     name = "native"
 
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(program, dtype, device)
-        reason = unsupported(program, device)
-        if reason:
-            raise ModeconnError(f'backend "native" cannot run this: {reason}; ask for "reference" or "auto"')
+        if device.type != "cpu":
+            raise _cannot(f"it computes on the CPU, and the device is {device}")
+        if not native.available():
+            raise _cannot(f"the C++ extension is not available: {native.reason()}")
         self._chains = {segment.index: find_chain(program, segment) for segment in program.segments}
+        reasons = [reason for reason in self._chains.values() if isinstance(reason, str)]
+        if len(reasons) == len(self._chains):
+            raise _cannot(reasons[0])
         # A chain may begin with another value than the planner's: the input of a layer that has a norm behind it.
         self._kept |= {t.value for chain in self._chains.values() if isinstance(chain, Chain) for t in chain.terms}
 
@@ -126,17 +134,6 @@ class NativeBackend(ReferenceBackend):
             sums[points] = torch.from_numpy(part[:, wanted])
             tick(points.stop - points.start)
         return sums
-
-
-def unsupported(program: Program, device: torch.device) -> str:
-    """Why the engine can run nothing of a program; empty where it can."""
-    if device.type != "cpu":
-        return f"it computes on the CPU, and the device is {device}"
-    if not native.available():
-        return f"the C++ extension is not available: {native.reason()}"
-    found = [find_chain(program, segment) for segment in program.segments]
-    reasons = [reason for reason in found if isinstance(reason, str)]
-    return reasons[0] if len(reasons) == len(found) else ""
 
 
 def find_chain(program: Program, segment: Segment) -> Chain | str:
@@ -302,6 +299,10 @@ def _activation(node: Node) -> Stage | None:
     if node.op == "gelu":
         return Stage("gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu")
     return None
+
+
+def _cannot(reason: str) -> CannotRun:
+    return CannotRun(f'backend "native" cannot run this: {reason}; ask for "reference" or "auto"')
 
 
 def _where(node: Node) -> str:

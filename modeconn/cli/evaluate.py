@@ -146,7 +146,6 @@ def run(args: argparse.Namespace) -> None:
 
     spec, model = options.load_model(args, args.checkpoints)
     path = make_path(kind, args.checkpoints)
-    options.check_fits(model, spec, path.control_points[0], args.checkpoints[0])
     data = options.load_data(args)
     result = evaluate(
         model,

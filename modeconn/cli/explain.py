@@ -32,9 +32,8 @@ def run(args: argparse.Namespace) -> None:
 
     from modeconn.evaluate import explain
 
-    spec, model = options.load_model(args, args.checkpoints)
+    _, model = options.load_model(args, args.checkpoints)
     path = make_path(kind, args.checkpoints)
-    options.check_fits(model, spec, path.control_points[0], args.checkpoints[0])
     data = options.load_data(args)
     sample, _ = data.slice(0, min(ROWS, len(data)))
     plan = explain(model, path, sample, points=points_of(args, kind))

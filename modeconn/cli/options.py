@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from modeconn.datasets import Images
-    from modeconn.state import State
 
     Commands = argparse._SubParsersAction["Parser"]
 
@@ -173,12 +172,3 @@ def check_plot(file: str | None) -> None:
         raise ModeconnError(f"--plot {file}: the name must end in {', '.join(PLOT_SUFFIXES)}")
     if find_spec("matplotlib") is None:
         raise ModeconnError("--plot needs matplotlib, which is not installed: pip install 'modeconn[plot]'")
-
-
-def check_fits(model: nn.Module, spec: str, found: State, file: str) -> None:
-    """Raise ModeconnError where a checkpoint is not one of this model; its dtype may be another."""
-    from modeconn import state
-
-    own = state.load(model)
-    like = {key: value.to(own[key].dtype) if key in own else value for key, value in found.items()}
-    state.match([own, like], [f"model {spec}", file], devices=False)
