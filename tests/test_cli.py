@@ -141,7 +141,7 @@ def test_evaluate_writes_what_the_library_computes(here: Path, capsys):
     for number in (saved.loss[0], saved.loss[-1], highest, where, saved.barrier()):
         assert f"{number:.4g}" in row
     assert "200 samples, 5 points, 1 pass over the data in " in printed.out
-    assert "reference backend" in printed.out
+    assert "backend, cpu, float32" in printed.out
     assert lines[-3:] == ["wrote r.png", "wrote r.npz", "wrote r.json"]
 
 

@@ -81,7 +81,7 @@ class Plan:
         program = self.program
         ratio, once = self.naive_flops / max(self.flops, 1.0), self.network_flops / max(program.naive_flops, 1.0)
         lines = [
-            f"{len(program.inverse)} points ({len(program.points)} distinct) on {len(program.segments)} segments",
+            f"{_of(len(program.inverse), 'point')} ({len(program.points)} distinct) on {_of(len(program.segments), 'segment')}",
             f"arithmetic per sample: {_count(self.naive_flops)} by a pass per point, {_count(self.flops)} by this plan",
             f"  {ratio:.1f} times less: {_count(self.network_flops)} once, or {once:.2f} forward passes",
             f"  and {_count(self.point_flops)} for the points",
@@ -135,3 +135,7 @@ def _count(number: float) -> str:
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number:.0f}"
+
+
+def _of(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
