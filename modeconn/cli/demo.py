@@ -159,6 +159,7 @@ def _print_race(result: PathResult, timings: dict[str, float], fixed: float, fur
     rows = [[name, output.seconds_text(taken), f"{taken / timings[OURS]:.2f}"] for name, taken in timings.items()]
     output.print_table(["", "time", "ratio"], rows)
     print(
-        f"\nOf the one pass, {output.seconds_text(fixed)} went into looking at the model: no more for "
-        f"more data or points.\nThe losses of all four agree to {furthest:.0e}."
+        f"\nOf the one pass, {output.seconds_text(fixed)} went into the plan: no more for more data or points. A model's "
+        f"first evaluation traces it as well:\nthe one plotted above took {output.seconds_text(result.seconds)} in all. "
+        f"The losses of all four agree to {furthest:.0e}."
     )
