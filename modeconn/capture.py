@@ -268,7 +268,7 @@ def _size(value: Any) -> int | Size:
             known[rows] = int(expression.subs(symbols[0], rows))
         return known[rows]
 
-    return Size(of, str(expression.subs(symbols[0], "N")))
+    return Size(of, str(expression).replace(str(symbols[0]), "N"))
 
 
 def _source(fx: Any) -> str:

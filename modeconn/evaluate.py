@@ -32,7 +32,7 @@ from modeconn.result import PathResult
 Progress = Callable[[int, "int | None"], None]
 
 _PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
-# Memory for a batch and its shared values where the caller names no budget.
+# Memory for a batch, and as much for its shared values, where the caller names no budget.
 _MEMORY_BUDGET = 128 << 20
 _MOST_ROWS = 1 << 16
 
@@ -100,12 +100,14 @@ def evaluate(
         engine = make_backend(backend, program, dtype, where)
         sums = head.zeros(len(program.points), where)
         for inputs, targets in itertools.chain([first], stream):
-            x, y = _moved(inputs, dtype, where), head.fit(example, targets.to(where))
-            tick = _Tick(report, samples, len(x), len(program.points), batches.samples)
-            values = engine.shared(x)
-            for segment in program.segments:
-                sums[segment.rows] += engine.sums(segment, values, y, head, tick)
-            samples += len(x)
+            most = len(inputs) if graph.mixes_rows else engine.most_rows(budget)
+            batch, labels = _moved(inputs, dtype, where), head.fit(example, targets.to(where))
+            for x, y in zip(batch.split(most), labels.split(most)):
+                tick = _Tick(report, samples, len(x), len(program.points), batches.samples)
+                values = engine.shared(x)
+                for segment in program.segments:
+                    sums[segment.rows] += engine.sums(segment, values, y, head, tick)
+                samples += len(x)
     means = (sums / samples).cpu().numpy()[program.inverse]
     values_by_name = {name: means[:, i].copy() for i, name in enumerate(head.names)}
     _warn_non_finite(values_by_name, t)
@@ -185,8 +187,9 @@ def _positive(name: str, value: int | None) -> int | None:
 
 
 def _rows_within(budget: int, data: Any) -> int:
-    """Rows of a batch: inputs of float32 and as much again for what is shared may take up the budget."""
-    shape = getattr(data[0], "shape", None) if isinstance(data, (tuple, list)) and len(data) == 2 else None
+    """Rows to read at a time, so that inputs of float32 take up half of the budget."""
+    inputs = data[0] if isinstance(data, (tuple, list)) and len(data) == 2 else getattr(data, "inputs", None)
+    shape = getattr(inputs, "shape", None)
     per_row = 4 * math.prod(shape[1:]) if shape is not None and len(shape) > 1 else 4096
     return max(1, min(_MOST_ROWS, budget // (2 * max(per_row, 64))))
 

@@ -88,6 +88,8 @@ class Path:
             raise ModeconnError(f"points must be a count or numbers, got {points!r}") from None
         if t.ndim == (0 if self.dim == 1 else 1):
             t = t[None]
+        elif self.dim == 1 and t.ndim == 2 and t.shape[1] == 1:
+            t = t[:, 0]
         expected = "[T]" if self.dim == 1 else f"[T, {self.dim}]"
         if t.size == 0:
             raise ModeconnError(f"points is empty: expected t values of shape {expected}")
@@ -250,9 +252,7 @@ class Mixture(Path):
     def points(self, points: Points) -> np.ndarray:
         if isinstance(points, (int, np.integer)):
             raise ModeconnError(f"points is {points}: a Mixture has no default grid, give coefficients [T, {self.dim}]")
-        t = np.asarray(points, np.float64)
-        # One control point leaves dim = 1, and [T, 1] is then as good as [T].
-        return super().points(t[:, 0] if self.dim == 1 and t.ndim == 2 and t.shape[1] == 1 else t)
+        return super().points(points)
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
         return np.array(t, np.float64).reshape(len(t), self.dim)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import tracemalloc
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -18,21 +16,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from modeconn.data import Batches, as_batches
 from modeconn.datasets import Images
-from modeconn.errors import ModeconnError
+from refused import refused
 
 N = 23
 INPUTS = torch.arange(N * 6, dtype=torch.float32).reshape(N, 2, 3)
 TARGETS = torch.arange(N)
-
-
-@contextmanager
-def refused(*words: str) -> Iterator[None]:
-    """A ModeconnError of one line that has all the words."""
-    with pytest.raises(ModeconnError) as caught:
-        yield
-    text = str(caught.value)
-    assert "\n" not in text
-    assert [word for word in words if word not in text] == [], text
 
 
 class Samples(Dataset):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +15,9 @@ from torch.utils.data import DataLoader
 
 from modeconn import datasets, state
 from modeconn.data import as_batches
-from modeconn.errors import ModeconnError
+from refused import refused
 
 CIFAR_RECORD = 3073
-
-
-@contextmanager
-def refused(*words: str) -> Iterator[None]:
-    """A ModeconnError of one line that has all the words."""
-    with pytest.raises(ModeconnError) as caught:
-        yield
-    text = str(caught.value)
-    assert "\n" not in text
-    assert [word for word in words if word not in text] == [], text
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import modeconn as mc
+from modeconn.backends.reference import ReferenceBackend
 from naive import clone, mlp, pass_per_point
 from policy import assert_within_policy
 
@@ -392,3 +393,39 @@ def test_a_good_run_warns_of_nothing(nets):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mc.evaluate(nets[0], mc.Line(*nets[:2]), (X, Y), 3)
+
+
+class Folded(nn.Module):
+    """Tokens folded into the batch: the first axis of what is shared between points is not that of the samples."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.inner, self.head, self.transposed = nn.Linear(4, 6), nn.Linear(30, 10), transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.view(x.size(0), 5, 4)
+        if self.transposed:
+            return self.head(torch.relu(self.inner(tokens.transpose(0, 1))).transpose(0, 1).flatten(1))
+        return self.head(torch.relu(self.inner(tokens.reshape(-1, 4))).view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("rows", [3, 1000])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_values_whose_first_axis_is_not_the_samples(transposed, rows):
+    a, b = Folded(transposed), Folded(transposed)
+    x, y, path = torch.randn(rows, 20), torch.arange(rows) % 10, mc.Line(a, b)
+    got = mc.evaluate(a, path, (x, y), 5)
+    plain, exact = (pass_per_point(a, path, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64))
+    assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
+    assert not got.info["fallback"]
+
+
+def test_what_is_kept_for_a_batch_fits_the_budget():
+    torch.manual_seed(0)
+    a, b = (
+        nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16 * 16, 10)) for _ in range(2)
+    )
+    program = mc.explain(a, mc.Line(a, b), torch.randn(2, 1, 16, 16), 5).program
+    engine, budget = ReferenceBackend(program, torch.float32, torch.device("cpu")), 1 << 28
+    per_row = 2 * 64 * 16 * 16 * 4  # the first layer's values at both end points
+    assert 0.5 * budget < engine.most_rows(budget) * per_row <= budget

@@ -9,8 +9,6 @@ import pickle
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -25,16 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from modeconn import state
 from modeconn.errors import ModeconnError
-
-
-@contextmanager
-def refused(*words: str) -> Iterator[None]:
-    """A ModeconnError of one line that has all the words."""
-    with pytest.raises(ModeconnError) as caught:
-        yield
-    text = str(caught.value)
-    assert "\n" not in text
-    assert [word for word in words if word not in text] == [], text
+from refused import refused
 
 
 def network(seed: int = 0) -> nn.Sequential:

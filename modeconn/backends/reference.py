@@ -35,6 +35,19 @@ class ReferenceBackend:
         self.program = program
         self._kept = set(program.kept())
         self._block = block_rows(program, dtype, device)
+        self._item = torch.finfo(dtype).bits // 8
+
+    def most_rows(self, budget: int) -> int:
+        """Rows to take at a time, so that the shared values kept for them fit a budget of bytes.
+
+        Blocks of rows are cut out of shared values along their first axis. Where some value has another first axis (tokens
+        folded into the batch, say), a batch must be one block.
+        """
+        steps = [self.program.shared[number] for number in self._kept]
+        kept = sum(step.numbers for step in steps if step.node.batched) * self._item
+        rows = max(self._block, int(budget // max(kept, 1.0)))
+        sliceable = all(str(step.node.shape[0]) == "N" for step in steps if step.node.batched and step.node.shape)
+        return rows if sliceable else min(rows, self._block)
 
     def shared(self, x: Tensor) -> Values:
         """The shared values of a batch that the segments take up."""
@@ -95,7 +108,8 @@ class ReferenceBackend:
         dropped = _last_uses(segment)
 
         def constant(number: int, block: slice) -> Any:
-            return values[number][block] if program.shared[number].node.batched else values[number]
+            whole = block.stop - block.start == rows or not program.shared[number].node.batched
+            return values[number] if whole else values[number][block]
 
         def combined(form: Combination, block: slice) -> Any:
             return blend([constant(term.value, block) for term in form.terms], [term.column[point] for term in form.terms])

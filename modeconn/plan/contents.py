@@ -39,7 +39,7 @@ class Contents:
         self._converted: dict[int, tuple[Tensor, Tensor]] = {}  # id of the source → the source (kept alive), converted
         self._cuts: dict[tuple[int, tuple[bytes | None, ...]], Tensor] = {}
         self._numbers: dict[int, tuple[int, Tensor]] = {}  # id of the tensor → its number, and the tensor (kept alive)
-        self._alike: dict[tuple[object, ...], list[tuple[int, Tensor]]] = {}  # fingerprint → tensors with different contents
+        self._alike: dict[tuple[object, ...], list[Tensor]] = {}  # fingerprint → tensors with different contents
         self._supports: dict[tuple[int, int], np.ndarray] = {}
         self._zeros: dict[int, bool] = {}
 
@@ -48,7 +48,7 @@ class Contents:
         source = self._constants[name] if name in self._constants else self._points[k][name]
         if id(source) not in self._converted:
             dtype = self._dtype if source.is_floating_point() else source.dtype
-            self._converted[id(source)] = (source, self._unique(source.detach().to(self._device, dtype)))
+            self._converted[id(source)] = (source, self.unique(source.detach().to(self._device, dtype)))
         whole = self._converted[id(source)][1]
         if all(index is None for index in cut):
             return whole
@@ -58,16 +58,12 @@ class Contents:
             for axis, index in enumerate(cut):
                 if index is not None:
                     part = part.index_select(axis, torch.from_numpy(index).to(self._device))
-            self._cuts[key] = self._unique(part)
+            self._cuts[key] = self.unique(part)
         return self._cuts[key]
 
     def number(self, tensor: Tensor) -> int:
         """The content's number, of a tensor that came from here."""
         return self._numbers[id(tensor)][0]
-
-    def register(self, tensor: Tensor) -> Tensor:
-        """Number a tensor made by the planner; returns the one tensor that stands for its content."""
-        return self._unique(tensor)
 
     def is_zero(self, tensor: Tensor) -> bool:
         """Whether all of the tensor's numbers are zero."""
@@ -84,16 +80,17 @@ class Contents:
             self._supports[key] = (nonzero.any(dim=others) if others else nonzero).cpu().numpy()
         return self._supports[key]
 
-    def _unique(self, tensor: Tensor) -> Tensor:
+    def unique(self, tensor: Tensor) -> Tensor:
+        """Number a tensor; returns the one tensor that stands for its content."""
         if id(tensor) in self._numbers:
             return self._numbers[id(tensor)][1]
         fingerprint = (tuple(tensor.shape), tensor.dtype, *_fingerprint(tensor))
-        for _, other in self._alike.setdefault(fingerprint, []):
+        alike = self._alike.setdefault(fingerprint, [])
+        for other in alike:
             if torch.equal(tensor, other):
                 return other
-        number = len(self._numbers)
-        self._alike[fingerprint].append((number, tensor))
-        self._numbers[id(tensor)] = (number, tensor)
+        alike.append(tensor)
+        self._numbers[id(tensor)] = (len(self._numbers), tensor)
         return tensor
 
 

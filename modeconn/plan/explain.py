@@ -7,7 +7,7 @@ from typing import Any
 
 from modeconn.graph import Node
 from modeconn.plan.program import Combination, Form, Program, Segment
-from modeconn.plan.rules import _UNKNOWN, rule_for
+from modeconn.plan.rules import UNKNOWN, rule_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ def _units(node: Node, forms: list[Form]) -> str:
 def _note(node: Node) -> str:
     if node.op == "module":
         return "the module itself, per point"
-    return f"no rule for {node.op}: evaluated as it is" if rule_for(node) is _UNKNOWN else ""
+    return f"no rule for {node.op}: evaluated as it is" if rule_for(node) is UNKNOWN else ""
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

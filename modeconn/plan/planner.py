@@ -25,8 +25,7 @@ _ROUNDING = 8 * float(np.finfo(np.float64).eps)
 
 
 def make_program(
-    graph: Graph, path: Path, points: np.ndarray, *, dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None, frozen: frozenset[str] = frozenset(),
+    graph: Graph, path: Path, points: np.ndarray, *, dtype: torch.dtype, device: torch.device, frozen: frozenset[str]
 ) -> Program:  # fmt: skip
     """Plan the evaluation of a graph at some points of a path.
 
@@ -35,7 +34,6 @@ def make_program(
         dtype, device: what will be computed with.
         frozen: entries that stay those of the first control point (`buffers="start"`).
     """
-    device = device or torch.device("cpu")
     start = {name: path.control_points[0][name] for name in frozen}
     distinct, inverse = np.unique(points, axis=0, return_inverse=True)
     coefficients = path.coefficients(distinct).numpy()
@@ -148,11 +146,11 @@ class _SegmentPlanner:
             return self.contents.tensor(name, 0, cut)
         groups = self._group([(tensor,) for tensor in tensors])
         if not groups:
-            return self.contents.register(torch.zeros_like(tensors[0]))
+            return self.contents.unique(torch.zeros_like(tensors[0]))
         different = tuple(each for _, (each,), _ in groups)
         columns = tuple(column for _, _, column in groups)
         if all(np.ptp(column) == 0 for column in columns):
-            return self.contents.register(blend(different, [column[0] for column in columns]))
+            return self.contents.unique(blend(different, [column[0] for column in columns]))
         return Blend(different, columns)
 
     def _group(self, tuples: Sequence[tuple[Tensor, ...]]) -> list[tuple[list[int], tuple[Tensor, ...], np.ndarray]]:

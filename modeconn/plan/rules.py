@@ -229,7 +229,7 @@ def _entries_at(*positions: int) -> Callable[[Node], frozenset[int]]:
     return lambda node: frozenset(a.index for p, a in enumerate(node.args) if p in positions and isinstance(a, Entry))
 
 
-_UNKNOWN = Rule()
+UNKNOWN = Rule()
 _STRUCTURAL = Rule("homogeneous")
 _PRODUCT = Product()
 _RULES: dict[str, Rule] = {
@@ -258,18 +258,18 @@ def rule_for(node: Node) -> Rule:
     """The rule that fits the node as it is called, which may be narrower than its operation's name suggests."""
     if node.op in ("add", "sub", "mul", "div") and not node.kwargs:
         return _arithmetic(node)
-    rule = _RULES.get(node.op, _UNKNOWN)
+    rule = _RULES.get(node.op, UNKNOWN)
     if rule is _PRODUCT and not (
         node.args[:1] == (In(0),) and node.args[1:2] == (Entry(0),)
         and all(isinstance(a, Entry) or a is None for a in node.args[2:3])
     ):  # fmt: skip
-        return _UNKNOWN  # a weight that is itself computed
+        return UNKNOWN  # a weight that is itself computed
     if node.op == "batch_norm" and len(node.inputs) != 1:
-        return _UNKNOWN
+        return UNKNOWN
     if isinstance(rule, (ByChannel, Flatten, Mean)) and not (node.shape and isinstance(node.shape[0], Size)):
-        return _UNKNOWN  # no batch axis in front: a pooled single image, a scalar
+        return UNKNOWN  # no batch axis in front: a pooled single image, a scalar
     if type(rule) is Elementwise and len(node.inputs) != 1:
-        return _UNKNOWN
+        return UNKNOWN
     return rule
 
 
@@ -284,4 +284,4 @@ def _arithmetic(node: Node) -> Rule:
         return Rule("homogeneous", lambda _: frozenset({0}))
     if kinds == ["value", "entry"]:
         return Rule("homogeneous" if node.op == "div" else "affine")
-    return _UNKNOWN
+    return UNKNOWN
