@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path as File
 
@@ -42,27 +41,14 @@ def mnist_line(samples: int) -> Workload:
     return Workload(f"MNIST 784-245x10-10, {len(x)} samples, line", model, path, x, y, f"{networks}, {data}")
 
 
-class SlimVGG(nn.Sequential):
-    """VGG-11 for 32 × 32 images at a quarter of the width, without norms; keys as torchvision's."""
-
-    def __init__(self) -> None:
-        layers: list[nn.Module] = []
-        before = 3
-        for width in (16, 0, 32, 0, 64, 64, 0, 128, 128, 0, 128, 128, 0):
-            layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
-            before = width or before
-        head = [nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
-        super().__init__(OrderedDict(features=nn.Sequential(*layers), flatten=nn.Flatten(), classifier=nn.Sequential(*head)))
-
-
 def vgg_line(samples: int) -> Workload:
     """The line between the two slim VGG-11, over CIFAR-10's training set."""
-    model = SlimVGG()
+    model = build("vgg11:width=16")
     files = [SHARED / "checkpoints" / f"cifar10-vgg11-w16-seed{seed}.safetensors" for seed in (1, 2)]
     if all(file.exists() for file in files):
         path, networks = mc.Line(*files), "trained networks"
     else:
-        path, networks = mc.Line(SlimVGG(), SlimVGG()), "random networks"
+        path, networks = mc.Line(build("vgg11:width=16"), build("vgg11:width=16")), "random networks"
     root = ROOT / ".cache" / "data" / "cifar10"
     if root.is_dir():
         (x, y), data = mc.datasets.load("cifar10", root=root).slice(0, samples), "real data"

@@ -16,7 +16,7 @@ import os
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from modeconn import ops
 from modeconn.errors import ModeconnError
 from modeconn.graph import Entry, Graph, In, Node, Size
+from modeconn.inputs import Inputs, arguments, call, describe, join, keys, leaves, rows, take
 
 # Rows of the sample that the network is traced and checked with.
 _SAMPLE_ROWS = 4
@@ -71,41 +72,40 @@ def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Mo
     return model if fits else copy.deepcopy(model).to(device=device, dtype=dtype)
 
 
-def capture(model: nn.Module, sample: Tensor) -> Graph:
+def capture(model: nn.Module, sample: Inputs) -> Graph:
     """Capture a model, in eval mode, as a graph that takes any number of rows.
 
     Args:
-        model: any module that takes one tensor; it is left as it was.
-        sample: a few rows of input, of the dtype and on the device to compute with.
+        model: any module that takes tensors; it is left as it was.
+        sample: a few rows of input, of the dtype and on the device to compute with: a tensor, or a tuple or dict of them.
 
     Raises:
         ModeconnError: the model does not run on the sample.
     """
-    x = sample[:_SAMPLE_ROWS]
-    if len(x) < 2:  # export takes a batch of one for a constant
-        x = torch.cat([x, x])
+    x = take(sample, 0, _SAMPLE_ROWS)
+    if rows(x) < 2:  # export takes a batch of one for a constant
+        x = join([x, x])
     with eval_mode(model), torch.no_grad(), _quiet():
         try:
-            expected = model(x)
+            expected = call(model, x)
         except Exception as error:
-            raise ModeconnError(
-                f"the model does not run on inputs of shape {['N', *x.shape[1:]]} and dtype {_short(x.dtype)}: {_line(error)}"
-            ) from error
-        known, kind = _CAPTURED.setdefault(model, {}), (x.dtype, x.device, *x.shape[1:])
+            raise ModeconnError(f"the model does not run on inputs of shape {describe(x)}: {_line(error)}") from error
+        known = _CAPTURED.setdefault(model, {})
+        kind = tuple((key, v.dtype, v.device, *v.shape[1:]) for key, v in zip(keys(x), leaves(x)))
         if kind not in known or not _holds(known[kind], model, x, expected):
             known.pop(kind, None)
             try:
                 graph = _export(model, x)
-                whole, *parts = (run(graph, model.state_dict(), rows) for rows in (x, x[:1], x[1:]))
+                whole, *parts = (run(graph, model.state_dict(), part) for part in (x, take(x, 0, 1), take(x, 1, rows(x))))
             except Exception as error:  # whatever export stumbles over, the module itself still runs
                 return _opaque(model, x, f"torch.export: {_line(error)}")
             if not _same(whole, expected):
                 return _opaque(model, x, "the exported graph does not give the module's own outputs")
-            known[kind] = replace(graph, mixes_rows=not _rows_apart(parts, expected, len(x)))
+            known[kind] = replace(graph, mixes_rows=not _rows_apart(parts, expected, rows(x)))
         return known[kind]
 
 
-def _holds(graph: Graph, model: nn.Module, x: Tensor, expected: Any) -> bool:
+def _holds(graph: Graph, model: nn.Module, x: Inputs, expected: Any) -> bool:
     """Whether a graph captured earlier is still the module's: it may have been changed since."""
     try:
         return _same(run(graph, model.state_dict(), x), expected)
@@ -113,25 +113,28 @@ def _holds(graph: Graph, model: nn.Module, x: Tensor, expected: Any) -> bool:
         return False
 
 
-def _rows_apart(parts: list[Any], whole: Any, rows: int) -> bool:
+def _rows_apart(parts: list[Any], whole: Any, count: int) -> bool:
     """Whether the outputs of two parts of a batch, put together, are the outputs of the batch."""
     first, rest, both = (_flat(out) for out in (*parts, whole))
-    return all(_alike(torch.cat([a, b]), c) for a, b, c in zip(first, rest, both) if c.dim() and len(c) == rows)
+    return all(_alike(torch.cat([a, b]), c) for a, b, c in zip(first, rest, both) if c.dim() and len(c) == count)
 
 
-def run(graph: Graph, entries: dict[str, Tensor], x: Tensor) -> Any:
+def run(graph: Graph, entries: dict[str, Tensor], x: Inputs) -> Any:
     """The graph's output for one set of entries: a plain interpreter, used to check a capture."""
-    values: dict[int, Any] = {0: x}
-    for node in graph.nodes[1:]:
+    values: dict[int, Any] = dict(enumerate(graph.given(x)))
+    for node in graph.nodes[len(values) :]:
         tensors = [graph.constants[name] if name in graph.constants else entries[name] for name in node.entries]
-        values[node.id] = node.run([values[i] for i in node.inputs], tensors, len(x))
+        values[node.id] = node.run([values[i] for i in node.inputs], tensors, rows(x))
     return graph.fill_output(values)
 
 
-def _export(model: nn.Module, x: Tensor) -> Graph:
+def _export(model: nn.Module, x: Inputs) -> Graph:
     from torch.export import Dim, export
 
-    program = export(model, (x,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False).run_decompositions({})
+    batch = {0: Dim("batch", min=1)}
+    args, kwargs = arguments(x)
+    shapes: Any = dict.fromkeys(kwargs, batch) or tuple(batch for _ in args)
+    program = export(model, args, kwargs, dynamic_shapes=shapes, strict=False).run_decompositions({})
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
@@ -161,7 +164,15 @@ def _export(model: nn.Module, x: Tensor) -> Graph:
     (returned,) = [fx.args[0] for fx in program.graph.nodes if fx.op == "output"]
     flat = [leaf(item) for item in returned if not isinstance(item, torch.fx.Node) or item.name in users]
     output = pytree.tree_unflatten(flat, program.call_spec.out_spec)
-    return Graph(tuple(nodes), output, constants)
+    return Graph(tuple(nodes), output, constants, inputs=_order(program, x))
+
+
+def _order(program: Any, x: Inputs) -> tuple[Any, ...]:
+    """What the exported program's inputs are called, in its order: keywords may come in the order of the signature."""
+    if not isinstance(x, Mapping):
+        return tuple(keys(x))
+    order = tuple(program.call_spec.in_spec.children()[1].context)
+    return order if set(order) == set(x) else tuple(x)
 
 
 def _add(nodes: list[Node], op: str, function: Callable[..., Any], args: tuple[Any, ...], **more: Any) -> int:
@@ -191,12 +202,18 @@ def _add_call(nodes: list[Node], fx: Any, ids: dict[str, int], names: dict[str, 
     kwargs = {key: template(item) for key, item in fx.kwargs.items()}
     value = fx.meta["val"]
     op, function, args, kwargs = _canonical(fx.target, args, kwargs, nodes, inputs)
-    tags = getattr(fx.target, "tags", ())
     return _add(
         nodes, op, function, args, kwargs=kwargs, inputs=tuple(inputs), entries=tuple(entries),
         shape=_shape(value[0] if op == "batch_norm" else value), source=_source(fx),
-        batched=any(nodes[i].batched for i in inputs), random=torch.Tag.nondeterministic_seeded in tags,
+        batched=any(nodes[i].batched for i in inputs), random=_draws(fx, op),
     )  # fmt: skip
+
+
+def _draws(fx: Any, op: str) -> bool:
+    """Whether an operation draws random numbers, as it is called."""
+    if op == "scaled_dot_product_attention":  # query, key, value, attn_mask, dropout_p
+        return float(fx.args[4] if len(fx.args) > 4 else fx.kwargs.get("dropout_p", 0.0)) > 0
+    return torch.Tag.nondeterministic_seeded in getattr(fx.target, "tags", ())
 
 
 def _canonical(
@@ -220,29 +237,36 @@ def _canonical(
     return packet, target, args, kwargs
 
 
-def _opaque(model: nn.Module, x: Tensor, reason: str) -> Graph:
+def _opaque(model: nn.Module, x: Inputs, reason: str) -> Graph:
     """One node that calls the module with the entries swapped in."""
     from torch.func import functional_call
 
-    names = tuple(model.state_dict())
+    names, given = tuple(model.state_dict()), keys(x)
 
-    def call(value: Tensor, *entries: Tensor) -> Any:
+    def run_module(*tensors: Tensor) -> Any:
+        args, kwargs = as_given(given, tensors)
         with eval_mode(model):
-            return functional_call(model, dict(zip(names, entries)), (value,), tie_weights=False)
+            return functional_call(model, dict(zip(names, tensors[len(given) :])), args, kwargs, tie_weights=False)
 
-    rows = Size(lambda n: n, "N")
-    whole = model(x)
-    shape = (rows, *whole.shape[1:]) if isinstance(whole, Tensor) and whole.dim() else (rows,)
-    nodes = (
-        Node(0, "input", ops.identity, (), shape=(rows, *x.shape[1:]), source="input"),
-        Node(1, "module", call, (In(0), *map(Entry, range(len(names)))), (0,), names, shape, type(model).__name__),
-    )
+    count = Size(lambda n: n, "N")
+    whole = call(model, x)
+    shape = (count, *whole.shape[1:]) if isinstance(whole, Tensor) and whole.dim() else (count,)
+    nodes = [Node(i, "input", ops.identity, (), shape=(count, *v.shape[1:]), source="input") for i, v in enumerate(leaves(x))]
+    inputs = tuple(range(len(nodes)))
+    leaf = (*map(In, inputs), *map(Entry, range(len(names))))
+    nodes.append(Node(len(nodes), "module", run_module, leaf, inputs, names, shape, type(model).__name__))
     try:
-        parts = [torch.cat(pair) for pair in zip(*(_flat(model(part)) for part in (x[:1], x[1:])), strict=True)]
-        mixes = not all(map(_alike, parts, _flat(whole)))
+        flat = zip(*(_flat(call(model, part)) for part in (take(x, 0, 1), take(x, 1, rows(x)))), strict=True)
+        mixes = not all(map(_alike, [torch.cat(pair) for pair in flat], _flat(whole)))
     except (RuntimeError, ValueError):  # it takes batches of one size only
         mixes = True
-    return Graph(nodes, In(1), {}, fallback=reason, mixes_rows=mixes)
+    return Graph(tuple(nodes), In(len(inputs)), {}, fallback=reason, mixes_rows=mixes, inputs=tuple(given))
+
+
+def as_given(given: Sequence[Any], tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """The first tensors as positional and keyword arguments."""
+    names = {key: tensor for key, tensor in zip(given, tensors) if isinstance(key, str)}
+    return () if names else tuple(tensors[: len(given)]), names
 
 
 def _shape(value: Any) -> tuple[int | Size, ...]:
@@ -298,10 +322,6 @@ def _alike(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     scale = b.abs().max().item() if b.numel() else 0.0
     return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _line(error: BaseException) -> str:

@@ -17,10 +17,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from modeconn.datasets import Images
 from modeconn.errors import ModeconnError
+from modeconn.inputs import Inputs, apply, join, keys, leaves, take
 
-Batch = tuple[Tensor, Tensor]  # inputs [B, ...] and targets [B, ...]
+# `Inputs` [B, ...], a tensor or several as a tuple or dict, and targets [B, ...].
+Batch = tuple[Any, Tensor]
 
 _ACCEPTED = "(inputs, targets) as tensors or arrays, a torch Dataset or DataLoader, or an iterable of (inputs, targets) batches"
+# What the targets are called where inputs and targets come in one dict.
+_TARGETS = "labels"
 
 
 class Batches:
@@ -103,7 +107,8 @@ def as_batches(data: Any, batch_size: int) -> Batches:
         data: (inputs, targets) as tensors, arrays or memory maps [N, ...], read slice by slice; `Images`; a
             torch Dataset of (inputs, target) samples, joined by torch's default_collate; a DataLoader or any
             other iterable of (inputs, targets) batches. An iterator (a generator, say) serves for one pass.
-            `Batches` are returned as they are, whatever `batch_size` says.
+            `Batches` are returned as they are, whatever `batch_size` says. Where a network takes several inputs
+            they are a tuple or a dict; inputs and targets may also be one dict, with the targets as "labels".
         batch_size: Rows in each batch, at least 1.
 
     Raises:
@@ -116,6 +121,8 @@ def as_batches(data: Any, batch_size: int) -> Batches:
         data = data.tensors
     if isinstance(data, Images):
         return Batches(partial(_slices, data.slice, len(data), size), size, samples=len(data))
+    if isinstance(data, Mapping) and _TARGETS in data:
+        data = _pair(data)
     if isinstance(data, (tuple, list)) and data:
         arrays = [isinstance(part, (Tensor, np.ndarray)) for part in data]
         if all(arrays) or (len(data) == 2 and any(arrays)):
@@ -140,11 +147,27 @@ def as_batches(data: Any, batch_size: int) -> Batches:
 def _from_arrays(parts: Sequence[Any], size: int) -> Batches:
     if len(parts) != 2:
         raise ModeconnError(f"data: got {len(parts)} tensors or arrays; expected two: (inputs, targets)")
-    for name, part in zip(("inputs", "targets"), parts, strict=True):
-        _tensor(part[:1] if isinstance(part, (Tensor, np.ndarray)) and part.ndim else part, f"data: {name}")
     inputs, targets = parts
+    as_inputs(_each(_first_row, inputs), "data: inputs")
+    _tensor(_first_row(targets), "data: targets")
     _check_lengths(inputs, targets, "data")
-    return Batches(partial(_slices, partial(_rows, inputs, targets), len(inputs), size), size, samples=len(inputs))
+    return Batches(partial(_slices, partial(_rows, inputs, targets), len(targets), size), size, samples=len(targets))
+
+
+def _first_row(part: Any) -> Any:
+    return part[:1] if isinstance(part, (Tensor, np.ndarray)) and part.ndim else part
+
+
+def _each(function: Callable[[Any], Any], inputs: Any) -> Any:
+    """A function of each of several inputs, or of the only one."""
+    if isinstance(inputs, Mapping):
+        return {key: function(part) for key, part in inputs.items()}
+    return tuple(map(function, inputs)) if isinstance(inputs, (tuple, list)) else function(inputs)
+
+
+def _pair(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """One dict as inputs and targets."""
+    return {key: value for key, value in batch.items() if key != _TARGETS}, batch[_TARGETS]
 
 
 def _slices(rows: Callable[[int, int], Batch], total: int, size: int) -> Iterator[Batch]:
@@ -152,8 +175,8 @@ def _slices(rows: Callable[[int, int], Batch], total: int, size: int) -> Iterato
         yield rows(start, min(start + size, total))
 
 
-def _rows(inputs: Tensor | np.ndarray, targets: Tensor | np.ndarray, start: int, stop: int) -> Batch:
-    return _slice(inputs, start, stop), _slice(targets, start, stop)
+def _rows(inputs: Any, targets: Tensor | np.ndarray, start: int, stop: int) -> Batch:
+    return _each(lambda part: _slice(part, start, stop), inputs), _slice(targets, start, stop)
 
 
 def _slice(array: Tensor | np.ndarray, start: int, stop: int) -> Tensor:
@@ -215,11 +238,13 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
     expected: tuple[str, ...] | None = None
     for number, batch in enumerate(batches):
         where = f"data: batch {number}"
+        if isinstance(batch, Mapping) and _TARGETS in batch:
+            batch = _pair(batch)
         if not isinstance(batch, (tuple, list)):
             raise ModeconnError(f"{where} is of type {type(batch).__name__}; expected (inputs, targets)")
         if len(batch) != 2:
             raise ModeconnError(f"{where} has {len(batch)} parts; expected two: (inputs, targets)")
-        pair = _tensor(batch[0], f"{where}: inputs"), _tensor(batch[1], f"{where}: targets")
+        pair = as_inputs(batch[0], f"{where}: inputs"), _tensor(batch[1], f"{where}: targets")
         _check_lengths(*pair, where)
         found = tuple(map(_row_kind, pair))
         expected = expected or found
@@ -235,9 +260,9 @@ def _regrouped(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
     count = 0
     for inputs, targets in batches:
         start = 0
-        while start < len(inputs):
-            stop = min(start + size - count, len(inputs))
-            held.append((inputs[start:stop], targets[start:stop]))
+        while start < len(targets):
+            stop = min(start + size - count, len(targets))
+            held.append((take(inputs, start, stop), targets[start:stop]))
             count += stop - start
             start = stop
             if count == size:
@@ -245,7 +270,7 @@ def _regrouped(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
                 held, count = [], 0
         if held:
             # A view would keep its whole batch in memory, and the source may fill the same buffer again.
-            held[-1] = held[-1][0].clone(), held[-1][1].clone()
+            held[-1] = apply(torch.clone, held[-1][0]), held[-1][1].clone()
     if held:
         yield _joined(held)
 
@@ -253,10 +278,23 @@ def _regrouped(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
 def _joined(parts: list[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
-    return torch.cat([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts])
+    return join([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts])
 
 
 # -------------------------------------------------------------------------------------------- tensors
+
+
+def as_inputs(value: Any, what: str) -> Inputs:
+    """The value as a tensor with rows, or as a tuple or dict of them.
+
+    Raises:
+        ModeconnError: it is none of these; `what` says of which value.
+    """
+    if isinstance(value, Mapping) and value and all(isinstance(key, str) for key in value):
+        return {key: _tensor(part, f"{what}[{key!r}]") for key, part in value.items()}
+    if isinstance(value, (tuple, list)) and value and all(isinstance(part, (Tensor, np.ndarray)) for part in value):
+        return tuple(_tensor(part, f"{what}[{i}]") for i, part in enumerate(value))
+    return _tensor(value, what)
 
 
 def _tensor(value: Any, what: str) -> Tensor:
@@ -269,10 +307,8 @@ def _tensor(value: Any, what: str) -> Tensor:
             "(for data of single samples pass DataLoader(data, batch_size=...))"
         )
     if not isinstance(value, Tensor):
-        raise ModeconnError(
-            f"{what} of type {type(value).__name__}; expected a tensor or numpy array "
-            "(several inputs, as a dict or a tuple, are not supported yet)"
-        )
+        several = ", or a tuple or dict of them" if what.endswith("inputs") else ""
+        raise ModeconnError(f"{what} of type {type(value).__name__}; expected a tensor or numpy array{several}")
     return value
 
 
@@ -285,13 +321,19 @@ def _from_numpy(array: np.ndarray, what: str) -> Tensor:
         raise ModeconnError(f"{what}: a numpy array of dtype {array.dtype}; expected numbers that torch has") from None
 
 
-def _row_kind(tensor: Tensor) -> str:
-    return f"{list(tensor.shape[1:])} {tensor.dtype} on {tensor.device}"
+def _row_kind(inputs: Inputs) -> str:
+    parts = []
+    for key, tensor in zip(keys(inputs), leaves(inputs)):
+        name = "" if key is None else f"{key}: "
+        parts.append(f"{name}{list(tensor.shape[1:])} {tensor.dtype} on {tensor.device}")
+    return ", ".join(parts)
 
 
-def _check_lengths(inputs: Tensor | np.ndarray, targets: Tensor | np.ndarray, where: str) -> None:
-    if len(inputs) != len(targets):
-        raise ModeconnError(f"{where}: {len(inputs):,} inputs but {len(targets):,} targets; expected one target per input")
+def _check_lengths(inputs: Any, targets: Tensor | np.ndarray, where: str) -> None:
+    several = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    for part in several:
+        if len(part) != len(targets):
+            raise ModeconnError(f"{where}: {len(part):,} inputs but {len(targets):,} targets; expected one target per input")
 
 
 def _memory_map(array: np.ndarray) -> mmap.mmap | None:

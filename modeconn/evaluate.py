@@ -9,31 +9,31 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from modeconn import state as states
+from modeconn.arguments import MEMORY_BUDGET, check_fit, device_of, dtype_of, frozen_entries, moved, positive, warn_of
 from modeconn.backends import check_name, make_backend
 from modeconn.capture import capture, eval_mode, prepare
-from modeconn.data import as_batches
+from modeconn.data import Batches, as_batches, as_inputs
 from modeconn.errors import ModeconnError
-from modeconn.graph import Graph
+from modeconn.inputs import call, rows, take
 from modeconn.metrics import Head, PerSample
 from modeconn.paths import Path, Points
 from modeconn.plan.explain import Plan
 from modeconn.plan.planner import make_program
+from modeconn.plan.program import Program
 from modeconn.result import PathResult
+from modeconn.statistics import BATCH_SIZE, placeholders, recompute
 
 # done, total: in samples; total is None where the data does not say.
 Progress = Callable[[int, "int | None"], None]
 
-_PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
-# Memory for a batch, and as much for its shared values, where the caller names no budget.
-_MEMORY_BUDGET = 128 << 20
 _MOST_ROWS = 1 << 16
 
 
@@ -52,27 +52,37 @@ def evaluate(
     progress: bool | Progress | None = None,
     precision: str = "float32",
     memory_budget: int | None = None,
+    recompute_data: Any = None,
+    recompute_batches: int | None = None,
 ) -> PathResult:
-    """Evaluate a network along a path, in one pass over the data.
+    """Evaluate a network along a path, in one pass over the data, or two where norms' statistics are recomputed.
 
     Args:
         model: the architecture; its own weights do not matter, and it is left as it was, training mode included.
         path: `Line`, `PolyChain`, `Bezier`, `Plane` or `Mixture` of checkpoints that fit the model.
         data: (inputs, targets) as tensors, arrays or memory maps; a Dataset or DataLoader; an iterable of such batches.
+            A model that takes several inputs gets a tuple or a dict; a dict may have the targets in it, as "labels".
         points: how many points, evenly spaced, or the t values, in any order, repeated if need be.
-        loss: "cross_entropy" (integer labels), "mse", "bce" (logits), or a callable (outputs, targets) → losses [N].
-        metrics: what to return: "loss", "error" (fraction of wrong classes), "top5_error", callables (outputs, targets)
-            → [N]. By default the loss, and the error where the loss is one of classes.
-        buffers: "interpolate" the norms' running statistics with the weights, or keep those of the path's "start".
+        loss: "cross_entropy" (integer labels, of samples or of tokens), "next_token" (of texts that are their own labels),
+            "mse", "bce" (logits), or a callable (outputs, targets) → losses [N], which gets whatever the model returns.
+        metrics: what to return: "loss", "error" (fraction of wrong classes), "top5_error", "perplexity", callables
+            (outputs, targets) → [N]. By default the loss, and the error where the loss is one of classes.
+        buffers: "interpolate" the norms' running statistics with the weights, keep those of the path's "start", or
+            "recompute" them for all points in a pass of its own: what PyTorch gives at each point after
+            `reset_running_stats()` with `momentum=None` and a pass in training mode, dropout off.
         backend: "auto", or a backend by name, which then runs or raises.
         device: of the computation; by default where the path's control points are.
-        batch_size: rows per batch; by default what fits `memory_budget`. Sums do not depend on it, up to rounding.
+        batch_size: rows per batch; by default what fits `memory_budget`. Sums do not depend on it, up to rounding. What is
+            recomputed does: a batch gives one estimate of the statistics, and by default has 128 rows.
         progress: a bar on a terminal (None), always (True), never (False), or a callable (samples done, samples in all).
         precision: "float32" or "float64", of the computation; sums over samples are in float64 always.
         memory_budget: bytes for a batch and what is shared between points, 128 MiB by default.
+        recompute_data: what to recompute the statistics from, by default `data`; give the training data when you evaluate
+            on others.
+        recompute_batches: only so many of its batches.
 
     Returns:
-        a `PathResult`: means over all samples at each point, in the order of `points`.
+        a `PathResult`: means over all samples at each point, or over all tokens with a label, in the order of `points`.
 
     Raises:
         ModeconnError: bad input, named in one line, before the pass starts where it can be known by then.
@@ -81,41 +91,55 @@ def evaluate(
     t = path.points(points)
     head = Head(loss, metrics)
     check_name(backend)
-    dtype, where = _precision(precision), _device(device, path)
-    frozen = _frozen(buffers, path)
-    _check_fit(model, path)
-    first_rows = _positive("batch_size", batch_size)
-    budget = _positive("memory_budget", memory_budget) or _MEMORY_BUDGET
+    dtype, where = dtype_of(precision), device_of(device, path)
+    frozen = frozen_entries(buffers, path)
+    check_fit(model, path)
+    first_rows = positive("batch_size", batch_size)
+    budget = positive("memory_budget", memory_budget) or MEMORY_BUDGET
+
+    if buffers != "recompute" and (recompute_data is not None or recompute_batches is not None):
+        raise ModeconnError(f'recompute_data and recompute_batches are for buffers="recompute", and buffers is {buffers!r}')
+    limit = positive("recompute_batches", recompute_batches)
 
     runner = prepare(model, dtype, where)
     batches = as_batches(data, first_rows or _rows_within(budget, data))
-    samples = 0
+    samples, tables = 0, None
     with eval_mode(runner), torch.no_grad(), _reporter(progress) as report:
+        if buffers == "recompute":
+            source = as_batches(data if recompute_data is None else recompute_data, first_rows or BATCH_SIZE)
+            report = _Passes(report, source, batches, limit)
+            tables = _statistics(runner, path, t, source, dtype, where, limit, report)
         stream = iter(batches)
         first = next(stream)  # the pass has begun: what is captured is shaped by the data itself
-        x = _moved(first[0], dtype, where)
-        graph, example = capture(runner, x), runner(x[:2])
-        _warn(graph, first_rows)
-        program = make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen)
+        x = moved(first[0], dtype, where)
+        graph, example = capture(runner, x), call(runner, take(x, 0, 2))
+        warn_of(graph, f"batch_size, here {first_rows or 'chosen by the memory budget'}")
+        graph = graph.only_logits() if head.takes_logits else graph
+        program = make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen, tables=tables)
+        if buffers == "interpolate":
+            _warn_stale(runner, program)
         engine = make_backend(backend, program, dtype, where)
-        sums = head.zeros(len(program.points), where)
+        sums, counts = head.zeros(len(program.points), where), head.zeros(1, where)
         for inputs, targets in itertools.chain([first], stream):
-            most = len(inputs) if graph.mixes_rows else engine.most_rows(budget)
-            batch, labels = _moved(inputs, dtype, where), head.fit(example, targets.to(where))
-            for x, y in zip(batch.split(most), labels.split(most)):
-                tick = _Tick(report, samples, len(x), len(program.points), batches.samples)
+            most = rows(inputs) if graph.mixes_rows else engine.most_rows(budget)
+            batch, labels = moved(inputs, dtype, where), head.fit(example, targets.to(where))
+            for start in range(0, rows(inputs), most):
+                x, y = take(batch, start, start + most), labels[start : start + most]
+                tick = _Tick(report, samples, len(y), len(program.points), batches.samples)
                 values = engine.shared(x)
                 for segment in program.segments:
                     sums[segment.rows] += engine.sums(segment, values, y, head, tick)
-                samples += len(x)
-    means = (sums / samples).cpu().numpy()[program.inverse]
-    values_by_name = {name: means[:, i].copy() for i, name in enumerate(head.names)}
+                samples += len(y)
+                counts += head.counts(y)
+    if not bool(counts.all()):
+        raise ModeconnError("no token of the data has a label: all are -100")
+    values_by_name = head.finish((sums / counts).cpu().numpy()[program.inverse])
     _warn_non_finite(values_by_name, t)
     info: dict[str, str | int | float] = {
         "precision": precision, "device": str(where), "torch": torch.__version__, "python": platform.python_version(),
         "threads": torch.get_num_threads(), "path": repr(path), "fallback": graph.fallback or "",
     }  # fmt: skip
-    return PathResult(t, values_by_name, samples, batches.passes, engine.name, time.perf_counter() - started, info)
+    return PathResult(t, values_by_name, samples, 2 if tables else 1, engine.name, time.perf_counter() - started, info)
 
 
 def explain(
@@ -126,7 +150,8 @@ def explain(
 
     Args:
         sample: a few rows of input, [N, …]; only their shape and dtype count.
-        points, buffers, precision, device: as for `evaluate`.
+        points, buffers, precision, device: as for `evaluate`; with "recompute" it is the second pass that is explained, for
+            statistics that differ at every point.
 
     Returns:
         a `Plan` to print; the arithmetic is per sample.
@@ -135,78 +160,51 @@ def explain(
         ModeconnError: as `evaluate`.
     """
     t = path.points(points)
-    dtype, where = _precision(precision), _device(device, path)
-    frozen = _frozen(buffers, path)
-    _check_fit(model, path)
-    graph = capture(prepare(model, dtype, where), _moved(torch.as_tensor(sample), dtype, where))
-    return Plan(make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen))
+    dtype, where = dtype_of(precision), device_of(device, path)
+    frozen = frozen_entries(buffers, path)
+    check_fit(model, path)
+    runner = prepare(model, dtype, where)
+    graph = capture(runner, moved(as_inputs(sample, "sample"), dtype, where))
+    tables = placeholders(runner, graph, path, len(np.unique(t, axis=0))) if buffers == "recompute" else None
+    return Plan(make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen, tables=tables))
 
 
-def _check_fit(model: nn.Module, path: Path) -> None:
-    """Raise a ModeconnError that lists what differs between the model's entries and the path's."""
-    own = model.state_dict()
-    states.match(
-        [own, path.control_points[0]], [f"the model {type(model).__name__}", path.names[0]], devices=False, dtypes=False
+def _statistics(
+    model: nn.Module, path: Path, t: np.ndarray, source: Batches, dtype: torch.dtype, device: torch.device,
+    limit: int | None, report: _Passes,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The norms' statistics at the distinct points, from a pass over the data; empty where there are no norms."""
+    stream = iter(source)
+    first = next(stream)
+    graph = capture(model, moved(first[0], dtype, device))
+    return recompute(
+        model, graph, path, t, itertools.chain([first], stream), dtype=dtype, device=device, limit=limit, seen=report.first
     )
 
 
-def _precision(precision: str) -> torch.dtype:
-    if precision not in _PRECISIONS:
-        raise ModeconnError(f"precision is {precision!r}: expected one of {', '.join(_PRECISIONS)}")
-    return _PRECISIONS[precision]
-
-
-def _device(device: str | torch.device | None, path: Path) -> torch.device:
-    if device is None:
-        return next(iter(path.control_points[0].values())).device
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise ModeconnError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return where
-
-
-def _moved(inputs: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Inputs as they are computed with; integers (tokens) stay integers."""
-    return inputs.to(device, dtype if inputs.is_floating_point() else None)
-
-
-def _frozen(buffers: str, path: Path) -> frozenset[str]:
-    """Entries that do not move: norms' running statistics, where they are to stay those of the start."""
-    if buffers not in ("interpolate", "start"):
-        raise ModeconnError(f'buffers is {buffers!r}: expected "interpolate" or "start"')
-    statistics = ("running_mean", "running_var")
-    return frozenset(key for key in path.control_points[0] if buffers == "start" and key.endswith(statistics))
-
-
-def _positive(name: str, value: int | None) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ModeconnError(f"{name} is {value!r}: expected a whole number, at least 1")
-    return value
+def _warn_stale(model: nn.Module, program: Program) -> None:
+    """Warn where norms have blended statistics that are not those of their inputs."""
+    if program.graph.fallback and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        stale = ["the model"]
+    else:
+        nodes = sorted({node for segment in program.segments if segment.between.any() for node in segment.stale})
+        stale = [program.graph.nodes[node].source for node in nodes]
+    if stale:
+        more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
+        warnings.warn(
+            f"batch norms ({stale[0]}{more}) have interpolated running statistics, which are not those of the networks between "
+            'the control points; buffers="recompute" estimates them from the training data for all points, in one more pass',
+            stacklevel=3,
+        )
 
 
 def _rows_within(budget: int, data: Any) -> int:
     """Rows to read at a time, so that inputs of float32 take up half of the budget."""
-    inputs = data[0] if isinstance(data, (tuple, list)) and len(data) == 2 else getattr(data, "inputs", None)
-    shape = getattr(inputs, "shape", None)
-    per_row = 4 * math.prod(shape[1:]) if shape is not None and len(shape) > 1 else 4096
+    inputs = data[0] if isinstance(data, (tuple, list)) and len(data) == 2 else getattr(data, "inputs", data)
+    several = list(inputs.values()) if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else [inputs]
+    shapes = [getattr(part, "shape", ()) for part in several]
+    per_row = sum(4 * math.prod(shape[1:]) for shape in shapes) if all(shapes) else 4096
     return max(1, min(_MOST_ROWS, budget // (2 * max(per_row, 64))))
-
-
-def _warn(graph: Graph, batch_size: int | None) -> None:
-    if graph.fallback:
-        warnings.warn(
-            f"the model runs as it is, once per point, since it could not be captured: {graph.fallback}", stacklevel=3
-        )
-    if graph.mixes_rows:
-        warnings.warn(
-            "the model's output for a sample depends on the other samples of its batch: results depend on batch_size, "
-            f"here {batch_size or 'chosen by the memory budget'}",
-            stacklevel=3,
-        )
-    if any(node.random for node in graph.nodes):
-        warnings.warn("the model draws random numbers in eval mode: results differ from run to run", stacklevel=3)
 
 
 def _warn_non_finite(values: dict[str, np.ndarray], t: np.ndarray) -> None:
@@ -228,6 +226,29 @@ class _Tick:
     def __call__(self, points: int = 1) -> None:
         self._done += points
         self._report(self._seen + self._rows * self._done // self._points, self._total)
+
+
+class _Passes:
+    """Progress over two passes: samples of the first and of the second count alike."""
+
+    def __init__(self, report: Progress, first: Batches, second: Batches, limit: int | None) -> None:
+        self._report, self._sources, self._limit = report, (first, second), limit
+        self._before = 0
+
+    def first(self, rows: int) -> None:
+        """Some rows of the first pass are done."""
+        self._before += rows
+        self._report(self._before, self._total())
+
+    def __call__(self, done: int, total: int | None) -> None:
+        """So many samples of the second pass are done."""
+        self._report(self._before + done, None if total is None else self._before + total)
+
+    def _total(self) -> int | None:
+        first, second = (source.samples for source in self._sources)
+        if first is None or second is None:
+            return None
+        return second + (first if self._limit is None else min(first, self._limit * self._sources[0].batch_size))
 
 
 @contextlib.contextmanager

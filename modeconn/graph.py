@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -103,11 +103,12 @@ class Graph:
     """A captured network.
 
     Attributes:
-        nodes: in execution order; node 0 is the input.
+        nodes: in execution order; the first are the inputs.
         output: template of the network's output, with `In(node id)` leaves.
         constants: entries that are not in the state dict (lifted constants, buffers that are not persistent).
         fallback: why the network could not be captured and runs as one opaque node; None if it was captured.
         mixes_rows: whether a row's output depends on the other rows of its batch.
+        inputs: what each input is called: None for the only one, else its place or its name.
     """
 
     nodes: tuple[Node, ...]
@@ -115,11 +116,21 @@ class Graph:
     constants: dict[str, Tensor]
     fallback: str | None = None
     mixes_rows: bool = False
+    inputs: tuple[Any, ...] = (None,)
+
+    def given(self, inputs: Any) -> list[Tensor]:
+        """The tensors of a batch of inputs, one for each of the graph's input nodes."""
+        return [inputs if key is None else inputs[key] for key in self.inputs]
 
     @property
     def tensor_output(self) -> int | None:
         """The id of the node that is the output, or None where the network returns a tuple, dict or the like."""
         return self.output.index if isinstance(self.output, In) else None
+
+    def only_logits(self) -> Graph:
+        """The graph whose output is the logits alone, where the output has them; what else it returns is then dead."""
+        logits = None if self.fallback else getattr(self.output, "logits", None)
+        return replace(self, output=logits) if isinstance(logits, In) else self
 
     def outputs(self) -> list[int]:
         """Ids of all nodes that the output is made of."""

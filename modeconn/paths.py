@@ -36,7 +36,7 @@ class Path:
 
     The tensors of modules and state dicts are not copied: train a model on, and a path through it follows.
     Entries that are not floating point (counters such as `num_batches_tracked`) are not interpolated: they are
-    those of the first control point everywhere.
+    those of the first control point everywhere. Those in half precision are taken as float32.
     """
 
     dim = 1
@@ -47,7 +47,7 @@ class Path:
         if len(control_points) < least:
             raise ModeconnError(f"{type(self).__name__} needs at least {least} control points, got {len(control_points)}")
         names = names or [_name(source, k) for k, source in enumerate(control_points)]
-        self.control_points: list[State] = [states.load(source) for source in control_points]
+        self.control_points: list[State] = [_widened(states.load(source)) for source in control_points]
         states.match(self.control_points, names)
         for point, name in zip(self.control_points, names):
             states.check(point, name)
@@ -256,6 +256,12 @@ class Mixture(Path):
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
         return np.array(t, np.float64).reshape(len(t), self.dim)
+
+
+def _widened(state: State) -> State:
+    """Entries in half precision as float32, which has all their values; the others as they are."""
+    half = (torch.float16, torch.bfloat16)
+    return {key: value.float() if value.dtype in half else value for key, value in state.items()}
 
 
 def _random_direction(base: State, generator: torch.Generator, norm: str | None, biases: bool) -> State:

@@ -234,6 +234,7 @@ def test_ties_are_decided_as_argmax_does():
     assert got.error[0] == pytest.approx(0.9) and got.loss[0] == pytest.approx(np.log(10))
 
 
+@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
 def test_buffers_of_the_start():
     model = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
     a, b = clone(model), clone(model)
@@ -262,6 +263,7 @@ def test_a_module_that_cannot_be_captured_still_runs():
     assert got.passes == 1 and "torch.export" in got.info["fallback"]
 
 
+@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
 def test_the_model_is_left_as_it_was(nets):
     model = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10)).train()
     before, modes = clone(model), [m.training for m in model.modules()]

@@ -155,6 +155,7 @@ def norm_net(seed: int, **norm: object) -> nn.Sequential:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
 @pytest.mark.parametrize("norm", [{}, {"affine": False}, {"eps": 0.1}], ids=str)
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_batch_norms_are_folded(norm, precision):
@@ -163,6 +164,7 @@ def test_batch_norms_are_folded(norm, precision):
     agrees(nets[0], mc.PolyChain([*nets, nets[0]]), IMAGES, Y[:67], 9, precision)
 
 
+@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
 def test_a_batch_norm_that_alone_moves():
     net = norm_net(0)
     for key in ("1.weight", "1.running_var", "5.running_mean", "10.bias"):

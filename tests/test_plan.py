@@ -139,6 +139,7 @@ def test_a_channel_with_one_live_feature_is_live():
     agrees(model, mc.Line(state, moved(state, "4.weight", rows=slice(5, None))), IMAGES, Y)
 
 
+@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
 def test_linear_operations_carry_a_combination_on():
     class Linear(nn.Module):
         def __init__(self) -> None:

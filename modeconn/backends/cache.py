@@ -12,6 +12,8 @@ from modeconn.plan.program import Program
 _DEFAULT_L2 = 1 << 20
 # Fewer rows than this no longer amortise the cost of an operator call.
 _LEAST = 128
+# Bytes that the widest step of a block may take all the same: the logits of long texts over a large vocabulary, say.
+_MOST_BYTES = 256 << 20
 
 
 def block_rows(program: Program, dtype: torch.dtype, device: torch.device) -> int:
@@ -24,9 +26,9 @@ def block_rows(program: Program, dtype: torch.dtype, device: torch.device) -> in
         return 1 << 30
     steps = [step for segment in program.segments for step in segment.steps] or program.shared
     item = torch.finfo(dtype).bits // 8
-    widest = max(2 * step.numbers * item for step in steps)
+    widest = max(*(2 * step.numbers * item for step in steps), 1.0)
     cache = 2 * torch.get_num_threads() * _second_level()
-    return max(_LEAST, int(cache // widest))
+    return max(1, min(max(_LEAST, int(cache // widest)), int(_MOST_BYTES // widest)))
 
 
 def _second_level() -> int:

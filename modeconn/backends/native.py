@@ -20,7 +20,7 @@ from modeconn.backends.reference import ReferenceBackend, Values
 from modeconn.errors import ModeconnError
 from modeconn.graph import Node
 from modeconn.metrics import Head
-from modeconn.plan.program import Blend, Combination, Program, Segment, Term, Varying, VaryingStep
+from modeconn.plan.program import Combination, Moving, Program, Segment, Term, Varying, VaryingStep
 
 # Points of one call into the engine: few enough that progress moves, many enough to fill the cores.
 _POINTS = 16
@@ -283,11 +283,11 @@ def _pooling(node: Node) -> dict[str, tuple[int, int]] | str:
     return {"kernel": _pair(kernel), "stride": _pair(stride), "padding": _pair(padding)}
 
 
-def _blend(entry: Tensor | Blend, points: int) -> tuple[list[np.ndarray], np.ndarray]:
+def _blend(entry: Tensor | Moving, points: int) -> tuple[list[np.ndarray], np.ndarray]:
     """An entry as arrays and their coefficients [points, arrays]."""
     if isinstance(entry, Tensor):
         return [entry.contiguous().numpy()], np.ones((points, 1))
-    return [tensor.contiguous().numpy() for tensor in entry.tensors], np.stack(entry.columns, axis=1)
+    return entry.arrays()
 
 
 def _activation(node: Node) -> Stage | None:

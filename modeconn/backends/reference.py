@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from modeconn.backends.cache import block_rows
+from modeconn.inputs import Inputs
 from modeconn.metrics import Head
 from modeconn.paths import blend
-from modeconn.plan.program import Blend, Combination, Program, Segment, Varying
+from modeconn.plan.program import Combination, Program, Segment, Varying
 
 # The shared values of one batch, by number.
 Values = dict[int, Any]
@@ -49,16 +50,15 @@ class ReferenceBackend:
         sliceable = all(str(step.node.shape[0]) == "N" for step in steps if step.node.batched and step.node.shape)
         return rows if sliceable else min(rows, self._block)
 
-    def shared(self, x: Tensor) -> Values:
+    def shared(self, x: Inputs) -> Values:
         """The shared values of a batch that the segments take up."""
-        if x.dim() == 4:  # convolutions are faster where a pixel's channels lie together, and pass that layout on
-            x = x.contiguous(memory_format=torch.channels_last)
+        inputs = [_laid_out(tensor) for tensor in self.program.graph.given(x)]
         parts: dict[int, list[Any]] = {}
-        for rows in self._blocks(len(x)):
-            values: Values = {0: x[rows]}
+        for rows in self._blocks(len(inputs[0])):
+            values: Values = {number: tensor[rows] for number, tensor in enumerate(inputs)}
             for number in self.program.order:
                 step = self.program.shared[number]
-                if number:
+                if number >= len(inputs):
                     values[number] = step.node.run([values[i] for i in step.inputs], step.entries, rows.stop - rows.start)
                 if number in self._kept:
                     parts.setdefault(number, []).append(values[number])
@@ -78,7 +78,7 @@ class ReferenceBackend:
             return self._combined(form, values, targets, head, tick)
         sums = head.zeros(len(segment.rows), targets.device)
         for point in range(len(segment.rows)):
-            for rows, outputs in self._outputs(segment, point, values, len(targets)):
+            for rows, outputs in self.outputs(segment, point, values, len(targets)):
                 sums[point] += head.sums(outputs, targets[rows])
             tick()
         return sums
@@ -97,13 +97,10 @@ class ReferenceBackend:
             tick()
         return sums
 
-    def _outputs(self, segment: Segment, point: int, values: Values, rows: int) -> Iterator[tuple[slice, Any]]:
+    def outputs(self, segment: Segment, point: int, values: Values, rows: int) -> Iterator[tuple[slice, Any]]:
         """The network's output at one point, a block of rows at a time."""
         program = self.program
-        weights = [
-            [blend(e.tensors, [c[point] for c in e.columns]) if isinstance(e, Blend) else e for e in step.entries]
-            for step in segment.steps
-        ]
+        weights = [[e if isinstance(e, Tensor) else e.at(point) for e in step.entries] for step in segment.steps]
         once: dict[int, Any] = {}  # values that have nothing to do with the rows
         dropped = _last_uses(segment)
 
@@ -138,6 +135,11 @@ class ReferenceBackend:
         step = rows if self.program.graph.mixes_rows else self._block
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """Images with the channels of a pixel together: convolutions are faster so, and pass that layout on."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and x.is_floating_point() else x
 
 
 def _last_uses(segment: Segment) -> list[list[int]]:

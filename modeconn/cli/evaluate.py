@@ -45,9 +45,10 @@ def add(commands: options.Commands) -> None:
     )
     computing.add_argument(
         "--buffers",
-        choices=("interpolate", "start"),
+        choices=("interpolate", "start", "recompute"),
         default="interpolate",
-        help="the statistics of norm layers between the networks (default: interpolate)",
+        help="the statistics of batch norms between the networks; recompute: from the training data, in a second pass "
+        "(default: interpolate)",
     )
     computing.add_argument(
         "--backend",
@@ -160,6 +161,7 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         precision=args.precision,
         progress=output.on_terminal() and not args.quiet,
+        recompute_data=options.load_data(args, "train") if args.buffers == "recompute" and args.split != "train" else None,
     )
     result.info |= {
         "model": spec,

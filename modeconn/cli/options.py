@@ -68,7 +68,7 @@ def add_model(parser: argparse.ArgumentParser, required: bool) -> None:
         "--model",
         metavar="SPEC",
         required=required,
-        help="mlp:IN-HIDDENxCOUNT-OUT, such as mlp:784-245x10-10, or package.module:factory"
+        help="mlp:784-245x10-10, vgg11:width=16, resnet20, vit, … or package.module:factory"
         + ("" if required else " (default: what `modeconn train` noted in the first checkpoint)"),
     )
 
@@ -116,7 +116,7 @@ def load_model(args: argparse.Namespace, files: Iterable[str]) -> tuple[str, nn.
         first = next(iter(files))
         spec = checkpoint_metadata(first).get("model", "")
         # A file must not decide which code is imported, so only built-in models are taken from it.
-        if not spec.startswith("mlp:"):
+        if not models.is_builtin(spec):
             raise ModeconnError(f"--model is missing, and {first} does not say which built-in model it is")
     return spec, models.build(spec)
 

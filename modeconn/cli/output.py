@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from modeconn.result import PathResult
     from modeconn.train import Epoch
 
@@ -33,6 +35,11 @@ def write_json(content: dict[str, Any], file: str) -> None:
 
 def write_plot(result: PathResult, file: str) -> None:
     """Draw a result into a PNG, SVG or PDF file, whole or not at all."""
+    write_figure(result.plot, file)
+
+
+def write_figure(draw: Callable[[Axes], object], file: str) -> None:
+    """Write what `draw` draws into a PNG, SVG or PDF file, whole or not at all."""
     from pathlib import Path
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -43,7 +50,7 @@ def write_plot(result: PathResult, file: str) -> None:
     # Not pyplot: it would look for a display.
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    result.plot(figure.add_subplot())
+    draw(figure.add_subplot())
     kind = Path(file).suffix.lower().lstrip(".")
     atomic_write(file, lambda stream: figure.savefig(stream, format=kind, dpi=160))
 

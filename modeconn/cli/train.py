@@ -106,7 +106,7 @@ def new_model(spec: str, seed: int, device: str = "cpu") -> nn.Module:
         raise ModeconnError(f"seed is {seed}, expected at least 0 and below 2**63")
     torch.manual_seed(seed)
     model = models.build(spec)
-    if spec.startswith("mlp:"):
+    if models.is_builtin(spec):
         models.initialise(model, torch.Generator().manual_seed(seed))
     try:
         return model.to(device)

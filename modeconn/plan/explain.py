@@ -60,7 +60,9 @@ class Plan:
     def nodes(self, segment: Segment) -> list[dict[str, Any]]:
         """Each node of the network on one segment: its class, the units that are live, and its arithmetic per sample."""
         rows = []
-        for node in self.program.graph.nodes[1:]:
+        for node in self.program.graph.nodes:
+            if node.op == "input":
+                continue
             forms = segment.forms.get(node.id, [])
             each = sum(step.flops for step in segment.steps if step.node is node)
             output = segment.outputs.get(node.id)

@@ -8,16 +8,28 @@ ones are one value, within a segment and between segments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.graph import Graph, Node
+from modeconn.graph import Entry, Graph, Node
 from modeconn.paths import Path, blend
 from modeconn.plan.contents import Contents, Cut
-from modeconn.plan.program import Blend, Combination, Form, Program, Segment, SharedStep, Term, Varying, VaryingStep
+from modeconn.plan.program import (
+    Blend,
+    Combination,
+    Form,
+    Moving,
+    PerPoint,
+    Program,
+    Segment,
+    SharedStep,
+    Term,
+    Varying,
+    VaryingStep,
+)
 from modeconn.plan.rules import Mismatch, Rule, Support, Wanted, rule_for, static
 
 # Columns that differ by no more than this are rounding of one number: (1 - t) + t is not exactly 1 for every t.
@@ -25,7 +37,8 @@ _ROUNDING = 8 * float(np.finfo(np.float64).eps)
 
 
 def make_program(
-    graph: Graph, path: Path, points: np.ndarray, *, dtype: torch.dtype, device: torch.device, frozen: frozenset[str]
+    graph: Graph, path: Path, points: np.ndarray, *, dtype: torch.dtype, device: torch.device, frozen: frozenset[str],
+    tables: Mapping[str, Tensor] | None = None,
 ) -> Program:  # fmt: skip
     """Plan the evaluation of a graph at some points of a path.
 
@@ -33,6 +46,8 @@ def make_program(
         points: as `Path.points` returns them; repeated ones are evaluated once.
         dtype, device: what will be computed with.
         frozen: entries that stay those of the first control point (`buffers="start"`).
+        tables: entries with a tensor of their own at each of the distinct points in rising order, [T, …], instead of the
+            path's (`buffers="recompute"`).
     """
     start = {name: path.control_points[0][name] for name in frozen}
     distinct, inverse = np.unique(points, axis=0, return_inverse=True)
@@ -47,7 +62,8 @@ def make_program(
         # All coefficients zero is a legal point of a mixture: the network with all weights zero.
         active = active if len(active) else np.zeros(1, np.int64)
         segment = Segment(int(index), rows, tuple(active.tolist()), coefficients[np.ix_(rows, active)])
-        _SegmentPlanner(graph, contents, shared, segment).plan()
+        here = {name: table[torch.from_numpy(rows).to(table.device)] for name, table in (tables or {}).items()}
+        _SegmentPlanner(graph, contents, shared, segment, here).plan()
         segments.append(segment)
     weights = {node.id: [contents.tensor(name, 0) for name in node.entries] for node in graph.nodes}
     naive = sum(flops(node, weights[node.id], node.numbers()) for node in graph.nodes if node.batched)
@@ -58,8 +74,8 @@ class _Shared:
     """The shared steps of all segments, numbered by what they compute."""
 
     def __init__(self, graph: Graph) -> None:
-        entry = graph.nodes[0]
-        self.steps = [SharedStep(entry, (), (), None, 0.0, entry.numbers())]
+        inputs = [node for node in graph.nodes if node.op == "input"]
+        self.steps = [SharedStep(node, (), (), None, 0.0, node.numbers()) for node in inputs]
         self._known: dict[tuple[object, ...], int] = {}
 
     def add(self, key: tuple[object, ...], step: SharedStep) -> int:
@@ -72,12 +88,17 @@ class _Shared:
 class _SegmentPlanner:
     """Finds the forms of one segment's values."""
 
-    def __init__(self, graph: Graph, contents: Contents, shared: _Shared, segment: Segment) -> None:
-        self.graph, self.contents, self.shared, self.segment = graph, contents, shared, segment
+    def __init__(
+        self, graph: Graph, contents: Contents, shared: _Shared, segment: Segment, tables: Mapping[str, Tensor]
+    ) -> None:
+        self.graph, self.contents, self.shared, self.segment, self.tables = graph, contents, shared, segment, tables
         self.forms: dict[tuple[int, object], Form] = {}
         self.combined: dict[int, int] = {}  # id of a combination's terms → the step that adds it up
         self.ones = np.ones(len(segment.rows))
         self.everyone = tuple(range(len(segment.active)))
+        # Entries, by the id of their tensor, and shared values that are fixed here and yet those of no control point.
+        self.mixed: set[int] = set()
+        self.mixed_values: set[int] = set()
 
     def plan(self) -> None:
         for node_id in self.graph.outputs():
@@ -95,13 +116,15 @@ class _SegmentPlanner:
     # -- one node -------------------------------------------------------------------------------------------------
 
     def _derive(self, node: Node, wanted: Wanted) -> Form:
-        if node.id == 0:
-            return Combination((Term(0, self.ones),), None, node.numbers())
+        if node.op == "input":
+            return Combination((Term(node.id, self.ones),), None, node.numbers())
         rule = rule_for(node)
         inputs, cuts, units = self._inputs(node, rule, wanted, self.everyone)
         entries = [self._entry(name, cut) for name, cut in zip(node.entries, cuts)]
         fixed = all(isinstance(entry, Tensor) for entry in entries)
         constant = all(isinstance(form, Combination) and form.constant for form in inputs)
+        if node.op == "batch_norm" and self._stale(node, inputs, entries):
+            self.segment.stale.add(node.id)
         if constant and fixed:
             return self._share(node, _constants(inputs), entries, units, self.ones)  # type: ignore[arg-type]
         form: Form | None = None
@@ -110,6 +133,14 @@ class _SegmentPlanner:
         elif fixed:
             form = self._combine_inputs(node, rule, inputs, entries, units)  # type: ignore[arg-type]
         return form or self._vary(node, inputs, entries, units)
+
+    def _stale(self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Moving]) -> bool:
+        """Whether a batch norm's input or its statistics are those of no control point."""
+        statistics = [entries[leaf.index] for leaf in node.args[1:3] if isinstance(leaf, Entry)]
+        return any(
+            not isinstance(form, Combination) or not form.constant or form.terms[0].value in self.mixed_values
+            for form in inputs
+        ) or any(not isinstance(entry, Tensor) or id(entry) in self.mixed for entry in statistics)
 
     def _inputs(self, node: Node, rule: Rule, wanted: Wanted, points: Sequence[int]) -> tuple[list[Form], list[Cut], Wanted]:
         """The inputs' forms for the wanted units, looking only at some of the active control points' weights."""
@@ -139,8 +170,10 @@ class _SegmentPlanner:
     def _tensor(self, name: str, k: int, cut: Cut) -> Tensor:
         return self.contents.tensor(name, self.segment.active[k], cut)
 
-    def _entry(self, name: str, cut: Cut) -> Tensor | Blend:
+    def _entry(self, name: str, cut: Cut) -> Tensor | Moving:
         """An entry on this segment: one tensor if it does not change with t, else a blend of the different ones."""
+        if name in self.tables:
+            return self._tabulated(self.tables[name], cut)
         tensors = [self._tensor(name, k, cut) for k in self.everyone]
         if not tensors[0].is_floating_point():
             return self.contents.tensor(name, 0, cut)
@@ -150,8 +183,18 @@ class _SegmentPlanner:
         different = tuple(each for _, (each,), _ in groups)
         columns = tuple(column for _, _, column in groups)
         if all(np.ptp(column) == 0 for column in columns):
-            return self.contents.unique(blend(different, [column[0] for column in columns]))
+            mixed = self.contents.unique(blend(different, [column[0] for column in columns]))
+            if len(groups) > 1 or columns[0][0] != 1.0:
+                self.mixed.add(id(mixed))
+            return mixed
         return Blend(different, columns)
+
+    def _tabulated(self, table: Tensor, cut: Cut) -> Tensor | PerPoint:
+        """The same for an entry with a tensor of its own at each point."""
+        for axis, index in enumerate(cut):
+            if index is not None:
+                table = table.index_select(axis + 1, torch.from_numpy(index).to(table.device))
+        return self.contents.unique(table[0].clone()) if bool((table == table[:1]).all()) else PerPoint(table)
 
     def _group(self, tuples: Sequence[tuple[Tensor, ...]]) -> list[tuple[list[int], tuple[Tensor, ...], np.ndarray]]:
         """Merge active control points with equal tensors by adding their columns; drop those that are all zero.
@@ -181,15 +224,18 @@ class _SegmentPlanner:
         numbers = self._numbers(node, units)
         key = (node.id, tuple(inputs), tuple(map(self.contents.number, entries)), units.key if units else None)
         step = SharedStep(node, tuple(inputs), tuple(entries), units, flops(node, entries, numbers), numbers)
-        return Combination((Term(self.shared.add(key, step), column),), units, numbers)
+        value = self.shared.add(key, step)
+        if any(id(entry) in self.mixed for entry in entries) or not self.mixed_values.isdisjoint(inputs):
+            self.mixed_values.add(value)
+        return Combination((Term(value, column),), units, numbers)
 
     def _combine_entries(
-        self, node: Node, rule: Rule, wanted: Wanted, inputs: Sequence[Form], entries: Sequence[Tensor | Blend],
+        self, node: Node, rule: Rule, wanted: Wanted, inputs: Sequence[Form], entries: Sequence[Tensor | Moving],
         cuts: Sequence[Cut], units: Wanted,
     ) -> Combination | None:  # fmt: skip
         """Constant inputs, weights that vary, and the value linear in them: one shared value per set of weights."""
         linear = rule.linear_entries(node)
-        if any(isinstance(entry, Blend) and i not in linear for i, entry in enumerate(entries)):
+        if any(not isinstance(entry, Tensor) and i not in linear for i, entry in enumerate(entries)):
             return None
         sets = [
             tuple(self._tensor(name, k, cut) for i, (name, cut) in enumerate(zip(node.entries, cuts)) if i in linear)
@@ -253,10 +299,10 @@ class _SegmentPlanner:
         ]
         return Combination(tuple(terms), units, self._numbers(node, units))
 
-    def _vary(self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Blend], units: Wanted) -> Varying:
+    def _vary(self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Moving], units: Wanted) -> Varying:
         operands = tuple(self._operand(form) for form in inputs)
         numbers = self._numbers(node, units)
-        weights = [entry if isinstance(entry, Tensor) else entry.tensors[0] for entry in entries]
+        weights = [entry if isinstance(entry, Tensor) else entry.like for entry in entries]
         return self._step(VaryingStep(node, operands, tuple(entries), units, flops(node, weights, numbers), numbers))
 
     def _operand(self, form: Form) -> Combination | int:

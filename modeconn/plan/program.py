@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from modeconn.graph import Graph, Node
+from modeconn.paths import blend
 from modeconn.plan.rules import Wanted
 
 
@@ -59,6 +60,42 @@ class Blend:
     tensors: tuple[Tensor, ...]
     columns: tuple[np.ndarray, ...]
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of its shape."""
+        return self.tensors[0]
+
+    def at(self, point: int) -> Tensor:
+        """The weight at one of the segment's points."""
+        return blend(self.tensors, [column[point] for column in self.columns])
+
+    def arrays(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The tensors as arrays, and their coefficients [points, tensors]."""
+        return [tensor.contiguous().numpy() for tensor in self.tensors], np.stack(self.columns, axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class PerPoint:
+    """An entry with a tensor of its own at each of the segment's points, [T, …]: statistics that were recomputed."""
+
+    table: Tensor
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of its shape."""
+        return self.table[0]
+
+    def at(self, point: int) -> Tensor:
+        """The entry at one of the segment's points."""
+        return self.table[point]
+
+    def arrays(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """As for a `Blend`: the tensor of each point, with one-hot coefficients."""
+        return list(self.table.contiguous().numpy()), np.eye(len(self.table))
+
+
+Moving = Blend | PerPoint
+
 
 @dataclass(frozen=True, eq=False)
 class SharedStep:
@@ -84,12 +121,12 @@ class VaryingStep:
 
     Attributes:
         inputs: for each input of the node the earlier step, or the constant, that it is.
-        entries: its weights: fixed ones, or blends.
+        entries: its weights: fixed ones, or such as move with t.
     """
 
     node: Node
     inputs: tuple[Combination | int, ...]
-    entries: tuple[Tensor | Blend, ...]
+    entries: tuple[Tensor | Moving, ...]
     units: Wanted
     flops: float
     numbers: float
@@ -107,6 +144,7 @@ class Segment:
         steps: what is done for each point.
         outputs: the form of every node that the output is made of.
         forms: the form of every node that was asked for, for `explain`.
+        stale: norms whose running statistics move with t, or whose input does: their blend is not what the data give.
     """
 
     index: int
@@ -116,6 +154,14 @@ class Segment:
     steps: list[VaryingStep] = field(default_factory=list)
     outputs: dict[int, Form] = field(default_factory=dict)
     forms: dict[int, list[Form]] = field(default_factory=dict)
+    stale: set[int] = field(default_factory=set)
+
+    @property
+    def between(self) -> np.ndarray:
+        """Which of the points are none of the control points, bool [T]."""
+        ones, others = (self.coefficients == 1).sum(1), (self.coefficients != 0).sum(1)
+        between: np.ndarray = (ones != 1) | (others != 1)
+        return between
 
     @property
     def flops(self) -> float:
@@ -131,7 +177,7 @@ class Program:
     Attributes:
         points: the distinct points, in rising order, float64 [T] or [T, dim].
         inverse: for each point that was asked for its place among the distinct ones.
-        shared: every shared step; value 0 is the input.
+        shared: every shared step; the first are the inputs.
         naive_flops: arithmetic of one forward pass of one network, per row.
         order: the shared values that are needed, in execution order.
     """

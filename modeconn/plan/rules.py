@@ -224,13 +224,48 @@ class Concatenation(Rule):
         return [], Units(axis, np.concatenate(parts))
 
 
+class Embedding(Rule):
+    """Rows of a table [tokens, features], picked by indices: linear in the table, feature by feature."""
+
+    def __init__(self) -> None:
+        super().__init__("", lambda node: frozenset({0}))
+
+    def cuts(self, node: Node, wanted: Wanted, have: Sequence[Wanted], shapes: Sequence[Shape]) -> tuple[list[Cut], Wanted]:
+        if wanted is None or wanted.axis != len(node.shape) - 1:
+            return [()], None
+        return [(None, wanted.index)], wanted
+
+
+class Permutation(Rule):
+    """transpose and permute: units go to another axis."""
+
+    @staticmethod
+    def _order(node: Node) -> list[int]:
+        """For each axis of the value the input's."""
+        rank = len(node.shape)
+        if node.op == "permute":
+            return [axis % rank for axis in node.args[1]]
+        order = list(range(rank))
+        a, b = (0, 1) if node.op == "t" else (node.args[1] % rank, node.args[2] % rank)
+        order[a], order[b] = b, a
+        return order
+
+    def wants(self, node: Node, wanted: Wanted, shapes: Sequence[Shape], support: Support) -> list[Wanted]:
+        return [Units(self._order(node)[wanted.axis], wanted.index) if wanted else None]
+
+    def cuts(self, node: Node, wanted: Wanted, have: Sequence[Wanted], shapes: Sequence[Shape]) -> tuple[list[Cut], Wanted]:
+        (units,) = have
+        return [], Units(self._order(node).index(units.axis), units.index) if units else None
+
+
 def _entries_at(*positions: int) -> Callable[[Node], frozenset[int]]:
     """The entries among the arguments at these positions."""
     return lambda node: frozenset(a.index for p, a in enumerate(node.args) if p in positions and isinstance(a, Entry))
 
 
 UNKNOWN = Rule()
-_STRUCTURAL = Rule("homogeneous")
+# Rearranging an entry is linear in it, as rearranging a value is.
+_STRUCTURAL = Rule("homogeneous", _entries_at(0))
 _PRODUCT = Product()
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(("linear", "conv1d", "conv2d"), _PRODUCT),
@@ -249,8 +284,11 @@ _RULES: dict[str, Rule] = {
     "mean": Mean("homogeneous"),
     "cat": Concatenation("homogeneous"),
     **dict.fromkeys(
-        "reshape permute transpose t unsqueeze squeeze expand slice select contiguous movedim flip".split(), _STRUCTURAL
+        "reshape unsqueeze squeeze expand slice select contiguous movedim flip view _unsafe_view".split(), _STRUCTURAL
     ),
+    **dict.fromkeys(("permute", "transpose", "t"), Permutation("homogeneous", _entries_at(0))),
+    "embedding": Embedding(),
+    "rms_norm": Rule("", _entries_at(2)),
 }
 
 
@@ -268,6 +306,10 @@ def rule_for(node: Node) -> Rule:
         return UNKNOWN
     if isinstance(rule, (ByChannel, Flatten, Mean)) and not (node.shape and isinstance(node.shape[0], Size)):
         return UNKNOWN  # no batch axis in front: a pooled single image, a scalar
+    if isinstance(rule, Embedding) and node.args[:2] != (Entry(0), In(0)):
+        return UNKNOWN  # a table that is itself computed
+    if isinstance(rule, Permutation) and len(node.inputs) != 1:
+        return _STRUCTURAL
     if type(rule) is Elementwise and len(node.inputs) != 1:
         return UNKNOWN
     return rule

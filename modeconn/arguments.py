@@ -1,0 +1,95 @@
+"""What the arguments that `evaluate`, `explain` and `forward` share mean; each is checked here, once."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from modeconn import state as states
+from modeconn.errors import ModeconnError
+from modeconn.graph import Graph
+from modeconn.inputs import Inputs, apply
+from modeconn.paths import Path
+
+# Memory for a batch, and as much for its shared values, where the caller names no budget.
+MEMORY_BUDGET = 128 << 20
+BUFFERS = ("interpolate", "start", "recompute")
+_PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """What to compute in."""
+    if precision not in _PRECISIONS:
+        raise ModeconnError(f"precision is {precision!r}: expected one of {', '.join(_PRECISIONS)}")
+    return _PRECISIONS[precision]
+
+
+def device_of(device: str | torch.device | None, path: Path) -> torch.device:
+    """Where to compute: by default where the path's control points are."""
+    if device is None:
+        return next(iter(path.control_points[0].values())).device
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise ModeconnError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return where
+
+
+def moved(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Inputs as they are computed with; integers (tokens) stay integers."""
+    return apply(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None), inputs)
+
+
+def frozen_entries(buffers: str, path: Path, data: bool = True) -> frozenset[str]:
+    """Entries that do not move: norms' running statistics, where they are to stay those of the start.
+
+    Args:
+        data: whether there are data to recompute the statistics from.
+    """
+    allowed = BUFFERS if data else BUFFERS[:2]
+    if buffers not in allowed:
+        raise ModeconnError(f"buffers is {buffers!r}: expected {' or '.join(map(_quoted, allowed))}")
+    statistics = ("running_mean", "running_var")
+    return frozenset(key for key in path.control_points[0] if buffers == "start" and key.endswith(statistics))
+
+
+def check_fit(model: nn.Module, path: Path) -> None:
+    """Raise a ModeconnError that lists what differs between the model's entries and the path's."""
+    own = model.state_dict()
+    states.match(
+        [own, path.control_points[0]], [f"the model {type(model).__name__}", path.names[0]], devices=False, dtypes=False
+    )
+
+
+def positive(name: str, value: Any) -> int | None:
+    """A whole number of at least one, or None for the default."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ModeconnError(f"{name} is {value!r}: expected a whole number, at least 1")
+    return value
+
+
+def warn_of(graph: Graph, batch: str) -> None:
+    """Warn, on behalf of the caller's caller, of a network that runs otherwise than one would expect.
+
+    Args:
+        batch: what the result depends on where a sample's output depends on the other samples of its batch.
+    """
+    if graph.fallback:
+        warnings.warn(
+            f"the model runs as it is, once per point, since it could not be captured: {graph.fallback}", stacklevel=3
+        )
+    if graph.mixes_rows:
+        warnings.warn(
+            f"the model's output for a sample depends on the other samples of its batch: results depend on {batch}",
+            stacklevel=3,
+        )
+    if any(node.random for node in graph.nodes):
+        warnings.warn("the model draws random numbers in eval mode: results differ from run to run", stacklevel=3)
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'

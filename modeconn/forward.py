@@ -1,0 +1,151 @@
+"""Outputs of a network at many points of a path, for a batch of inputs: the engine as a primitive."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modeconn.arguments import MEMORY_BUDGET, check_fit, device_of, dtype_of, frozen_entries, moved, positive, warn_of
+from modeconn.backends.reference import ReferenceBackend
+from modeconn.capture import capture, eval_mode, prepare
+from modeconn.errors import ModeconnError
+from modeconn.graph import Graph, Size
+from modeconn.inputs import Inputs, call, describe, leaves, rows, take
+from modeconn.paths import Path, Points
+from modeconn.plan.explain import Plan
+from modeconn.plan.planner import make_program
+
+
+class Forward:
+    """A network, captured and planned for some points of a path: call it with batches of inputs.
+
+    What does not depend on t is computed once per call, dead units are left out, and what is linear in the
+    coefficients is combined, as `explain` shows.
+
+    Args:
+        model: the architecture; its own weights do not matter, and it is left as it was, training mode included.
+        path: of checkpoints that fit the model. Its weights are looked at here: after they have changed, make another.
+        t: a count of points, or the t values themselves, in any order, repeated if need be.
+        sample: a few rows of input [N, …], or a tuple or dict of such tensors where the model takes several; only their
+            shape and dtype count.
+        buffers: "interpolate" the norms' running statistics with the weights, or keep those of the path's "start".
+        precision: "float32" or "float64".
+        device: of the computation; by default where the path's control points are.
+        memory_budget: bytes for what is shared between points, 128 MiB by default; the outputs come on top of that.
+
+    Attributes:
+        t: float64 [T] for a curve, [T, dim] otherwise.
+        plan: what `explain` would print.
+
+    Raises:
+        ModeconnError: bad input, or a network whose output is not one tensor with a row per sample.
+    """
+
+    def __init__(
+        self, model: nn.Module, path: Path, t: Points, sample: Any, *, buffers: str = "interpolate",
+        precision: str = "float32", device: str | torch.device | None = None, memory_budget: int | None = None,
+    ) -> None:  # fmt: skip
+        self.t: np.ndarray = path.points(t)
+        self._dtype, self._device = dtype_of(precision), device_of(device, path)
+        self._budget = positive("memory_budget", memory_budget) or MEMORY_BUDGET
+        frozen = frozen_entries(buffers, path, data=False)
+        check_fit(model, path)
+        self._model = prepare(model, self._dtype, self._device)
+        x = self._input(sample)
+        self._row = describe(x)
+        graph = capture(self._model, x)
+        few = take(x, 0, 2)
+        with eval_mode(self._model), torch.no_grad():
+            _check_output(graph, call(self._model, few), rows(few))
+        warn_of(graph, "the rows that are given together")
+        program = make_program(graph, path, self.t, dtype=self._dtype, device=self._device, frozen=frozen)
+        self._engine = ReferenceBackend(program, self._dtype, self._device)
+        self.plan = Plan(program)
+
+    def __call__(self, x: Any) -> Tensor:
+        """The outputs [T, B, …] for inputs [B, …], in the order of `t`.
+
+        Raises:
+            ModeconnError: rows of another shape than the sample's, or none.
+        """
+        inputs = self._input(x)
+        if describe(inputs) != self._row:
+            raise ModeconnError(
+                f"inputs have shape {describe(inputs)}: expected {self._row}, as in the sample this was made for"
+            )
+        count = rows(inputs)
+        most = count if self.plan.program.graph.mixes_rows else self._engine.most_rows(self._budget)
+        with eval_mode(self._model), torch.no_grad():
+            outputs = [self._outputs(take(inputs, i, i + most)) for i in range(0, count, most)]
+        distinct = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        inverse = self.plan.program.inverse
+        if np.array_equal(inverse, np.arange(len(distinct))):
+            return distinct
+        return distinct[torch.from_numpy(inverse).to(distinct.device)]
+
+    def _input(self, x: Any) -> Inputs:
+        if isinstance(x, Mapping):
+            inputs: Inputs = {key: torch.as_tensor(value) for key, value in x.items()}
+        elif isinstance(x, tuple):
+            inputs = tuple(map(torch.as_tensor, x))
+        else:
+            inputs = torch.as_tensor(x)
+        shapes = [list(tensor.shape) for tensor in leaves(inputs)]
+        if not shapes or not all(shape and shape[0] == shapes[0][0] > 0 for shape in shapes):
+            text = shapes[0] if isinstance(inputs, Tensor) else shapes
+            raise ModeconnError(f"inputs have shape {text}: expected at least one row, [N, …], and as many of each input")
+        return moved(inputs, self._dtype, self._device)
+
+    def _outputs(self, x: Inputs) -> Tensor:
+        """The outputs at the distinct points, [T, B, …]."""
+        program, count = self.plan.program, rows(x)
+        values = self._engine.shared(x)
+        result: Tensor | None = None
+        for segment in program.segments:
+            for point, row in enumerate(segment.rows.tolist()):
+                for block, output in self._engine.outputs(segment, point, values, count):
+                    if result is None:
+                        result = output.new_empty((len(program.points), count, *output.shape[1:]))
+                    result[row, block] = output
+        if result is None:
+            raise ModeconnError("there are no points to evaluate")
+        return result
+
+
+def forward(
+    model: nn.Module, path: Path, t: Points, x: Any, *, buffers: str = "interpolate", precision: str = "float32",
+    device: str | torch.device | None = None, memory_budget: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The outputs of a network at each t, for the rows of x.
+
+    Batch after batch with the same model, path and t, make a `Forward` once and call that.
+
+    Args:
+        x: inputs [B, …].
+        model, path, t, buffers, precision, device, memory_budget: as for `Forward`.
+
+    Returns:
+        the outputs [T, B, …], in the order of t; what `vmap` of `functional_call` over the stacked weights would give.
+
+    Raises:
+        ModeconnError: bad input, or a network whose output is not one tensor with a row per sample.
+    """
+    options: dict[str, Any] = {"buffers": buffers, "precision": precision, "device": device, "memory_budget": memory_budget}
+    return Forward(model, path, t, x, **options)(x)
+
+
+def _check_output(graph: Graph, example: Any, count: int) -> None:
+    if not isinstance(example, Tensor) or graph.tensor_output is None:
+        raise ModeconnError(
+            f"the model returns {type(example).__name__}, and forward needs one tensor [N, …]: wrap the model in a module "
+            "that returns the tensor you want"
+        )
+    shape = graph.nodes[graph.tensor_output].shape
+    if example.dim() == 0 or len(example) != count or not isinstance(shape[0], Size) or str(shape[0]) != "N":
+        raise ModeconnError(
+            f"the model's output has shape {list(example.shape)} for {count} inputs: expected a row per input, [N, …]"
+        )

@@ -1,0 +1,197 @@
+"""Batch-norm statistics recomputed from the data, for all points of a path in one pass.
+
+Between two networks the blend of their norms' running statistics is not what the network in between has: its activations
+are other ones. Re-estimating them point by point, as Garipov et al. 2018 do (`update_bn`), costs a pass per point. Here
+every norm of the captured graph is replaced by one that normalises by the statistics of the batch, as in training, and
+hands them out; that graph is planned and run like any other, for all points at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from modeconn.arguments import moved
+from modeconn.backends.reference import ReferenceBackend
+from modeconn.capture import as_given, eval_mode
+from modeconn.data import Batch
+from modeconn.errors import ModeconnError
+from modeconn.graph import Entry, Graph, In, Node
+from modeconn.inputs import Inputs, rows
+from modeconn.paths import Path
+from modeconn.plan.planner import make_program
+from modeconn.plan.program import Program
+
+# Per norm the names of its running mean and variance.
+Names = tuple[str, str]
+# Rows of a batch, and so of each estimate, where the caller does not say.
+BATCH_SIZE = 128
+
+
+def recompute(
+    model: nn.Module, graph: Graph, path: Path, points: np.ndarray, batches: Iterable[Batch], *, dtype: torch.dtype,
+    device: torch.device, limit: int | None = None, seen: Callable[[int], None] = lambda count: None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """The running statistics of every batch norm at every point, from one pass over the data.
+
+    What PyTorch gives after `reset_running_stats()` with `momentum=None` and a pass in training mode: the mean, over the
+    batches, of the batch's mean and of its unbiased variance, while each norm normalises by the batch's own statistics.
+    Everything else (dropout, say) stays in evaluation mode.
+
+    Args:
+        model: in the dtype and on the device to compute with; only used where the graph is a fallback.
+        graph: the captured model.
+        points: the distinct points in rising order.
+        batches: the training data, in its order.
+        limit: only so many batches.
+        seen: called with the rows of each batch that is done.
+
+    Returns:
+        per name of a running mean or variance its values [T, channels]; empty for a network without batch norm.
+
+    Raises:
+        ModeconnError: a batch from which no variance can be estimated.
+    """
+    training, names = training_graph(model, graph)
+    if not names:
+        return {}
+    program = make_program(training, path, points, dtype=dtype, device=device, frozen=frozenset())
+    engine = ReferenceBackend(program, dtype, device)
+    sums: dict[str, Tensor] = {}
+    calls = dict.fromkeys((name for pair in names for name in pair), 0)
+    for number, (inputs, _) in enumerate(batches):
+        if number == limit:
+            break
+        try:
+            _add(program, engine, moved(inputs, dtype, device), names, sums, calls)
+        except ValueError as error:
+            raise ModeconnError(
+                f'buffers="recompute": batch {number} has {rows(inputs)} rows, and a norm cannot estimate a variance from it '
+                f"({str(error).splitlines()[0]}): choose a batch_size that leaves no such batch"
+            ) from error
+        seen(rows(inputs))
+    return {name: (total / calls[name]).to(dtype) for name, total in sums.items()}
+
+
+def placeholders(model: nn.Module, graph: Graph, path: Path, points: int) -> dict[str, Tensor]:
+    """Statistics that are different at every point, for a plan without data."""
+    _, names = training_graph(model, graph)
+    start = path.control_points[0]
+    known = {name: start.get(name, graph.constants.get(name)) for pair in names for name in pair}
+    return {
+        name: torch.arange(1.0, points + 1).view(-1, *[1] * like.dim()).expand(points, *like.shape)
+        for name, like in known.items()
+        if like is not None
+    }
+
+
+def _add(
+    program: Program, engine: ReferenceBackend, x: Inputs, names: list[Names], sums: dict[str, Tensor], calls: dict[str, int]
+) -> None:
+    """Add the statistics of a batch at every point to the sums."""
+    values = engine.shared(x)
+    for segment in program.segments:
+        for point, row in enumerate(segment.rows.tolist()):
+            ((_, found),) = engine.outputs(segment, point, values, rows(x))
+            for pair, statistics in zip(names, found, strict=True):
+                for name, value in zip(pair, statistics, strict=True):
+                    if name not in sums:
+                        sums[name] = torch.zeros(len(program.points), *value.shape, dtype=torch.float64, device=value.device)
+                    sums[name][row] += value
+    for pair in names:
+        for name in pair:
+            calls[name] += 1
+
+
+def training_graph(model: nn.Module, graph: Graph) -> tuple[Graph, list[Names]]:
+    """The graph whose output is, per batch norm, the mean and the unbiased variance of its input over the batch."""
+    if graph.fallback:
+        return _opaque(model, graph)
+    nodes: list[Node] = []
+    place: dict[int, int] = {}
+    names: list[Names] = []
+    found: list[tuple[In, In]] = []
+    for node in graph.nodes:
+        inputs = tuple(place[i] for i in node.inputs)
+        pair = _running(node)
+        if pair is None:
+            nodes.append(replace(node, id=len(nodes), inputs=inputs))
+            place[node.id] = nodes[-1].id
+            continue
+        weight, bias = ((leaf.index if isinstance(leaf, Entry) else None) for leaf in node.args[3:5])
+        entries = [node.entries[i] for i in (weight, bias) if i is not None]
+        leaves = [None if i is None else Entry(entries.index(node.entries[i])) for i in (weight, bias)]
+        joint = len(nodes)
+        nodes.append(Node(
+            joint, "batch_norm_training", normalised, (In(0), *leaves, node.args[5]), inputs, tuple(entries),
+            node.shape, node.source,
+        ))  # fmt: skip
+        for part, shape in enumerate((node.shape, node.shape[1:2], node.shape[1:2])):
+            nodes.append(Node(len(nodes), "getitem", _part, (In(0), part), (joint,), (), shape, node.source))
+        place[node.id] = joint + 1
+        names.append(pair)
+        found.append((In(joint + 2), In(joint + 3)))
+    return Graph(tuple(nodes), found, graph.constants, mixes_rows=True, inputs=graph.inputs), names
+
+
+def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch norm in training mode: its value, and the mean and unbiased variance of the batch, [channels] each."""
+    channels, count = x.shape[1], x.numel() // x.shape[1]
+    if count > 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        # PyTorch's own kernel for this layout loses three digits of the variance in float32: two passes keep them.
+        flat = x.permute(0, 2, 3, 1).reshape(-1, channels)
+        mean = flat.mean(0)
+        var = (flat - mean).square_().mean(0)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var * (count / (count - 1))
+    mean, var = x.new_zeros(channels), x.new_zeros(channels)
+    return F.batch_norm(x, mean, var, weight, bias, training=True, momentum=1.0, eps=eps), mean, var
+
+
+def _part(values: tuple[Tensor, ...], index: int) -> Tensor:
+    return values[index]
+
+
+def _running(node: Node) -> Names | None:
+    """The names of a batch norm's running statistics; None for anything else."""
+    if node.op != "batch_norm" or len(node.inputs) != 1 or node.args[0] != In(0):
+        return None
+    leaves = node.args[1:3]
+    if not all(isinstance(leaf, Entry) for leaf in leaves) or any(isinstance(leaf, In) for leaf in node.args[3:5]):
+        return None
+    mean, var = (node.entries[leaf.index] for leaf in leaves)
+    return mean, var
+
+
+def _opaque(model: nn.Module, graph: Graph) -> tuple[Graph, list[Names]]:
+    """The same for a module that could not be captured: it runs as it is, with its norms in training mode."""
+    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    names = [(f"{name}.running_mean".lstrip("."), f"{name}.running_var".lstrip(".")) for name, _ in norms]
+    module = graph.nodes[-1]
+    count = len(graph.inputs)
+
+    def call(*tensors: Tensor) -> list[tuple[Tensor, Tensor]]:
+        args, kwargs = as_given(graph.inputs, tensors)
+        state = dict(zip(module.entries, tensors[count:]))
+        for name, norm in norms:
+            prefix = f"{name}." if name else ""
+            state |= {f"{prefix}{key}": torch.zeros_like(buffer) for key, buffer in norm.named_buffers(recurse=False)}
+        momenta = [norm.momentum for _, norm in norms]
+        with eval_mode(model):
+            try:
+                for _, norm in norms:
+                    norm.training, norm.momentum = True, None
+                functional_call(model, state, args, kwargs, tie_weights=False)
+            finally:
+                for (_, norm), momentum in zip(norms, momenta):
+                    norm.momentum = momentum
+        return [(state[mean], state[var]) for mean, var in names]
+
+    nodes = (*graph.nodes[:-1], replace(module, function=call))
+    return replace(graph, nodes=nodes, mixes_rows=True), names
