@@ -1,8 +1,13 @@
 """Evaluate a neural network at many points along a path in parameter space, in one pass over the data."""
 
 from modeconn import datasets
+from modeconn.connect.certificate import Certificate, FalseCertificate
+from modeconn.connect.connect import connect
+from modeconn.connect.connection import Connection
+from modeconn.connect.verify import verify
 from modeconn.errors import ModeconnError
 from modeconn.evaluate import evaluate, explain
+from modeconn.forward import forward
 from modeconn.paths import Bezier, Line, Mixture, Plane, PolyChain
 from modeconn.plan.explain import Plan
 from modeconn.result import PathResult
@@ -10,6 +15,9 @@ from modeconn.state import load
 
 __all__ = [
     "Bezier",
+    "Certificate",
+    "Connection",
+    "FalseCertificate",
     "Line",
     "Mixture",
     "ModeconnError",
@@ -17,10 +25,13 @@ __all__ = [
     "Plan",
     "Plane",
     "PolyChain",
+    "connect",
     "datasets",
     "evaluate",
     "explain",
+    "forward",
     "load",
+    "verify",
 ]
 
 __version__ = "0.1.0"

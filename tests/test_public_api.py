@@ -9,8 +9,8 @@ import modeconn as mc
 
 def test_public_names():
     assert sorted(mc.__all__) == [
-        "Bezier", "Line", "Mixture", "ModeconnError", "PathResult", "Plan", "Plane", "PolyChain", "datasets", "evaluate",
-        "explain", "load",
+        "Bezier", "Certificate", "Connection", "FalseCertificate", "Line", "Mixture", "ModeconnError", "PathResult", "Plan",
+        "Plane", "PolyChain", "connect", "datasets", "evaluate", "explain", "forward", "load", "verify",
     ]  # fmt: skip
     assert all(hasattr(mc, name) for name in mc.__all__)
 
@@ -18,10 +18,16 @@ def test_public_names():
 def test_evaluate_signature():
     assert list(inspect.signature(mc.evaluate).parameters) == [
         "model", "path", "data", "points", "loss", "metrics", "buffers", "backend", "device", "batch_size", "progress",
-        "precision", "memory_budget",
+        "precision", "memory_budget", "recompute_data", "recompute_batches",
     ]  # fmt: skip
 
 
 def test_every_public_name_is_documented():
     for name in set(mc.__all__) - {"datasets"}:
         assert inspect.getdoc(getattr(mc, name)), name
+
+
+def test_connect_signature():
+    assert list(inspect.signature(mc.connect).parameters) == [
+        "model", "a", "b", "train", "kept", "target", "test", "subnetworks", "seed", "spec", "log",
+    ]  # fmt: skip

@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from modeconn.cli import demo, evaluate, explain, inspect, train
+from modeconn.cli import connect, demo, evaluate, explain, inspect, train, verify
 from modeconn.cli.options import Parser, example
 from modeconn.errors import ModeconnError
 
-COMMANDS = (demo, train, evaluate, explain, inspect)
+COMMANDS = (demo, train, evaluate, explain, connect, verify, inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,107 @@
+"""`modeconn verify`: recompute the certificate of a connection, trusting nothing but its breakpoints and the data."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from modeconn.cli import options, output
+from modeconn.errors import ModeconnError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from modeconn.connect.certificate import Certificate
+    from modeconn.connect.connection import Connection
+
+
+def add(commands: options.Commands) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "verify",
+        help="check a connection's certificate from its breakpoints and the data",
+        description="Recompute the certificate of a connection from its breakpoints and the data, and compare.\n"
+        "Exit code 2 and one line that says what is false, where it is.",
+        epilog=options.example("modeconn verify connection/ --data mnist --data-root DIR"),
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="what `modeconn connect --out` or Connection.save wrote")
+    parser.add_argument(
+        "--model",
+        metavar="SPEC",
+        help="mlp:IN-HIDDENxCOUNT-OUT, …, or package.module:factory (default: the built-in one that the connection names)",
+    )
+    for end, which in (("a", "first"), ("b", "last")):
+        parser.add_argument(
+            f"--{end}",
+            metavar="CHECKPOINT",
+            help=f"the network that the path's {which} point must be, bit for bit (default: not compared)",
+        )
+    options.add_data(parser)
+    parser.add_argument("--batch-size", metavar="N", type=options.count, help="samples read at a time (default: chosen)")
+    results = parser.add_argument_group("results")
+    results.add_argument("--plot", metavar="FILE", help="draw loss and error along the path: .png, .svg or .pdf")
+    results.add_argument("--json", metavar="FILE", help="write the certificate as JSON; - is stdout, and nothing else then is")
+    results.add_argument("--quiet", "-q", action="store_true", help="print nothing")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, verify, print and write."""
+    ends = [file for file in (args.a, args.b) if file is not None]
+    options.check_inputs(ends)
+    options.check_outputs({"--plot": args.plot, "--json": args.json}, ends)
+    options.check_plot(args.plot)
+
+    from modeconn.connect.connection import Connection
+    from modeconn.connect.verify import verify
+
+    connection = Connection.load(args.folder)
+    model = _model(args, connection)
+    data = options.load_data(args)
+    started = time.perf_counter()
+    found = verify(model, connection, data, args.batch_size, a=args.a, b=args.b)
+    seconds = time.perf_counter() - started
+    if args.plot is not None:
+        _plot(connection, model, data, found, args.plot)
+    if args.json is not None:
+        output.write_json(_content(found, args), args.json)
+    if not args.quiet and args.json != "-":
+        _print(found, args, seconds)
+        output.print_written(args.plot, args.json)
+
+
+def _model(args: argparse.Namespace, connection: Connection) -> nn.Module:
+    from modeconn import models
+
+    # A file must not decide which code is imported, so a factory is never taken from it.
+    spec = args.model or connection.model
+    if spec is None or (args.model is None and not models.is_builtin(spec)):
+        raise ModeconnError(f"--model is missing, and {args.folder} does not say which built-in model it is")
+    return models.build(spec)
+
+
+def _content(found: Certificate, args: argparse.Namespace) -> dict[str, Any]:
+    return {**found.to_dict(), "same_data": found.same_data, "folder": args.folder, "data": f"{args.data} {args.split}"}
+
+
+def _plot(connection: Connection, model: nn.Module, data: Any, found: Certificate, file: str) -> None:
+    """One more pass, for the curves of the swings and the straight line."""
+    from modeconn.connect import figure
+    from modeconn.evaluate import evaluate
+    from modeconn.paths import Line
+
+    result = connection.evaluate(model, data, progress=False)
+    points = connection.path.control_points
+    line = evaluate(model, Line(points[0], points[-1]), data, points=25, progress=False)
+    output.write_figure(lambda ax: figure.draw(found, ax, line, result), file)
+
+
+def _print(found: Certificate, args: argparse.Namespace, seconds: float) -> None:
+    what = f"{args.data} {args.split}"
+    if found.same_data:
+        print(f"verified: the weights and {what} bear out the certificate")
+    else:
+        print(f"verified for {what}, which are not the data of the stored certificates: their numbers were not compared")
+    print(found)
+    print(f"\none pass over the data in {output.seconds_text(seconds)}")

@@ -1,0 +1,139 @@
+"""Many subnetworks of equal shape as one: their weights stacked, their logits from one set of batched products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modeconn.connect.chain import Chain
+from modeconn.connect.subnetworks import Subnetwork, restrict
+from modeconn.errors import ModeconnError
+
+# Kept features of all subnetworks are gathered once if they take up no more than this, else batch by batch.
+_MEMORY_BUDGET = 3 << 30
+
+
+class Stack:
+    """D subnetworks whose weights have equal shapes.
+
+    Attributes:
+        weights, biases: of layer after layer, [D, …]; leaves that take gradients.
+        entry: an entry layer whose following layers are like those of every subnetwork.
+    """
+
+    def __init__(self, chain: Chain, subs: Sequence[Subnetwork]) -> None:
+        check_stackable(chain, subs)
+        self.chain, self.entry = chain, subs[0].entry
+        self.weights = [torch.stack([sub.weights[i] for sub in subs]) for i in range(len(subs[0].weights))]
+        self.biases: list[Tensor | None] = []
+        for i, bias in enumerate(subs[0].biases):
+            self.biases.append(None if bias is None else torch.stack([sub.biases[i] for sub in subs]))  # type: ignore[misc]
+        self._take_gradients()
+
+    def __len__(self) -> int:
+        return len(self.weights[0])
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All weights and biases, in a fixed order."""
+        return [*self.weights, *(bias for bias in self.biases if bias is not None)]
+
+    def keep(self, which: Tensor) -> None:
+        """Leave only some of the subnetworks, in new leaves."""
+        self.weights = [weight.detach()[which] for weight in self.weights]
+        self.biases = [None if bias is None else bias.detach()[which] for bias in self.biases]
+        self._take_gradients()
+
+    def subnetwork(self, d: int, like: Subnetwork) -> Subnetwork:
+        """A copy of the d-th subnetwork as it is now, with the entry and kept units of another."""
+        weights = tuple(weight[d].detach().clone() for weight in self.weights)
+        biases = tuple(None if bias is None else bias[d].detach().clone() for bias in self.biases)
+        return Subnetwork(like.entry, like.kept, weights, biases)
+
+    def logits(self, h: Tensor | list[Tensor]) -> Tensor:
+        """Logits [D, B, C] from kept features: [D, B, k], or one tensor [B, channels, …] for each subnetwork."""
+        last = len(self.weights) - 1
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+            layer = self.chain.layer(self.entry + 1 + i)
+            if layer.kind == "linear":
+                h = torch.stack(h) if isinstance(h, list) else h
+                columns = weight.transpose(1, 2)
+                h = torch.bmm(h, columns) if bias is None else torch.baddbmm(bias[:, None], h, columns)
+                h = h if i == last else layer.finish(h)
+            else:
+                # A convolution each: grouped ones are slower on a CPU. unbind, since its gradient is one stack.
+                own = [None] * len(h) if bias is None else bias.unbind()
+                h = [layer.apply(part, w, b) for part, w, b in zip(h, weight.unbind(), own)]
+        if isinstance(h, list):
+            raise ModeconnError("the last layer of a subnetwork must be linear")
+        return h
+
+    def _take_gradients(self) -> None:
+        self.weights = [weight.detach().clone().requires_grad_() for weight in self.weights]
+        self.biases = [None if bias is None else bias.detach().clone().requires_grad_() for bias in self.biases]
+
+
+class Rows:
+    """The kept features of a stack's subnetworks, batch by batch.
+
+    Args:
+        features: h_l of each subnetwork [N, …]; all units, or the kept ones alone.
+    """
+
+    def __init__(
+        self, chain: Chain, subs: Sequence[Subnetwork], features: Sequence[Tensor], budget: int = _MEMORY_BUDGET
+    ) -> None:
+        self.linear = chain.layer(subs[0].entry + 1).kind == "linear"
+        self._chain, self._subs, self._features = chain, list(subs), list(features)
+        size = sum(f[0].numel() * len(s.kept) // chain.widths[s.entry] for s, f in zip(subs, features)) * len(features[0])
+        same = all(f is features[0] for f in features) and all(torch.equal(s.kept, subs[0].kept) for s in subs)
+        self._together = same  # every subnetwork reads the same numbers
+        self._ready = same or size * features[0].element_size() <= budget
+        if self._ready:
+            count = 1 if same else len(subs)
+            self._features = [self._picked(d, self._features[d]) for d in range(count)]
+
+    def keep(self, which: Sequence[int]) -> None:
+        """Leave only some of the subnetworks."""
+        self._subs = [self._subs[d] for d in which]
+        if not self._together:
+            self._features = [self._features[d] for d in which]
+
+    def batch(self, rows: Tensor | slice) -> Tensor | list[Tensor]:
+        """Some rows as `Stack.logits` takes them."""
+        if self._together:
+            h = self._features[0][rows]
+            return h.expand(len(self._subs), *h.shape) if self.linear else [h] * len(self._subs)
+        parts = [f[rows] if self._ready else self._picked(d, f[rows]) for d, f in enumerate(self._features)]
+        return torch.stack(parts) if self.linear else parts
+
+    def _picked(self, d: int, h: Tensor) -> Tensor:
+        sub = self._subs[d]
+        layer = self._chain.layer(sub.entry + 1)
+        whole = h.shape[1] == self._chain.widths[sub.entry] * (layer.block if layer.kind == "linear" else 1)
+        h = restrict(self._chain, sub.entry, h, sub.kept) if whole else h
+        return h.contiguous(memory_format=torch.channels_last) if h.dim() == 4 else h.contiguous()
+
+
+def check_stackable(chain: Chain, subs: Sequence[Subnetwork]) -> None:
+    """Raise a ModeconnError unless subnetworks have equal shapes and the layers they stand for act alike."""
+    if not subs:
+        raise ModeconnError("there are no subnetworks to train")
+
+    def kind(sub: Subnetwork) -> list[object]:
+        layers = chain.layers[sub.entry : sub.entry + len(sub.weights)]
+        shapes = [(tuple(w.shape), b is not None) for w, b in zip(sub.weights, sub.biases)]
+        # What follows the readout's layer in the chain does not act on the readout.
+        acts = [(x.kind, [step.op for step in x.steps if step.op != "batch_norm"], str(x.affine.args[3:])) for x in layers[:-1]]
+        return [len(sub.kept), shapes, acts, sub.entry if chain.layer(sub.entry + 1).kind != "linear" else "linear"]
+
+    first = kind(subs[0])
+    for sub in subs[1:]:
+        if kind(sub) != first:
+            raise ModeconnError(
+                f"subnetworks that are trained together must have equal shapes: that of entry layer {subs[0].entry} has widths "
+                f"{list(subs[0].widths)} on {len(subs[0].kept)} units, that of entry layer {sub.entry} {list(sub.widths)} on "
+                f"{len(sub.kept)}"
+            )
