@@ -26,9 +26,14 @@ class Forward:
     What does not depend on t is computed once per call, dead units are left out, and what is linear in the
     coefficients is combined, as `explain` shows.
 
+    Outputs can be differentiated in x, and in the control points where their tensors in `path.control_points` require
+    gradients when this is made. Weights that are zero then count as any others, and in the precision that they have they
+    may change between calls (an optimizer's step, say).
+
     Args:
         model: the architecture; its own weights do not matter, and it is left as it was, training mode included.
-        path: of checkpoints that fit the model. Its weights are looked at here: after they have changed, make another.
+        path: of checkpoints that fit the model. Its weights are looked at here: after they have changed, make another,
+            unless they require gradients.
         t: a count of points, or the t values themselves, in any order, repeated if need be.
         sample: a few rows of input [N, …], or a tuple or dict of such tensors where the model takes several; only their
             shape and dtype count.
@@ -62,7 +67,10 @@ class Forward:
         with eval_mode(self._model), torch.no_grad():
             _check_output(graph, call(self._model, few), rows(few))
         warn_of(graph, "the rows that are given together")
-        program = make_program(graph, path, self.t, dtype=self._dtype, device=self._device, frozen=frozen)
+        self._weights_move = any(tensor.requires_grad for point in path.control_points for tensor in point.values())
+        program = make_program(
+            graph, path, self.t, dtype=self._dtype, device=self._device, frozen=frozen, by_content=not self._weights_move
+        )
         self._engine = ReferenceBackend(program, self._dtype, self._device)
         self.plan = Plan(program)
 
@@ -79,7 +87,8 @@ class Forward:
             )
         count = rows(inputs)
         most = count if self.plan.program.graph.mixes_rows else self._engine.most_rows(self._budget)
-        with eval_mode(self._model), torch.no_grad():
+        wanted = torch.is_grad_enabled() and (self._weights_move or any(leaf.requires_grad for leaf in leaves(inputs)))
+        with eval_mode(self._model), torch.set_grad_enabled(wanted):
             outputs = [self._outputs(take(inputs, i, i + most)) for i in range(0, count, most)]
         distinct = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         inverse = self.plan.program.inverse
@@ -104,16 +113,18 @@ class Forward:
         """The outputs at the distinct points, [T, B, …]."""
         program, count = self.plan.program, rows(x)
         values = self._engine.shared(x)
+        points: list[list[Tensor]] = [[] for _ in program.points]
         result: Tensor | None = None
         for segment in program.segments:
             for point, row in enumerate(segment.rows.tolist()):
                 for block, output in self._engine.outputs(segment, point, values, count):
+                    if torch.is_grad_enabled():  # written into a common tensor, gradients would be copied T times
+                        points[row].append(output)
+                        continue
                     if result is None:
                         result = output.new_empty((len(program.points), count, *output.shape[1:]))
                     result[row, block] = output
-        if result is None:
-            raise ModeconnError("there are no points to evaluate")
-        return result
+        return torch.stack([torch.cat(parts) for parts in points]) if result is None else result
 
 
 def forward(

@@ -137,8 +137,8 @@ def test_bad_paths():
         mc.Line(a, {**b, "0.weight": torch.zeros(5, 3)})
     with pytest.raises(mc.ModeconnError, match=r"2\.bias"):
         mc.Line(a, {**b, "2.bias": torch.full((2,), float("nan"))})
-    with pytest.raises(mc.ModeconnError, match="float16"):
-        mc.Line({k: v.half() for k, v in a.items()}, {k: v.half() for k, v in b.items()})
+    with pytest.raises(mc.ModeconnError, match="complex64"):
+        mc.Line({k: v.to(torch.complex64) for k, v in a.items()}, {k: v.to(torch.complex64) for k, v in b.items()})
     with pytest.raises(mc.ModeconnError, match="norm is 'rows'"):
         mc.Plane.random(a, norm="rows")
     with pytest.raises(mc.ModeconnError, match="no default grid"):
@@ -150,3 +150,11 @@ def test_a_mixture_of_one():
     path = mc.Mixture([a])
     assert path.coefficients([[0.5], [2.0]]).tolist() == [[0.5], [2.0]]
     assert np.allclose(path.at([2.0])["0.bias"], 2 * a["0.bias"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened(dtype):
+    a, b = ({k: v.to(dtype) for k, v in state.items()} for state in states(2))
+    path = mc.Line(a, b)
+    assert all(value.dtype == torch.float32 for value in path.at(0.5).values())
+    assert all(torch.equal(path.at(1.0)[key], value.float()) for key, value in b.items())

@@ -30,9 +30,15 @@ class Contents:
         control_points: K state dicts.
         constants: entries that no control point has.
         dtype, device: what to compute with; tensors that differ are converted once.
+        by_content: False for tensors that are to be differentiated, or to change while the plan is in use: then a weight
+            that is zero still counts, and only one and the same tensor is equal.
     """
 
-    def __init__(self, control_points: Sequence[State], constants: State, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, control_points: Sequence[State], constants: State, dtype: torch.dtype, device: torch.device,
+        by_content: bool = True,
+    ) -> None:  # fmt: skip
+        self.by_content = by_content
         self._points = control_points
         self._constants = constants
         self._dtype, self._device = dtype, device
@@ -48,7 +54,8 @@ class Contents:
         source = self._constants[name] if name in self._constants else self._points[k][name]
         if id(source) not in self._converted:
             dtype = self._dtype if source.is_floating_point() else source.dtype
-            self._converted[id(source)] = (source, self.unique(source.detach().to(self._device, dtype)))
+            given = source.detach() if self.by_content else source
+            self._converted[id(source)] = (source, self.unique(given.to(self._device, dtype)))
         whole = self._converted[id(source)][1]
         if all(index is None for index in cut):
             return whole
@@ -67,12 +74,16 @@ class Contents:
 
     def is_zero(self, tensor: Tensor) -> bool:
         """Whether all of the tensor's numbers are zero."""
+        if not self.by_content:
+            return False
         if id(tensor) not in self._zeros:
             self._zeros[id(tensor)] = not bool(tensor.any())
         return self._zeros[id(tensor)]
 
     def support(self, tensor: Tensor, axis: int) -> np.ndarray:
         """Which indices along an axis have a non-zero weight anywhere, bool."""
+        if not self.by_content:
+            return np.ones(tensor.shape[axis], bool)
         key = (id(tensor), axis)
         if key not in self._supports:
             others = [d for d in range(tensor.dim()) if d != axis]
@@ -84,6 +95,9 @@ class Contents:
         """Number a tensor; returns the one tensor that stands for its content."""
         if id(tensor) in self._numbers:
             return self._numbers[id(tensor)][1]
+        if not self.by_content:
+            self._numbers[id(tensor)] = (len(self._numbers), tensor)
+            return tensor
         fingerprint = (tuple(tensor.shape), tensor.dtype, *_fingerprint(tensor))
         alike = self._alike.setdefault(fingerprint, [])
         for other in alike:

@@ -38,7 +38,7 @@ _ROUNDING = 8 * float(np.finfo(np.float64).eps)
 
 def make_program(
     graph: Graph, path: Path, points: np.ndarray, *, dtype: torch.dtype, device: torch.device, frozen: frozenset[str],
-    tables: Mapping[str, Tensor] | None = None,
+    tables: Mapping[str, Tensor] | None = None, by_content: bool = True,
 ) -> Program:  # fmt: skip
     """Plan the evaluation of a graph at some points of a path.
 
@@ -48,11 +48,12 @@ def make_program(
         frozen: entries that stay those of the first control point (`buffers="start"`).
         tables: entries with a tensor of their own at each of the distinct points in rising order, [T, …], instead of the
             path's (`buffers="recompute"`).
+        by_content: False for a plan that can be differentiated in the control points: see `Contents`.
     """
     start = {name: path.control_points[0][name] for name in frozen}
     distinct, inverse = np.unique(points, axis=0, return_inverse=True)
     coefficients = path.coefficients(distinct).numpy()
-    contents = Contents(path.control_points, {**graph.constants, **start}, dtype, device)
+    contents = Contents(path.control_points, {**graph.constants, **start}, dtype, device, by_content)
     shared = _Shared(graph)
     segments = []
     segment_of = path.segment_of(distinct)
@@ -182,7 +183,8 @@ class _SegmentPlanner:
             return self.contents.unique(torch.zeros_like(tensors[0]))
         different = tuple(each for _, (each,), _ in groups)
         columns = tuple(column for _, _, column in groups)
-        if all(np.ptp(column) == 0 for column in columns):
+        alone = len(groups) == 1 and bool((columns[0] == 1.0).all())
+        if alone or (self.contents.by_content and all(np.ptp(column) == 0 for column in columns)):
             mixed = self.contents.unique(blend(different, [column[0] for column in columns]))
             if len(groups) > 1 or columns[0][0] != 1.0:
                 self.mixed.add(id(mixed))

@@ -1,0 +1,410 @@
+"""The user's own network, unchanged: several inputs and outputs, tied weights, tokens, half precision, odd architectures."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import modeconn as mc
+from modeconn.forward import forward
+from modeconn.models import build
+from naive import clone, pass_per_point
+from policy import assert_within_policy
+
+TOKENS = torch.randint(0, 11, (7, 6), generator=torch.Generator().manual_seed(0))
+
+
+def two(make: Any, **options: Any) -> list[nn.Module]:
+    """Two networks of one kind, with every tensor drawn anew so that nothing is zero by initialisation."""
+    nets = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        nets.append(make(**options))
+        for parameter in nets[-1].parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return nets
+
+
+def outputs_at(model: nn.Module, path: Any, t: float, *args: Any, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Any:
+    network = copy.deepcopy(model).to(dtype).eval()
+    state = {
+        key: sum(c * point[key].to(dtype) for c, point in zip(path.coefficients([t])[0].tolist(), path.control_points))
+        if value.is_floating_point()
+        else value
+        for key, value in path.control_points[0].items()
+    }
+    network.load_state_dict(state)
+    with torch.no_grad():
+        return network(*args, **kwargs)
+
+
+# -- the built-in networks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
+@pytest.mark.parametrize("spec", ["vgg11:width=2", "resnet20:width=2", "vit:width=12,layers=1,image=16"])
+def test_images(spec):
+    nets = [build(spec) for _ in range(2)]
+    size = 16 if spec.startswith("vit") else 32
+    x, y = torch.randn(9, 3, size, size), torch.arange(9) % 10
+    path = mc.Line(*nets)
+    got = mc.evaluate(nets[0], path, (x, y), 21)
+    plain, exact = (pass_per_point(nets[0], path, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64))
+    for name in ("loss", "error"):
+        assert_within_policy(name, got.values[name], plain[name], exact[name], torch.float32)
+    assert not got.info["fallback"]
+
+
+# -- tokens -------------------------------------------------------------------------------------------------------------
+
+
+def gpt(**changes: Any) -> nn.Module:
+    options = {"vocab": 11, "context": 8, "width": 8, "layers": 2, "heads": 2, **changes}
+    return build("gpt:" + ",".join(f"{key}={value}" for key, value in options.items()))
+
+
+def test_a_language_model_counts_tokens():
+    a, b = two(gpt)
+    path = mc.Line(a, b)
+    labels = TOKENS.roll(-1, 1).masked_fill(torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(1)) < 0.3, -100)
+    metrics = ("loss", "error", "perplexity")
+    for batch_size in (None, 2):
+        got = mc.evaluate(a, path, (TOKENS, labels), 21, metrics=metrics, precision="float64", batch_size=batch_size)
+        for i in (0, 7, 20):
+            logits = outputs_at(a, path, got.t[i], TOKENS)
+            expected = F.cross_entropy(logits.reshape(-1, 11), labels.reshape(-1)).item()
+            assert got.loss[i] == pytest.approx(expected, rel=1e-10)
+            wrong = (logits.argmax(-1) != labels)[labels != -100].double().mean().item()
+            assert got.error[i] == pytest.approx(wrong)
+            assert got.values["perplexity"][i] == pytest.approx(np.exp(expected))
+        assert got.samples == 7 and not got.info["fallback"]
+
+
+def test_texts_that_are_their_own_labels():
+    a, b = two(gpt)
+    path = mc.Line(a, b)
+    texts = TOKENS.masked_fill(torch.arange(6) > 4, -100)
+    got = mc.evaluate(a, path, (TOKENS, texts), 3, loss="next_token", precision="float64")
+    for t, loss in zip(got.t, got.loss):
+        logits = outputs_at(a, path, t, TOKENS)[:, :-1]
+        assert loss == pytest.approx(F.cross_entropy(logits.reshape(-1, 11), texts[:, 1:].reshape(-1)).item(), rel=1e-10)
+
+
+def test_tied_weights():
+    a, b = two(gpt)
+    assert torch.equal(a.state_dict()["lm_head.weight"], a.state_dict()["transformer.wte.weight"])
+    path = mc.Line(a, b)
+    got = forward(a, path, [0.3], TOKENS, precision="float64")[0]
+    torch.testing.assert_close(got, outputs_at(a, path, 0.3, TOKENS), rtol=1e-10, atol=1e-12)
+
+
+def test_an_embedding_alone_that_moves_is_a_combination():
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(11, 5), nn.Linear(5, 3)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.table(tokens).mean(1))
+
+    a = Bag()
+    b = copy.deepcopy(a)
+    nn.init.normal_(b.table.weight)
+    for net in (a, b):
+        net.head.weight.data[:, 3:] = 0
+    path = mc.Line(a, b)
+    y = torch.arange(7) % 3
+    plan = mc.explain(a, path, TOKENS, 101)
+    (segment,) = plan.program.segments
+    assert [row["class"] for row in plan.nodes(segment)] == ["combination"] * 3
+    assert [row["units"] for row in plan.nodes(segment)] == ["3/5", "3/5", "all"]
+    got = mc.evaluate(a, path, (TOKENS, y), 5)
+    plain, exact = (pass_per_point(a, path, TOKENS, y, got.t, dtype) for dtype in (torch.float32, torch.float64))
+    assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
+
+
+def test_pixels_have_labels():
+    a, b = two(lambda: nn.Conv2d(2, 4, 3, padding=1))
+    path = mc.Line(a, b)
+    x, labels = torch.randn(5, 2, 6, 6), torch.randint(0, 4, (5, 6, 6))
+    labels[0, 0] = -100
+    got = mc.evaluate(a, path, (x, labels), 3, precision="float64")
+    for t, loss in zip(got.t, got.loss):
+        logits = outputs_at(a, path, t, x.double())
+        assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    "says, labels, options",
+    [
+        ("no token of the data has a label", torch.full((7, 6), -100), {}),
+        (r"label 11 is out of range: the model has 11 classes, 0 to 10, and -100", TOKENS + 1, {}),
+        (r"outputs have shape \['N', 6, 11\] and targets \[7\]", TOKENS[:, 0], {}),
+        (r"outputs have shape \['N', 6, 11\] and targets \[7, 5\]", TOKENS[:, 1:], {}),
+        (r'loss="next_token" needs \[N, length, vocabulary\]', TOKENS[:, 1:], {"loss": "next_token"}),
+        ('"perplexity" is that of class labels', TOKENS, {"loss": "mse", "metrics": ("perplexity",)}),
+    ],
+)
+def test_labels_that_do_not_fit(says, labels, options):
+    a, b = two(gpt)
+    with pytest.raises(mc.ModeconnError, match=says) as caught:
+        mc.evaluate(a, mc.Line(a, b), (TOKENS.clamp(max=10), labels), 3, **options)
+    assert "\n" not in str(caught.value)
+
+
+# -- inputs and outputs -------------------------------------------------------------------------------------------------
+
+
+class TwoTowers(nn.Module):
+    """Two inputs, and a dict of outputs; the arguments' order is not that of the names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(6, 5)
+
+    def forward(self, b: Tensor, a: Tensor) -> dict[str, Tensor]:
+        hidden = torch.relu(self.left(a)) * torch.tanh(self.right(b))
+        return {"hidden": hidden, "scores": self.head(hidden)}
+
+
+def own_loss(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs["scores"], targets, reduction="none") + 0.1 * outputs["hidden"].square().mean(1)
+
+
+LEFT, RIGHT, LABELS = torch.randn(30, 4), torch.randn(30, 3), torch.arange(30) % 5
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ((RIGHT, LEFT), LABELS),
+        ({"a": LEFT, "b": RIGHT}, LABELS),
+        {"a": LEFT.numpy(), "b": RIGHT.numpy(), "labels": LABELS.numpy()},
+        [({"a": LEFT[:9], "b": RIGHT[:9]}, LABELS[:9]), ({"a": LEFT[9:], "b": RIGHT[9:]}, LABELS[9:])],
+        [{"b": RIGHT[i : i + 4], "a": LEFT[i : i + 4], "labels": LABELS[i : i + 4]} for i in range(0, 30, 4)],
+        torch.utils.data.DataLoader([((r, x), y) for r, x, y in zip(RIGHT, LEFT, LABELS)], batch_size=7),
+    ],
+    ids=["tuple", "dict", "one dict", "batches", "batches of one dict", "loader"],
+)
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "fallback"])
+def test_several_inputs_and_outputs(data, captured):
+    class DataDependent(TwoTowers):
+        def forward(self, b: Tensor, a: Tensor) -> dict[str, Tensor]:
+            return super().forward(b, a) if bool(a.isfinite().all()) else {}
+
+    first, second = two(TwoTowers if captured else DataDependent)
+    path = mc.Line(first, second)
+    if captured:
+        got = mc.evaluate(first, path, data, [0.3, 1.0], loss=own_loss, precision="float64", batch_size=8)
+    else:
+        with pytest.warns(UserWarning, match="could not be captured"):
+            got = mc.evaluate(first, path, data, [0.3, 1.0], loss=own_loss, precision="float64", batch_size=8)
+    for t, loss in zip(got.t, got.loss):
+        outputs = outputs_at(first, path, t, RIGHT.double(), LEFT.double())
+        assert loss == pytest.approx(own_loss(outputs, LABELS).mean().item(), rel=1e-7)
+    assert got.samples == 30
+
+
+def test_forward_and_explain_take_several_inputs():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(4, 6), nn.Linear(3, 6)
+
+        def forward(self, b: Tensor, a: Tensor) -> Tensor:
+            return self.left(a) + self.right(b)
+
+    first, second = two(Sum)
+    path = mc.Line(first, second)
+    expected = outputs_at(first, path, 0.4, RIGHT, LEFT, dtype=torch.float32)
+    torch.testing.assert_close(forward(first, path, [0.4], (RIGHT, LEFT))[0], expected)
+    torch.testing.assert_close(forward(first, path, [0.4], {"a": LEFT, "b": RIGHT})[0], expected)
+    assert mc.explain(first, path, (RIGHT, LEFT), 9).point_flops < 9 * 60, "a combination"
+    with pytest.raises(mc.ModeconnError, match=r"as many of each input"):
+        forward(first, path, [0.4], (RIGHT, LEFT[1:]))
+    with pytest.raises(mc.ModeconnError, match=r"inputs of shape a: .*'N', 3.*; b: .*'N', 4"):
+        forward(first, path, [0.4], {"a": RIGHT, "b": LEFT})
+
+
+class Masked(nn.Module):
+    """A buffer that is not in the state dict, an output in half precision's range, a parameter that nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.unused = nn.Linear(6, 4), nn.Parameter(torch.ones(3))
+        self.register_buffer("mask", torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 2.0]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x * self.mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    first, second = (net.to(dtype) for net in two(Masked))
+    path = mc.Line(first, second)
+    x, y = torch.randn(20, 6), torch.arange(20) % 4
+    got = mc.evaluate(first, path, (x, y), [0.0, 0.37, 1.0])
+    plain, exact = (pass_per_point(first, path, x, y, got.t, d) for d in (torch.float32, torch.float64))
+    assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
+    assert first.layer.weight.dtype == dtype and first.mask.dtype == dtype
+
+
+# -- random architectures -----------------------------------------------------------------------------------------------
+
+
+class Parallel(nn.Module):
+    """Branches over one input, added up or side by side."""
+
+    def __init__(self, branches: list[nn.Module], joined: bool) -> None:
+        super().__init__()
+        self.branches, self.joined = nn.ModuleList(branches), joined
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [branch(x) for branch in self.branches]
+        return (
+            torch.cat(values, 1) if self.joined else torch.stack(values).sum(0) if len(values) > 2 else values[0] + values[-1]
+        )
+
+
+class Attend(nn.Module):
+    """Attention between pixels, with an RMS norm by hand."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale, self.qkv, self.out = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Linear(channels, 3 * channels),
+            nn.Linear(channels, channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        normed = tokens * torch.rsqrt(tokens.square().mean(-1, keepdim=True) + 1e-6) * self.scale
+        q, k, v = self.qkv(normed).chunk(3, dim=-1)
+        tokens = tokens + self.out(F.scaled_dot_product_attention(q, k, v))
+        return tokens.transpose(1, 2).reshape(x.shape)
+
+
+def random_block(r: random.Random, channels: int, depth: int = 0) -> tuple[nn.Module, int]:
+    """A piece of a network that keeps the number of pixels, and its channels."""
+    kind = r.choice(["conv", "norm", "activation", "residual", "concat", "depthwise", "attend", "group_norm", "pool"])
+    if kind == "conv":
+        groups = 2 if channels % 2 == 0 and r.random() < 0.3 else 1
+        after, dilation = 2 * r.randint(1, 4), r.randint(1, 2)
+        return nn.Conv2d(channels, after, 3, padding=dilation, dilation=dilation, groups=groups, bias=r.random() < 0.7), after
+    if kind in ("residual", "concat") and depth < 2:
+        inner, after = random_chain(r, channels, r.randint(1, 2), depth + 1)
+        other = nn.Conv2d(channels, after, 1) if kind == "residual" and after != channels else nn.Identity()
+        return Parallel([inner, other], kind == "concat"), after if kind == "residual" else after + channels
+    simple: dict[str, Any] = {
+        "norm": lambda: nn.BatchNorm2d(channels, affine=r.random() < 0.7),
+        "depthwise": lambda: nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
+        "attend": lambda: Attend(channels),
+        "group_norm": lambda: nn.GroupNorm(1, channels),
+        "pool": lambda: r.choice([nn.AvgPool2d, nn.MaxPool2d])(3, 1, 1),
+    }
+    activation = r.choice([nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish, nn.Softplus, nn.Identity])
+    return simple.get(kind, activation)(), channels
+
+
+def random_chain(r: random.Random, channels: int, length: int, depth: int = 0) -> tuple[nn.Sequential, int]:
+    blocks = []
+    for _ in range(length):
+        block, channels = random_block(r, channels, depth)
+        blocks.append(block)
+    return nn.Sequential(*blocks), channels
+
+
+def random_network(seed: int) -> nn.Sequential:
+    r = random.Random(seed)
+    body, channels = random_chain(r, 3, r.randint(2, 5))
+    ends = [
+        [nn.Flatten(), nn.Linear(channels * 25, 10)],
+        [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 7), nn.LayerNorm(7), nn.ReLU(), nn.Linear(7, 10)],
+    ]
+    return nn.Sequential(*body, *r.choice(ends))
+
+
+def random_state(model: nn.Module, seed: int, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Random entries; some stay those of `like`, and some inputs of layers are dead."""
+    r, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    state = clone(model)
+    for key, value in state.items():
+        if not value.is_floating_point():
+            continue
+        if like is not None and r.random() < 0.3:
+            state[key] = like[key]
+            continue
+        state[key] = 0.5 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+        if key.endswith("running_var"):
+            state[key] = state[key].square() + 0.1
+        if value.dim() > 1 and value.shape[1] > 1 and r.random() < 0.5:
+            state[key][:, torch.rand(value.shape[1], generator=generator) < 0.5] = 0
+    return state
+
+
+@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
+@settings(max_examples=12)
+@given(seed=st.integers(0, 10**6))
+def test_random_architectures(seed):
+    model = random_network(seed).double()
+    first = random_state(model, seed)
+    states = [first, *(random_state(model, seed + k, like=first) for k in (1, 2))]
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed)).double()
+    y = torch.arange(4)
+    path = mc.PolyChain(states) if seed % 2 else mc.Plane.through(*states)
+    t = [0.0, 0.3, 0.5, 0.9, 0.3] if seed % 2 else [[0.0, 0.0], [0.2, 0.3], [1.0, 0.0]]
+    got = mc.evaluate(model, path, (x, y), t, precision="float64")
+    exact = pass_per_point(model, path, x, y, got.t, torch.float64)
+    np.testing.assert_allclose(got.loss, exact["loss"], rtol=1e-8)
+    assert not got.info["fallback"]
+
+
+# -- Hugging Face -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+class TestHuggingFace:
+    """Tiny random configurations of `transformers`."""
+
+    MASK = (torch.arange(6) < torch.tensor([6, 5, 4, 6, 2, 3, 6])[:, None]).long()
+
+    def test_gpt2(self):
+        transformers = pytest.importorskip("transformers")
+        config = transformers.GPT2Config(
+            vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2, use_cache=False, bos_token_id=0, eos_token_id=0
+        )
+        a, b = two(transformers.GPT2LMHeadModel, config=config)
+        path = mc.Line(a, b)
+        got = mc.evaluate(a, path, (TOKENS, TOKENS), [0.0, 0.4, 1.0], loss="next_token", precision="float64")
+        for t, loss in zip(got.t, got.loss):
+            assert loss == pytest.approx(outputs_at(a, path, t, TOKENS, labels=TOKENS).loss.item(), rel=1e-6)
+        assert not got.info["fallback"]
+
+    def test_bert(self):
+        transformers = pytest.importorskip("transformers")
+        config = transformers.BertConfig(
+            vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
+            max_position_embeddings=8, num_labels=3,
+        )  # fmt: skip
+        a, b = two(transformers.BertForSequenceClassification, config=config)
+        path = mc.Line(a, b)
+        data = {"input_ids": TOKENS, "attention_mask": self.MASK, "labels": torch.arange(7) % 3}
+
+        def of_logits(outputs: Any, targets: Tensor) -> Tensor:
+            return F.cross_entropy(outputs.logits, targets, reduction="none")
+
+        for loss in ("cross_entropy", of_logits):
+            got = mc.evaluate(a, path, data, [0.0, 0.4, 1.0], loss=loss, precision="float64")
+            for t, value in zip(got.t, got.loss):
+                assert value == pytest.approx(outputs_at(a, path, t, **data).loss.item(), rel=1e-7)
+            assert not got.info["fallback"]
