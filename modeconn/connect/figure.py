@@ -50,7 +50,7 @@ def draw(certificate: Certificate, ax: Axes | None, line: PathResult | None, res
     ax.set_title(f"Certified path: {len(certificate.segments)} segments, {certificate.samples:,} samples", pad=8)
     # Below the axes: there the legend cannot hide a curve.
     ax.legend(
-        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, frameon=False, fontsize="small",
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize="small",
         columnspacing=1.4, handlelength=1.8,
     )  # fmt: skip
     return ax
