@@ -4,6 +4,9 @@ from modeconn import datasets
 from modeconn.connect.certificate import Certificate, FalseCertificate
 from modeconn.connect.connect import connect
 from modeconn.connect.connection import Connection
+from modeconn.connect.dropout import dropout_stability
+from modeconn.connect.separability import Separation, linear_separability
+from modeconn.connect.table import StabilityTable
 from modeconn.connect.verify import verify
 from modeconn.errors import ModeconnError
 from modeconn.evaluate import evaluate, explain
@@ -25,11 +28,15 @@ __all__ = [
     "Plan",
     "Plane",
     "PolyChain",
+    "Separation",
+    "StabilityTable",
     "connect",
     "datasets",
+    "dropout_stability",
     "evaluate",
     "explain",
     "forward",
+    "linear_separability",
     "load",
     "verify",
 ]
