@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeconn import ModeconnError
-from modeconn.connect import training
+from modeconn.connect import stack, training
 from modeconn.connect.chain import Chain
 from modeconn.connect.subnetworks import Subnetwork, initial, kept_units, outputs
 from modeconn.connect.training import Recipe, measure, train_subnetworks
@@ -139,6 +139,44 @@ def test_interrupted_and_resumed_is_bitwise_the_same(kind: str, tmp_path, monkey
         assert same(a.subnetwork, b.subnetwork, exact=True)
 
 
+def test_without_training_error_it_stops_and_another_s_end_changes_nothing() -> None:
+    chain, h, y = task(samples=60)
+    subs = starts(chain, 3)
+    recipe = Recipe(lr=2e-2, batch_size=20, epochs=60, schedule="constant", stop_error=0.0)
+    results = train_subnetworks(chain, subs, [h] * 3, y, recipe)
+    assert any(t.reached for t in results)
+    for sub, trained in zip(subs, results):
+        (alone,) = train_subnetworks(chain, [sub], [h], y, recipe)
+        assert (alone.epochs, alone.reached, alone.error) == (trained.epochs, trained.reached, trained.error)
+        assert alone.loss == pytest.approx(trained.loss, rel=1e-2)
+        assert trained.reached == (trained.error == 0.0)
+        assert trained.reached == (trained.epochs < 60)
+
+
+def test_one_subnetwork_and_features_too_large_to_gather_at_once(monkeypatch) -> None:
+    chain, h, y = task()
+    subs = starts(chain, 2)
+    gathered = train_subnetworks(chain, subs, [h, h], y, RECIPE)
+    monkeypatch.setattr(stack.Rows.__init__, "__defaults__", (0,))
+    by_batch = train_subnetworks(chain, subs, [h, h], y, RECIPE)
+    assert all(same(a.subnetwork, b.subnetwork) for a, b in zip(gathered, by_batch))
+    with pytest.raises(ModeconnError, match="no subnetworks"):
+        train_subnetworks(chain, [], [], y, RECIPE)
+
+
+def test_learning_rates() -> None:
+    def rates(schedule: str, epochs: int = 30) -> list[float]:
+        recipe = Recipe(lr=1.0, schedule=schedule, epochs=epochs)
+        return [recipe.rate(step, 2 * epochs) for step in range(2 * epochs)]
+
+    assert rates("constant") == [1.0] * 60
+    assert rates("halve") == [1.0] * 20 + [0.5] * 20 + [0.25] * 20
+    assert rates("cosine")[0] == 1.0
+    assert rates("cosine") == sorted(rates("cosine"), reverse=True)
+    assert max(rates("onecycle")) == pytest.approx(1.0)
+    assert rates("onecycle").index(max(rates("onecycle"))) == 12
+
+
 def test_a_diverging_subnetwork_leaves_with_the_weights_it_had() -> None:
     chain, h, y = task()
     subs = starts(chain, 2)
@@ -163,6 +201,8 @@ def test_bad_input_is_named() -> None:
         train_subnetworks(chain, subs, [h], y.clone().index_fill_(0, torch.tensor([5]), 7), RECIPE)
     with pytest.raises(ModeconnError, match="no samples"):
         train_subnetworks(chain, subs, [h[:0]], y[:0], RECIPE)
+    with pytest.raises(ModeconnError, match="schedule is 'step'"):
+        train_subnetworks(chain, subs, [h], y, replace(RECIPE, schedule="step"))
     with pytest.raises(ModeconnError, match="expected as many features"):
         train_subnetworks(chain, subs, [h, h], y, RECIPE)
     with pytest.raises(ModeconnError, match="equal shapes"):

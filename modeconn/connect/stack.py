@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modeconn.connect.chain import Chain
+from modeconn.connect.chain import Chain, Layer
 from modeconn.connect.subnetworks import Subnetwork, restrict
 from modeconn.errors import ModeconnError
 
 # Kept features of all subnetworks are gathered once if they take up no more than this, else batch by batch.
 _MEMORY_BUDGET = 3 << 30
+# Rows that are gathered at a time.
+_BLOCK = 4096
 
 
 class Stack:
@@ -61,11 +63,11 @@ class Stack:
                 h = torch.stack(h) if isinstance(h, list) else h
                 columns = weight.transpose(1, 2)
                 h = torch.bmm(h, columns) if bias is None else torch.baddbmm(bias[:, None], h, columns)
-                h = h if i == last else layer.finish(h)
+                h = h if i == last else _finish(layer, h)
             else:
                 # A convolution each: grouped ones are slower on a CPU. unbind, since its gradient is one stack.
                 own = [None] * len(h) if bias is None else bias.unbind()
-                h = [layer.apply(part, w, b) for part, w, b in zip(h, weight.unbind(), own)]
+                h = [_finish(layer, layer.map(part, w, b)) for part, w, b in zip(h, weight.unbind(), own)]
         if isinstance(h, list):
             raise ModeconnError("the last layer of a subnetwork must be linear")
         return h
@@ -91,14 +93,19 @@ class Rows:
         same = all(f is features[0] for f in features) and all(torch.equal(s.kept, subs[0].kept) for s in subs)
         self._together = same  # every subnetwork reads the same numbers
         self._ready = same or size * features[0].element_size() <= budget
-        if self._ready:
+        self._table: Tensor | None = None
+        if self._ready and self.linear and not same:
+            self._table = self._tabled()
+        elif self._ready:
             count = 1 if same else len(subs)
             self._features = [self._picked(d, self._features[d]) for d in range(count)]
 
     def keep(self, which: Sequence[int]) -> None:
         """Leave only some of the subnetworks."""
         self._subs = [self._subs[d] for d in which]
-        if not self._together:
+        if self._table is not None:
+            self._table = self._table[:, torch.tensor(which, device=self._table.device)]
+        elif not self._together:
             self._features = [self._features[d] for d in which]
 
     def batch(self, rows: Tensor | slice) -> Tensor | list[Tensor]:
@@ -106,8 +113,20 @@ class Rows:
         if self._together:
             h = self._features[0][rows]
             return h.expand(len(self._subs), *h.shape) if self.linear else [h] * len(self._subs)
+        if self._table is not None:
+            return self._table[rows].transpose(0, 1)
         parts = [f[rows] if self._ready else self._picked(d, f[rows]) for d, f in enumerate(self._features)]
         return torch.stack(parts) if self.linear else parts
+
+    def _tabled(self) -> Tensor:
+        """The kept features of all subnetworks, [N, D, k]: a sample's are next to each other, so one gather takes them all."""
+        first = self._picked(0, self._features[0][:1])
+        table = first.new_empty(len(self._features[0]), len(self._subs), first.shape[1])
+        for d, h in enumerate(self._features):
+            for start in range(0, len(h), _BLOCK):
+                table[start : start + _BLOCK, d] = self._picked(d, h[start : start + _BLOCK])
+        self._features = []
+        return table
 
     def _picked(self, d: int, h: Tensor) -> Tensor:
         sub = self._subs[d]
@@ -115,6 +134,17 @@ class Rows:
         whole = h.shape[1] == self._chain.widths[sub.entry] * (layer.block if layer.kind == "linear" else 1)
         h = restrict(self._chain, sub.entry, h, sub.kept) if whole else h
         return h.contiguous(memory_format=torch.channels_last) if h.dim() == 4 else h.contiguous()
+
+
+def _finish(layer: Layer, h: Tensor) -> Tensor:
+    """The steps after an affine map, a ReLU after a max pooling that follows it: the same numbers, fewer of them."""
+    steps = [step for step in layer.steps if step.op != "batch_norm"]
+    for i, (step, after) in enumerate(zip(steps, steps[1:])):
+        if step.op == "relu" and after.op == "max_pool2d":
+            steps[i], steps[i + 1] = after, step
+    for step in steps:
+        h = step.run([h], [], len(h))
+    return h
 
 
 def check_stackable(chain: Chain, subs: Sequence[Subnetwork]) -> None:

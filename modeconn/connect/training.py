@@ -30,7 +30,11 @@ _NEAR = 3.0
 # Rows of a pass that measures.
 _ROWS = 1000
 _BETAS = (0.9, 0.99)
-_SCHEDULES = ("constant", "cosine", "onecycle")
+# The exact error, likewise: where the error seen while training is at most this much above the stop.
+_NEAR_ERROR = 0.005
+_SCHEDULES = ("constant", "cosine", "onecycle", "halve")
+# Epochs between two halvings of the learning rate, as the paper does for VGG.
+_HALVING = 10
 _OPTIMIZERS = ("adamw", "sgd")
 
 
@@ -40,7 +44,8 @@ class Recipe:
 
     Attributes:
         optimizer: "adamw" (β = 0.9, 0.99), or "sgd" with Nesterov momentum as in the paper.
-        schedule: of the learning rate: "constant", "cosine" down to 0, or "onecycle" (up over the first fifth, then down).
+        schedule: of the learning rate: "constant", "cosine" down to 0, "onecycle" (up over the first fifth, then down), or "halve"
+            (half as large after every 10 epochs).
         stop_loss, stop_error: a subnetwork is finished once its loss (error) over all training data is at most this.
     """
 
@@ -70,6 +75,8 @@ class Recipe:
         if self.schedule == "constant":
             return self.lr
         at = step / max(1, steps)
+        if self.schedule == "halve":
+            return self.lr * 0.5 ** (step * self.epochs // max(1, steps) // _HALVING)
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * at))
         if at < 0.2:
@@ -193,33 +200,45 @@ class _Training:
         order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed)).to(self.labels.device)
         batches = order.split(self.recipe.batch_size)
         steps = self.recipe.epochs * len(batches)
-        seen = torch.zeros(len(self.stack), dtype=torch.float64, device=self.labels.device)
+        seen = torch.zeros(2, len(self.stack), dtype=torch.float64, device=self.labels.device)
         for number, rows in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.rate(self.epoch * len(batches) + number, steps)
-            losses = _losses(self.stack.logits(self.rows.batch(rows)), self.labels[rows])
+            logits, wanted = self.stack.logits(self.rows.batch(rows)), self.labels[rows]
+            losses = _losses(logits, wanted)
             self.optimizer.zero_grad()
             losses.mean(1).sum().backward()
             self.optimizer.step()
-            seen += losses.detach().sum(1)
+            seen[0] += losses.detach().sum(1)
+            if self.recipe.stop_error is not None:
+                seen[1] += (logits.detach().argmax(2) != wanted).sum(1)
         self.epoch += 1
         spent = time.perf_counter() - began
         for start in self.active:
             self.seconds[start] += spent / len(self.active)
-        self._review((seen / len(self.labels)).tolist())
+        losses_seen, errors_seen = (seen / len(self.labels)).tolist()
+        self._review(losses_seen, errors_seen)
 
-    def _review(self, seen: list[float]) -> None:
+    def _near(self, loss: float, error: float) -> bool:
+        """Whether the exact numbers can matter, given those seen while training."""
+        recipe = self.recipe
+        return (
+            self.epoch > recipe.epochs - max(1, recipe.epochs // 10)
+            or (recipe.stop_loss is not None and loss <= _NEAR * recipe.stop_loss)
+            or (recipe.stop_error is not None and error <= recipe.stop_error + _NEAR_ERROR)
+        )
+
+    def _review(self, seen: Sequence[float], errors: Sequence[float]) -> None:
         """Measure what may be finished, keep the best weights, and let go of what is finished."""
-        last = self.epoch > self.recipe.epochs - max(1, self.recipe.epochs // 10)
-        stop = self.recipe.stop_loss
-        # The 0-1 error is bounded by the cross-entropy in bits, so a small error shows in a small loss.
-        near = [last or self.recipe.stop_error is not None or (stop is not None and loss <= _NEAR * stop) for loss in seen]
         finished = []
+        near = [self._near(*pair) for pair in zip(seen, errors)]
         if any(near):
             for d, (loss, error) in enumerate(_measured(self.stack, self.rows, self.labels)):
                 start, before = self.active[d], self.best[self.active[d]]
-                if math.isfinite(loss) and (before is None or loss < before.loss):
-                    reached = self._reached(loss, error)
+                if not (near[d] and math.isfinite(loss)):
+                    continue  # whether another is near must not matter
+                reached = self._reached(loss, error)
+                if reached or before is None or loss < before.loss:
                     sub = self.stack.subnetwork(d, self.starts[start])
                     self.best[start] = Trained(sub, loss, error, self.epoch, self.seconds[start], reached)
                     if reached:
