@@ -2,6 +2,7 @@
 
 from modeconn import datasets
 from modeconn.connect.certificate import Certificate, FalseCertificate
+from modeconn.connect.conditions import ConditionsTable, conditions
 from modeconn.connect.connect import connect
 from modeconn.connect.connection import Connection
 from modeconn.connect.dropout import dropout_stability
@@ -19,6 +20,7 @@ from modeconn.state import load
 __all__ = [
     "Bezier",
     "Certificate",
+    "ConditionsTable",
     "Connection",
     "FalseCertificate",
     "Line",
@@ -30,6 +32,7 @@ __all__ = [
     "PolyChain",
     "Separation",
     "StabilityTable",
+    "conditions",
     "connect",
     "datasets",
     "dropout_stability",

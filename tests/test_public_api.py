@@ -9,9 +9,9 @@ import modeconn as mc
 
 def test_public_names():
     assert sorted(mc.__all__) == [
-        "Bezier", "Certificate", "Connection", "FalseCertificate", "Line", "Mixture", "ModeconnError", "PathResult", "Plan",
-        "Plane", "PolyChain", "Separation", "StabilityTable", "connect", "datasets", "dropout_stability", "evaluate", "explain",
-        "forward", "linear_separability", "load", "verify",
+        "Bezier", "Certificate", "ConditionsTable", "Connection", "FalseCertificate", "Line", "Mixture", "ModeconnError",
+        "PathResult", "Plan", "Plane", "PolyChain", "Separation", "StabilityTable", "conditions", "connect", "datasets",
+        "dropout_stability", "evaluate", "explain", "forward", "linear_separability", "load", "verify",
     ]  # fmt: skip
     assert all(hasattr(mc, name) for name in mc.__all__)
 

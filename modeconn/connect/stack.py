@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -139,7 +140,7 @@ class Rows:
 def _finish(layer: Layer, h: Tensor) -> Tensor:
     """The steps after an affine map, a ReLU after a max pooling that follows it: the same numbers, fewer of them."""
     steps = [step for step in layer.steps if step.op != "batch_norm"]
-    for i, (step, after) in enumerate(zip(steps, steps[1:])):
+    for i, (step, after) in enumerate(itertools.pairwise(steps)):
         if step.op == "relu" and after.op == "max_pool2d":
             steps[i], steps[i + 1] = after, step
     for step in steps:

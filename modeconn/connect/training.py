@@ -44,8 +44,8 @@ class Recipe:
 
     Attributes:
         optimizer: "adamw" (β = 0.9, 0.99), or "sgd" with Nesterov momentum as in the paper.
-        schedule: of the learning rate: "constant", "cosine" down to 0, "onecycle" (up over the first fifth, then down), or "halve"
-            (half as large after every 10 epochs).
+        schedule: of the learning rate: "constant", "cosine" down to 0, "onecycle" (up over the first fifth, then down), or
+            "halve" (half as large after every 10 epochs).
         stop_loss, stop_error: a subnetwork is finished once its loss (error) over all training data is at most this.
     """
 
