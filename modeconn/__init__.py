@@ -7,6 +7,7 @@ from modeconn.connect.connect import connect
 from modeconn.connect.connection import Connection
 from modeconn.connect.dropout import dropout_stability
 from modeconn.connect.separability import Separation, linear_separability
+from modeconn.connect.stability import subnetwork_stability
 from modeconn.connect.table import StabilityTable
 from modeconn.connect.verify import verify
 from modeconn.errors import ModeconnError
@@ -41,6 +42,7 @@ __all__ = [
     "forward",
     "linear_separability",
     "load",
+    "subnetwork_stability",
     "verify",
 ]
 

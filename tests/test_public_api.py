@@ -11,7 +11,8 @@ def test_public_names():
     assert sorted(mc.__all__) == [
         "Bezier", "Certificate", "ConditionsTable", "Connection", "FalseCertificate", "Line", "Mixture", "ModeconnError",
         "PathResult", "Plan", "Plane", "PolyChain", "Separation", "StabilityTable", "conditions", "connect", "datasets",
-        "dropout_stability", "evaluate", "explain", "forward", "linear_separability", "load", "verify",
+        "dropout_stability", "evaluate", "explain", "forward", "linear_separability", "load", "subnetwork_stability",
+        "verify",
     ]  # fmt: skip
     assert all(hasattr(mc, name) for name in mc.__all__)
 
