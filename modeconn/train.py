@@ -80,6 +80,7 @@ def train(
     epochs: int = 200,
     seed: int = 0,
     weight_decay: float = 0.0,
+    halve_every: int = 0,
     stop_at_zero_error: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -95,6 +96,7 @@ def train(
             ``[N]``.  Kept whole in memory (float32).
         test: data whose loss and error go into the report.
         lr, momentum, nesterov, weight_decay: those of :class:`torch.optim.SGD`.
+        halve_every: the learning rate is half as large after every so many epochs; 0 for a constant one.
         batch_size: samples per step; the last step of an epoch takes what is left.
         epochs: the most epochs to train, those before a resume included.
         seed: decides the order of the samples (and dropout), not the initial weights.
@@ -129,6 +131,7 @@ def train(
         seed,
         len(labelled[1]),
         _crc(labelled),
+        halve_every,
     )
     settings.check()
     _check_fits(model, labelled)
@@ -234,6 +237,9 @@ class _Loop:
     def _steps(self, data: Labelled, number: int) -> tuple[float, float]:
         inputs, targets = data
         seed = int(np.random.SeedSequence([self.settings.seed, number]).generate_state(1, np.uint64)[0]) >> 1
+        if self.settings.halve_every:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.lr * 0.5 ** ((number - 1) // self.settings.halve_every)
         order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed)).to(targets.device)
         loss_sum = torch.zeros((), dtype=torch.float64, device=targets.device)
         wrong = torch.zeros((), dtype=torch.int64, device=targets.device)

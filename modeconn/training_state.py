@@ -33,6 +33,7 @@ class Settings:
     seed: int
     samples: int
     data_crc: int
+    halve_every: int = 0
 
     def check(self) -> None:
         """Raise ModeconnError for a setting outside its range."""
@@ -41,6 +42,7 @@ class Settings:
             ("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1"),
             ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
             ("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("halve_every", self.halve_every, self.halve_every >= 0, "at least 0"),
             ("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
         ]
         for name, value, good, expected in ranges:

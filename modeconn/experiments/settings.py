@@ -1,0 +1,131 @@
+"""What each experiment trains and draws: the paper's settings, and small ones that show the same effect in minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from modeconn.connect.training import Recipe
+from modeconn.errors import ModeconnError
+
+# The paper's stop: no training error left.
+_PAPER = Recipe("sgd", lr=3e-3, momentum=0.95, batch_size=100, epochs=400, schedule="constant", stop_error=0.0)
+_QUICK = Recipe("adamw", lr=2e-3, batch_size=256, epochs=10, schedule="onecycle", weight_decay=1e-4)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """How the network of an experiment is trained, to zero training error or to the end (`modeconn.train.train`)."""
+
+    lr: float
+    epochs: int = 200
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.0
+    batch_size: int = 100
+    halve_every: int = 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Subnetworks and dropout networks at every entry layer of one solution.
+
+    Attributes:
+        data: name of the data set.
+        model: spec of the architecture.
+        solution: how it is trained, where no checkpoint is given.
+        recipe: of the subnetworks; `recipes` has others for some entry layers.
+        fractions: F: half of the units (2) or a quarter (4) are left to the next subnetwork.
+        draws, dropout_draws: per entry layer.
+        limit: only so many training samples; None for all.
+    """
+
+    data: str
+    model: str
+    solution: Solution
+    recipe: Recipe
+    recipes: Mapping[int, Recipe] = field(default_factory=dict)
+    fractions: tuple[float, ...] = (2,)
+    draws: int = 20
+    dropout_draws: int = 200
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One experiment at several widths: networks of two hidden layers."""
+
+    base: Experiment
+    widths: tuple[int, ...]
+
+    def at(self, width: int) -> Experiment:
+        """The experiment of one width."""
+        inputs, _, classes = self.base.model.split("-")
+        return replace(self.base, model=f"{inputs}-{width}x2-{classes}")
+
+
+@dataclass(frozen=True)
+class Join:
+    """Two solutions joined by a path, beside the dropout networks' level."""
+
+    base: Experiment
+    target: float
+    kept: float = 0.5
+
+
+_MNIST_FCN = Experiment("mnist", "mlp:784-245x10-10", Solution(lr=1e-3), _PAPER)
+_CIFAR_FCN = Experiment(
+    "cifar10", "mlp:3072-500x5-10", Solution(lr=5e-4), _PAPER, {entry: replace(_PAPER, lr=1e-3) for entry in (0, 1)}
+)
+_VGG_RECIPE = Recipe(
+    "sgd", lr=5e-3, momentum=0.9, weight_decay=5e-4, batch_size=100, epochs=200, schedule="halve", stop_error=0.0
+)
+_CIFAR_VGG = Experiment(
+    "cifar10", "vgg11:hidden=4096",
+    Solution(lr=5e-3, momentum=0.9, nesterov=False, weight_decay=5e-4, halve_every=10), _VGG_RECIPE, fractions=(2, 4),
+)  # fmt: skip
+_SWEEPS = (50, 100, 200, 400, 800, 1500, 3000)
+
+FULL: dict[str, Experiment | Sweep | Join] = {
+    "mnist-fcn": _MNIST_FCN,
+    "cifar10-fcn": _CIFAR_FCN,
+    "cifar10-vgg11": _CIFAR_VGG,
+    "widths": Sweep(replace(_MNIST_FCN, model="mlp:784-50x2-10", solution=Solution(lr=5e-3)), _SWEEPS),
+    "widths-cifar10": Sweep(replace(_CIFAR_FCN, model="mlp:3072-50x2-10", recipes={}, solution=Solution(lr=5e-4)), _SWEEPS),
+    "path": Join(_MNIST_FCN, target=0.001),
+}
+
+_QUICK_CIFAR = Solution(lr=5e-3, epochs=60)
+QUICK: dict[str, Experiment | Sweep | Join] = {
+    "mnist-fcn": replace(_MNIST_FCN, solution=Solution(lr=5e-3, epochs=15), recipe=_QUICK, draws=3, dropout_draws=20),
+    "cifar10-fcn": replace(
+        _CIFAR_FCN, solution=_QUICK_CIFAR, recipe=replace(_QUICK, epochs=20), recipes={}, draws=3, dropout_draws=20, limit=10_000
+    ),
+    "cifar10-vgg11": replace(
+        _CIFAR_VGG, model="vgg11:width=16", solution=Solution(lr=5e-3, epochs=15, momentum=0.9),
+        recipe=replace(_QUICK, epochs=6, batch_size=128), fractions=(2,), draws=2, dropout_draws=20, limit=10_000,
+    ),
+    "widths": Sweep(
+        replace(
+            _MNIST_FCN, model="mlp:784-50x2-10", solution=Solution(lr=0.01, epochs=20), recipe=_QUICK, draws=3,
+            dropout_draws=20, limit=10_000,
+        ),
+        (50, 100, 200, 400, 800),
+    ),
+    "widths-cifar10": Sweep(
+        replace(
+            _CIFAR_FCN, model="mlp:3072-50x2-10", solution=_QUICK_CIFAR, recipe=replace(_QUICK, epochs=20), recipes={}, draws=3,
+            dropout_draws=20, limit=5_000,
+        ),
+        (50, 100, 200, 400),
+    ),
+    "path": Join(replace(_MNIST_FCN, solution=Solution(lr=5e-3, epochs=15), dropout_draws=20), target=0.003),
+}  # fmt: skip
+NAMES = tuple(FULL)
+
+
+def settings(name: str, quick: bool) -> Experiment | Sweep | Join:
+    """The settings of an experiment; a ModeconnError lists the experiments there are."""
+    if name not in FULL:
+        raise ModeconnError(f"experiment {name!r} is unknown: expected one of {', '.join(NAMES)}")
+    return (QUICK if quick else FULL)[name]
