@@ -134,15 +134,15 @@ def _layers(setting: Experiment, folder: Path, root: Any, solution: File | None,
     for fraction in setting.fractions:
         dropout = _dropout(setting, folder / f"dropout-{fraction:g}", checkpoint, data, test, fraction, seed, say)
         entries = range(len(dropout.entries))
-        parts = []
-        for recipe in {id(r): r for r in (setting.recipes.get(e, setting.recipe) for e in entries)}.values():
-            parts.append(
-                subnetwork_stability(
-                    model, checkpoint, data, test, fraction=fraction, draws=setting.draws, method="trained", recipe=recipe,
-                    entries=[e for e in entries if setting.recipes.get(e, setting.recipe) is recipe], seed=seed,
-                    folder=folder / "draws", log=say,
-                )
-            )  # fmt: skip
+        # The entry layers of equal recipes in one call.
+        recipes = {e: setting.recipes.get(e, setting.recipe) for e in entries}
+        parts = [
+            subnetwork_stability(
+                model, checkpoint, data, test, fraction=fraction, draws=setting.draws, method="trained", recipe=recipe,
+                entries=[e for e in entries if recipes[e] == recipe], seed=seed, folder=folder / "draws", log=say,
+            )
+            for recipe in dict.fromkeys(recipes.values())
+        ]  # fmt: skip
         subnetworks = StabilityTable([row for part in parts for row in part.rows], parts[0].original)
         for suffix in (".csv", ".json"):
             subnetworks.save(folder / f"subnetworks-{fraction:g}{suffix}")

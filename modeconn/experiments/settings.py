@@ -99,7 +99,8 @@ _QUICK_CIFAR = Solution(lr=5e-3, epochs=60)
 QUICK: dict[str, Experiment | Sweep | Join] = {
     "mnist-fcn": replace(_MNIST_FCN, solution=Solution(lr=5e-3, epochs=15), recipe=_QUICK, draws=3, dropout_draws=20),
     "cifar10-fcn": replace(
-        _CIFAR_FCN, solution=_QUICK_CIFAR, recipe=replace(_QUICK, epochs=20), recipes={}, draws=3, dropout_draws=20, limit=10_000
+        _CIFAR_FCN, solution=_QUICK_CIFAR, recipe=replace(_QUICK, epochs=20), recipes={}, draws=3,
+        dropout_draws=20, limit=10_000,
     ),
     "cifar10-vgg11": replace(
         _CIFAR_VGG, model="vgg11:width=16", solution=Solution(lr=5e-3, epochs=15, momentum=0.9),
