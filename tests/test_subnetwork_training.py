@@ -32,9 +32,9 @@ def task(kind: str = "mlp", samples: int = 150) -> tuple[Chain, Tensor, Tensor]:
     return chain, h, (h.flatten(1)[:, :3]).argmax(1)
 
 
-def starts(chain: Chain, count: int, seed: int = 0) -> list[Subnetwork]:
+def starts(chain: Chain, count: int, seed: int = 0, kept: float = 0.5, hidden: int = 5) -> list[Subnetwork]:
     generator = torch.Generator().manual_seed(seed)
-    return [initial(chain, 1, kept_units(chain.widths[1], 0.5, generator), [5], generator) for _ in range(count)]
+    return [initial(chain, 1, kept_units(chain.widths[1], kept, generator), [hidden], generator) for _ in range(count)]
 
 
 def same(a: Subnetwork, b: Subnetwork, exact: bool = False) -> bool:
@@ -141,10 +141,11 @@ def test_interrupted_and_resumed_is_bitwise_the_same(kind: str, tmp_path, monkey
 
 def test_without_training_error_it_stops_and_another_s_end_changes_nothing() -> None:
     chain, h, y = task(samples=60)
-    subs = starts(chain, 3)
+    subs = starts(chain, 3, kept=0.75, hidden=32)
     recipe = Recipe(lr=2e-2, batch_size=20, epochs=60, schedule="constant", stop_error=0.0)
     results = train_subnetworks(chain, subs, [h] * 3, y, recipe)
     assert any(t.reached for t in results)
+    assert len({t.epochs for t in results}) > 1
     for sub, trained in zip(subs, results):
         (alone,) = train_subnetworks(chain, [sub], [h], y, recipe)
         assert (alone.epochs, alone.reached, alone.error) == (trained.epochs, trained.reached, trained.error)

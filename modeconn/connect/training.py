@@ -136,9 +136,12 @@ def train_subnetworks(
         A subnetwork whose loss is no longer finite leaves with loss inf and the weights that it began with.
 
     Raises:
-        ModeconnError: shapes that do not stack, labels out of range, settings out of range, a checkpoint of another training.
+        ModeconnError: no subnetworks, shapes that do not stack, labels or settings out of range, a checkpoint of another
+            training.
     """
     recipe.check()
+    if not starts:
+        raise ModeconnError("there are no subnetworks to train")
     samples = len(labels)
     if len(features) != len(starts) or any(len(h) != samples for h in features):
         raise ModeconnError(
