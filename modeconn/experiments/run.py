@@ -200,7 +200,7 @@ def _join(setting: Join, folder: Path, root: Any, solutions: Sequence[File], see
     bound = connection.certificate.bound
     return {
         "lines": [{
-            "bound": bound, "target": setting.target, "outcome": str(connection.certificate.outcome),
+            "bound": bound, "target": setting.target, "outcome": connection.certificate.outcome.name.lower(),
             "straight_line": float(max(line.loss)), "dropout_level": level if math.isfinite(level) else None,
         }]
     }  # fmt: skip
