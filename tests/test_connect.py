@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from modeconn.connect.chain import Chain
 from modeconn.connect.features import compute_features
 from modeconn.train import train
 from naive import mlp
+
+training = importlib.import_module("modeconn.connect.training")
 
 SPEC = "mlp:64-40-44-40-10"
 
@@ -129,6 +132,59 @@ def test_convolutions_with_norms() -> None:
     assert mc.verify(a, found, digits(), a=a.state_dict(), b=b.state_dict()).bound <= 1.2
 
 
+@pytest.mark.parametrize("subnetworks", ["head", "trained"])
+def test_an_interrupted_search_goes_on_to_the_same_connection(pair, tmp_path: Path, monkeypatch, subnetworks: str) -> None:
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
+    settings = {"target": 0.02, "subnetworks": subnetworks, "seed": 3}
+    whole = mc.connect(pair[0], *pair, digits(), **settings)
+    folder = tmp_path / "search"
+    lines = 0
+    for stop in (2, 4):  # at once, and after some fits
+
+        def interrupt(line: str, stop: int = stop) -> None:
+            nonlocal lines
+            lines += line.startswith("round")
+            if lines == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            mc.connect(pair[0], *pair, digits(), **settings, folder=folder, log=interrupt)
+        lines = 0
+    assert list(folder.glob("fit-*.safetensors"))
+    with monkeypatch.context() as broken:  # in the middle of a training
+        epochs = 0
+
+        def run_epoch(self, run=training._Training.run_epoch) -> None:
+            nonlocal epochs
+            epochs += 1
+            if epochs == 4:
+                raise KeyboardInterrupt
+            run(self)
+
+        broken.setattr(training._Training, "run_epoch", run_epoch)
+        with pytest.raises(KeyboardInterrupt):
+            mc.connect(pair[0], *pair, digits(), **settings, folder=folder)
+    assert list(folder.glob("fit-*.training"))
+    before = {file.name: file.stat().st_mtime_ns for file in folder.glob("fit-*.safetensors")}
+    again = mc.connect(pair[0], *pair, digits(), **settings, folder=folder)
+    assert all((folder / name).stat().st_mtime_ns == time for name, time in before.items())
+    points = zip(whole.path.control_points, again.path.control_points, strict=True)
+    assert all(torch.equal(p[key], q[key]) for p, q in points for key in p)
+    assert [f["epochs"] for f in again.details["found"]] == [f["epochs"] for f in whole.details["found"]]
+    with pytest.raises(mc.ModeconnError, match="holds the search of another connection, with other kept, seed"):
+        mc.connect(pair[0], *pair, digits(), **{**settings, "seed": 4}, folder=folder)
+    with pytest.raises(mc.ModeconnError, match="with other networks"):
+        mc.connect(pair[0], pair[1], pair[0], digits(), **settings, folder=folder)
+    fit = next(iter(sorted(folder.glob("fit-*.safetensors"))))
+    fit.write_bytes(fit.read_bytes()[:100])
+    with pytest.raises(mc.ModeconnError, match="is no finished fit"):
+        mc.connect(pair[0], *pair, digits(), **settings, folder=folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    with pytest.raises(mc.ModeconnError, match="holds no search"):
+        mc.connect(pair[0], *pair, digits(), folder=tmp_path / "mine")
+
+
 def test_features_are_those_of_the_network(pair, tmp_path: Path) -> None:
     x, y = digits()
     chain = Chain.of(pair[0], x[:4])
@@ -186,6 +242,7 @@ def test_from_the_command_line(pair, tmp_path: Path, monkeypatch, capsys) -> Non
     assert "S_0 " in printed
     content = json.loads(Path("c.json").read_text())
     assert content["certificate"]["bound"] <= 0.3
+    assert not Path("c.partial").exists()
     assert Path("c.png").read_bytes().startswith(b"\x89PNG")
     assert main(["verify", "c", "--data", "digits", "--a", ends[0], "--b", ends[1]]) == 0
     assert "bear out the certificate" in capsys.readouterr().out

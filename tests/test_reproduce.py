@@ -13,6 +13,7 @@ from modeconn.connect.table import StabilityTable
 from modeconn.connect.training import Recipe
 from modeconn.errors import ModeconnError
 from modeconn.experiments import settings
+from modeconn.experiments.estimate import estimate
 from modeconn.experiments.run import reproduce
 
 pytest.importorskip("sklearn")
@@ -72,6 +73,20 @@ def test_widths_and_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "tables and figure in" in capsys.readouterr().out
     line = json.loads((tmp_path / "path" / "result.json").read_text())["lines"][0]
     assert line["bound"] > 0 and line["straight_line"] > 0 and (tmp_path / "path" / "path.png").exists()
+
+
+def test_estimates_grow_with_the_work() -> None:
+    one, sweep, path = (estimate(name) for name in ("mnist-fcn", "widths", "path"))
+    assert one.solutions > 0 and one.subnetworks > 0 and sweep.subnetworks > 0
+    assert path.solutions > 0 and path.subnetworks == 0
+    assert estimate("mnist-fcn", solutions=1).solutions == 0
+
+
+def test_the_estimate_is_printed_for_the_full_size(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "FULL", TINY)
+    assert main(["reproduce", "mnist-fcn", "--full", "--out", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().err
+    assert "training takes at most about" in printed and "for the subnetworks" in printed
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ def add(commands: options.Commands) -> None:
         "data. The loss and error of test data along the same path are bounded as well.",
         epilog=options.example(
             "modeconn connect a.safetensors b.safetensors --data digits --target 0.01 --out connection/",
-            "Then modeconn verify connection/ checks the certificate anew.",
+            "Then modeconn verify connection/ checks the certificate anew. After an interruption the same command goes on\n"
+            "from what is in connection.partial/.",
         ),
     )
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs=2, help="the two networks: .safetensors or .pt")
@@ -62,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
     options.check_inputs(args.checkpoints)
     options.check_outputs({"--plot": args.plot, "--json": args.json}, args.checkpoints)
     options.check_plot(args.plot)
-    if Path(args.out).exists():
+    out = Path(args.out)
+    if out.exists():
         raise ModeconnError(f"--out {args.out} is there already: name a folder that is not, or remove it")
     if not 0 <= args.seed < 2**31:
         raise ModeconnError(f"--seed {args.seed}: expected at least 0 and below 2**31")
@@ -72,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     spec, model = options.load_model(args, args.checkpoints)
     data, test = (options.load_data(args, split) for split in ("train", "test"))
     quiet = args.quiet or args.json == "-"
+    unfinished = out.with_name(f"{out.name}.partial")
     connection = connect(
         model,
         args.checkpoints[0],
@@ -83,9 +87,11 @@ def run(args: argparse.Namespace) -> None:
         args.subnetworks,
         args.seed,
         spec=spec,
+        folder=unfinished,
         log=None if quiet else _say,
     )
-    connection.save(args.out)
+    connection.save(out)
+    shutil.rmtree(unfinished)
     if args.plot is not None:
         _plot(connection, model, data, args.plot)
     if args.json is not None:

@@ -87,6 +87,8 @@ def seconds_text(seconds: float) -> str:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours / 24:.3g} days"
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 

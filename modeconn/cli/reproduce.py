@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
     from modeconn.experiments.run import reproduce
 
     began = time.perf_counter()
+    if args.full and not args.quiet:
+        _say(_estimated(args))
     result = reproduce(
         args.experiment, args.out, args.data_root, quick=not args.full, solutions=args.solution, seed=args.seed,
         log=None if args.quiet else _say,
@@ -51,6 +53,15 @@ def run(args: argparse.Namespace) -> None:
         worse = [line for line in lines if not line["better"]]
         print(f"subnetworks have the smaller training loss at {len(lines) - len(worse)} of {len(lines)} entry layers")
     print(f"{output.seconds_text(time.perf_counter() - began)}; tables and figure in {args.out}")
+
+
+def _estimated(args: argparse.Namespace) -> str:
+    from modeconn.experiments.estimate import estimate
+
+    found = estimate(args.experiment, args.data_root, quick=False, solutions=len(args.solution))
+    parts = {"networks": found.solutions, "subnetworks": found.subnetworks}
+    times = " and ".join(f"{output.seconds_text(seconds)} for the {what}" for what, seconds in parts.items() if seconds)
+    return f"training takes at most about {times or 'minutes'} on this machine; it ends early once no error is left"
 
 
 def _say(line: str) -> None:

@@ -82,7 +82,7 @@ class Layer:
     def by_unit(self, weight: Tensor) -> Tensor:
         """A weight of this layer as [units, units before, numbers per pair of units], a view."""
         if self.kind == "linear":
-            return weight.view(len(weight), -1, self.block)
+            return weight.view(len(weight), weight.shape[1] // self.block, self.block)
         return weight.flatten(2)
 
     def select(self, weight: Tensor, inputs: Tensor) -> Tensor:

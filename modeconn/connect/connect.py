@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,7 @@ def connect(
     seed: int = 0,
     *,
     spec: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
     log: Log | None = None,
 ) -> Connection:
     """A path of low loss between two networks, with a certified bound on its loss.
@@ -57,6 +59,8 @@ def connect(
             full-depth subnetworks, each begun from the one above it, elsewhere.
         seed: of the kept units, the subnetworks' weights and the order of the samples.
         spec: text that names the model, kept with the connection.
+        folder: keeps the finished subnetworks and those in training: after an interruption the same call goes on from there, to
+            the same connection. It may be removed once the connection is saved.
         log: called with a line of text now and then.
 
     Returns:
@@ -65,7 +69,7 @@ def connect(
     Raises:
         ModeconnError: the model is no chain; the networks do not fit it, or have weights that are not finite; the data is empty
             or has one class; there is no room for two subnetworks side by side; identity carrying is asked of a network that
-            does not have ReLU.
+            does not have ReLU; a folder that belongs to another search.
     """
     began = time.perf_counter()
     if subnetworks not in METHODS:
@@ -89,7 +93,7 @@ def connect(
         features[name] = compute_features(chain, end, train, kept=units)
     _check_labels(chain, features["a"].labels)
     goal, rounds = (target, None) if target is not None else (2 * max(_losses(chain, ends, train)), 2)
-    search = Search(chain, ends, features, units, subnetworks, goal, seed, say)
+    search = Search(chain, ends, features, units, subnetworks, goal, seed, say, folder)
     found = search.run(rounds)
     steps = breakpoints(
         chain, ends["a"], [f.subnetwork for f in found["a"]], ends["b"], [f.subnetwork for f in found["b"]]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +15,11 @@ from torch import Tensor
 
 from modeconn.connect.chain import Chain
 from modeconn.connect.features import Features
+from modeconn.connect.readout import fit_readout
+from modeconn.connect.resume import Fits, search_settings
 from modeconn.connect.subnetworks import Subnetwork, initial, why_not_carried
-from modeconn.connect.training import Recipe, Trained, train_subnetworks
+from modeconn.connect.trained import Trained
+from modeconn.connect.training import Recipe, train_subnetworks
 from modeconn.errors import ModeconnError
 
 METHODS = ("auto", "readout", "head", "trained")
@@ -22,7 +28,8 @@ _MARGIN = 0.95
 # Hidden layers of a head and epochs, round after round. Measured on two 10 × 245 MNIST networks, half of the units kept: at
 # entry layer 1, two hidden layers reach 0.001 in 20 epochs, three 0.0008 in 16.
 _HEADS = ((2, 20), (3, 30), (3, 60))
-_READOUTS = ((0, 20), (0, 40))
+# Steps of L-BFGS for a readout, round after round.
+_READOUTS = (300, 1000, 3000)
 _HEAD = Recipe(lr=4e-3, batch_size=256, schedule="onecycle", weight_decay=1e-4)
 # Epochs of subnetworks that begin with trained weights, round after round.
 _EPOCHS = (6, 12, 24)
@@ -63,11 +70,13 @@ class Search:
         ends, features: of the networks "a" and "b".
         units: I_l by entry layer.
         goal: the loss to get to.
+        folder: keeps the finished fits and the unfinished one, so that the same search goes on from there.
     """
 
     def __init__(
         self, chain: Chain, ends: Mapping[str, Mapping[str, Tensor]], features: Mapping[str, Features],
         units: Mapping[int, Tensor], method: str, goal: float, seed: int, say: Callable[[str], None],
+        folder: str | os.PathLike[str] | None = None,
     ) -> None:  # fmt: skip
         self.chain, self.ends, self.features, self.units = chain, ends, features, units
         self.goal, self.seed, self.say = goal, seed, say
@@ -79,10 +88,12 @@ class Search:
                     f'subnetworks="{self.method}" need identity to carry them to the top: {reason}; use "trained"'
                 )
         self.best: dict[Place, Found] = {}
+        settings = {} if folder is None else search_settings(ends, features, units, method=self.method, goal=goal, seed=seed)
+        self.fits = Fits(folder, settings)
 
     def run(self, rounds: int | None = None) -> dict[str, list[Found]]:
         """Round after round, until every entry layer is at the goal or the rounds are over."""
-        plans: Sequence[Any] = {"head": _HEADS, "readout": _READOUTS, "trained": _EPOCHS}[self.method]
+        plans: Sequence[Any] = {"head": _HEADS, "readout": ((0, 0),) * len(_READOUTS), "trained": _EPOCHS}[self.method]
         for number, plan in enumerate(plans[:rounds]):
             left = [place for place in self._places() if place not in self.best or self.best[place].loss > self.goal]
             if not left:
@@ -112,7 +123,11 @@ class Search:
             groups.setdefault((len(sub.kept), *sub.widths), []).append(((side, entry), sub))
         for members in groups.values():
             entries = ", ".join(f"{side}{entry}" for (side, entry), _ in members)
-            self.say(f"round {number + 1}: heads {'-'.join(map(str, members[0][1].widths)) or 'readout'} at {entries}")
+            if not members[0][1].widths:
+                self.say(f"round {number + 1}: readouts at {entries}")
+                self._fit_readouts(members, number)
+                continue
+            self.say(f"round {number + 1}: heads {'-'.join(map(str, members[0][1].widths))} at {entries}")
             self._fit(members, self._recipe(_HEAD, epochs, _HEADS[0][1]), number)
 
     def _head_widths(self, entry: int, depth: int) -> list[int]:
@@ -138,10 +153,12 @@ class Search:
         for entry in sorted({entry for _, entry in left}, reverse=True):
             places = [place for place in left if place[1] == entry]
             members = [(place, self.best[place].subnetwork if place in self.best else self._begun(*place)) for place in places]
+            if entry == self.chain.length - 1:
+                self.say(f"round {number + 1}: readouts at entry layer {entry}")
+                self._fit_readouts(members, number)
+                continue
             self.say(f"round {number + 1}: subnetworks at entry layer {entry}, {epochs} epochs")
-            # The top readout begins with new weights, as heads do.
-            recipe = _HEAD if entry == self.chain.length - 1 else _TRAINED
-            self._fit(members, self._recipe(recipe, epochs, _EPOCHS[0]), number)
+            self._fit(members, self._recipe(_TRAINED, epochs, _EPOCHS[0]), number)
 
     def _begun(self, side: str, entry: int) -> Subnetwork:
         """A subnetwork to begin with: the network's own layer l+1 between kept units, then the subnetwork found above."""
@@ -165,13 +182,29 @@ class Search:
         steps = math.ceil(len(self.features["a"]) / recipe.batch_size) * first
         return replace(recipe, epochs=math.ceil(epochs * max(1.0, _STEPS / steps)), stop_loss=_MARGIN * self.goal)
 
+    def _fit_readouts(self, members: Sequence[tuple[Place, Subnetwork]], number: int) -> None:
+        """Convex problems, one by one, each begun where the round before left off, or at zero."""
+        for place, sub in members:
+            found = self.best.get(place)
+            start = found.subnetwork if found else replace(sub, weights=(torch.zeros_like(sub.weights[0]),))
+            features = self.features[place[0]]
+            fit = partial(
+                fit_readout, self.chain, start, features.entry(place[1]), features.labels, iterations=_READOUTS[number],
+                stop_loss=_MARGIN * self.goal,
+            )  # fmt: skip
+            self._keep(place, *self.fits.next([start], lambda _, fit=fit: [fit()]))  # type: ignore[misc]
+
     def _fit(self, members: Sequence[tuple[Place, Subnetwork]], recipe: Recipe, number: int) -> None:
         places = [place for place, _ in members]
         tensors = [self.features[side].entry(entry) for side, entry in places]
         labels = self.features["a"].labels
-        trained = train_subnetworks(
-            self.chain, [sub for _, sub in members], tensors, labels, recipe, seed=self.seed * 101 + number
-        )  # fmt: skip
+        starts = [sub for _, sub in members]
+
+        def fit(file: Path | None) -> list[Trained]:
+            seed = self.seed * 101 + number
+            return train_subnetworks(self.chain, starts, tensors, labels, recipe, seed=seed, checkpoint=file)
+
+        trained = self.fits.next(starts, fit)
         for place, result in zip(places, trained):
             self._keep(place, result)
 

@@ -20,6 +20,7 @@ from modeconn import state as states
 from modeconn.connect.chain import Chain
 from modeconn.connect.stack import Rows, Stack
 from modeconn.connect.subnetworks import Subnetwork
+from modeconn.connect.trained import Trained, pack, unpack
 from modeconn.errors import ModeconnError
 
 Progress = Callable[[int, int], None]
@@ -82,24 +83,6 @@ class Recipe:
         if at < 0.2:
             return self.lr * (0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * at / 0.2)))
         return self.lr * 0.5 * (1 + math.cos(math.pi * (at - 0.2) / 0.8))
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained subnetwork with its loss and error over all training data.
-
-    Attributes:
-        epochs: that it was trained for.
-        seconds: its share of the time.
-        reached: whether it reached the recipe's stop; False where there is none.
-    """
-
-    subnetwork: Subnetwork
-    loss: float
-    error: float
-    epochs: int
-    seconds: float
-    reached: bool
 
 
 def measure(chain: Chain, sub: Subnetwork, h: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -303,16 +286,10 @@ class _Training:
             for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{i}.{key}"] = value.contiguous()
-        records: dict[str, list[Any]] = {"best": [], "results": []}
+        records: dict[str, list[Any]] = {}
         for name, found in (("best", self.best), ("results", self.results)):
-            for start, trained in enumerate(found):
-                if trained is None:
-                    records[name].append(None)
-                    continue
-                records[name].append([repr(trained.loss), trained.error, trained.epochs, trained.seconds, trained.reached])
-                sub = trained.subnetwork
-                tensors |= {f"{name}.{start}.weight.{i}": w.contiguous() for i, w in enumerate(sub.weights)}
-                tensors |= {f"{name}.{start}.bias.{i}": b.contiguous() for i, b in enumerate(sub.biases) if b is not None}
+            packed, records[name] = pack(name, found)
+            tensors |= packed
         content = {"epoch": self.epoch, "active": self.active, "seconds": self.seconds, **records}
         states.save(tensors, file, {"training": self._identity(), "state": json.dumps(content)})
 
@@ -329,14 +306,7 @@ class _Training:
             raise ModeconnError(f"{file} holds a training with other settings or data: delete it to start anew")
         content = json.loads(metadata["state"])
         self.epoch, self.seconds = content["epoch"], content["seconds"]
-        for name, found in (("best", self.best), ("results", self.results)):
-            for start, record in enumerate(content[name]):
-                if record is not None:
-                    like = self.starts[start]
-                    weights = tuple(tensors[f"{name}.{start}.weight.{i}"] for i in range(len(like.weights)))
-                    biases = tuple(tensors.get(f"{name}.{start}.bias.{i}") for i in range(len(like.biases)))
-                    sub = Subnetwork(like.entry, like.kept, weights, biases)
-                    found[start] = Trained(sub, float(record[0]), *record[1:])
+        self.best, self.results = (unpack(name, tensors, content[name], self.starts) for name in ("best", "results"))
         self.active = content["active"]
         which = torch.tensor(self.active, dtype=torch.int64, device=self.labels.device)
         self.stack.keep(which)

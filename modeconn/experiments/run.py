@@ -191,8 +191,9 @@ def _join(setting: Join, folder: Path, root: Any, solutions: Sequence[File], see
         connection = Connection.load(place)
     else:
         connection = connect(
-            model, ends[0], ends[1], data, setting.kept, setting.target, test, seed=seed, spec=base.model, log=say
-        )
+            model, ends[0], ends[1], data, setting.kept, setting.target, test, seed=seed, spec=base.model,
+            folder=folder / "search", log=say,
+        )  # fmt: skip
         connection.save(place)
     line = evaluate(model, Line(*ends), data, points=25)
     curve = connection.evaluate(model, data)
