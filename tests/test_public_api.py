@@ -31,5 +31,5 @@ def test_every_public_name_is_documented():
 
 def test_connect_signature():
     assert list(inspect.signature(mc.connect).parameters) == [
-        "model", "a", "b", "train", "kept", "target", "test", "subnetworks", "seed", "spec", "log",
+        "model", "a", "b", "train", "kept", "target", "test", "subnetworks", "seed", "spec", "folder", "log",
     ]  # fmt: skip
