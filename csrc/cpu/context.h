@@ -42,12 +42,13 @@ template <class T> struct Kernels {
   void (*pack)(int terms, const Rows<T>* weights, const T* coefficients, int units, int64_t depth, T* out);
   void (*combine_rows)(int terms, const Rows<T>* rows, const T* coefficients, int samples, int64_t width, Activation act, T* panel);
   void (*combine)(int terms, const T* const* values, const T* coefficients, int64_t count, Activation act, T* out);
-  void (*product)(int spans, const Span<T>* span, int units, const T* bias, bool add, Activation act, T* out);
+  void (*product)(int spans, const Span<T>* span, int units, const T* bias, const T* add, Activation act, T* out);
   void (*pool)(bool max, int taps, const T* const* values, T divisor, int64_t count, T* out);
   void (*activate)(Activation act, int64_t count, T* values);
   void (*write_rows)(const T* panel, int samples, int64_t width, T* out, ptrdiff_t stride);
   LossSums (*cross_entropy)(const T* panel, int samples, int64_t classes, const int64_t* labels, bool top5);
   LossSums (*mse)(const T* panel, int samples, int64_t width, const T* targets, ptrdiff_t stride);
+  LossSums (*bce)(const T* panel, int samples, int64_t width, const T* targets, ptrdiff_t stride);
 };
 
 struct Context {

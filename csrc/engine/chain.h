@@ -1,4 +1,4 @@
-// A chain of layers at many points of a path: what to compute. How is in chain.cpp and images.h; nothing here knows a CPU.
+// A network at many points of a path: what to compute. How is in chain.cpp, images.h and layers.h; nothing here knows a CPU.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -8,65 +8,81 @@
 
 namespace modeconn {
 
-// W(t) = sum_g c[t, g] W_g and b(t) likewise; y = act(scale(t) (W(t) x + b(t)) + shift(t)).
+// sum_j c[t, j] V_j of values that are given.
+template <class T> struct Terms {
+  std::vector<Rows<T>> values;            // V_j: [rows][width]; of images each row is one, [channels][height][width]
+  const double* coefficients = nullptr;   // [points][values.size()]
+};
+
+// W(t) = sum_g c[t, g] W_g and b(t) likewise: scale(t) (W(t) x + b(t)) + shift(t).
 template <class T> struct Layer {
   int64_t units, depth;
   int64_t taps = 1;                // of a convolution's kernel: depth is channels * taps, packed as taps * channels
+  int64_t groups = 1;              // of a convolution: so many equal parts of the units read as many parts of the channels
   std::vector<Rows<T>> weights;    // one per control point, [units][depth]
   std::vector<const T*> biases;    // one per control point, or none
   const double* coefficients;      // [points][weights.size()]
   const double* bias_coefficients; // [points][biases.size()]
-  Activation act;
   const double *scale = nullptr, *shift = nullptr;  // both or none: [points][units], a norm folded into the weights
   bool biased() const { return !biases.empty() || shift; }
 };
 
 struct Image {
-  int64_t channels, height, width;
+  int64_t channels = 1, height = 1, width = 1;
   int64_t pixels() const { return height * width; }
   int64_t count() const { return channels * pixels(); }
 };
 
 // Of a convolution or a pooling: {vertical, horizontal}; the padding is on both sides.
 struct Window {
-  int64_t kernel[2], stride[2], padding[2];
+  int64_t kernel[2], stride[2], padding[2], dilation[2] = {1, 1};
   int64_t taps() const { return kernel[0] * kernel[1]; }
   bool apart() const { return stride[0] >= kernel[0] && stride[1] >= kernel[1] && !padding[0] && !padding[1]; }
 };
 
-enum class Op { conv, max_pool, avg_pool };
+// flat: the last of the images, as rows. sum: of several values.
+enum class Op { terms, flat, conv, linear, max_pool, avg_pool, sum };
 
-template <class T> struct ImageStep {
+// One value, act(op(inputs)). A second input of a convolution or a linear layer is added before the activation.
+template <class T> struct Step {
   Op op;
-  Window window;
-  Image in, out;
-  Layer<T> layer;  // of a convolution
+  std::vector<int> inputs;  // earlier steps of the same list
+  Image in, out;            // rows are images of one pixel
+  Activation act;
+  Window window;            // conv and poolings
+  Layer<T> layer;           // conv and linear
+  Terms<T> terms;           // terms
 };
 
-enum class Loss { none, cross_entropy, mse };
+enum class Loss { none, cross_entropy, mse, bce };
 
 template <class T> struct Head {
   Loss loss = Loss::none;
   bool top5 = false;
   const int64_t* labels = nullptr;   // cross_entropy: [rows], each in [0, width)
-  Rows<T> targets;                   // mse: [rows][width]
+  Rows<T> targets;                   // mse, bce: [rows][width]
   T* outputs = nullptr;              // none: [points][rows][width], with strides
   ptrdiff_t point_stride = 0, row_stride = 0;
 };
 
-// x(t) = act(sum_j c[t, j] V_j), then the steps on images, if any, then the layers, then the head.
+// The steps on images, then those on rows, then the head. Each list begins with terms, or, behind images, with flat.
 template <class T> struct Chain {
-  int64_t rows, points, width;
-  std::vector<Rows<T>> terms;      // V_j: [rows][width]; with steps each row is an image [channels][height][width]
-  const double* coefficients;      // [points][terms.size()]
-  Activation act;
-  std::vector<ImageStep<T>> steps;
-  std::vector<Layer<T>> layers;
+  int64_t rows, points;
+  std::vector<Step<T>> images, layers;
+  int flat = 0;  // the step on images that is flattened
   Head<T> head;
 
-  int64_t flat() const { return steps.empty() ? width : steps.back().out.count(); }  // what the layers get
-  int64_t result() const { return layers.empty() ? flat() : layers.back().units; }   // what the head gets
+  int64_t result() const { return layers.back().out.count(); }  // what the head gets
 };
+
+// For each step the last one that reads its value, or -1; for the one that is kept, the number of steps.
+template <class T> std::vector<int> last_uses(const std::vector<Step<T>>& steps, int kept) {
+  std::vector<int> last(steps.size(), -1);
+  for (size_t s = 0; s < steps.size(); ++s)
+    for (int i : steps[s].inputs) last[i] = int(s);
+  if (!steps.empty()) last[kept] = int(steps.size());
+  return last;
+}
 
 // sums: [points], unless the head writes outputs. The result does not depend on the number of threads.
 template <class T> void run(const Chain<T>& chain, const Kernels<T>& kernels, Team& team, LossSums* sums);

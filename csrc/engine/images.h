@@ -1,6 +1,6 @@
-// Convolutions and pooling of one panel of images, kept as [height][width][channels][panel]: the channels of neighbouring
-// pixels follow each other, so a kernel's row is one span of the product's micro-kernel, cut off at the border instead
-// of padded. Everything up to the flattened values is done for one panel before the next, as images soon fill L2.
+// The steps on one panel of images, kept as [height][width][channels][panel]: the channels of neighbouring pixels follow
+// each other, so a kernel's row is one span of the product's micro-kernel, cut off at the border instead of padded.
+// Everything up to the flattened values is done for one panel before the next, as images soon fill L2.
 #pragma once
 #include "packed.h"
 
@@ -10,92 +10,136 @@ constexpr int64_t combined_bytes = 2 << 20;  // of the points that are combined 
 
 template <class T> class Images {
  public:
-  Images(const Chain<T>& chain, const Kernels<T>& kernels, const Packing<T>& packing) : chain_(chain), k_(kernels) {
-    if (chain.steps.empty()) return;
-    auto conv = packing.convs.begin();
-    const ImageStep<T>* end = chain.steps.data() + chain.steps.size();
-    // A pooling whose windows do not overlap takes the rows before it as they are made.
-    auto pooling = [&](const ImageStep<T>* s) { return s != end && s->op != Op::conv && s->window.apart() ? s : nullptr; };
-    const ImageStep<T>* step = chain.steps.data();
-    const ImageStep<T>* pool = pooling(step);
-    add({nullptr, nullptr, pool, step->in, step->in, pool ? pool->out : step->in});
-    for (step += pool != nullptr; step != end; step += 1 + (pool != nullptr)) {
-      pool = step->op == Op::conv ? pooling(step + 1) : nullptr;
-      add({step, step->op == Op::conv ? &*conv++ : nullptr, pool, step->in, step->out, pool ? pool->out : step->out});
-    }
+  Images(const Chain<T>& chain, const Kernels<T>& kernels, const Packing<T>& packing) : k_(kernels) {
+    if (!chain.images.empty()) make_stages(chain, packing), place();
   }
 
   // How many points are combined at once: one reading and transposition of the terms serves them all.
   int64_t share() const { return stages_.empty() ? 1 : std::clamp<int64_t>(combined_bytes / (first() * int64_t(sizeof(T))), 1, 8); }
 
-  int64_t scratch(int64_t points) const { return stages_.empty() ? 0 : points * first() + 2 * value_ + strip_; }
+  int64_t scratch(int64_t points) const { return stages_.empty() ? 0 : points * first() + values_ + strip_; }
 
-  // Combines the terms of the samples from `row` at the points point .. point + points, and pools them if that is next.
+  // Combines the first terms of the samples from `row` at the points point .. point + points, and pools them if that is next.
   void combine(int64_t point, int64_t points, int64_t row, int samples, T* scratch) const {
-    const Stage& s = stages_[0];
-    int64_t terms = int64_t(chain_.terms.size()), height = s.pool ? s.pool->window.kernel[0] : 1, size = height * s.in.width * k_.panel;
-    T *mixed = scratch + 2 * value_, *staged = mixed + size;
-    const T one = 1;
-    std::vector<const T*> at;
-    for (int64_t j = 0; j < terms; ++j) at.push_back(staged + j * size);
-    std::vector<Active<T, const T*>> active;
-    for (int64_t i = 0; i < points; ++i) active.emplace_back(at, chain_.coefficients + (point + i) * terms);
-    for (int64_t c = 0; c < s.in.channels; ++c)
-      for (int64_t h = 0; h < s.out.height; ++h) {
-        int64_t top = s.pool ? h * s.pool->window.stride[0] : h;
-        for (int64_t j = 0; j < terms; ++j) {
-          Rows<T> rows = chain_.terms[j];
-          rows.data += row * rows.stride + c * s.in.pixels() + top * s.in.width;
-          for (int i = 0; i < samples; ++i)  // what comes next: no hardware follows so many rows
-            for (int64_t k = 0; k < height * s.in.width; k += cache_line / int64_t(sizeof(T)))
-              __builtin_prefetch(rows.data + i * rows.stride + height * s.in.width + k, 0, 2);
-          k_.combine_rows(1, &rows, &one, samples, height * s.in.width, Activation{}, staged + j * size);
-        }
-        T* y = scratch + 2 * value_ + strip_;
-        for (const auto& a : active) {
-          k_.combine(a.count(), a.items.data(), a.coefficients.data(), size, chain_.act, mixed);
-          if (s.pool) pool(*s.pool, mixed, top, c, 1, h, h + 1, y);
-          for (int64_t w = 0; w < s.in.width && !s.pool; ++w)
-            std::copy_n(mixed + w * k_.panel, k_.panel, y + ((h * s.in.width + w) * s.in.channels + c) * k_.panel);
-          y += first();
-        }
-      }
+    combine(stages_[0], point, points, row, samples, scratch + values_, scratch + values_ + strip_);
   }
 
   // The i-th of the combined points to flattened values [channels][height][width][panel]; false: stopped.
-  template <class Stop> bool run(int64_t i, const T* packed, T* scratch, T* out, Stop&& stop) const {
-    const T* x = scratch + 2 * value_ + strip_ + i * first();
-    T* y = scratch;
-    T* spare = y + value_;
-    T* strip = spare + value_;
-    for (auto s = stages_.begin() + 1; s != stages_.end(); ++s) {
+  template <class Stop>
+  bool run(int64_t i, int64_t point, int64_t row, int samples, const T* packed, T* scratch, T* out, Stop&& stop) const {
+    auto value = [&](int stage) { return stage ? scratch + stages_[stage].at : scratch + values_ + strip_ + i * first(); };
+    T* strip = scratch + values_;
+    for (size_t index = 1; index < stages_.size(); ++index) {
       if (stop()) return false;
-      if (s->packed) convolve(*s, x, packed, strip, y);
-      else pool(*s->step, x, 0, 0, s->in.channels, 0, s->out.height, y);
-      x = y;
-      std::swap(y, spare);
+      const Stage& s = stages_[index];
+      std::vector<const T*> x;
+      for (int j : s.inputs) x.push_back(value(j));
+      T* y = value(int(index));
+      if (s.packed) convolve(s, x[0], x.size() > 1 ? x[1] : nullptr, packed, strip, y);
+      else if (s.step->op == Op::terms) combine(s, point + i, 1, row, samples, strip, y);
+      else if (s.step->op == Op::sum) add(s, x, y);
+      else pool(*s.step, x[0], 0, 0, s.step->in.channels, 0, s.out.height, y);
     }
-    flatten(stages_.back().out, x, out);
+    flatten(stages_[result_].out, value(result_), out);
     return true;
   }
 
  private:
-  // What is made (combined terms, a convolution, a pooling of its own), and the pooling of it, if any, on the way.
+  // A step, and the pooling of its value, if any, on the way.
   struct Stage {
-    const ImageStep<T>* step;  // null: the terms
-    const PackedLayer<T>* packed;
-    const ImageStep<T>* pool;
-    Image in, made, out;
+    const Step<T>* step;
+    const PackedLayer<T>* packed;  // of a convolution
+    const Step<T>* pool;
+    Image made, out;               // by the step; after the pooling
+    std::vector<int> inputs;       // earlier stages
+    int64_t at = 0;                // of its value in the scratch
   };
 
-  void add(const Stage& s) {
-    stages_.push_back(s);
-    if (s.step) value_ = std::max(value_, s.out.count() * k_.panel);
-    int64_t rows = (s.pool ? s.pool->window.kernel[0] : 1) * s.made.width * k_.panel;
-    strip_ = std::max(strip_, rows * (s.step ? std::min<int64_t>(k_.units, s.made.channels) : int64_t(chain_.terms.size()) + 1));
+  // A pooling whose windows do not overlap takes the rows of terms or a convolution as they are made.
+  void make_stages(const Chain<T>& chain, const Packing<T>& packing) {
+    const std::vector<Step<T>>& steps = chain.images;
+    std::vector<int> last = last_uses(steps, chain.flat), readers(steps.size()), stage(steps.size(), -1);
+    for (const Step<T>& s : steps)
+      for (int i : s.inputs) ++readers[i];
+    auto conv = packing.convs.begin();
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const Step<T>& s = steps[i];
+      const PackedLayer<T>* packed = s.op == Op::conv ? &*conv++ : nullptr;
+      if (stage[i] >= 0 || (i && last[i] < 0)) continue;  // a pooling that is done, a value that nobody reads
+      const Step<T>* pool = nullptr;
+      if ((s.op == Op::terms || s.op == Op::conv) && readers[i] == 1 && last[i] < int(steps.size())) pool = &steps[last[i]];
+      if (pool && !((pool->op == Op::max_pool || pool->op == Op::avg_pool) && pool->window.apart())) pool = nullptr;
+      if (pool) stage[last[i]] = int(stages_.size());
+      stage[i] = int(stages_.size());
+      Stage made{&s, packed, pool, s.out, pool ? pool->out : s.out, {}};
+      for (int input : s.inputs) made.inputs.push_back(stage[input]);
+      stages_.push_back(made);
+      int64_t rows = (pool ? pool->window.kernel[0] : 1) * s.out.width * k_.panel;
+      strip_ = std::max(strip_, rows * (packed ? std::min<int64_t>(k_.units, s.out.channels) : int64_t(s.terms.values.size()) + 1));
+    }
+    result_ = stage[chain.flat];
   }
 
-  // `make(row, end, to)` writes the rows of `channels` channels, in a strip if they are pooled; else it is told where.
+  // Where the values lie: each in the first gap between those that are still to be read.
+  void place() {
+    std::vector<int> last(stages_.size(), 0);
+    for (size_t s = 0; s < stages_.size(); ++s)
+      for (int i : stages_[s].inputs) last[i] = int(s);
+    last[result_] = int(stages_.size());
+    for (size_t s = 1; s < stages_.size(); ++s) {
+      std::vector<std::pair<int64_t, int64_t>> used;
+      for (size_t j = 1; j < s; ++j)
+        if (last[j] >= int(s)) used.emplace_back(stages_[j].at, stages_[j].at + stages_[j].out.count() * k_.panel);
+      std::sort(used.begin(), used.end());
+      int64_t at = 0, size = stages_[s].out.count() * k_.panel;
+      for (const auto& [begin, end] : used) {
+        if (at + size <= begin) break;
+        at = std::max(at, end);
+      }
+      stages_[s].at = at;
+      values_ = std::max(values_, at + size);
+    }
+  }
+
+  // Terms at some points, into values one after the other, and their pooling, if that is next.
+  void combine(const Stage& s, int64_t point, int64_t points, int64_t row, int samples, T* strip, T* out) const {
+    const Terms<T>& given = s.step->terms;
+    const Image& in = s.made;
+    int64_t terms = int64_t(given.values.size()), height = s.pool ? s.pool->window.kernel[0] : 1, size = height * in.width * k_.panel;
+    T *mixed = strip, *staged = mixed + size;
+    const T one = 1;
+    std::vector<const T*> at;
+    for (int64_t j = 0; j < terms; ++j) at.push_back(staged + j * size);
+    std::vector<Active<T, const T*>> active;
+    for (int64_t i = 0; i < points; ++i) active.emplace_back(at, given.coefficients + (point + i) * terms);
+    for (int64_t c = 0; c < in.channels; ++c)
+      for (int64_t h = 0; h < s.out.height; ++h) {
+        int64_t top = s.pool ? h * s.pool->window.stride[0] : h;
+        for (int64_t j = 0; j < terms; ++j) {
+          Rows<T> rows = given.values[j];
+          rows.data += row * rows.stride + c * in.pixels() + top * in.width;
+          for (int i = 0; i < samples; ++i)  // what comes next: no hardware follows so many rows
+            for (int64_t k = 0; k < height * in.width; k += cache_line / int64_t(sizeof(T)))
+              __builtin_prefetch(rows.data + i * rows.stride + height * in.width + k, 0, 2);
+          k_.combine_rows(1, &rows, &one, samples, height * in.width, Activation{}, staged + j * size);
+        }
+        T* y = out;
+        for (const auto& a : active) {
+          k_.combine(a.count(), a.items.data(), a.coefficients.data(), size, s.step->act, mixed);
+          if (s.pool) pool(*s.pool, mixed, top, c, 1, h, h + 1, y);
+          for (int64_t w = 0; w < in.width && !s.pool; ++w)
+            std::copy_n(mixed + w * k_.panel, k_.panel, y + ((h * in.width + w) * in.channels + c) * k_.panel);
+          y += s.out.count() * k_.panel;
+        }
+      }
+  }
+
+  void add(const Stage& s, const std::vector<const T*>& x, T* y) const {
+    const std::vector<T> ones(x.size(), T(1));
+    k_.combine(int(x.size()), x.data(), ones.data(), s.out.count() * k_.panel, s.step->act, y);
+  }
+
+  // `make(row, end, to, pixel)` writes rows of `channels` channels, in a strip if they are pooled; else it is told where.
   template <class Make>
   void rows(const Stage& s, int64_t u0, int64_t channels, int64_t begin, int64_t end, T* strip, T* y, Make&& make) const {
     if (!s.pool) return make(begin, end, y + (begin * s.out.width * s.out.channels + u0) * k_.panel, s.out.channels * k_.panel);
@@ -107,43 +151,55 @@ template <class T> class Images {
   }
 
   // In chunks of output rows whose input stays in L2, and for each, tile by tile: a tile's weights pass over all pixels.
-  void convolve(const Stage& s, const T* x, const T* packed, T* strip, T* y) const {
+  void convolve(const Stage& s, const T* x, const T* more, const T* packed, T* strip, T* y) const {
     const PackedLayer<T>& at = *s.packed;
     const Layer<T>& layer = *at.layer;
+    const Image& in = s.step->in;
     int64_t per_row = s.step->window.stride[0] * (s.pool ? s.pool->window.stride[0] : 1);
-    int64_t row_bytes = per_row * s.in.width * s.in.channels * k_.panel * int64_t(sizeof(T));
+    int64_t row_bytes = per_row * in.width * in.channels * k_.panel * int64_t(sizeof(T));
     int64_t chunk = std::max<int64_t>(1, l2_bytes() / 2 / row_bytes);
     for (int64_t begin = 0; begin < s.out.height; begin += chunk)
-      for (int64_t i = 0, u0 = 0; i < at.tiles.count; u0 += at.tiles.size(i++)) {
+      for (int64_t i = 0; i < at.tiles.count; ++i) {
+        int64_t u0 = at.tiles.begin(i), next = i + 1 < at.tiles.count ? at.tiles.size(i + 1) * layer.depth : 0;
         int units = at.tiles.size(i);
-        const T* weights = packed + at.weights + u0 * layer.depth;
-        const T* bias = layer.biased() ? packed + at.bias + u0 : nullptr;
-        Prefetch prefetch(weights + units * layer.depth, i + 1 < at.tiles.count ? at.tiles.size(i + 1) * layer.depth : 0, s.made.pixels());
+        Tile tile{packed + at.weights + u0 * layer.depth, layer.biased() ? packed + at.bias + u0 : nullptr, units,
+                  x + at.tiles.group(i) * (in.channels / layer.groups) * k_.panel, more ? more + u0 * k_.panel : nullptr};
+        Prefetch prefetch(tile.weights + units * layer.depth, next, s.made.pixels());
         rows(s, u0, units, begin, std::min(begin + chunk, s.out.height), strip, y,
-             [&](int64_t row, int64_t end, T* to, int64_t pixel) { tile(s, x, weights, bias, units, row, end, to, pixel, prefetch); });
+             [&](int64_t row, int64_t end, T* to, int64_t pixel) { convolve_rows(s, tile, row, end, to, pixel, prefetch); });
       }
   }
 
-  void tile(const Stage& s, const T* x, const T* weights, const T* bias, int units, int64_t row, int64_t end, T* to, int64_t pixel,
-            Prefetch& prefetch) const {
+  // So many units of a convolution: their weights, the input at their group's channels, and what is added at theirs.
+  struct Tile {
+    const T *weights, *bias;
+    int units;
+    const T *x, *more;
+  };
+
+  void convolve_rows(const Stage& s, const Tile& tile, int64_t row, int64_t end, T* to, int64_t pixel, Prefetch& prefetch) const {
     const Window& w = s.step->window;
-    const Activation& act = s.step->layer.act;
-    int64_t channels = s.in.channels;
-    std::vector<Span<T>> spans(w.kernel[0]);
+    const Activation& act = s.step->act;
+    const Image& in = s.step->in;
+    int64_t channels = in.channels / s.step->layer.groups;
+    bool joined = channels == in.channels && w.dilation[1] == 1;  // a row's taps follow each other
+    std::vector<Span<T>> spans(joined ? w.kernel[0] : w.taps());
     for (; row < end; ++row)
       for (int64_t column = 0; column < s.made.width; ++column, to += pixel, prefetch()) {
-        Inside v(row, s.in.height, w, 0), h(column, s.in.width, w, 1);
+        Inside v(row, in.height, w, 0), h(column, in.width, w, 1);
         int count = 0;
-        for (int64_t i = v.begin; i < v.end && h.begin < h.end; ++i)
-          spans[count++] = {x + ((v.at + i) * s.in.width + h.at + h.begin) * channels * k_.panel,
-                            weights + (i * w.kernel[1] + h.begin) * channels * units, (h.end - h.begin) * channels};
-        k_.product(count, spans.data(), units, bias, false, fused(act.kind) ? act : Activation{}, to);
-        if (!fused(act.kind)) k_.activate(act, units * k_.panel, to);
+        for (int64_t i = v.begin; i < v.end; ++i)
+          for (int64_t j = h.begin; j < h.end; j = joined ? h.end : j + 1)
+            spans[count++] = {tile.x + ((v.at + i * w.dilation[0]) * in.width + h.at + j * w.dilation[1]) * in.channels * k_.panel,
+                              tile.weights + (i * w.kernel[1] + j) * channels * tile.units, (joined ? h.end - j : 1) * channels};
+        const T* add = tile.more ? tile.more + (row * s.made.width + column) * s.made.channels * k_.panel : nullptr;
+        k_.product(count, spans.data(), tile.units, tile.bias, add, fused(act.kind) ? act : Activation{}, to);
+        if (!fused(act.kind)) k_.activate(act, tile.units * k_.panel, to);
       }
   }
 
   // Output rows [row, end) of channels [u0, u0 + channels), from pixels of `channels` channels at x, where row `top` begins.
-  void pool(const ImageStep<T>& step, const T* x, int64_t top, int64_t u0, int64_t channels, int64_t row, int64_t end, T* y) const {
+  void pool(const Step<T>& step, const T* x, int64_t top, int64_t u0, int64_t channels, int64_t row, int64_t end, T* y) const {
     const Window& w = step.window;
     std::vector<const T*> taps(w.taps());
     for (; row < end; ++row)
@@ -162,7 +218,9 @@ template <class T> class Images {
   struct Inside {
     int64_t at, begin, end;
     Inside(int64_t out, int64_t size, const Window& w, int d)
-        : at(out * w.stride[d] - w.padding[d]), begin(std::max<int64_t>(0, -at)), end(std::min(w.kernel[d], size - at)) {}
+        : at(out * w.stride[d] - w.padding[d]), begin(at < 0 ? up(-at, w.dilation[d]) : 0),
+          end(std::min(w.kernel[d], at < size ? up(size - at, w.dilation[d]) : 0)) {}
+    static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
   };
 
   void flatten(const Image& image, const T* x, T* out) const {
@@ -172,10 +230,10 @@ template <class T> class Images {
 
   int64_t first() const { return stages_[0].out.count() * k_.panel; }  // elements of a combined point
 
-  const Chain<T>& chain_;
   const Kernels<T>& k_;
   std::vector<Stage> stages_;
-  int64_t value_ = 0, strip_ = 0;  // elements: the largest value between stages, the largest strip
+  int result_ = 0;                 // the stage that is flattened
+  int64_t values_ = 0, strip_ = 0; // elements: of the values between stages together; the largest strip
 };
 
 }  // namespace modeconn

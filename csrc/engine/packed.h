@@ -56,12 +56,14 @@ class Prefetch {
   int64_t step_;
 };
 
-// Splits `units` into the fewest tiles of at most `most`, of sizes that differ by at most one.
+// Splits each of `groups` equal parts of `units` into the fewest tiles of at most `most`, of sizes that differ by at most one.
 struct Tiles {
-  int64_t units, count;
-  Tiles(int64_t units, int64_t most) : units(units), count((units + most - 1) / most) {}
-  int64_t begin(int64_t i) const { return i * (units / count) + std::min(i, units % count); }
-  int size(int64_t i) const { return int(units / count + (i < units % count)); }
+  int64_t units, each, count;  // units and tiles of a group; tiles of all
+  Tiles(int64_t units, int64_t most, int64_t groups = 1)
+      : units(units / groups), each((this->units + most - 1) / most), count(each * groups) {}
+  int64_t group(int64_t i) const { return i / each; }
+  int64_t begin(int64_t i) const { return group(i) * units + i % each * (units / each) + std::min(i % each, units % each); }
+  int size(int64_t i) const { return int(units / each + (i % each < units % each)); }
 };
 
 // The terms whose coefficient is not zero, with their coefficients in the element type.
@@ -82,7 +84,7 @@ template <class T> struct PackedLayer {
 };
 
 template <class T> struct Packing {
-  std::vector<PackedLayer<T>> convs, layers;
+  std::vector<PackedLayer<T>> convs, linears;  // in the order of the steps
   struct Piece { PackedLayer<T> at; int64_t begin, end; };  // of tiles: the unit of work
   std::vector<Piece> pieces;
   int64_t size = 0;  // elements per point
@@ -94,16 +96,17 @@ template <class T> struct Packing {
       return at;
     };
     auto place = [&](const Layer<T>& layer) {
-      Tiles tiles(layer.units, kernels.units);
+      Tiles tiles(layer.units, kernels.units, layer.groups);
       int64_t step = std::max<int64_t>(1, (1 << 15) / (layer.depth * kernels.units + 1));
       int64_t weights = reserve(layer.units * layer.depth), bias = reserve(layer.units);
       PackedLayer<T> at{&layer, tiles, weights, bias};
       for (int64_t i = 0; i < tiles.count; i += step) pieces.push_back({at, i, std::min(i + step, tiles.count)});
       return at;
     };
-    for (const ImageStep<T>& step : chain.steps)
+    for (const Step<T>& step : chain.images)
       if (step.op == Op::conv) convs.push_back(place(step.layer));
-    for (const Layer<T>& layer : chain.layers) layers.push_back(place(layer));
+    for (const Step<T>& step : chain.layers)
+      if (step.op == Op::linear) linears.push_back(place(step.layer));
   }
 
   void pack(const Kernels<T>& kernels, int64_t point, const Piece& piece, T* out) const {

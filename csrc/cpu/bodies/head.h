@@ -26,7 +26,7 @@ template <class S> MODECONN_INLINE double sum_first(typename S::V v, int n) {
   return part[0] + part[1];
 }
 
-// How many of the first n lanes of a comparison are true.
+// The sum of comparisons, true being -1, over the first n lanes, negated: how many are true.
 template <class S> MODECONN_INLINE double count_first(typename S::M v, int n) {
   alignas(64) typename S::I lane[S::L];
   *(typename S::M*)lane = v;
@@ -91,27 +91,58 @@ LossSums cross_entropy(const typename S::T* x, int samples, int64_t classes, con
   return sums;
 }
 
+// f(lanes, n, x, y): so many samples of n units, in the panel from x on and as vectors y of their targets [samples][width].
+template <class S, int NV, class F>
+MODECONN_INLINE void each_target(const typename S::T* x, int samples, int64_t width, const typename S::T* targets, ptrdiff_t stride, F&& f) {
+  using V = typename S::V;
+  constexpr int L = S::L, P = NV * L;
+  for (int g = 0; g * L < samples; ++g)
+    for (int64_t k0 = 0; k0 < width; k0 += L) {
+      int n = width - k0 < L ? int(width - k0) : L;
+      V r[L];
+      for (int i = 0; i < L; ++i)
+        r[i] = g * L + i < samples ? load_first<S>(targets + (g * L + i) * stride + k0, n) : V{};
+      transpose<S>(r);
+      f(samples - g * L < L ? samples - g * L : L, n, x + k0 * P + g * L, r);
+    }
+}
+
 // Sum over samples of the mean over units of (x - y)^2.
 template <class S, int NV>
 LossSums mse(const typename S::T* x, int samples, int64_t width, const typename S::T* targets, ptrdiff_t stride) {
   using V = typename S::V;
-  constexpr int L = S::L, P = NV * L;
-  double total = 0;
-  for (int g = 0; g * L < samples; ++g)
-    for (int64_t k0 = 0; k0 < width; k0 += L) {
-      int n = width - k0 < L ? int(width - k0) : L;
-      V r[L], part = {};
-      for (int i = 0; i < L; ++i)
-        r[i] = g * L + i < samples ? load_first<S>(targets + (g * L + i) * stride + k0, n) : V{};
-      transpose<S>(r);
-      for (int i = 0; i < n; ++i) {
-        V d = load<S>(x + (k0 + i) * P + g * L) - r[i];
-        part += d * d;
-      }
-      for (int i = 0; i < L && g * L + i < samples; ++i) total += part[i];
-    }
   LossSums sums;
-  sums.loss = total / double(width);
+  each_target<S, NV>(x, samples, width, targets, stride, [&](int lanes, int n, const typename S::T* at, const V* y) {
+    V part = {};
+    for (int i = 0; i < n; ++i) {
+      V d = load<S>(at + i * NV * S::L) - y[i];
+      part += d * d;
+    }
+    sums.loss += sum_first<S>(part, lanes);
+  });
+  sums.loss /= double(width);
+  return sums;
+}
+
+// Sums over samples of the means over units of -log sigmoid(x) for target 1, -log(1 - sigmoid(x)) for target 0, what is
+// between in proportion; and of whether x > 0 differs from y > 1/2.
+template <class S, int NV>
+LossSums bce(const typename S::T* x, int samples, int64_t width, const typename S::T* targets, ptrdiff_t stride) {
+  using T = typename S::T;
+  using V = typename S::V;
+  LossSums sums;
+  each_target<S, NV>(x, samples, width, targets, stride, [&](int lanes, int n, const T* at, const V* y) {
+    V part = {};
+    typename S::M wrong = {};
+    for (int i = 0; i < n; ++i) {
+      V v = load<S>(at + i * NV * S::L);
+      part += (1 - y[i]) * v - (v < 0 ? v : V{}) + log1p_positive<S>(exp_negative<S>(-absolute<S>(v)));
+      wrong += (v > 0) ^ (y[i] > T(0.5));
+    }
+    sums.loss += sum_first<S>(part, lanes);
+    sums.errors += count_first<S>(wrong, lanes);
+  });
+  sums.loss /= double(width), sums.errors /= double(width);
   return sums;
 }
 

@@ -9,7 +9,7 @@ namespace modeconn {
 namespace {
 
 template <class S, int NV, int R>
-void tile(int spans, const Span<typename S::T>* span, const typename S::T* bias, bool add, Activation act,
+void tile(int spans, const Span<typename S::T>* span, const typename S::T* bias, const typename S::T* add, Activation act,
           typename S::T* out) {
   using T = typename S::T;
   using V = typename S::V;
@@ -33,7 +33,7 @@ void tile(int spans, const Span<typename S::T>* span, const typename S::T* bias,
     for (int v = 0; v < NV; ++v) {
       T* o = out + u * panel + v * S::L;
       V y = acc[u][v];
-      if (add) y += load<S>(o);
+      if (add) y += load<S>(add + u * panel + v * S::L);
       if (bias) y += bias[u];
       if (act.kind == Act::relu) y = apply<S, Act::relu>(y, 0);
       if (act.kind == Act::leaky_relu) y = apply<S, Act::leaky_relu>(y, T(act.slope));
@@ -42,15 +42,15 @@ void tile(int spans, const Span<typename S::T>* span, const typename S::T* bias,
 }
 
 template <class S, int NV, int MR, size_t... r>
-MODECONN_INLINE void tile_of(int units, int spans, const Span<typename S::T>* span, const typename S::T* bias, bool add,
+MODECONN_INLINE void tile_of(int units, int spans, const Span<typename S::T>* span, const typename S::T* bias, const typename S::T* add,
                              Activation act, typename S::T* out, std::index_sequence<r...>) {
-  using F = void (*)(int, const Span<typename S::T>*, const typename S::T*, bool, Activation, typename S::T*);
+  using F = void (*)(int, const Span<typename S::T>*, const typename S::T*, const typename S::T*, Activation, typename S::T*);
   static constexpr F tiles[MR] = {tile<S, NV, int(r) + 1>...};
   tiles[units - 1](spans, span, bias, add, act, out);
 }
 
 template <class S, int NV, int MR>
-void product(int spans, const Span<typename S::T>* span, int units, const typename S::T* bias, bool add, Activation act,
+void product(int spans, const Span<typename S::T>* span, int units, const typename S::T* bias, const typename S::T* add, Activation act,
              typename S::T* out) {
   tile_of<S, NV, MR>(units, spans, span, bias, add, act, out, std::make_index_sequence<MR>{});
 }

@@ -21,6 +21,7 @@ template <class S, int NV, int MR> void fill(Kernels<typename S::T>& k, const ch
   k.write_rows = write_rows<S, NV>;
   k.cross_entropy = cross_entropy<S, NV>;
   k.mse = mse<S, NV>;
+  k.bce = bce<S, NV>;
 }
 
 }  // namespace
