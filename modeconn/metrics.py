@@ -64,6 +64,11 @@ class Head:
             raise ModeconnError("metrics is empty: at least one is needed")
 
     @property
+    def fused(self) -> bool:
+        """The same for a backend that has the sums of all losses of samples."""
+        return self.loss in ("cross_entropy", "mse", "bce") and not self._custom and "perplexity" not in self.names
+
+    @property
     def builtin(self) -> bool:
         """Whether a fused head of a backend may stand in: cross-entropy, error and top-5 error of class labels alone."""
         return self.loss == "cross_entropy" and not self._custom and "perplexity" not in self.names

@@ -24,7 +24,7 @@ def make_backend(name: str, program: Program, dtype: torch.dtype, device: torch.
         from modeconn.backends.native import CannotRun, NativeBackend
 
         try:
-            return NativeBackend(program, dtype, device)
+            return NativeBackend(program, dtype, device, every=name == "native")
         except CannotRun:
             if name == "native":
                 raise

@@ -7,7 +7,7 @@ enough for their activations to stay in the cache, go through all the steps down
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,15 @@ from modeconn.plan.program import Combination, Program, Segment, Varying
 
 # The shared values of one batch, by number.
 Values = dict[int, Any]
+
+
+class FusedSteps(Protocol):
+    """Steps `first` to a last one, of which only the last one's value is needed by others."""
+
+    first: int
+
+    def run(self, point: int, constant: Callable[[int], Tensor], done: dict[int, Tensor]) -> Tensor:
+        """The last step's value, from shared values, by number, and those of earlier steps."""
 
 
 class ReferenceBackend:
@@ -99,8 +108,12 @@ class ReferenceBackend:
 
     def outputs(self, segment: Segment, point: int, values: Values, rows: int) -> Iterator[tuple[slice, Any]]:
         """The network's output at one point, a block of rows at a time."""
-        program = self.program
-        weights = [[e if isinstance(e, Tensor) else e.at(point) for e in step.entries] for step in segment.steps]
+        program, fused = self.program, self.fused(segment)
+        within = {index for last, region in fused.items() for index in range(region.first, last + 1)}
+        weights = [
+            [] if index in within else [e if isinstance(e, Tensor) else e.at(point) for e in step.entries]
+            for index, step in enumerate(segment.steps)
+        ]
         once: dict[int, Any] = {}  # values that have nothing to do with the rows
         dropped = _last_uses(segment)
 
@@ -114,22 +127,29 @@ class ReferenceBackend:
         for block in self._blocks(rows):
             done: dict[int, Any] = dict(once)
             for index, step in enumerate(segment.steps):
-                if index in done:
+                if index in done or (index in within and index not in fused):
                     continue
-                if step.combine is not None:
+                if index in fused:
+                    done[index] = fused[index].run(point, lambda number, block=block: constant(number, block), done)
+                elif step.combine is not None:
                     done[index] = combined(step.combine, block)
                 else:
                     inputs = [done[i] if isinstance(i, int) else combined(i, block) for i in step.inputs]
                     done[index] = step.node.run(inputs, weights[index], block.stop - block.start)
                 if not step.node.batched:
                     once[index] = done[index]
-                for i in dropped[index]:  # memory that is used again is memory that is still in the cache
-                    del done[i]
+                first = fused[index].first if index in fused else index
+                for i in (i for each in dropped[first : index + 1] for i in each):
+                    done.pop(i, None)  # memory that is used again is memory that is still in the cache
             outputs = {
                 node: done[form.step] if isinstance(form, Varying) else combined(form, block)
                 for node, form in segment.outputs.items()
             }
             yield block, program.graph.fill_output(outputs)
+
+    def fused(self, segment: Segment) -> dict[int, FusedSteps]:
+        """Steps that run together, otherwise than one by one, by the last of them."""
+        return {}
 
     def _blocks(self, rows: int) -> Iterator[slice]:
         step = rows if self.program.graph.mixes_rows else self._block
