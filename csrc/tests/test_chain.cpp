@@ -29,16 +29,22 @@ template <class T> double check(const Context& context, int64_t rows, std::vecto
   std::vector<double> c = draw<double>(points * 2);
   for (int64_t t = 0; t < points; ++t) c[2 * t] *= t % 3 != 0;
 
-  Chain<T> chain{rows, points, widths[0], {}, c.data(), {act, 0.125}, {}, {}, {}};
-  for (int j = 0; j < 2; ++j) chain.terms.push_back({keep(rows * widths[0]), widths[0]});
+  Chain<T> chain{rows, points, {}, {}, 0, {}};
+  Terms<T> terms{{}, c.data()};
+  for (int j = 0; j < 2; ++j) terms.values.push_back({keep(rows * widths[0]), widths[0]});
+  chain.layers.push_back({Op::terms, {}, {widths[0]}, {widths[0]}, {act, 0.125}, {}, {}, terms});
   for (size_t l = 1; l < widths.size(); ++l) {
-    Layer<T> layer{widths[l], widths[l - 1], 1, {}, {}, c.data(), c.data(), {act, 0.125}};
+    Layer<T> layer{widths[l], widths[l - 1], 1, 1, {}, {}, c.data(), c.data()};
     for (int g = 0; g < 2; ++g) {
       layer.weights.push_back({keep(layer.units * layer.depth, 1 / std::sqrt(layer.depth)), layer.depth});
       layer.biases.push_back(keep(layer.units));
     }
-    chain.layers.push_back(layer);
+    std::vector<int> inputs{int(l) - 1};  // the last layer takes the terms as well, where they are as wide
+    if (l > 1 && l + 1 == widths.size() && widths[l] == widths[0]) inputs.push_back(0);
+    chain.layers.push_back({Op::linear, inputs, {widths[l - 1]}, {widths[l]}, {act, 0.125}, {}, layer, {}});
   }
+  if (widths.back() == widths[0])  // and what comes of it is added to the terms and to itself
+    chain.layers.push_back({Op::sum, {int(widths.size()) - 1, 0, int(widths.size()) - 1}, {widths[0]}, {widths[0]}, {}, {}, {}, {}});
   int64_t width = widths.back();
   std::vector<T> out(points * rows * width, T(NAN));
   chain.head.outputs = out.data();
@@ -52,7 +58,9 @@ template <class T> double check(const Context& context, int64_t rows, std::vecto
   chain.head = {};
   chain.head.loss = Loss::cross_entropy, chain.head.labels = labels.data(), chain.head.top5 = true;
   run(chain, context.kernels<T>(), team, sums.data());
-  chain.head.loss = Loss::mse, chain.head.targets = chain.terms[0];
+  chain.head.loss = Loss::mse, chain.head.targets = terms.values[0];
+  if (width == widths[0]) run(chain, context.kernels<T>(), team, squares.data());
+  chain.head.loss = Loss::bce;
   if (width == widths[0]) run(chain, context.kernels<T>(), team, squares.data());
 
   double worst = 0;
@@ -60,13 +68,16 @@ template <class T> double check(const Context& context, int64_t rows, std::vecto
   for (int64_t t = 0; t < points; ++t) {
     double loss = 0;
     for (int64_t i = 0; i < rows; ++i) {
-      std::vector<double> x(widths[0]);
+      std::vector<double> x(widths[0]), first;
       for (int64_t k = 0; k < widths[0]; ++k) {
         double sum = 0;
-        for (int j = 0; j < 2; ++j) sum += c[2 * t + j] * chain.terms[j].data[i * widths[0] + k];
+        for (int j = 0; j < 2; ++j) sum += c[2 * t + j] * terms.values[j].data[i * widths[0] + k];
         x[k] = apply(sum);
       }
-      for (const Layer<T>& l : chain.layers) {
+      first = x;
+      for (const Step<T>& step : chain.layers) {
+        if (step.op != Op::linear) continue;
+        const Layer<T>& l = step.layer;
         std::vector<double> y(l.units);
         for (int64_t u = 0; u < l.units; ++u) {
           for (int g = 0; g < 2; ++g) {
@@ -74,10 +85,11 @@ template <class T> double check(const Context& context, int64_t rows, std::vecto
             for (int64_t k = 0; k < l.depth; ++k) sum += l.weights[g].data[u * l.depth + k] * x[k];
             y[u] += c[2 * t + g] * sum;
           }
-          y[u] = apply(y[u]);
+          y[u] = apply(y[u] + (step.inputs.size() > 1 ? first[u] : 0));
         }
         x = y;
       }
+      for (int64_t u = 0; u < width && chain.layers.back().op == Op::sum; ++u) x[u] += first[u] + x[u];
       double max = x[0], scale = 1, total = 0;
       for (double v : x) max = std::max(max, v), scale = std::max(scale, std::abs(v));
       for (double v : x) total += std::exp(v - max);
