@@ -280,7 +280,7 @@ BAD = {
     "no flatten": (layers(0, 1, 3), r"layers\[2\]: linear must come after flatten, got images of \[6, 1, 1\]"),
     "conv on rows": (layers(0, 1, 2, 0), r"layers\[3\]: conv2d must get images"),
     "channels": (layers(0, 0), r"layers\[1\].weights\[0\] must be \[any, 6, any, any\] float32, got \[6, 3, 3, 3\]"),
-    "dilation": (layers((0, dict(dilation=(1, 1)))), r"\(conv2d\) has an unknown key 'dilation'"),
+    "dilation": (layers((1, dict(dilation=(1, 1)))), r"\(max_pool2d\) has an unknown key 'dilation'"),
     "unknown key": (layers(0, (1, dict(activation="relu"))), r"\(max_pool2d\) has an unknown key 'activation'"),
     "stride": (layers((0, dict(stride=(0, 1)))), r"stride must be two integers of at least 1, got \(0, 1\)"),
     "padding": (layers((0, dict(padding=(1, -1)))), r"padding must be two integers of at least 0, got \(1, -1\)"),

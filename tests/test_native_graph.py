@@ -1,0 +1,284 @@
+"""Graphs of the engine's steps, which read and add earlier values, against PyTorch; and its losses of rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_native_chain import ACTIVATIONS, DTYPES, ISAS, assert_close, combine, engine
+
+PLAIN = {"float32": torch.float32, "float64": torch.float64}
+every = lambda f: pytest.mark.parametrize("isa", ISAS)(pytest.mark.parametrize("dtype", DTYPES)(f))
+
+
+class Net:
+    """Draws a graph step by step; `values` are the shapes of the terms and of each step behind the rows."""
+
+    def __init__(self, rows, shape, points=3, dtype="float32", seed=0):
+        self.rng, self.rows, self.points, self.dtype = np.random.default_rng(seed), rows, points, DTYPES[dtype]
+        self.terms = [self.draw(rows, *shape) for _ in range(2)]
+        self.coefficients, self.layers, self.values = self.mix(2), [], [shape]
+
+    def draw(self, *shape, scale=1.0):
+        return (self.rng.standard_normal(shape) * scale).astype(self.dtype)
+
+    def mix(self, k):
+        return self.rng.standard_normal((self.points, k))
+
+    def push(self, shape, **layer):
+        self.layers.append(layer)
+        self.values.append(shape)
+        return len(self.layers) - 1
+
+    def product(self, out, input=None, add=None, activation="relu", kernel=(3, 3), norm=False, **window):
+        shape = self.values[-1 if input is None else input + 1]
+        image, groups = len(shape) == 3, window.get("groups", 1)
+        size = (out, shape[0] // groups, *kernel) if image else (out, shape[0])
+        scale = float(np.prod(size[1:])) ** -0.5
+        more = dict(input=input, add=add, activation=activation, slope=0.125, **window)
+        if norm:
+            more |= dict(scale=self.mix(out), shift=self.mix(out))
+        after = (out,)
+        if image:
+            probe = torch.zeros(1, *shape)
+            after = tuple(F.conv2d(probe, torch.zeros(size), **window).shape[1:])
+        return self.push(
+            after, op="conv2d" if image else "linear", weights=[self.draw(*size, scale=scale) for _ in range(2)],
+            biases=[self.draw(out) for _ in range(2)], coefficients=self.mix(2), **more,
+        )  # fmt: skip
+
+    def pool(self, op, kernel, input=None, **options):
+        c, h, w = self.values[-1 if input is None else input + 1]
+        f = F.max_pool2d if op == "max" else F.avg_pool2d
+        after = tuple(f(torch.zeros(1, c, h, w), kernel, **options).shape[1:])
+        return self.push(after, op=f"{op}_pool2d", kernel=kernel, input=input, **options)
+
+    def flatten(self, input=None):
+        shape = self.values[-1 if input is None else input + 1]
+        return self.push((int(np.prod(shape)),), op="flatten", input=input)
+
+    def add(self, *inputs, activation="identity"):
+        return self.push(self.values[inputs[0] + 1], op="add", inputs=list(inputs), activation=activation, slope=0.125)
+
+    def more_terms(self, *shape, activation="identity"):
+        terms = [self.draw(self.rows, *shape) for _ in range(3)]
+        return self.push(shape, op="terms", terms=terms, coefficients=self.mix(3), activation=activation, slope=0.125)
+
+    def reference(self, dtype):
+        tensor = lambda a: torch.from_numpy(np.array(a)).to(dtype)
+        mixed = lambda arrays, c, t: combine([tensor(a) for a in arrays], c[t].tolist())
+        outputs = []
+        for t in range(self.points):
+            values = [mixed(self.terms, self.coefficients, t)]
+            for layer in self.layers:
+                at = lambda key, layer=layer: values[-1] if layer.get(key) is None else values[layer[key] + 1]
+                op = layer["op"]
+                if op == "terms":
+                    y = mixed(layer["terms"], layer["coefficients"], t)
+                elif op == "add":
+                    y = sum(values[i + 1] for i in layer["inputs"])
+                elif op == "flatten":
+                    y = at("input").flatten(1)
+                elif op.endswith("pool2d"):
+                    pool = F.max_pool2d if op.startswith("max") else F.avg_pool2d
+                    y = pool(at("input"), layer["kernel"], layer.get("stride"), layer.get("padding", 0))
+                else:
+                    w, b = (mixed(layer[key], layer["coefficients"], t) for key in ("weights", "biases"))
+                    window = {key: layer[key] for key in ("stride", "padding", "dilation", "groups") if key in layer}
+                    y = F.linear(at("input"), w, b) if op == "linear" else F.conv2d(at("input"), w, b, **window)
+                    if "scale" in layer:
+                        scale, shift = (tensor(layer[k][t]).reshape(-1, *[1] * (y.ndim - 2)) for k in ("scale", "shift"))
+                        y = y * scale + shift
+                    y = y if layer["add"] is None else y + values[layer["add"] + 1]
+                values.append(ACTIVATIONS[layer.get("activation", "identity")](y))
+            outputs.append(values[-1].flatten(1))
+        return torch.stack(outputs)
+
+    def outputs(self, isa, threads=1):
+        out = np.full((self.points, self.rows, int(np.prod(self.values[-1]))), np.nan, self.dtype)
+        engine.chain_outputs(self.terms, self.coefficients, self.layers, out, threads=threads, isa=isa)
+        return out
+
+    def check(self, isa, dtype, threads=1):
+        assert_close(self.outputs(isa, threads), self.reference(PLAIN[dtype]), self.reference(torch.float64))
+
+
+@every
+@pytest.mark.parametrize("rows", [0, 1, 2, 63, 257])
+def test_residual_rows(isa, dtype, rows):
+    net = Net(rows, (7,), dtype=dtype)
+    first = net.product(7, activation="tanh", norm=True)
+    net.product(63, activation="gelu")
+    second = net.product(7, add=first)
+    net.add(second, -1, second, activation="silu")
+    more = net.more_terms(7, activation="relu")
+    net.product(7, input=second, add=more, activation="leaky_relu")
+    net.product(3, activation="identity")
+    net.check(isa, dtype, threads=2)
+
+
+@every
+@pytest.mark.parametrize("width", [1, 245, 1025])
+def test_wide_residual_rows_in_parts(isa, dtype, width):
+    """A layer that does not fit the caches adds its skip with the first part of its depth."""
+    net = Net(33, (width,), points=2, dtype=dtype)
+    net.product(1025)
+    net.product(width, add=-1)
+    net.product(width, add=1)
+    net.check(isa, dtype)
+
+
+@every
+@pytest.mark.parametrize("rows", [0, 1, 35])
+def test_residual_images(isa, dtype, rows):
+    """As in a residual network: a shortcut, a convolution of 1 × 1 with a stride as one, means over pixels."""
+    net = Net(rows, (3, 7, 6), dtype=dtype)
+    first = net.product(5, padding=(1, 1), norm=True)
+    net.product(5, padding=(1, 1), norm=True)
+    second = net.product(5, padding=(1, 1), norm=True, add=first)
+    half = net.product(9, padding=(1, 1), stride=(2, 2), norm=True)
+    last = net.product(9, padding=(1, 1), norm=True, activation="identity")
+    net.product(9, input=second, kernel=(1, 1), stride=(2, 2), norm=True, add=last)
+    net.add(half, half + 2, activation="sigmoid")
+    net.pool("avg", net.values[-1][1:])
+    flat = net.flatten()
+    net.product(9, activation="relu")
+    net.product(9, add=flat, activation="identity")
+    net.check(isa, dtype, threads=2)
+
+
+@every
+def test_an_added_value_before_a_pooling_on_the_way_and_terms_later(isa, dtype):
+    net = Net(19, (4, 8, 8), dtype=dtype)
+    net.product(4, padding=(1, 1))
+    net.product(4, padding=(1, 1), add=-1)
+    net.pool("max", (2, 2))
+    more = net.more_terms(4, 8, 8, activation="relu")
+    pooled = net.pool("avg", (2, 2), input=more)
+    net.product(4, input=2, padding=(1, 1), add=pooled, activation="tanh")
+    net.pool("max", (3, 3), stride=(1, 1), padding=(1, 1))
+    net.check(isa, dtype)
+
+
+@every
+@pytest.mark.parametrize("groups", [1, 2, 6, 12])
+@pytest.mark.parametrize("window", [{}, {"dilation": (2, 1)}, {"dilation": (1, 3), "padding": (1, 3)}, {"stride": (2, 1), "padding": (4, 4), "dilation": (3, 4)}], ids=str)  # fmt: skip
+def test_groups_and_dilations(isa, dtype, groups, window):
+    net = Net(17, (12, 9, 10), points=2, dtype=dtype)
+    net.product(24, groups=groups, norm=True, **window)
+    net.product(12, groups=groups, kernel=(1, 1))
+    net.check(isa, dtype)
+
+
+@given(seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 8), image=st.booleans(), isa=st.sampled_from(ISAS))
+@settings(max_examples=60, deadline=None)
+def test_any_graph(seed, steps, image, isa):
+    """Steps that read and add any earlier value that fits."""
+    rng = np.random.default_rng(seed)
+    net = Net(int(rng.integers(1, 40)), (int(rng.integers(1, 9)), 6, 5) if image else (int(rng.integers(1, 40)),), 2, "float64", seed)
+    for _ in range(steps):
+        read = int(rng.integers(-1, len(net.layers)))
+        shape = net.values[read + 1]
+        alike = [i - 1 for i, other in enumerate(net.values) if other == shape]
+        kind = rng.integers(0, 4 if image else 3)
+        if kind == 0:
+            net.add(*rng.choice(alike, int(rng.integers(1, 4))).tolist(), activation=str(rng.choice(["identity", "gelu", "relu"])))
+        elif kind == 3 and min(shape[1:]) > 1:
+            net.pool(str(rng.choice(["max", "avg"])), (2, 2), input=read, stride=(int(rng.integers(1, 3)), 1))
+        else:
+            add = int(rng.choice(alike)) if rng.integers(0, 2) else None
+            out = shape[0] if add is not None else int(rng.integers(1, 20))
+            net.product(out, read, add, str(rng.choice(["identity", "relu", "tanh"])), norm=bool(rng.integers(0, 2)), **({"padding": (1, 1)} if image else {}))  # fmt: skip
+    if image:
+        net.flatten()
+        net.product(3)
+    net.check(isa, "float64")
+    assert net.outputs(isa, threads=3).tobytes() == net.outputs(isa).tobytes()
+
+
+@every
+@pytest.mark.parametrize("rows,width", [(1, 1), (63, 10), (257, 7), (100, 245)])
+def test_bce_sums(isa, dtype, rows, width):
+    net = Net(rows, (width,), dtype=dtype)
+    targets = np.where(net.rng.random((rows, width)) < 0.5, net.rng.integers(0, 2, (rows, width)), net.rng.random((rows, width)))
+    targets = targets.astype(net.dtype)
+    got = engine.chain_sums(net.terms, net.coefficients, [], targets, loss="bce", isa=isa)
+
+    def sums(dtype):
+        y = torch.from_numpy(targets).to(dtype)
+        each = [F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1).double().sum() for x in net.reference(dtype)]
+        return torch.stack(each)
+
+    assert_close(got[:, 0], sums(PLAIN[dtype]), sums(torch.float64))
+    wrong = ((net.reference(torch.float64) > 0) != torch.from_numpy(targets > 0.5)).double().mean(2).sum(1)
+    np.testing.assert_allclose(got[:, 1], wrong, atol=1e-9)
+    assert (got[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
+def test_bce_of_large_and_non_finite_logits(isa, target):
+    x = np.array([[100.0], [-100.0], [1e4], [-1e4], [0.0], [-0.0], [np.nan], [np.inf], [-np.inf]], np.float32)
+    y = torch.full((1, 1), target)
+    for row in x:
+        got = engine.chain_sums([row[None]], np.ones((1, 1)), [], y.numpy(), loss="bce", isa=isa)[0, 0]
+        want = F.binary_cross_entropy_with_logits(torch.from_numpy(row[None]).double(), y.double()).item()
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-30)
+
+
+def bad(*layers, shape=(3, 4, 5)):
+    net = Net(2, shape, points=1)
+    net.product(3, padding=(1, 1)) if len(shape) == 3 else net.product(3)
+    return lambda: engine.chain_outputs(
+        net.terms, net.coefficients, [*net.layers, *layers], np.zeros((1, 2, 3), np.float32)
+    )  # fmt: skip
+
+
+BAD = {
+    "input": (bad(dict(op="flatten", input=1)), r"layers\[1\].input must be a step before it, or -1 for the terms, got 1"),
+    "add": (bad(dict(op="add", inputs=[-2])), "must be a step before it"),
+    "no inputs": (bad(dict(op="add", inputs=[])), r"layers\[1\] \(add\) must have inputs"),
+    "shapes": (bad(dict(op="flatten"), dict(op="add", inputs=[1, 0])), r"of one shape, got rows of 60 and images of \[3, 4, 5\]"),
+    "two flattens": (bad(dict(op="flatten", input=0), dict(op="flatten", input=-1)), "flatten must come once only"),
+    "flattened rows": (bad(dict(op="flatten"), shape=(4,)), "flatten must get images, got rows of 3"),
+    "behind flatten": (bad(dict(op="flatten"), dict(op="max_pool2d", kernel=(1, 1), input=0)), "the last of the layers must be behind"),
+    "terms": (bad(dict(op="terms", terms=[], coefficients=np.ones((1, 0)))), r"layers\[1\].terms must not be empty"),
+    "coefficients": (
+        bad(dict(op="terms", terms=[np.zeros((2, 4), np.float32)], coefficients=np.ones((2, 1)))),
+        r"layers\[1\].coefficients must be \[1, 1\] float64",
+    ),
+    "rows": (
+        bad(dict(op="terms", terms=[np.zeros((3, 4), np.float32)], coefficients=np.ones((1, 1)))),
+        r"layers\[1\].terms\[0\] must be \[2, any\] float32, got \[3, 4\]",
+    ),
+    "images later": (
+        bad(dict(op="terms", terms=[np.zeros((2, 4, 1, 1), np.float32)], coefficients=np.ones((1, 1))), shape=(4,)),
+        "must be rows where the first terms are, got images",
+    ),
+    "add to a product": (
+        bad(dict(weights=[np.zeros((5, 3), np.float32)], coefficients=np.ones((1, 1)), add=-1), shape=(4,)),
+        r"layers\[1\].add must be rows of 5 like the step's value, got rows of 4",
+    ),
+    "groups": (
+        bad(dict(op="conv2d", weights=[np.zeros((4, 3, 1, 1), np.float32)], coefficients=np.ones((1, 1)), groups=2)),
+        r"groups must divide the 3 channels, got 2",
+    ),
+    "units": (
+        bad(dict(op="conv2d", weights=[np.zeros((4, 1, 1, 1), np.float32)], coefficients=np.ones((1, 1)), groups=3)),
+        r"groups must divide the 4 units, got 3",
+    ),
+    "dilation": (
+        bad(dict(op="conv2d", weights=[np.zeros((4, 3, 3, 3), np.float32)], coefficients=np.ones((1, 1)), dilation=(2, 1))),
+        r"got kernel 3x3 for 4x5 with padding 0x0 and dilation 2x1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_graphs_are_refused(name):
+    call, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()
