@@ -82,6 +82,9 @@ def warn_of(graph: Graph, batch: str) -> None:
         warnings.warn(
             f"the model runs as it is, once per point, since it could not be captured: {graph.fallback}", stacklevel=3
         )
+    if graph.closed:
+        parts = "; ".join(graph.closed)
+        warnings.warn(f"part of the model runs as it is, once per point, since it could not be captured: {parts}", stacklevel=3)
     if graph.mixes_rows:
         warnings.warn(
             f"the model's output for a sample depends on the other samples of its batch: results depend on {batch}",

@@ -2,7 +2,8 @@
 
 That intermediate form is functional, still high level (linear, conv2d, layer_norm, …) and free of the module's Python, so
 one table of rules covers every way of writing a network. What cannot be exported (control flow that depends on the data,
-shapes fixed to one batch) becomes a graph of a single node that calls the module itself: slower, never wrong.
+shapes fixed to one batch) runs as it is: the submodule that holds it where the rest can be exported around it, else the whole
+module, as a node that calls it (opaque.py): slower, never wrong.
 """
 
 from __future__ import annotations
@@ -29,23 +30,12 @@ from modeconn import ops
 from modeconn.errors import ModeconnError
 from modeconn.graph import Entry, Graph, In, Node, Size
 from modeconn.inputs import Inputs, arguments, call, describe, join, keys, leaves, rows, take
+from modeconn.opaque import closed_part, eval_mode, line_of, operation, parts_of, reason_of, stubs, tensors_of, whole
 
 # Rows of the sample that the network is traced and checked with.
 _SAMPLE_ROWS = 4
 # Tracing takes a good part of a second. A graph is taken up again if it still gives the module's own outputs.
 _CAPTURED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Graph]] = weakref.WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode, with every submodule's own mode restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager
@@ -89,20 +79,40 @@ def capture(model: nn.Module, sample: Inputs) -> Graph:
         try:
             expected = call(model, x)
         except Exception as error:
-            raise ModeconnError(f"the model does not run on inputs of shape {describe(x)}: {_line(error)}") from error
+            raise ModeconnError(f"the model does not run on inputs of shape {describe(x)}: {line_of(error)}") from error
         known = _CAPTURED.setdefault(model, {})
         kind = tuple((key, v.dtype, v.device, *v.shape[1:]) for key, v in zip(keys(x), leaves(x)))
         if kind not in known or not _holds(known[kind], model, x, expected):
             known.pop(kind, None)
-            try:
-                graph = _export(model, x)
-                whole, *parts = (run(graph, model.state_dict(), part) for part in (x, take(x, 0, 1), take(x, 1, rows(x))))
-            except Exception as error:  # whatever export stumbles over, the module itself still runs
-                return _opaque(model, x, f"torch.export: {_line(error)}")
-            if not _same(whole, expected):
-                return _opaque(model, x, "the exported graph does not give the module's own outputs")
-            known[kind] = replace(graph, mixes_rows=not _rows_apart(parts, expected, rows(x)))
+            graph = _captured(model, x, expected)
+            if graph.fallback:
+                return graph
+            known[kind] = graph
         return known[kind]
+
+
+def _captured(model: nn.Module, x: Inputs, expected: Any) -> Graph:
+    """A model's graph: of all of it, else with the parts that cannot be exported closed, else of a single node."""
+    try:
+        return _checked(_export(model, x), model, x, expected)
+    except Exception as error:  # whatever export stumbles over, the module itself still runs
+        failure = error
+    fewer = take(x, 0, rows(x) - 1)
+    parts = parts_of(model, [lambda: call(model, x), lambda: call(model, fewer)])
+    if parts:
+        with contextlib.suppress(Exception):
+            with stubs(parts):
+                graph = replace(_export(model, x), closed=tuple(map(str, parts)))
+            return _checked(graph, model, x, expected)
+    return _opaque(model, x, reason_of(failure))
+
+
+def _checked(graph: Graph, model: nn.Module, x: Inputs, expected: Any) -> Graph:
+    """The graph, if it gives the module's own outputs, with what it does to the rows of a batch."""
+    whole, *parts = (run(graph, model.state_dict(), part) for part in (x, take(x, 0, 1), take(x, 1, rows(x))))
+    if not _same(whole, expected):
+        raise ModeconnError("the exported graph does not give the module's own outputs")
+    return replace(graph, mixes_rows=not _rows_apart(parts, expected, rows(x)))
 
 
 def _holds(graph: Graph, model: nn.Module, x: Inputs, expected: Any) -> bool:
@@ -115,7 +125,7 @@ def _holds(graph: Graph, model: nn.Module, x: Inputs, expected: Any) -> bool:
 
 def _rows_apart(parts: list[Any], whole: Any, count: int) -> bool:
     """Whether the outputs of two parts of a batch, put together, are the outputs of the batch."""
-    first, rest, both = (_flat(out) for out in (*parts, whole))
+    first, rest, both = (tensors_of(out) for out in (*parts, whole))
     return all(_alike(torch.cat([a, b]), c) for a, b, c in zip(first, rest, both) if c.dim() and len(c) == count)
 
 
@@ -220,6 +230,8 @@ def _canonical(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], nodes: list[Node], inputs: list[int]
 ) -> tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """Name an operation for the rules, and replace the few that would not run on every layout."""
+    if target is operation():
+        return "module", closed_part(args[2]), args[:2], {}
     name = getattr(target, "__name__", str(target))
     packet = name.removesuffix("." + name.rsplit(".", 1)[-1]) if "." in name else name
     if packet == "_native_batch_norm_legit_no_training":
@@ -239,34 +251,20 @@ def _canonical(
 
 def _opaque(model: nn.Module, x: Inputs, reason: str) -> Graph:
     """One node that calls the module with the entries swapped in."""
-    from torch.func import functional_call
-
-    names, given = tuple(model.state_dict()), keys(x)
-
-    def run_module(*tensors: Tensor) -> Any:
-        args, kwargs = as_given(given, tensors)
-        with eval_mode(model):
-            return functional_call(model, dict(zip(names, tensors[len(given) :])), args, kwargs, tie_weights=False)
-
     count = Size(lambda n: n, "N")
-    whole = call(model, x)
-    shape = (count, *whole.shape[1:]) if isinstance(whole, Tensor) and whole.dim() else (count,)
+    output = call(model, x)
+    shape = (count, *output.shape[1:]) if isinstance(output, Tensor) and output.dim() else (count,)
     nodes = [Node(i, "input", ops.identity, (), shape=(count, *v.shape[1:]), source="input") for i, v in enumerate(leaves(x))]
     inputs = tuple(range(len(nodes)))
-    leaf = (*map(In, inputs), *map(Entry, range(len(names))))
-    nodes.append(Node(len(nodes), "module", run_module, leaf, inputs, names, shape, type(model).__name__))
+    module = whole(model, arguments(x), reason)
+    leaf = (list(map(In, inputs)), list(map(Entry, range(len(module.names)))))
+    nodes.append(Node(len(nodes), "module", module, leaf, inputs, module.names, shape, type(model).__name__))
     try:
-        flat = zip(*(_flat(call(model, part)) for part in (take(x, 0, 1), take(x, 1, rows(x)))), strict=True)
-        mixes = not all(map(_alike, [torch.cat(pair) for pair in flat], _flat(whole)))
+        flat = zip(*(tensors_of(call(model, part)) for part in (take(x, 0, 1), take(x, 1, rows(x)))), strict=True)
+        mixes = not all(map(_alike, [torch.cat(pair) for pair in flat], tensors_of(output)))
     except (RuntimeError, ValueError):  # it takes batches of one size only
         mixes = True
-    return Graph(tuple(nodes), In(len(inputs)), {}, fallback=reason, mixes_rows=mixes, inputs=tuple(given))
-
-
-def as_given(given: Sequence[Any], tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """The first tensors as positional and keyword arguments."""
-    names = {key: tensor for key, tensor in zip(given, tensors) if isinstance(key, str)}
-    return () if names else tuple(tensors[: len(given)]), names
+    return Graph(tuple(nodes), In(len(inputs)), {}, fallback=reason, mixes_rows=mixes, inputs=tuple(keys(x)))
 
 
 def _shape(value: Any) -> tuple[int | Size, ...]:
@@ -305,12 +303,8 @@ def _source(fx: Any) -> str:
     return f"{path} {where}".strip()
 
 
-def _flat(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
 def _same(a: Any, b: Any) -> bool:
-    flat_a, flat_b = _flat(a), _flat(b)
+    flat_a, flat_b = tensors_of(a), tensors_of(b)
     return len(flat_a) == len(flat_b) and all(map(_alike, flat_a, flat_b))
 
 
@@ -323,8 +317,3 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     scale = b.abs().max().item() if b.numel() else 0.0
     return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
 
-
-def _line(error: BaseException) -> str:
-    """The first telling line of an exception's message, so that one line stays one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from modeconn.arguments import MEMORY_BUDGET, check_fit, device_of, dtype_of, frozen_entries, moved, positive, warn_of
 from modeconn.backends import check_name, make_backend
-from modeconn.capture import capture, eval_mode, prepare
+from modeconn.capture import capture, prepare
 from modeconn.data import Batches, as_batches, as_inputs
 from modeconn.errors import ModeconnError
 from modeconn.inputs import call, rows, take
 from modeconn.metrics import Head, PerSample
+from modeconn.opaque import Opaque, eval_mode
 from modeconn.paths import Path, Points
 from modeconn.plan.explain import Plan
 from modeconn.plan.planner import make_program
@@ -117,7 +117,7 @@ def evaluate(
         graph = graph.only_logits() if head.takes_logits else graph
         program = make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen, tables=tables)
         if buffers == "interpolate":
-            _warn_stale(runner, program)
+            _warn_stale(program)
         engine = make_backend(backend, program, dtype, where)
         sums, counts = head.zeros(len(program.points), where), head.zeros(1, where)
         for inputs, targets in itertools.chain([first], stream):
@@ -137,7 +137,7 @@ def evaluate(
     _warn_non_finite(values_by_name, t)
     info: dict[str, str | int | float] = {
         "precision": precision, "device": str(where), "torch": torch.__version__, "python": platform.python_version(),
-        "threads": torch.get_num_threads(), "path": repr(path), "fallback": graph.fallback or "",
+        "threads": torch.get_num_threads(), "path": repr(path), "fallback": graph.fallback or "; ".join(graph.closed),
     }  # fmt: skip
     return PathResult(t, values_by_name, samples, 2 if tables else 1, engine.name, time.perf_counter() - started, info)
 
@@ -165,7 +165,7 @@ def explain(
     check_fit(model, path)
     runner = prepare(model, dtype, where)
     graph = capture(runner, moved(as_inputs(sample, "sample"), dtype, where))
-    tables = placeholders(runner, graph, path, len(np.unique(t, axis=0))) if buffers == "recompute" else None
+    tables = placeholders(graph, path, len(np.unique(t, axis=0))) if buffers == "recompute" else None
     return Plan(make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen, tables=tables))
 
 
@@ -178,17 +178,16 @@ def _statistics(
     first = next(stream)
     graph = capture(model, moved(first[0], dtype, device))
     return recompute(
-        model, graph, path, t, itertools.chain([first], stream), dtype=dtype, device=device, limit=limit, seen=report.first
+        graph, path, t, itertools.chain([first], stream), dtype=dtype, device=device, limit=limit, seen=report.first
     )
 
 
-def _warn_stale(model: nn.Module, program: Program) -> None:
+def _warn_stale(program: Program) -> None:
     """Warn where norms have blended statistics that are not those of their inputs."""
-    if program.graph.fallback and any(isinstance(module, _BatchNorm) for module in model.modules()):
-        stale = ["the model"]
-    else:
-        nodes = sorted({node for segment in program.segments if segment.between.any() for node in segment.stale})
-        stale = [program.graph.nodes[node].source for node in nodes]
+    nodes = sorted({node for segment in program.segments if segment.between.any() for node in segment.stale})
+    closed = [node.function for node in program.graph.nodes if isinstance(node.function, Opaque)]
+    stale = [part.path or "the model" for part in closed if part.statistics()]
+    stale += [program.graph.nodes[node].source for node in nodes]
     if stale:
         more = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
         warnings.warn(

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from modeconn.arguments import MEMORY_BUDGET, check_fit, device_of, dtype_of, frozen_entries, moved, positive, warn_of
 from modeconn.backends.reference import ReferenceBackend
-from modeconn.capture import capture, eval_mode, prepare
+from modeconn.capture import capture, prepare
 from modeconn.errors import ModeconnError
 from modeconn.graph import Graph, Size
 from modeconn.inputs import Inputs, call, describe, leaves, rows, take
+from modeconn.opaque import eval_mode
 from modeconn.paths import Path, Points
 from modeconn.plan.explain import Plan
 from modeconn.plan.planner import make_program

@@ -107,6 +107,7 @@ class Graph:
         output: template of the network's output, with `In(node id)` leaves.
         constants: entries that are not in the state dict (lifted constants, buffers that are not persistent).
         fallback: why the network could not be captured and runs as one opaque node; None if it was captured.
+        closed: the parts of it that could not be captured and run as they are, each with its reason.
         mixes_rows: whether a row's output depends on the other rows of its batch.
         inputs: what each input is called: None for the only one, else its place or its name.
     """
@@ -115,6 +116,7 @@ class Graph:
     output: Any
     constants: dict[str, Tensor]
     fallback: str | None = None
+    closed: tuple[str, ...] = ()
     mixes_rows: bool = False
     inputs: tuple[Any, ...] = (None,)
 

@@ -13,30 +13,26 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from modeconn.arguments import moved
 from modeconn.backends.reference import ReferenceBackend
-from modeconn.capture import as_given, eval_mode
 from modeconn.data import Batch
 from modeconn.errors import ModeconnError
 from modeconn.graph import Entry, Graph, In, Node
 from modeconn.inputs import Inputs, rows
+from modeconn.opaque import Names, Opaque
 from modeconn.paths import Path
 from modeconn.plan.planner import make_program
 from modeconn.plan.program import Program
 
-# Per norm the names of its running mean and variance.
-Names = tuple[str, str]
 # Rows of a batch, and so of each estimate, where the caller does not say.
 BATCH_SIZE = 128
 
 
 def recompute(
-    model: nn.Module, graph: Graph, path: Path, points: np.ndarray, batches: Iterable[Batch], *, dtype: torch.dtype,
+    graph: Graph, path: Path, points: np.ndarray, batches: Iterable[Batch], *, dtype: torch.dtype,
     device: torch.device, limit: int | None = None, seen: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The running statistics of every batch norm at every point, from one pass over the data.
@@ -46,7 +42,6 @@ def recompute(
     Everything else (dropout, say) stays in evaluation mode.
 
     Args:
-        model: in the dtype and on the device to compute with; only used where the graph is a fallback.
         graph: the captured model.
         points: the distinct points in rising order.
         batches: the training data, in its order.
@@ -59,7 +54,7 @@ def recompute(
     Raises:
         ModeconnError: a batch from which no variance can be estimated.
     """
-    training, names = training_graph(model, graph)
+    training, names = training_graph(graph)
     if not names:
         return {}
     program = make_program(training, path, points, dtype=dtype, device=device, frozen=frozenset())
@@ -80,9 +75,9 @@ def recompute(
     return {name: (total / calls[name]).to(dtype) for name, total in sums.items()}
 
 
-def placeholders(model: nn.Module, graph: Graph, path: Path, points: int) -> dict[str, Tensor]:
+def placeholders(graph: Graph, path: Path, points: int) -> dict[str, Tensor]:
     """Statistics that are different at every point, for a plan without data."""
-    _, names = training_graph(model, graph)
+    _, names = training_graph(graph)
     start = path.control_points[0]
     known = {name: start.get(name, graph.constants.get(name)) for pair in names for name in pair}
     return {
@@ -110,10 +105,8 @@ def _add(
             calls[name] += 1
 
 
-def training_graph(model: nn.Module, graph: Graph) -> tuple[Graph, list[Names]]:
+def training_graph(graph: Graph) -> tuple[Graph, list[Names]]:
     """The graph whose output is, per batch norm, the mean and the unbiased variance of its input over the batch."""
-    if graph.fallback:
-        return _opaque(model, graph)
     nodes: list[Node] = []
     place: dict[int, int] = {}
     names: list[Names] = []
@@ -121,6 +114,10 @@ def training_graph(model: nn.Module, graph: Graph) -> tuple[Graph, list[Names]]:
     for node in graph.nodes:
         inputs = tuple(place[i] for i in node.inputs)
         pair = _running(node)
+        if isinstance(node.function, Opaque) and node.function.statistics():
+            place[node.id] = len(nodes)
+            names += _closed(nodes, node, inputs, found)
+            continue
         if pair is None:
             nodes.append(replace(node, id=len(nodes), inputs=inputs))
             place[node.id] = nodes[-1].id
@@ -139,6 +136,19 @@ def training_graph(model: nn.Module, graph: Graph) -> tuple[Graph, list[Names]]:
         names.append(pair)
         found.append((In(joint + 2), In(joint + 3)))
     return Graph(tuple(nodes), found, graph.constants, mixes_rows=True, inputs=graph.inputs), names
+
+
+def _closed(nodes: list[Node], node: Node, inputs: tuple[int, ...], found: list[tuple[In, In]]) -> list[Names]:
+    """The same for a module that could not be captured: it runs as it is, with its norms in training mode."""
+    part: Opaque = node.function  # type: ignore[assignment]
+    joint = len(nodes)
+    nodes.append(replace(node, id=joint, inputs=inputs, function=part.training))
+    own = dict(zip(part.names, node.entries, strict=True))
+    pairs = part.statistics()
+    for number in range(-2 * len(pairs), 0):
+        nodes.append(Node(len(nodes), "getitem", _part, (In(0), number), (joint,), (), (), node.source))
+    found += [(In(joint + 1 + 2 * i), In(joint + 2 + 2 * i)) for i in range(len(pairs))]
+    return [(own[mean], own[var]) for mean, var in pairs]
 
 
 def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,31 +177,3 @@ def _running(node: Node) -> Names | None:
         return None
     mean, var = (node.entries[leaf.index] for leaf in leaves)
     return mean, var
-
-
-def _opaque(model: nn.Module, graph: Graph) -> tuple[Graph, list[Names]]:
-    """The same for a module that could not be captured: it runs as it is, with its norms in training mode."""
-    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    names = [(f"{name}.running_mean".lstrip("."), f"{name}.running_var".lstrip(".")) for name, _ in norms]
-    module = graph.nodes[-1]
-    count = len(graph.inputs)
-
-    def call(*tensors: Tensor) -> list[tuple[Tensor, Tensor]]:
-        args, kwargs = as_given(graph.inputs, tensors)
-        state = dict(zip(module.entries, tensors[count:]))
-        for name, norm in norms:
-            prefix = f"{name}." if name else ""
-            state |= {f"{prefix}{key}": torch.zeros_like(buffer) for key, buffer in norm.named_buffers(recurse=False)}
-        momenta = [norm.momentum for _, norm in norms]
-        with eval_mode(model):
-            try:
-                for _, norm in norms:
-                    norm.training, norm.momentum = True, None
-                functional_call(model, state, args, kwargs, tie_weights=False)
-            finally:
-                for (_, norm), momentum in zip(norms, momenta):
-                    norm.momentum = momentum
-        return [(state[mean], state[var]) for mean, var in names]
-
-    nodes = (*graph.nodes[:-1], replace(module, function=call))
-    return replace(graph, nodes=nodes, mixes_rows=True), names

@@ -28,6 +28,7 @@ LEVELS = {
     "modeconn.graph": 1,
     "modeconn.native": 1,
     "modeconn.ops": 1,
+    "modeconn.opaque": 1,
     "modeconn.kernels": 1,
     "modeconn.arguments": 2,
     "modeconn.capture": 2,

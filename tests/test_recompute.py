@@ -151,7 +151,7 @@ def test_what_does_not_move_is_shared():
     got = mc.evaluate(a, path, (ROWS, LABELS), 11, buffers="recompute", batch_size=25, precision="float64")
     exact = re_estimated(a, path, ROWS.double(), LABELS, got.t, torch.float64, batch_size=25)
     np.testing.assert_allclose(got.loss, exact["loss"], rtol=1e-9)
-    training, names = training_graph(a, capture(a, ROWS.double()))
+    training, names = training_graph(capture(a, ROWS.double()))
     program = make_program(training, path, got.t, dtype=torch.float64, device=torch.device("cpu"), frozen=frozenset())
     assert names == [("1.running_mean", "1.running_var"), ("5.running_mean", "5.running_var")]
     assert program.varying_flops == 0 and not any(segment.steps for segment in program.segments)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from modeconn.graph import Node
+from modeconn.opaque import Opaque
 from modeconn.plan.program import Combination, Form, Program, Segment
 from modeconn.plan.rules import UNKNOWN, rule_for
 
@@ -47,6 +48,7 @@ class Plan:
             "points": len(program.inverse),
             "distinct_points": len(program.points),
             "fallback": program.graph.fallback,
+            "closed": list(program.graph.closed),
             "flops_per_sample": {
                 "naive": self.naive_flops, "plan": self.flops, "once": self.network_flops, "per_point": self.point_flops,
             },
@@ -118,8 +120,8 @@ def _units(node: Node, forms: list[Form]) -> str:
 
 
 def _note(node: Node) -> str:
-    if node.op == "module":
-        return "the module itself, per point"
+    if isinstance(node.function, Opaque):
+        return f"the module itself, per point: {node.function.reason}"
     return f"no rule for {node.op}: evaluated as it is" if rule_for(node) is UNKNOWN else ""
 
 
