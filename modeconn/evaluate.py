@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
+import os
 import platform
 import sys
 import time
@@ -24,17 +26,20 @@ from modeconn.errors import ModeconnError
 from modeconn.inputs import call, rows, take
 from modeconn.metrics import Head, PerSample
 from modeconn.opaque import Opaque, eval_mode
-from modeconn.paths import Path, Points
+from modeconn.paths import Path, Plane, Points
 from modeconn.plan.explain import Plan
 from modeconn.plan.planner import make_program
 from modeconn.plan.program import Program
 from modeconn.result import PathResult
 from modeconn.statistics import BATCH_SIZE, placeholders, recompute
+from modeconn.unfinished import Unfinished, fingerprint
 
 # done, total: in samples; total is None where the data does not say.
 Progress = Callable[[int, "int | None"], None]
 
 _MOST_ROWS = 1 << 16
+# A part of an evaluation that can be resumed: some seconds of work, but not so few rows that kernels become slow.
+_FLOPS_OF_A_PART, _FEWEST_ROWS = 1e11, 32
 
 
 def evaluate(
@@ -54,6 +59,7 @@ def evaluate(
     memory_budget: int | None = None,
     recompute_data: Any = None,
     recompute_batches: int | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> PathResult:
     """Evaluate a network along a path, in one pass over the data, or two where norms' statistics are recomputed.
 
@@ -80,6 +86,8 @@ def evaluate(
         recompute_data: what to recompute the statistics from, by default `data`; give the training data when you evaluate
             on others.
         recompute_batches: only so many of its batches.
+        resume: a file to keep what is done in, written after every few seconds of work: the same call after an interruption
+            reads on from there, to the same sums. It stays when all is done, and is then the whole result; remove it.
 
     Returns:
         a `PathResult`: means over all samples at each point, or over all tokens with a label, in the order of `points`.
@@ -104,11 +112,17 @@ def evaluate(
     runner = prepare(model, dtype, where)
     batches = as_batches(data, first_rows or _rows_within(budget, data))
     samples, tables = 0, None
+    settings = {
+        **(fingerprint(path, t) if resume is not None else {}), "model": type(model).__name__, "loss": _name_of(loss),
+        "metrics": head.names, "buffers": buffers, "backend": backend, "precision": precision, "batch_size": batch_size,
+        "memory_budget": budget, "recompute_batches": limit,
+    }  # fmt: skip
+    unfinished = Unfinished(resume, settings)
     with eval_mode(runner), torch.no_grad(), _reporter(progress) as report:
         if buffers == "recompute":
             source = as_batches(data if recompute_data is None else recompute_data, first_rows or BATCH_SIZE)
             report = _Passes(report, source, batches, limit)
-            tables = _statistics(runner, path, t, source, dtype, where, limit, report)
+            tables = _statistics(runner, path, t, source, dtype, where, limit, report, unfinished)
         stream = iter(batches)
         first = next(stream)  # the pass has begun: what is captured is shaped by the data itself
         x = moved(first[0], dtype, where)
@@ -119,18 +133,25 @@ def evaluate(
         if buffers == "interpolate":
             _warn_stale(program)
         engine = make_backend(backend, program, dtype, where)
-        sums, counts = head.zeros(len(program.points), where), head.zeros(1, where)
-        for inputs, targets in itertools.chain([first], stream):
-            most = rows(inputs) if graph.mixes_rows else engine.most_rows(budget)
-            batch, labels = moved(inputs, dtype, where), head.fit(example, targets.to(where))
-            for start in range(0, rows(inputs), most):
-                x, y = take(batch, start, start + most), labels[start : start + most]
-                tick = _Tick(report, samples, len(y), len(program.points), batches.samples)
-                values = engine.shared(x)
-                for segment in program.segments:
-                    sums[segment.rows] += engine.sums(segment, values, y, head, tick)
-                samples += len(y)
-                counts += head.counts(y)
+        most = engine.most_rows(budget) if resume is None else min(engine.most_rows(budget), _rows_of_a_part(program))
+        with unfinished.stage("evaluation") as stage:
+            zeros = {"sums": head.zeros(len(program.points), where), "counts": head.zeros(1, where)}
+            sums, counts = ((stage.sums or zeros)[name].to(where) for name in zeros)
+            for inputs, targets in itertools.chain([first], stream):
+                batch, labels = moved(inputs, dtype, where), head.fit(example, targets.to(where))
+                step = rows(inputs) if graph.mixes_rows else most
+                for start in range(0, rows(inputs), step):
+                    x, y = take(batch, start, start + step), labels[start : start + step]
+                    tick = _Tick(report, samples, len(y), len(program.points), batches.samples)
+                    samples += len(y)
+                    if stage.has(x, y):
+                        tick(len(program.points))
+                        continue
+                    values = engine.shared(x)
+                    for segment in program.segments:
+                        sums[segment.rows] += engine.sums(segment, values, y, head, tick)
+                    counts += head.counts(y)
+                    stage.done({"sums": sums, "counts": counts})
     if not bool(counts.all()):
         raise ModeconnError("no token of the data has a label: all are -100")
     values_by_name = head.finish((sums / counts).cpu().numpy()[program.inverse])
@@ -139,6 +160,10 @@ def evaluate(
         "precision": precision, "device": str(where), "torch": torch.__version__, "python": platform.python_version(),
         "threads": torch.get_num_threads(), "path": repr(path), "fallback": graph.fallback or "; ".join(graph.closed),
     }  # fmt: skip
+    if isinstance(path, Plane):
+        info["control_points"] = json.dumps(path.marks.tolist())
+        if path.explained is not None:
+            info["trajectory"] = f"{path.explained[0]:.4f} and {path.explained[1]:.4f} of the squared distances explained"
     return PathResult(t, values_by_name, samples, 2 if tables else 1, engine.name, time.perf_counter() - started, info)
 
 
@@ -171,15 +196,17 @@ def explain(
 
 def _statistics(
     model: nn.Module, path: Path, t: np.ndarray, source: Batches, dtype: torch.dtype, device: torch.device,
-    limit: int | None, report: _Passes,
+    limit: int | None, report: _Passes, unfinished: Unfinished,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The norms' statistics at the distinct points, from a pass over the data; empty where there are no norms."""
     stream = iter(source)
     first = next(stream)
     graph = capture(model, moved(first[0], dtype, device))
-    return recompute(
-        graph, path, t, itertools.chain([first], stream), dtype=dtype, device=device, limit=limit, seen=report.first
-    )
+    with unfinished.stage("statistics") as stage:
+        return recompute(
+            graph, path, t, itertools.chain([first], stream), dtype=dtype, device=device, stage=stage, limit=limit,
+            seen=report.first,
+        )  # fmt: skip
 
 
 def _warn_stale(program: Program) -> None:
@@ -204,6 +231,16 @@ def _rows_within(budget: int, data: Any) -> int:
     shapes = [getattr(part, "shape", ()) for part in several]
     per_row = sum(4 * math.prod(shape[1:]) for shape in shapes) if all(shapes) else 4096
     return max(1, min(_MOST_ROWS, budget // (2 * max(per_row, 64))))
+
+
+def _rows_of_a_part(program: Program) -> int:
+    """Rows after which it is worth writing down what is done: some seconds of work."""
+    per_row = program.shared_flops + program.varying_flops
+    return int(min(_MOST_ROWS, max(_FEWEST_ROWS, _FLOPS_OF_A_PART // max(per_row, 1.0))))
+
+
+def _name_of(loss: str | PerSample) -> str:
+    return loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__qualname__)
 
 
 def _warn_non_finite(values: dict[str, np.ndarray], t: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from modeconn import state as states
 from modeconn.errors import ModeconnError
 from modeconn.state import State
+from modeconn.trajectory import principal_plane
 
 # What t, a count of points or a sequence of values, may be given as.
 Points = Any
@@ -188,18 +189,24 @@ class Plane(Path):
     """The plane origin + x u + y v, with t = (x, y).
 
     u and v are directions: state dicts of origin's shapes; entries that they leave out are zero.
-    `Plane.through` and `Plane.random` build the two planes most often drawn.
+    `Plane.through`, `Plane.random` and `Plane.trajectory` build the planes most often drawn.
+
+    Attributes:
+        extent: what `points=count` covers along each axis, ((x, x), (y, y)); set it to look at another part.
+        marks: the t of the networks that the plane was made of, [n, 2], which plots show.
+        explained: of a trajectory's plane, which share of the squared distances each axis explains.
     """
 
     dim = 2
-    # What `points=count` covers along each axis.
-    extent = (0.0, 1.0)
+    extent: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 1.0), (0.0, 1.0))
+    explained: tuple[float, float] | None = None
 
     def __init__(self, origin: Source, u: Source, v: Source) -> None:
         base = states.load(origin)
         zeros = {key: torch.zeros_like(value) for key, value in base.items()}
         super().__init__([base, zeros | states.load(u), zeros | states.load(v)], names=["origin", "u", "v"])
         self._through = False
+        self.marks: np.ndarray = np.zeros((1, 2))
 
     @classmethod
     def through(cls, a: Source, b: Source, c: Source) -> Plane:
@@ -207,6 +214,7 @@ class Plane(Path):
         plane = cls.__new__(cls)
         Path.__init__(plane, [a, b, c])
         plane._through = True
+        plane.marks = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
         return plane
 
     @classmethod
@@ -226,12 +234,37 @@ class Plane(Path):
         base = states.load(model)
         generator = torch.Generator().manual_seed(seed)
         plane = cls(base, *(_random_direction(base, generator, norm, biases) for _ in range(2)))
-        plane.extent = (-1.0, 1.0)
+        plane.extent = ((-1.0, 1.0), (-1.0, 1.0))
+        return plane
+
+    @classmethod
+    def trajectory(cls, checkpoints: Sequence[Source], *, centre: int = -1, margin: float = 0.2) -> Plane:
+        """The plane through one of a training's checkpoints along the first two principal components of all of them.
+
+        Coordinates are distances in parameter space. The checkpoints' places in the plane are in `marks`, and `explained`
+        says how much of their spread it shows: what is off the plane is projected away.
+
+        Args:
+            checkpoints: three or more, in the order of the training.
+            centre: which of them is the origin, by default the last.
+            margin: `points=n` covers all marks and so much more on each side, as a share of their extent.
+
+        Raises:
+            ModeconnError: fewer than three, or such as lie on one line.
+        """
+        path = Path(checkpoints, least=3)
+        if not -len(checkpoints) <= centre < len(checkpoints):
+            raise ModeconnError(f"centre is {centre}: expected one of the {len(checkpoints)} checkpoints")
+        u, v, places, explained = principal_plane(path.control_points, centre % len(checkpoints))
+        plane = cls(path.control_points[centre], u, v)
+        plane.marks, plane.explained = places, (float(explained[0]), float(explained[1]))
+        low, high = places.min(0), places.max(0)
+        room = margin * np.maximum(high - low, 1e-3 * np.ptp(places))
+        plane.extent = tuple(zip((low - room).tolist(), (high + room).tolist()))  # type: ignore[assignment]
         return plane
 
     def grid(self, count: int) -> np.ndarray:
-        axis = np.linspace(*self.extent, count)
-        x, y = np.meshgrid(axis, axis, indexing="ij")
+        x, y = np.meshgrid(*(np.linspace(*ends, count) for ends in self.extent), indexing="ij")
         return np.stack([x.ravel(), y.ravel()], axis=1)
 
     def _basis(self, t: np.ndarray) -> np.ndarray:

@@ -24,13 +24,14 @@ DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 Ends = tuple[float, float]
 
 
-def new_axes() -> Axes:
-    """Axes on a new pyplot figure, so that notebooks show it."""
+def new_axes(surface: bool = False) -> Axes:
+    """Axes on a new pyplot figure, so that notebooks show it; in three dimensions for a surface."""
     try:
         import matplotlib.pyplot as pyplot
     except ImportError:
         raise ModeconnError("plot() needs matplotlib, which is not installed: pip install matplotlib") from None
-    return pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")[1]
+    space = {"projection": "3d"} if surface else None
+    return pyplot.subplots(figsize=(7.2, 4.4), layout="constrained", subplot_kw=space)[1]
 
 
 def draw_curve(
@@ -121,8 +122,10 @@ def _set_limits(ax: Axes, values: np.ndarray, entries: int) -> None:
         ax.set_ylim(low, high + (0.06 + 0.06 * entries) * ((high - low) or 1.0))
 
 
-def draw_plane(ax: Axes, t: np.ndarray, values: np.ndarray, metric: str, marks: Sequence[Sequence[float]]) -> None:
-    """Draw filled contours of ``values [T]`` over ``t [T, 2]``, a full grid or scattered, and mark points."""
+def draw_plane(
+    ax: Axes, t: np.ndarray, values: np.ndarray, metric: str, marks: Sequence[Sequence[float]], joined: bool = False
+) -> None:
+    """Draw filled contours of ``values [T]`` over ``t [T, 2]``, a full grid or scattered, and mark points, joined or not."""
     finite = np.isfinite(values)
     if not finite.any():
         raise ModeconnError(f"metric {metric!r} is finite nowhere: there is nothing to plot")
@@ -138,6 +141,8 @@ def draw_plane(ax: Axes, t: np.ndarray, values: np.ndarray, metric: str, marks: 
     else:  # all on one line: no area to fill
         filled = ax.scatter(t[finite, 0], t[finite, 1], c=values[finite], **colours)
     ax.figure.colorbar(filled, ax=ax, label=metric, format="%.3g")
+    if joined:
+        ax.plot(*zip(*marks), color="white", linewidth=1.2, alpha=0.8)
     for index, (x_mark, y_mark) in enumerate(marks):
         ax.plot(x_mark, y_mark, "o", color="white", markeredgecolor="black", markersize=7, clip_on=False)
         ax.annotate(
@@ -151,6 +156,35 @@ def draw_plane(ax: Axes, t: np.ndarray, values: np.ndarray, metric: str, marks: 
         )
     ax.set_xlabel("first coordinate of t")
     ax.set_ylabel("second coordinate of t")
+
+
+def draw_surface(ax: Any, t: np.ndarray, values: np.ndarray, metric: str, marks: Sequence[Sequence[float]]) -> None:
+    """Draw ``values [T]`` over ``t [T, 2]`` as a surface on axes in three dimensions, and drop lines onto it at marks.
+
+    Where the values span more than a factor of 30, the heights are their logarithms, as the labels say.
+    """
+    if not hasattr(ax, "plot_surface"):
+        raise ModeconnError('a surface needs axes in three dimensions: made with projection="3d"')
+    finite = np.isfinite(values)
+    if not finite.any() or np.linalg.matrix_rank(t[finite] - t[finite][0]) < 2:
+        raise ModeconnError(f"metric {metric!r} has no finite values that span a plane: there is no surface to draw")
+    logarithmic = _levels(values[finite])[1] is not None
+    heights = np.log10(values, where=values > 0, out=np.full(len(values), np.nan)) if logarithmic else values
+    grid = as_grid(t, np.where(np.isfinite(heights), heights, np.nan))
+    if grid is not None:
+        x, y, z = grid
+        low, high = np.nanmin(z), np.nanmax(z)
+        ax.plot_surface(*np.meshgrid(x, y), z, cmap="viridis", vmin=low, vmax=high, rcount=len(y), ccount=len(x))
+    else:
+        ax.plot_trisurf(t[finite, 0], t[finite, 1], heights[finite], cmap="viridis")
+    top = float(np.nanmax(heights[finite]))
+    for index, (x_mark, y_mark) in enumerate(marks):
+        nearest = ((t[finite] - (x_mark, y_mark)) ** 2).sum(1).argmin()
+        ax.plot([x_mark] * 2, [y_mark] * 2, [heights[finite][nearest], top], color="black", linewidth=1, zorder=5)
+        ax.text(x_mark, y_mark, top, f"{index + 1}", fontweight="bold", zorder=6)
+    ax.set_xlabel("first coordinate of t")
+    ax.set_ylabel("second coordinate of t")
+    ax.set_zlabel(f"log10 of the {metric}" if logarithmic else metric)
 
 
 def _levels(finite: np.ndarray) -> tuple[np.ndarray, object]:

@@ -206,25 +206,33 @@ class PathResult:
             columns = {f"t{index}": self.t[:, index] for index in range(self.t.shape[1])}
         return pandas.DataFrame(columns | self.values)
 
-    def plot(self, ax: Axes | None = None, metric: str = "loss") -> Axes:
+    def plot(self, ax: Axes | None = None, metric: str = "loss", surface: bool = False) -> Axes:
         """Draw the result with matplotlib and return the axes.
 
         One coordinate: the metric against t, its barrier, and the error rates (%) on a second axis.  Two
-        coordinates: filled contours of the metric, with the control points marked if ``info`` has them.
+        coordinates: filled contours of the metric, with the control points marked if ``info`` has them, and joined
+        up if they are a training trajectory; or a surface in three dimensions.
 
         Args:
-            ax: matplotlib axes to draw on; a new figure if None.
-            metric: the metric of the left axis or of the contours.
+            ax: matplotlib axes to draw on, for a surface such with ``projection="3d"``; a new figure if None.
+            metric: the metric of the left axis, of the contours or of the surface.
+            surface: draw a surface, where t has two coordinates.
 
         Raises:
             ModeconnError: where matplotlib is not installed, or t has more than two coordinates.
         """
         column = self.metric(metric)
+        if surface and self._coordinates() != 2:
+            raise ModeconnError("a surface needs t with two coordinates, as on a plane")
         if ax is None:
-            ax = plotting.new_axes()
+            ax = plotting.new_axes(surface)
         title = f"{metric.capitalize()} {{}}: {_count(len(self.t), 'point')}, {_count(self.samples, 'sample')}"
+        if surface:
+            plotting.draw_surface(ax, self.t, column, metric, self._marks())
+            ax.set_title(title.format("on a plane"))
+            return ax
         if self._coordinates() == 2:
-            plotting.draw_plane(ax, self.t, column, metric, self._marks())
+            plotting.draw_plane(ax, self.t, column, metric, self._marks(), joined="trajectory" in self.info)
             ax.set_title(title.format("on a plane"))
             return ax
         errors = {name: values for name, values in self.values.items() if name.endswith("error") and name != metric}

@@ -8,24 +8,30 @@ hands them out; that graph is planned and run like any other, for all points at 
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeconn.arguments import moved
+from modeconn.arguments import device_of, dtype_of, moved
 from modeconn.backends.reference import ReferenceBackend
-from modeconn.data import Batch
+from modeconn.capture import capture, prepare
+from modeconn.data import Batch, as_batches
 from modeconn.errors import ModeconnError
 from modeconn.graph import Entry, Graph, In, Node
 from modeconn.inputs import Inputs, rows
-from modeconn.opaque import Names, Opaque
-from modeconn.paths import Path
+from modeconn.opaque import Names, Opaque, eval_mode
+from modeconn.paths import Path, Points
 from modeconn.plan.planner import make_program
 from modeconn.plan.program import Program
+from modeconn.state import State
+from modeconn.unfinished import Stage, Unfinished
 
 # Rows of a batch, and so of each estimate, where the caller does not say.
 BATCH_SIZE = 128
@@ -33,7 +39,7 @@ BATCH_SIZE = 128
 
 def recompute(
     graph: Graph, path: Path, points: np.ndarray, batches: Iterable[Batch], *, dtype: torch.dtype,
-    device: torch.device, limit: int | None = None, seen: Callable[[int], None] = lambda count: None,
+    device: torch.device, stage: Stage, limit: int | None = None, seen: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The running statistics of every batch norm at every point, from one pass over the data.
 
@@ -45,6 +51,7 @@ def recompute(
         graph: the captured model.
         points: the distinct points in rising order.
         batches: the training data, in its order.
+        stage: the pass, of which some batches may be done already.
         limit: only so many batches.
         seen: called with the rows of each batch that is done.
 
@@ -59,20 +66,52 @@ def recompute(
         return {}
     program = make_program(training, path, points, dtype=dtype, device=device, frozen=frozenset())
     engine = ReferenceBackend(program, dtype, device)
-    sums: dict[str, Tensor] = {}
-    calls = dict.fromkeys((name for pair in names for name in pair), 0)
+    sums = {name: total.to(device) for name, total in stage.sums.items()}
+    count = 0
     for number, (inputs, _) in enumerate(batches):
         if number == limit:
             break
+        x, count = moved(inputs, dtype, device), number + 1
         try:
-            _add(program, engine, moved(inputs, dtype, device), names, sums, calls)
+            if not stage.has(x):
+                _add(program, engine, x, names, sums)
+                stage.done(sums)
+        except ModeconnError:
+            raise
         except ValueError as error:
             raise ModeconnError(
                 f'buffers="recompute": batch {number} has {rows(inputs)} rows, and a norm cannot estimate a variance from it '
                 f"({str(error).splitlines()[0]}): choose a batch_size that leaves no such batch"
             ) from error
         seen(rows(inputs))
-    return {name: (total / calls[name]).to(dtype) for name, total in sums.items()}
+    used = Counter(name for pair in names for name in pair)  # more than once where a norm is called more than once
+    return {name: (total / (count * used[name])).to(dtype) for name, total in sums.items()}
+
+
+def network_at(
+    model: nn.Module, path: Path, t: Points, data: Any = None, *, batch_size: int | None = None, precision: str = "float32"
+) -> State:
+    """The network at one point of a path, as a state dict.
+
+    Args:
+        model: the architecture; it is left as it was.
+        data: re-estimate the norms' running statistics from these, as `recompute` does; None to blend them with the weights.
+        batch_size: rows of a batch of the data.
+        precision: of the estimates' computation.
+    """
+    state = path.at(t)
+    if data is None:
+        return state
+    points = path.points([t] if path.dim == 1 and np.ndim(t) == 0 else t)
+    dtype, device = dtype_of(precision), device_of(None, path)
+    runner = prepare(model, dtype, device)
+    stream = iter(as_batches(data, batch_size or BATCH_SIZE))
+    with eval_mode(runner), torch.no_grad(), Unfinished(None, {}).stage("statistics") as stage:
+        first = next(stream)
+        graph = capture(runner, moved(first[0], dtype, device))
+        batches = itertools.chain([first], stream)
+        found = recompute(graph, path, points, batches, dtype=dtype, device=device, stage=stage)
+    return state | {name: table[0].to(state[name].dtype) for name, table in found.items()}
 
 
 def placeholders(graph: Graph, path: Path, points: int) -> dict[str, Tensor]:
@@ -87,9 +126,7 @@ def placeholders(graph: Graph, path: Path, points: int) -> dict[str, Tensor]:
     }
 
 
-def _add(
-    program: Program, engine: ReferenceBackend, x: Inputs, names: list[Names], sums: dict[str, Tensor], calls: dict[str, int]
-) -> None:
+def _add(program: Program, engine: ReferenceBackend, x: Inputs, names: list[Names], sums: dict[str, Tensor]) -> None:
     """Add the statistics of a batch at every point to the sums."""
     values = engine.shared(x)
     for segment in program.segments:
@@ -100,9 +137,6 @@ def _add(
                     if name not in sums:
                         sums[name] = torch.zeros(len(program.points), *value.shape, dtype=torch.float64, device=value.device)
                     sums[name][row] += value
-    for pair in names:
-        for name in pair:
-            calls[name] += 1
 
 
 def training_graph(graph: Graph) -> tuple[Graph, list[Names]]:

@@ -88,7 +88,7 @@ def plain_loss(parameters: dict[str, torch.Tensor], split: str = "train") -> flo
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "explain", "inspect"])
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "explain", "plane", "mix", "inspect"])
 def test_help_ends_with_an_example(command, capsys):
     assert run(command, "--help") == 0
     text = capsys.readouterr().out
@@ -178,7 +178,7 @@ def test_paths_through_three_checkpoints(here: Path, capsys, arguments, make, po
     printed = capsys.readouterr().out
     assert ("lowest" in printed) == (make is None)
     if make is None:
-        assert result.info["control_points"] == "[[0, 0], [1, 0], [0, 1]]"
+        assert result.info["control_points"] == "[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]"
 
 
 def test_evaluate_takes_half_precision(here: Path):

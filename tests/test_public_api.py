@@ -20,7 +20,7 @@ def test_public_names():
 def test_evaluate_signature():
     assert list(inspect.signature(mc.evaluate).parameters) == [
         "model", "path", "data", "points", "loss", "metrics", "buffers", "backend", "device", "batch_size", "progress",
-        "precision", "memory_budget", "recompute_data", "recompute_batches",
+        "precision", "memory_budget", "recompute_data", "recompute_batches", "resume",
     ]  # fmt: skip
 
 

@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from modeconn.cli import connect, demo, evaluate, explain, inspect, reproduce, train, verify
+from modeconn.cli import connect, demo, evaluate, explain, inspect, mix, plane, reproduce, train, verify
 from modeconn.cli.options import Parser, example
 from modeconn.errors import ModeconnError
 
-COMMANDS = (demo, train, evaluate, explain, connect, verify, reproduce, inspect)
+COMMANDS = (demo, train, evaluate, explain, plane, mix, connect, verify, reproduce, inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 from typing import TYPE_CHECKING
 
 from modeconn.cli import options, output
@@ -10,6 +12,7 @@ from modeconn.errors import ModeconnError
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import nn
 
     from modeconn.paths import Path
     from modeconn.result import PathResult
@@ -30,6 +33,13 @@ def add(commands: options.Commands) -> None:
     )
     add_path(parser)
     options.add_data(parser)
+    add_computing(parser)
+    add_results(parser)
+    parser.set_defaults(run=run)
+
+
+def add_computing(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is computed, and how."""
     computing = parser.add_argument_group("computing")
     computing.add_argument(
         "--loss",
@@ -64,12 +74,20 @@ def add(commands: options.Commands) -> None:
         help="samples read at a time (default: chosen for the model)",
     )
     computing.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cpu)")
+
+
+def add_results(parser: argparse.ArgumentParser, plot: bool = True) -> None:
+    """The options that say where results go."""
     results = parser.add_argument_group("results")
-    results.add_argument("--plot", metavar="FILE", help="draw the result: .png, .svg or .pdf")
-    results.add_argument("--save", metavar="FILE", help="keep the result for mc.PathResult.load: .npz or .json")
+    if plot:
+        results.add_argument("--plot", metavar="FILE", help="draw the result: .png, .svg or .pdf")
+    results.add_argument(
+        "--save",
+        metavar="FILE",
+        help="keep the result for mc.PathResult.load: .npz or .json; interrupted, the same command goes on",
+    )
     results.add_argument("--json", metavar="FILE", help="write the result as JSON; - is stdout, and nothing else then is")
     results.add_argument("--quiet", "-q", action="store_true", help="print nothing, and show no progress")
-    parser.set_defaults(run=run)
 
 
 def add_path(parser: argparse.ArgumentParser) -> None:
@@ -138,51 +156,76 @@ def points_of(args: argparse.Namespace, kind: str) -> int | np.ndarray:
 def run(args: argparse.Namespace) -> None:
     """Check everything, evaluate, print and write."""
     kind = check_path(args)
-    options.check_outputs({"--plot": args.plot, "--save": args.save, "--json": args.json}, args.checkpoints)
-    options.check_plot(args.plot)
+    check_results(args)
+    spec, model = options.load_model(args, args.checkpoints)
+    path = make_path(kind, args.checkpoints)
+    result = evaluated(args, spec, model, path, points_of(args, kind))
+    report(result, args)
+
+
+def check_results(args: argparse.Namespace, **more: str | None) -> None:
+    """Check the options of `add_results`, and other files to write, before anything is computed."""
+    plot = getattr(args, "plot", None)
+    options.check_outputs({"--plot": plot, "--save": args.save, "--json": args.json, **more}, args.checkpoints)
+    options.check_plot(plot)
     if args.save is not None and not args.save.lower().endswith(RESULT_SUFFIXES):
         raise ModeconnError(f"--save {args.save}: the name must end in {' or '.join(RESULT_SUFFIXES)}")
 
+
+def evaluated(
+    args: argparse.Namespace, spec: str, model: nn.Module, path: Path, points: int | np.ndarray, resume: bool = True
+) -> PathResult:
+    """The evaluation that the options ask for, with what it was of noted in the result."""
     from modeconn.evaluate import evaluate
 
-    spec, model = options.load_model(args, args.checkpoints)
-    path = make_path(kind, args.checkpoints)
     data = options.load_data(args)
-    result = evaluate(
-        model,
-        path,
-        data,
-        points=points_of(args, kind),
-        loss=args.loss,
-        metrics=args.metrics,
-        buffers=args.buffers,
-        backend=args.backend,
-        device=args.device,
-        batch_size=args.batch_size,
-        precision=args.precision,
-        progress=output.on_terminal() and not args.quiet,
-        recompute_data=options.load_data(args, "train") if args.buffers == "recompute" and args.split != "train" else None,
-    )
+    unfinished = f"{args.save}.unfinished" if args.save is not None and resume else None
+    try:
+        result = evaluate(
+            model,
+            path,
+            data,
+            points=points,
+            loss=args.loss,
+            metrics=args.metrics,
+            buffers=args.buffers,
+            backend=args.backend,
+            device=args.device,
+            batch_size=args.batch_size,
+            precision=args.precision,
+            progress=output.on_terminal() and not args.quiet,
+            recompute_data=options.load_data(args, "train") if args.buffers == "recompute" and args.split != "train" else None,
+            resume=unfinished,
+        )
+    except KeyboardInterrupt:
+        if unfinished is None or not os.path.exists(unfinished):
+            raise
+        raise KeyboardInterrupt(f"interrupted; what is done is in {unfinished}: the same command goes on from there") from None
     result.info |= {
         "model": spec,
         "checkpoints": ", ".join(args.checkpoints),
         "data": f"{args.data} {args.split}",
         "normalization": data.normalization,
     }
-    if kind == "plane":
-        result.info["control_points"] = "[[0, 0], [1, 0], [0, 1]]"
-    report(result, args)
+    return result
 
 
-def report(result: PathResult, args: argparse.Namespace) -> None:
-    """Write the files that were asked for, and print the rest."""
+def write(result: PathResult, args: argparse.Namespace) -> None:
+    """Write the result where the options say; what was kept of the unfinished evaluation can go then."""
     if args.save is not None:
         result.save(args.save)
-    if args.plot is not None:
-        output.write_plot(result, args.plot)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{args.save}.unfinished")
     if args.json is not None:
         output.write_json(result.to_dict(), args.json)
+
+
+def report(result: PathResult, args: argparse.Namespace, **drawn: str | None) -> None:
+    """Write the files that were asked for, and print the rest."""
+    if args.plot is not None:
+        output.write_plot(result, args.plot)
+    write(result, args)
     if args.quiet or args.json == "-":
         return
     output.print_result(result)
-    output.print_written(args.plot, args.save, args.json)
+    output.print_written(args.plot, *drawn.values(), args.save, args.json)

@@ -162,13 +162,13 @@ def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str] = ()) ->
         taken[path.resolve()] = f"the file of {option}"
 
 
-def check_plot(file: str | None) -> None:
+def check_plot(file: str | None, option: str = "--plot") -> None:
     """Raise ModeconnError where a plot could not be drawn later."""
     if file is None:
         return
     from importlib.util import find_spec
 
     if Path(file).suffix.lower() not in PLOT_SUFFIXES:
-        raise ModeconnError(f"--plot {file}: the name must end in {', '.join(PLOT_SUFFIXES)}")
+        raise ModeconnError(f"{option} {file}: the name must end in {', '.join(PLOT_SUFFIXES)}")
     if find_spec("matplotlib") is None:
-        raise ModeconnError("--plot needs matplotlib, which is not installed: pip install 'modeconn[plot]'")
+        raise ModeconnError(f"{option} needs matplotlib, which is not installed: pip install 'modeconn[plot]'")

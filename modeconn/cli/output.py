@@ -38,8 +38,8 @@ def write_plot(result: PathResult, file: str) -> None:
     write_figure(result.plot, file)
 
 
-def write_figure(draw: Callable[[Axes], object], file: str) -> None:
-    """Write what `draw` draws into a PNG, SVG or PDF file, whole or not at all."""
+def write_figure(draw: Callable[[Axes], object], file: str, surface: bool = False) -> None:
+    """Write what `draw` draws, in three dimensions for a surface, into a PNG, SVG or PDF file, whole or not at all."""
     from pathlib import Path
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,7 +50,7 @@ def write_figure(draw: Callable[[Axes], object], file: str) -> None:
     # Not pyplot: it would look for a display.
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    draw(figure.add_subplot())
+    draw(figure.add_subplot(projection="3d" if surface else None))
     kind = Path(file).suffix.lower().lstrip(".")
     atomic_write(file, lambda stream: figure.savefig(stream, format=kind, dpi=160))
 
@@ -116,6 +116,11 @@ def print_result(result: PathResult) -> None:
     else:
         _print_plane(result)
     print()
+    print_effort(result)
+
+
+def print_effort(result: PathResult) -> None:
+    """What an evaluation was of, how long it took, and with what."""
     print(
         f"{counted(result.samples, 'sample')}, {counted(len(result.t), 'point')}, "
         f"{counted(result.passes, 'pass')} over the data in {seconds_text(result.seconds)}"

@@ -1,0 +1,79 @@
+"""Which weighted sums of networks to look at: grids and draws on the simplex, subsets, task arithmetic, greedy soups.
+
+Coefficients for a `Mixture` of n networks, float64 [T, n]. One evaluation takes hundreds of them in one pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from modeconn.errors import ModeconnError
+
+# More sums than anyone looks at are a slip.
+MOST = 100_000
+# Networks of which all subsets are still few.
+MOST_OF_SUBSETS = 10
+
+
+def simplex_grid(count: int, steps: int) -> np.ndarray:
+    """All weights of `count` networks that are multiples of 1/steps, at least 0, and add up to 1."""
+    _limit(math.comb(steps + count - 1, count - 1))
+    places = steps + count - 1
+    bars = [(-1, *each, places) for each in itertools.combinations(range(places), count - 1)]
+    grid: np.ndarray = (np.diff(np.array(bars)) - 1.0) / steps
+    return grid
+
+
+def random_simplex(count: int, draws: int, seed: int = 0) -> np.ndarray:
+    """The mean of the networks, then weights drawn evenly from those that add up to 1."""
+    _limit(draws)
+    drawn = np.random.default_rng(seed).dirichlet(np.ones(count), draws)
+    return np.concatenate([np.full((1, count), 1.0 / count), drawn])
+
+
+def subset_means(count: int) -> np.ndarray:
+    """The mean of every subset of the networks, each alone included (uniform soups, Wortsman et al. 2022)."""
+    if count > MOST_OF_SUBSETS:
+        raise ModeconnError(f"{count} networks have {2**count - 1:,} subsets: expected at most {MOST_OF_SUBSETS} networks")
+    subsets = np.array(list(itertools.product((0.0, 1.0), repeat=count)))[1:]
+    means: np.ndarray = subsets / subsets.sum(1, keepdims=True)
+    return means
+
+
+def task_arithmetic(count: int, scales: Sequence[float]) -> np.ndarray:
+    """base + Σ x_i · (network_i - base) for every choice of the scales x_i (Ilharco et al. 2023); the base comes last."""
+    _limit(len(scales) ** count)
+    chosen = np.array(list(itertools.product(scales, repeat=count)), np.float64)
+    return np.column_stack([chosen, 1.0 - chosen.sum(1)])
+
+
+def greedy_soup(count: int, score: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The means that a greedy soup passes through (Wortsman et al. 2022, recipe 1).
+
+    The networks come in the order of their own scores; each joins the mean if that does not make it worse.
+
+    Args:
+        score: of coefficients [T, count], lower is better; called once for the networks alone and once per candidate.
+
+    Returns:
+        what was scored, in that order, [T, count].
+    """
+    seen = [*np.eye(count)]
+    alone = score(np.eye(count))
+    first, *others = np.argsort(alone, kind="stable").tolist()
+    members, best = [first], float(alone[first])
+    for candidate in others:
+        seen.append(np.isin(np.arange(count), [*members, candidate]) / (len(members) + 1))
+        value = float(score(seen[-1][None])[0])
+        if value <= best:
+            members, best = [*members, candidate], value
+    return np.array(seen)
+
+
+def _limit(count: int) -> None:
+    if count > MOST:
+        raise ModeconnError(f"that makes {count:,} sums: expected at most {MOST:,}")
