@@ -1,0 +1,120 @@
+"""The kernels' arguments, checked and brought into the forms that launches take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modeconn.errors import ModeconnError
+from modeconn.kernels.activations import ACTIVATIONS
+from modeconn.kernels.blended import Blended
+from modeconn.kernels.launch import INTERPRETED
+
+# Types of values in memory; all arithmetic on them is float32.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """An input of the samples in the one form that kernels take.
+
+    Attributes:
+        values: [T, N, …], [N, …] the same at all points, or [J, N, …] shared values.
+        coefficients: [T, J] of shared values, else None.
+        points: T, or None where the input does not say.
+    """
+
+    values: Tensor
+    coefficients: Tensor | None
+    points: int | None
+    per_point: bool
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape at one point, [N, …]."""
+        return self.values.shape[1:] if self.per_point or self.coefficients is not None else self.values.shape
+
+    @property
+    def terms(self) -> int:
+        """J, or 0 where there is nothing to combine."""
+        return 0 if self.coefficients is None else self.coefficients.shape[1]
+
+    def strides(self) -> tuple[int, ...]:
+        """Of the points (0 where they share) or the shared values, then of the axes at one point."""
+        return self.values.stride() if self.values.dim() > len(self.shape) else (0, *self.values.stride())
+
+
+def samples_of(name: str, x: Tensor | Blended, dim: int, input_activation: str = "identity") -> Samples:
+    """Check an input of the samples and bring it into the one form.
+
+    Args:
+        dim: how many axes it has at one point, samples included.
+        input_activation: of a `Blended`.
+
+    Raises:
+        ModeconnError: another number of axes or dtype, or an activation of something that is not blended.
+    """
+    check_activation("input_activation", input_activation)
+    values = x.tensors if isinstance(x, Blended) else x
+    expected = {dim + 1} if isinstance(x, Blended) else {dim, dim + 1}
+    if not isinstance(values, Tensor) or values.dim() not in expected:
+        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ModeconnError(f"{name} has shape {shape}: expected {' or '.join(str(d) for d in sorted(expected))} axes")
+    if values.dtype not in DTYPES:
+        raise ModeconnError(f"{name} has dtype {values.dtype}: the kernels take {', '.join(map(str, DTYPES))}")
+    if isinstance(x, Blended):
+        return Samples(values, check_blended(name, x).coefficients, x.points, False)
+    if input_activation != "identity":
+        raise ModeconnError(f"input_activation is {input_activation!r} and {name} is a tensor: it belongs to a Blended")
+    per_point = values.dim() == dim + 1
+    return Samples(values, None, len(values) if per_point else None, per_point)
+
+
+def check_blended(name: str, blended: Blended, shape: tuple[int, ...] | None = None, points: int | None = None) -> Blended:
+    """A `Blended` that kernels can read, with contiguous float32 coefficients.
+
+    Raises:
+        ModeconnError: a dtype, shape at one point or number of points that is not the expected one.
+    """
+    if not isinstance(blended, Blended):
+        raise ModeconnError(f"{name} is a {type(blended).__name__}: expected a Blended (Blended.fixed for what does not move)")
+    if blended.tensors.dtype not in DTYPES:
+        raise ModeconnError(f"{name} has dtype {blended.tensors.dtype}: the kernels take {', '.join(map(str, DTYPES))}")
+    if shape is not None and tuple(blended.shape) != shape:
+        raise ModeconnError(f"{name} has shape {list(blended.shape)} at one point: expected {list(shape)}")
+    if points is not None and blended.points != points:
+        raise ModeconnError(f"{name} has {blended.points} points: expected {points}, as the weight has")
+    if blended.coefficients.requires_grad:
+        raise ModeconnError(f"the coefficients of {name} require a gradient, which the kernels do not compute: detach them")
+    return Blended(blended.tensors, blended.coefficients.float().contiguous())
+
+
+def check_activation(name: str, activation: str) -> None:
+    """One of the activations' names."""
+    if activation not in ACTIVATIONS:
+        raise ModeconnError(f"{name} is {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """All on one device that kernels run on.
+
+    Raises:
+        ModeconnError: several devices, or a CPU outside of Triton's interpreter.
+    """
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise ModeconnError(f"tensors are on several devices: {', '.join(f'{n} on {d}' for n, d in devices.items())}")
+    name, device = next(iter(devices.items()))
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
+        where = "the CPU (TRITON_INTERPRET is set)" if INTERPRETED else "CUDA devices (on the CPU with TRITON_INTERPRET=1)"
+        raise ModeconnError(f"{name} is on {device}: the kernels run on {where}")
+
+
+def check_targets(targets: Tensor, samples: int) -> Tensor:
+    """Class labels [N], contiguous. Their values are not looked at: a label that is no class gives a loss of NaN."""
+    if not isinstance(targets, Tensor) or targets.shape != (samples,) or targets.is_floating_point() or targets.dtype == torch.bool:
+        given = f"{list(targets.shape)} and dtype {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise ModeconnError(f"targets have shape {given}: expected integers [{samples}], one class per sample")
+    return targets.contiguous()

@@ -1,0 +1,113 @@
+"""What all kernels share around a launch: Triton itself, precisions, configurations, chunks of points."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeconn.errors import ModeconnError
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError as missing:
+    raise ModeconnError("the GPU kernels need Triton, which is not installed: pip install triton (Linux)") from missing
+
+__all__ = ["INTERPRETED", "PRECISIONS", "AotCase", "chunks", "dot_precision", "launch", "multiply", "padded", "tl", "triton", "tuned"]
+
+# Whether kernels run in Triton's interpreter, on the CPU: the environment said so when Triton was first imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# What stands behind a precision's name in tl.dot. Three tf32 products carry 21 bits of each operand, so their error stays
+# below that of adding up more than about fifty products in float32, at 2.5 times the rate of the CUDA cores; "ieee" is
+# exact products on CUDA cores. Which is right for "float32" is the one choice that a GPU can still overrule.
+PRECISIONS = {"float32": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
+
+if INTERPRETED:
+    # Twice as fast without the search for integer overflow, and NumPy's warnings are about values that may be infinite.
+    import numpy as np
+    from triton.runtime import interpreter
+
+    _builder = interpreter.interpreter_builder
+    if hasattr(getattr(_builder, "options", None), "sanitize_overflow"):
+        _builder.options = replace(_builder.options, sanitize_overflow=False)
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """A default configuration that can be compiled without a GPU, for the resource report.
+
+    Attributes:
+        name: what it is, for people.
+        kernel: the jitted function.
+        signature: the Triton type of each argument at run time, ":16" behind it where it is divisible by 16.
+        constexprs: the others.
+        tensor_cores: whether the machine code must use them.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    tensor_cores: bool
+
+
+@triton.jit
+def multiply(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b in float32, operands as the precision says."""
+    if PRECISION == "bf16":
+        total = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
+    elif PRECISION == "bf16_rounded":  # the interpreter cannot multiply bfloat16
+        total = tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32), total)
+    else:
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+    return total
+
+
+def dot_precision(precision: str) -> str:
+    """What `multiply` takes for a precision.
+
+    Raises:
+        ModeconnError: a precision that is none.
+    """
+    if precision not in PRECISIONS:
+        raise ModeconnError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    return "bf16_rounded" if INTERPRETED and precision == "bf16" else PRECISIONS[precision]
+
+
+def launch(kernel: Any, programs: int | Callable[[dict[str, Any]], int], on: Tensor, *arguments: Any, **options: Any) -> None:
+    """Start a kernel on the device of a tensor.
+
+    Args:
+        programs: how many, at least one; or a function of the configuration.
+    """
+    grid = (lambda meta: (programs(meta),)) if callable(programs) else (programs,)
+    with torch.cuda.device_of(on), np.errstate(all="ignore") if INTERPRETED else contextlib.nullcontext():
+        kernel[grid](*arguments, **options)
+
+
+def tuned(configs: list[Any], key: list[str]) -> Callable[[Any], Any]:
+    """Chooses among a kernel's few configurations by measuring on the GPU, once per key; the first without one.
+
+    They differ in nothing that changes the order of a sum, so the choice changes no bit of the result.
+    """
+    return lambda kernel: kernel if INTERPRETED else triton.autotune(configs, key=key, cache_results=True)(kernel)
+
+
+def padded(width: int, multiple: int = 16) -> int:
+    """The next multiple."""
+    return -(-width // multiple) * multiple
+
+
+def chunks(points: int, bytes_per_point: int, budget: int) -> Iterator[slice]:
+    """Points in groups whose temporary values fit a budget."""
+    step = max(1, budget // max(1, bytes_per_point))
+    for begin in range(0, points, step):
+        yield slice(begin, min(begin + step, points))

@@ -1,0 +1,171 @@
+"""The last layer and the loss at many points, summed over the samples: no [T, N, classes] array is stored.
+
+    z[t, n] = x[t, n] W(t)ᵀ + b(t), or the logits as they are given;   sums over n of loss, errors, top-5 errors (head.py)
+
+Floor: 2 T N depth classes operations, x read once (per point, or once in all), 24 bytes written per point and row tile. With
+few classes it is bound by reading x (predicted, as for path_linear.py); with a vocabulary by the products.
+
+Layout: a program takes a tile of rows of one point through all tiles of classes, keeping one state per row. Programs are
+ordered as in path_linear.py, and the weights formed or blended by the same choice. Ranks need the label's logit first, so for
+top-5 errors of more classes than fit one tile the logits are made twice. Each program writes its sums; they are added in
+float64 in a fixed order. The gradient makes the logits of some points again (chain_gradients.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeconn.errors import ModeconnError
+from modeconn.kernels.activations import act
+from modeconn.kernels.arguments import Samples, check_blended, check_same_device, check_targets, samples_of
+from modeconn.kernels.blended import Blended
+from modeconn.kernels.chain_gradients import Layer, chain_gradients
+from modeconn.kernels.form import formed
+from modeconn.kernels.head import head_rank, head_reference, head_start, head_store, head_update
+from modeconn.kernels.launch import AotCase, chunks, dot_precision, launch, padded, tl, triton
+from modeconn.kernels.path_linear import BLOCK_K, FORMED_BYTES, Options, blends_in_prologue, path_linear_reference
+from modeconn.kernels.tiles import (
+    aligned,
+    bias_arguments,
+    blended_arguments,
+    formed_arguments,
+    linear_tile,
+    load_samples,
+    rows_of_a_group,
+    samples_arguments,
+    tile_of_program,
+)
+
+
+def path_cross_entropy_reference(
+    x: Tensor | Blended,
+    weight: Blended | None,
+    bias: Blended | None,
+    targets: Tensor,
+    *,
+    input_activation: str = "identity",
+    input_slope: float = 0.01,
+    top5: bool = False,
+) -> Tensor:
+    """`path_cross_entropy` in plain PyTorch, in any dtype and differentiable: what the kernel is judged by."""
+    if weight is not None:
+        z = path_linear_reference(x, weight, bias, input_activation=input_activation, input_slope=input_slope)
+    elif isinstance(x, Blended):
+        z = act(x.formed(), input_activation, input_slope)
+    else:
+        z = x if x.dim() == 3 else x[None]
+    return head_reference(z, targets, top5)
+
+
+@triton.jit
+def _logits(
+    x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias, bias_coefficients, b_term,
+    b_unit, row, c, t, rows, units, depth, read_depth, input_slope, INPUT_ACTIVATION: tl.constexpr, X_TERMS: tl.constexpr,
+    X_PADDED: tl.constexpr, W_TERMS: tl.constexpr, B_TERMS: tl.constexpr, GIVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    if GIVEN:
+        x_rows = x + row.to(tl.int64)[:, None] * x_row
+        if X_TERMS == 0:
+            x_rows += t.to(tl.int64) * x_stride
+        z = load_samples(
+            x_rows, x_coefficients, x_stride, x_depth, row, c, t, rows, depth, read_depth, INPUT_ACTIVATION, input_slope,
+            X_TERMS, X_PADDED,
+        ).to(tl.float32)  # fmt: skip
+    else:
+        z = linear_tile(
+            x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias, bias_coefficients,
+            b_term, b_unit, row, c, t, rows, units, depth, read_depth, input_slope, INPUT_ACTIVATION, X_TERMS, X_PADDED,
+            W_TERMS, B_TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    return z
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias, bias_coefficients, b_term,
+    b_unit, targets, sums, points, rows, units, depth, read_depth, row_tiles, group_rows, input_slope,
+    INPUT_ACTIVATION: tl.constexpr, X_TERMS: tl.constexpr, X_PADDED: tl.constexpr, W_TERMS: tl.constexpr, B_TERMS: tl.constexpr,
+    GIVEN: tl.constexpr, TOP5: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    t, row_tile, _ = tile_of_program(points, rows, 1, group_rows, BLOCK_M)
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    label = tl.load(targets + row, mask=row < rows, other=0).to(tl.int32)
+    c = tl.arange(0, BLOCK_N)
+    greatest, first, others, own = head_start(BLOCK_M)
+    rank = tl.zeros((BLOCK_M,), tl.int32)
+    if ONE_TILE:
+        z = _logits(
+            x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias, bias_coefficients,
+            b_term, b_unit, row, c, t, rows, units, depth, read_depth, input_slope, INPUT_ACTIVATION, X_TERMS, X_PADDED,
+            W_TERMS, B_TERMS, GIVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        greatest, first, others, own = head_update(z, c, units, label, greatest, first, others, own)
+        if TOP5:
+            rank += head_rank(z, c, units, label, own)
+    else:
+        for start in range(0, units, BLOCK_N):
+            z = _logits(
+                x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias,
+                bias_coefficients, b_term, b_unit, row, start + c, t, rows, units, depth, read_depth, input_slope,
+                INPUT_ACTIVATION, X_TERMS, X_PADDED, W_TERMS, B_TERMS, GIVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            greatest, first, others, own = head_update(z, start + c, units, label, greatest, first, others, own)
+        if TOP5:
+            for start in range(0, units, BLOCK_N):
+                z = _logits(
+                    x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias,
+                    bias_coefficients, b_term, b_unit, row, start + c, t, rows, units, depth, read_depth, input_slope,
+                    INPUT_ACTIVATION, X_TERMS, X_PADDED, W_TERMS, B_TERMS, GIVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+                rank += head_rank(z, start + c, units, label, own)
+    place = sums + (t.to(tl.int64) * row_tiles + row_tile) * 3
+    head_store(place, row, rows, label, greatest, first, others, own, rank, TOP5)
+
+
+def blocks(classes: int, given: bool) -> triton.Config:
+    """The configuration: all classes in one tile where registers hold it, else tiles of 128."""
+    if given:
+        columns = min(1024, triton.next_power_of_2(max(16, classes)))
+        return triton.Config({"BLOCK_M": max(1, 4096 // columns), "BLOCK_N": columns}, num_warps=4, num_stages=2)
+    columns = min(128, triton.next_power_of_2(max(16, classes)))
+    return triton.Config({"BLOCK_M": 128 if columns <= 32 else 64, "BLOCK_N": columns}, num_warps=4, num_stages=3)
+
+
+def _sums(x: Samples, layer: Layer | None, targets: Tensor, points: int, top5: bool, options: Options) -> Tensor:
+    rows, classes = x.shape[0], x.shape[1] if layer is None else layer.weight.shape[0]
+    if points == 0 or rows == 0:
+        return torch.zeros((points, 3), dtype=torch.float64, device=x.values.device)
+    config = blocks(classes, layer is None)
+    row_tiles = triton.cdiv(rows, config.kwargs["BLOCK_M"])
+    sums = torch.empty((points, row_tiles, 3), dtype=torch.float64, device=x.values.device)
+    x = aligned(x)
+    common = {"targets": targets, "units": classes, "row_tiles": row_tiles, "group_rows": rows_of_a_group(x), "TOP5": top5}
+    common |= {"input_slope": options.input_slope, "INPUT_ACTIVATION": options.input_activation, "GIVEN": layer is None}
+    common |= {"PRECISION": dot_precision(options.precision), "ONE_TILE": classes <= config.kwargs["BLOCK_N"]}
+    common |= {"BLOCK_K": BLOCK_K, **config.all_kwargs()}
+
+    def run(part: slice, weights: dict[str, Any]) -> None:
+        count = part.stop - part.start
+        launch(
+            _cross_entropy_kernel, count * row_tiles, sums, **samples_arguments(x, part.start), **weights, sums=sums[part],
+            points=count, **common,
+        )  # fmt: skip
+
+    everything = slice(0, points)
+    if layer is None:
+        nothing = dict.fromkeys(("w", "w_coefficients", "bias", "bias_coefficients"), x.values)
+        nothing |= dict.fromkeys(("w_stride", "w_unit", "w_depth", "b_term", "b_unit", "W_TERMS", "B_TERMS"), 0)
+        run(everything, nothing)
+    elif blends_in_prologue(row_tiles, len(layer.weight.tensors)):
+        run(everything, blended_arguments(layer.weight) | bias_arguments(layer.bias, layer.weight))
+    else:
+        dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+        for part in chunks(points, padded(layer.weight.shape.numel()) * dtype.itemsize, FORMED_BYTES):
+            weights = formed_arguments(formed(layer.weight, part, dtype))
+            run(part, weights | bias_arguments(layer.bias, layer.weight, part.start))
+    return sums.sum(1)
