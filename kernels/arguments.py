@@ -46,6 +46,16 @@ class Samples:
         return self.values.stride() if self.values.dim() > len(self.shape) else (0, *self.values.stride())
 
 
+@dataclass(frozen=True, eq=False)
+class PathLayer:
+    """A linear layer of a chain: act(x W(t)ᵀ + b(t))."""
+
+    weight: Blended
+    bias: Blended | None = None
+    activation: str = "identity"
+    slope: float = 0.01
+
+
 def samples_of(name: str, x: Tensor | Blended, dim: int, input_activation: str = "identity") -> Samples:
     """Check an input of the samples and bring it into the one form.
 
@@ -85,10 +95,34 @@ def check_blended(name: str, blended: Blended, shape: tuple[int, ...] | None = N
     if shape is not None and tuple(blended.shape) != shape:
         raise ModeconnError(f"{name} has shape {list(blended.shape)} at one point: expected {list(shape)}")
     if points is not None and blended.points != points:
-        raise ModeconnError(f"{name} has {blended.points} points: expected {points}, as the weight has")
+        raise ModeconnError(f"{name} has {blended.points} points: expected {points}, as the first weight has")
     if blended.coefficients.requires_grad:
         raise ModeconnError(f"the coefficients of {name} require a gradient, which the kernels do not compute: detach them")
     return Blended(blended.tensors, blended.coefficients.float().contiguous())
+
+
+def check_layer(name: str, layer: PathLayer, depth: int, first: Blended | None = None) -> PathLayer:
+    """A layer whose weight takes `depth` inputs, and has as many points as the chain's first weight.
+
+    Args:
+        name: a prefix of the messages' names, such as "layer 2's ".
+    """
+    if not isinstance(layer, PathLayer):
+        raise ModeconnError(f"{name or 'layer'} is a {type(layer).__name__}: expected a PathLayer")
+    check_activation(f"{name}activation", layer.activation)
+    points = first.points if isinstance(first, Blended) else None
+    weight = check_blended(f"{name}weight", layer.weight, None, points)
+    if len(weight.shape) != 2 or weight.shape[1] != depth:
+        raise ModeconnError(f"{name}weight has shape {list(weight.shape)} at one point: expected [out, in] with in = {depth}")
+    bias = None if layer.bias is None else check_blended(f"{name}bias", layer.bias, (weight.shape[0],), weight.points)
+    return PathLayer(weight, bias, layer.activation, layer.slope)
+
+
+def check_points(x: Samples, weight: Blended) -> int:
+    """T, the same of an input and a weight."""
+    if x.points not in (None, weight.points):
+        raise ModeconnError(f"x has {x.points} points and the weight {weight.points}: expected as many")
+    return weight.points
 
 
 def check_activation(name: str, activation: str) -> None:
@@ -114,7 +148,8 @@ def check_same_device(**tensors: Tensor | None) -> None:
 
 def check_targets(targets: Tensor, samples: int) -> Tensor:
     """Class labels [N], contiguous. Their values are not looked at: a label that is no class gives a loss of NaN."""
-    if not isinstance(targets, Tensor) or targets.shape != (samples,) or targets.is_floating_point() or targets.dtype == torch.bool:
+    integers = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+    if not isinstance(targets, Tensor) or targets.shape != (samples,) or targets.dtype not in integers:
         given = f"{list(targets.shape)} and dtype {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
         raise ModeconnError(f"targets have shape {given}: expected integers [{samples}], one class per sample")
     return targets.contiguous()

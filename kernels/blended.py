@@ -36,7 +36,7 @@ class Blended:
                 "[K, …]"
             )
         if coefficients.device != tensors.device:
-            raise ModeconnError(f"coefficients are on {coefficients.device} and tensors on {tensors.device}: expected one device")
+            raise ModeconnError(f"coefficients are on {coefficients.device}, tensors on {tensors.device}: expected one device")
 
     @classmethod
     def fixed(cls, tensor: Tensor, points: int) -> Blended:

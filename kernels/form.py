@@ -75,8 +75,8 @@ def formed(blended: Blended, points: slice, dtype: torch.dtype, transposed: bool
 
 def aot_cases() -> list[AotCase]:
     """A line between two networks, written straight and transposed."""
-    signature = {"tensors": "*fp32:16", "coefficients": "*fp32:16", "out": "*fp32:16", "term_stride": "i32", "unit_stride": "i32"}
-    signature |= dict.fromkeys(("points", "units", "depth"), "i32")
+    signature = dict.fromkeys(("tensors", "coefficients", "out"), "*fp32:16")
+    signature |= dict.fromkeys(("points", "units", "depth", "term_stride", "unit_stride"), "i32")
     straight = {"out_units": "i32", "out_depth": "i32:16", "out_point_stride": "i32:16", "out_unit_stride": "i32:16"}
     turned = {"out_units": "i32:16", "out_depth": "i32", "out_point_stride": "i32:16", "out_depth_stride": "i32:16"}
     constants = {"depth_stride": 1, "TERMS": 2, "BLOCK": _BLOCK}

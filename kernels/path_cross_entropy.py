@@ -20,9 +20,17 @@ from torch import Tensor
 
 from modeconn.errors import ModeconnError
 from modeconn.kernels.activations import act
-from modeconn.kernels.arguments import Samples, check_blended, check_same_device, check_targets, samples_of
+from modeconn.kernels.arguments import (
+    PathLayer,
+    Samples,
+    check_layer,
+    check_points,
+    check_same_device,
+    check_targets,
+    samples_of,
+)
 from modeconn.kernels.blended import Blended
-from modeconn.kernels.chain_gradients import Layer, chain_gradients
+from modeconn.kernels.chain_gradients import chain_gradients
 from modeconn.kernels.form import formed
 from modeconn.kernels.head import head_rank, head_reference, head_start, head_store, head_update
 from modeconn.kernels.launch import AotCase, chunks, dot_precision, launch, padded, tl, triton
@@ -136,7 +144,7 @@ def blocks(classes: int, given: bool) -> triton.Config:
     return triton.Config({"BLOCK_M": 128 if columns <= 32 else 64, "BLOCK_N": columns}, num_warps=4, num_stages=3)
 
 
-def _sums(x: Samples, layer: Layer | None, targets: Tensor, points: int, top5: bool, options: Options) -> Tensor:
+def _sums(x: Samples, layer: PathLayer | None, targets: Tensor, points: int, top5: bool, options: Options) -> Tensor:
     rows, classes = x.shape[0], x.shape[1] if layer is None else layer.weight.shape[0]
     if points == 0 or rows == 0:
         return torch.zeros((points, 3), dtype=torch.float64, device=x.values.device)
@@ -169,3 +177,70 @@ def _sums(x: Samples, layer: Layer | None, targets: Tensor, points: int, top5: b
             weights = formed_arguments(formed(layer.weight, part, dtype))
             run(part, weights | bias_arguments(layer.bias, layer.weight, part.start))
     return sums.sum(1)
+
+
+class _PathCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, weights: Tensor | None, biases: Tensor | None, x: Samples, layer: PathLayer | None,
+        targets: Tensor, points: int, top5: bool, options: Options,
+    ) -> Tensor:  # fmt: skip
+        ctx.inputs = (x, [] if layer is None else [layer], targets, options)
+        ctx.save_for_backward(values, weights, biases)
+        return _sums(x, layer, targets, points, top5, options)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.saved_tensors  # raises if something was changed in place
+        x, layers, targets, options = ctx.inputs
+        of_x, of_tensors = chain_gradients(x, layers, targets, grad[:, 0], options, ctx.needs_input_grad[0])
+        of_weight, of_bias = [*of_tensors, None, None][:2]
+        return of_x, of_weight, of_bias, None, None, None, None, None, None
+
+
+def path_cross_entropy(
+    x: Tensor | Blended,
+    weight: Blended | None,
+    bias: Blended | None,
+    targets: Tensor,
+    *,
+    input_activation: str = "identity",
+    input_slope: float = 0.01,
+    top5: bool = False,
+    precision: str = "float32",
+) -> Tensor:
+    """Sums over the samples of cross-entropy, errors and top-5 errors at T points; the loss is differentiable.
+
+    Args:
+        x: the last layer's input [N, in], [T, N, in], or a `Blended` of [J, N, in] of which `input_activation` is taken; with
+            weight=None the logits [N, classes] (one point), [T, N, classes] or a `Blended` of [J, N, classes].
+        weight, bias: [K, classes, in] and [K, classes] with their coefficients [T, K]; the bias may be None.
+        targets: integers [N], each a class; another label gives a loss of NaN.
+        input_slope: of leaky_relu as `input_activation`.
+        top5: whether to count top-5 errors; else their column is 0.
+        precision: "float32", "tf32" or "bf16" (operands of the products; sums are float32).
+
+    Returns:
+        Float64 [T, 3]; gradients of its first column go to x and to the weight's and bias's tensors.
+
+    Raises:
+        ModeconnError: shapes, dtypes, devices or names that do not fit.
+    """
+    samples = samples_of("x", x, 2, input_activation)
+    targets = check_targets(targets, samples.shape[0])
+    options = Options(input_activation=input_activation, input_slope=input_slope, precision=precision)
+    dot_precision(precision)
+    if weight is None:
+        if bias is not None:
+            raise ModeconnError("bias is given and weight is None: x holds the logits already, which take no bias")
+        layer, points = None, 1 if samples.points is None else samples.points
+        classes, tensors = samples.shape[1], (None, None)
+    else:
+        layer = check_layer("", PathLayer(weight, bias), samples.shape[1], weight)
+        points, classes = check_points(samples, weight), weight.shape[0]
+        tensors = (layer.weight.tensors, None if layer.bias is None else layer.bias.tensors)
+    if classes == 0:
+        raise ModeconnError("there are 0 classes: expected one at least")
+    check_same_device(x=samples.values, targets=targets, weight=tensors[0], bias=tensors[1])
+    return _PathCrossEntropy.apply(samples.values, *tensors, samples, layer, targets, points, top5, options)

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeconn.errors import ModeconnError
 from modeconn.kernels import linear_gradients
 from modeconn.kernels.activations import act, activate, derivative_from_output
-from modeconn.kernels.arguments import Samples, check_activation, check_blended, check_same_device, samples_of
+from modeconn.kernels.arguments import PathLayer, Samples, check_layer, check_points, check_same_device, samples_of
 from modeconn.kernels.blended import Blended
 from modeconn.kernels.form import formed
 from modeconn.kernels.launch import chunks, dot_precision, launch, padded, tl, triton, tuned
@@ -117,10 +116,10 @@ def _linear_kernel(
 def product(
     x: Samples, weight: Blended, bias: Blended | None, out: Tensor, options: Options, transposed: bool = False
 ) -> None:
-    """Write act(x W(t)ᵀ + b(t)) of all points into out [T, N, units], of padded rows; with W(t) instead of its transpose if asked."""
+    """Write act(x W(t)ᵀ + b(t)) of all points into out [T, N, units], of `new_rows`; transposed: act(x W(t) + b(t))."""
     points, rows, units = out.shape
     if out.numel() == 0:
-        return None
+        return
     x = aligned(x)
     blocks = SMALL if min(rows, units) <= 64 else LARGE
     common = {"out_point": out.stride(0), "out_row": out.stride(1), "out_units": min(padded(units), out.stride(1))}
@@ -133,12 +132,14 @@ def product(
     def run(part: slice, weights: dict[str, Any]) -> None:
         count = part.stop - part.start
         launch(
-            _linear_kernel, lambda m: count * triton.cdiv(rows, m["BLOCK_M"]) * triton.cdiv(units, m["BLOCK_N"]), out, **samples_arguments(x, part.start), **weights,
-            **bias_arguments(bias, weight, part.start), out=out[part], points=count, **common,
+            _linear_kernel, lambda meta: count * triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(units, meta["BLOCK_N"]), out,
+            **samples_arguments(x, part.start), **weights, **bias_arguments(bias, weight, part.start), out=out[part],
+            points=count, **common,
         )  # fmt: skip
 
     if not transposed and blends_in_prologue(triton.cdiv(rows, blocks.kwargs["BLOCK_M"]), len(weight.tensors)):
-        return run(slice(0, points), blended_arguments(weight))
+        run(slice(0, points), blended_arguments(weight))
+        return
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     for part in chunks(points, padded(weight.shape.numel()) * dtype.itemsize, FORMED_BYTES):
         run(part, formed_arguments(formed(weight, part, dtype, transposed)))
@@ -222,16 +223,10 @@ def path_linear(
     Raises:
         ModeconnError: shapes, dtypes, devices or names that do not fit.
     """
-    check_activation("activation", activation)
     samples = samples_of("x", x, 2, input_activation)
-    weight = check_blended("weight", weight)
-    if len(weight.shape) != 2 or samples.shape[-1] != weight.shape[1]:
-        shapes = f"x has shape {list(samples.shape)} at one point and the weight {list(weight.shape)}"
-        raise ModeconnError(f"{shapes}: expected [N, in] and [out, in]")
-    if samples.points not in (None, weight.points):
-        raise ModeconnError(f"x has {samples.points} points and the weight {weight.points}: expected as many")
-    if bias is not None:
-        bias = check_blended("bias", bias, (weight.shape[0],), weight.points)
+    layer = check_layer("", PathLayer(weight, bias, activation, slope), samples.shape[1])
+    check_points(samples, layer.weight)
+    weight, bias = layer.weight, layer.bias
     check_same_device(x=samples.values, weight=weight.tensors, bias=None if bias is None else bias.tensors)
     dot_precision(precision)
     options = Options(activation, slope, input_activation, input_slope, precision)
