@@ -32,7 +32,7 @@ bench: $(STAMP) ## the side-by-side table: this library against a pass per point
 dev: $(STAMP) ## only set up .venv, with modeconn in it (editable)
 
 sanitize: $(STAMP) ## the tests of the C++ part under the address and undefined-behaviour sanitizers (gcc)
-	MODECONN_NATIVE=1 MODECONN_SANITIZE=$(SANITIZE) $(BIN)/python -m pip install --quiet --upgrade \
+	MODECONN_NATIVE=1 MODECONN_CUDA=0 MODECONN_SANITIZE=$(SANITIZE) $(BIN)/python -m pip install --quiet --upgrade \
 	    --no-build-isolation --no-deps --target build/sanitize .
 	MODECONN_SANITIZE=$(SANITIZE) PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
@@ -40,7 +40,7 @@ sanitize: $(STAMP) ## the tests of the C++ part under the address and undefined-
 
 clean: ## remove .venv, build products and caches: all that git does not know
 	rm -rf $(VENV) build dist .cache .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
-	rm -f modeconn/_native*.so modeconn/_native_missing.txt
+	rm -f modeconn/_native*.so modeconn/_cuda*.so modeconn/_native_missing.txt modeconn/_cuda_missing.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed again when the packaging or the C++ sources change; the Python sources are used in place.

@@ -1,21 +1,26 @@
-"""Builds the one C++ extension, modeconn._native; everything declarative is in pyproject.toml.
+"""Builds the C++ extension modeconn._native and, where there is nvcc, modeconn._cuda; what is declarative is in pyproject.toml.
 
 What it finds is printed with a ✓ or ✗ (pip shows it with -v). Without a compiler the package installs as pure
-Python and says so; modeconn/_native_missing.txt then keeps the reason for run time.
+Python and says so; modeconn/_native_missing.txt and _cuda_missing.txt then keep the reasons for run time.
 
 Environment:
-    MODECONN_NATIVE    auto (default): build where possible; 0: never; 1: a failure to build is an error
-    MODECONN_SANITIZE  for instance "address,undefined": a slow debug build with these sanitizers
-    CXX, CXXFLAGS      as usual
+    MODECONN_NATIVE      auto (default): build where possible; 0: never; 1: a failure to build is an error
+    MODECONN_CUDA        the same for modeconn._cuda
+    MODECONN_CUDA_ARCHS  what to compile it for; by default 80,90a,100; 80,90a in editable installs, to be quicker
+    MODECONN_SANITIZE    for instance "address,undefined": a slow debug build of modeconn._native with these sanitizers
+    CUDA_HOME            where nvcc is; otherwise it is looked for on the PATH
+    CXX, CXXFLAGS        as usual
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,11 +38,11 @@ X86_PROBES = {
     "avx2": "__m256 f(__m256 a) { return _mm256_fmadd_ps(a, a, a); }\n",
     "avx512": "__m512i f(__m512i a) { return _mm512_add_epi8(a, _mm512_mullo_epi64(a, a)); }\n",
 }
-MISSING_NOTE = "_native_missing.txt"
+NATIVE, CUDA = "modeconn._native", "modeconn._cuda"
 
 
 class NotBuilt(Exception):
-    """The extension cannot, or shall not, be built; the text is the reason."""
+    """An extension cannot, or shall not, be built; the text is the reason."""
 
 
 def say(mark: str, text: str) -> None:
@@ -47,12 +52,24 @@ def say(mark: str, text: str) -> None:
     print(line.encode(encoding, "replace").decode(encoding), flush=True)
 
 
-def native_switch() -> str:
-    """MODECONN_NATIVE, checked."""
-    value = os.environ.get("MODECONN_NATIVE", "auto")
+def switch_of(extension: str) -> str:
+    """MODECONN_NATIVE or MODECONN_CUDA, checked."""
+    name = switch_name(extension)
+    value = os.environ.get(name, "auto")
     if value not in ("auto", "0", "1"):
-        raise SystemExit(f"MODECONN_NATIVE is {value!r}: expected auto, 0 or 1")
+        raise SystemExit(f"{name} is {value!r}: expected auto, 0 or 1")
+    if value == "0":
+        raise NotBuilt(f"{name}=0 was set when modeconn was installed")
     return value
+
+
+def switch_name(extension: str) -> str:
+    return extension.replace("._", "_").upper()
+
+
+def note_name(extension: str) -> str:
+    """The file that keeps the reason why an extension is missing."""
+    return f"{extension.partition('.')[2]}_missing.txt"
 
 
 def instruction_set(source: Path) -> str:
@@ -119,51 +136,130 @@ class Toolchain:
         return found
 
 
-def report_nvcc() -> None:
-    home = os.environ.get("CUDA_HOME")
-    path = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
-    if path:
-        say("✓", f"nvcc: {path} found, not used yet (there is no CUDA part so far)")
-    else:
-        say("✗", "nvcc: not found, and not needed (there is no CUDA part so far)")
+class Nvcc:
+    """The CUDA compiler, and where its toolkit is."""
+
+    def __init__(self, host: str) -> None:
+        home = os.environ.get("CUDA_HOME")
+        path = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+        if path is None:
+            raise NotBuilt(f"there is no nvcc {f'in CUDA_HOME={home}' if home else 'on the PATH'}")
+        self.command = [path, "-ccbin", host]
+        # nvcc on the PATH may be a script that calls another one: only that one knows where it is.
+        command = [*self.command, "--dryrun", "-x", "cu", "-c", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        top = re.search(r"TOP=(.*)", done.stderr)
+        if done.returncode or top is None:
+            raise NotBuilt(f"{path} does not work: {first_error(done.stderr)}")
+        folders = [Path(top[1].strip(), *parts) for parts in (["lib64"], ["lib"], ["targets", "x86_64-linux", "lib"])]
+        self.runtime = next((f / "libcudart_static.a" for f in folders if (f / "libcudart_static.a").exists()), None)
+        if self.runtime is None:
+            raise NotBuilt(f"{path} has no libcudart_static.a in {', '.join(map(str, folders))}")
+        say("✓", f"nvcc: {path}")
+
+    def compile(self, source: str, target: Path, architectures: list[str]) -> None:
+        # The newest architecture goes in as PTX too, which later GPUs compile for themselves; not those of one GPU alone (90a).
+        newest = max((a for a in architectures if a.isdigit()), key=int, default="")
+        codes = [f"[sm_{a},compute_{a}]" if a == newest else f"sm_{a}" for a in architectures]
+        generate = [f"-gencode=arch=compute_{a},code={code}" for a, code in zip(architectures, codes)]
+        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *generate]
+        done = subprocess.run([*self.command, *flags, "-c", source, "-o", target], capture_output=True, text=True, check=False)
+        print(done.stdout + done.stderr, end="", flush=True)
+        if done.returncode:
+            raise NotBuilt(f"nvcc failed on {source}: {first_error(done.stderr)}")
 
 
-class BuildNative(build_ext):
-    """Compile in parallel, each source with the flags of its instruction set, or leave the extension out."""
+def cuda_architectures(editable: bool) -> list[str]:
+    """MODECONN_CUDA_ARCHS, checked."""
+    text = os.environ.get("MODECONN_CUDA_ARCHS") or ("80,90a" if editable else "80,90a,100")
+    architectures = text.replace(";", ",").split(",")
+    if not all(re.fullmatch(r"[1-9][0-9]{1,2}[af]?", a) for a in architectures):
+        raise SystemExit(f"MODECONN_CUDA_ARCHS is {text!r}: expected architectures such as 80,90a")
+    return architectures
+
+
+class BuildExtensions(build_ext):
+    """Compile in parallel, each source with its flags, and leave out an extension that cannot be built."""
 
     def run(self) -> None:
-        in_source = bool(self.inplace)
-        problem = None
-        try:
-            if native_switch() == "0":
-                raise NotBuilt("MODECONN_NATIVE=0 was set when modeconn was installed")
-            super().run()
-        except NotBuilt as reason:
-            problem = str(reason)
-            if native_switch() == "1":
-                raise SystemExit(f"MODECONN_NATIVE=1, but the extension cannot be built: {problem}") from None
-            self.leave_out(problem, in_source)
-        self.write_note(problem, in_source)
+        self.in_source = bool(self.inplace)
+        self.toolchain: Toolchain | None = None
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
+        """Build one extension, or leave it out and say why."""
+        try:
+            switch_of(ext.name)
+            if ext.name == CUDA:
+                self.build_cuda(ext)
+            else:
+                self.build_native(ext)
+        except NotBuilt as reason:
+            if os.environ.get(switch_name(ext.name)) == "1":
+                raise SystemExit(f"{switch_name(ext.name)}=1, but the extension cannot be built: {reason}") from None
+            self.leave_out(ext, str(reason))
+        else:
+            say("✓", f"C++ extension {ext.name}: built")
+            self.write_note(ext, None)
+
+    def prepare(self) -> Toolchain:
+        """The C++ compiler, looked for once; raises NotBuilt where there is none that works."""
+        if self.toolchain is None:
+            if os.name == "nt":
+                raise NotBuilt("Windows is not supported by the extension")
+            try:
+                import pybind11
+            except ImportError:
+                raise NotBuilt("pybind11 is not installed") from None
+            self.choose_compiler()
+            self.include_folders = [*self.compiler.include_dirs, pybind11.get_include()]
+            toolchain = Toolchain(self.compiler.compiler_so_cxx, self.include_folders)
+            toolchain.check()
+            self.toolchain = toolchain
+        return self.toolchain
+
+    def build_native(self, ext: Extension) -> None:
         """Build modeconn._native; raises NotBuilt with the reason where that fails."""
-        if os.name == "nt":
-            raise NotBuilt("Windows is not supported by the extension")
-        try:
-            import pybind11
-        except ImportError:
-            raise NotBuilt("pybind11 is not installed") from None
-        self.choose_compiler()
-        include_dirs = [*self.compiler.include_dirs, pybind11.get_include()]
-        toolchain = Toolchain(self.compiler.compiler_so_cxx, include_dirs)
-        toolchain.check()
-        found = toolchain.instruction_sets()
-        report_nvcc()
-        try:
-            self.compile_and_link(ext, include_dirs, found)
-        except (BaseError, CCompilerError) as error:
-            raise NotBuilt(f"the compiler failed, see its messages above ({error})") from error
-        say("✓", "C++ extension modeconn._native: built")
+        found = self.prepare().instruction_sets()
+        sanitizers = os.environ.get("MODECONN_SANITIZE", "")
+        speed = ["-O3"]
+        link = ["-pthread"]
+        if sanitizers:
+            speed = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}"]
+            link.append(f"-fsanitize={sanitizers}")
+            say("✓", f"sanitizers: {sanitizers} (a slow build, for tests)")
+        # -iquote, since a header of ours must never stand in for a system header of the same name.
+        common = ["-iquotecsrc", *speed, "-pthread", "-Wall", "-Wextra"]
+        common.append("-ffp-contract=fast")  # a multiply-add is one rounding less; nothing else is given up
+        version = self.distribution.get_version()
+        macros: list[tuple[str, str | None]] = [("MODECONN_VERSION", f'"{version}"')]
+        macros += [(f"MODECONN_HAVE_{name.upper()}", None) for name in found]
+        macros += [("MODECONN_SANITIZERS", f'"{sanitizers}"')]
+
+        def compile_one(source: str) -> list[str]:
+            return self.compile_cpp(source, macros, [*common, *X86_FLAGS.get(instruction_set(Path(source)), [])])
+
+        sources = [s for s in ext.sources if instruction_set(Path(s)) in ("generic", *found)]
+        self.link(ext, in_parallel(compile_one, sources), link)
+
+    def build_cuda(self, ext: Extension) -> None:
+        """Build modeconn._cuda; raises NotBuilt with the reason where that fails."""
+        nvcc = Nvcc(self.prepare().command[0])
+        architectures = cuda_architectures(self.in_source)
+
+        def compile_one(source: str) -> list[str]:
+            if source.endswith(".cpp"):
+                macros: list[tuple[str, str | None]] = [("MODECONN_CUDA_ARCHS", f'"{",".join(architectures)}"')]
+                return self.compile_cpp(source, macros, ["-O2", "-Wall", "-Wextra"])
+            target = Path(self.build_temp, source).with_suffix(".cu.o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            nvcc.compile(source, target, architectures)
+            return [str(target)]
+
+        objects = in_parallel(compile_one, ext.sources)
+        # The runtime is linked in, and hidden: PyTorch brings one of its own, and a machine without a driver has none.
+        self.link(ext, objects, [str(nvcc.runtime), "-ldl", "-lrt", "-pthread", "-Wl,--exclude-libs,ALL"])
+        say("✓", f"CUDA architectures: {', '.join(architectures)}")
 
     def choose_compiler(self) -> None:
         """Use another C++ compiler where the one that built Python is not on this machine."""
@@ -176,56 +272,43 @@ class BuildNative(build_ext):
         self.compiler.set_executable("compiler_so_cxx", [other, *command[1:]])
         self.compiler.set_executable("linker_so_cxx", [other, *self.compiler.linker_so_cxx[1:]])
 
-    def compile_and_link(self, ext: Extension, include_dirs: list[str], found: list[str]) -> None:
-        sanitizers = os.environ.get("MODECONN_SANITIZE", "")
-        speed = ["-O3"]
-        link = ["-pthread"]
-        if sanitizers:
-            speed = ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={sanitizers}"]
-            link.append(f"-fsanitize={sanitizers}")
-            say("✓", f"sanitizers: {sanitizers} (a slow build, for tests)")
-        # -iquote, since a header of ours must never stand in for a system header of the same name.
-        common = ["-std=c++17", "-iquotecsrc", *speed, "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
-        common.append("-ffp-contract=fast")  # a multiply-add is one rounding less; nothing else is given up
-        version = self.distribution.get_version()
-        macros: list[tuple[str, str | None]] = [("MODECONN_VERSION", f'"{version}"')]
-        macros += [(f"MODECONN_HAVE_{name.upper()}", None) for name in found]
-        macros += [("MODECONN_SANITIZERS", f'"{sanitizers}"')]
-
-        def compile_one(source: str) -> list[str]:
-            name = instruction_set(Path(source))
+    def compile_cpp(self, source: str, macros: list[tuple[str, str | None]], flags: list[str]) -> list[str]:
+        try:
             return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 macros=macros,
-                include_dirs=include_dirs,
-                extra_postargs=[*common, *X86_FLAGS.get(name, [])],
+                include_dirs=self.include_folders,
+                extra_postargs=["-std=c++17", "-fvisibility=hidden", *flags],
             )
+        except (BaseError, CCompilerError) as error:
+            raise NotBuilt(f"the compiler failed, see its messages above ({error})") from error
 
-        sources = [s for s in ext.sources if instruction_set(Path(s)) in ("generic", *found)]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        with ThreadPoolExecutor(cores) as pool:
-            objects = [path for paths in pool.map(compile_one, sources) for path in paths]
-        target = self.get_ext_fullpath(ext.name)
-        self.compiler.link_shared_object(objects, target, extra_postargs=link, target_lang="c++")
+    def link(self, ext: Extension, objects: list[str], flags: list[str]) -> None:
+        try:
+            target = self.get_ext_fullpath(ext.name)
+            self.compiler.link_shared_object(objects, target, extra_postargs=flags, target_lang="c++")
+        except (BaseError, CCompilerError) as error:
+            raise NotBuilt(f"the linker failed, see its messages above ({error})") from error
 
-    def leave_out(self, problem: str, in_source: bool) -> None:
-        """Take the extension out of this build, with what an earlier build left of it."""
-        say("✗", f"C++ extension modeconn._native: not built: {problem}")
-        say(" ", "modeconn is installed as pure Python and works on PyTorch alone (MODECONN_NATIVE=1 insists)")
-        for folder in self.package_folders(in_source):
-            for ext in self.extensions:
-                folder.joinpath(Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
-        self.extensions = []
+    def leave_out(self, ext: Extension, problem: str) -> None:
+        """Take an extension out of this build, with what an earlier build left of it."""
+        say("✗", f"C++ extension {ext.name}: not built: {problem}")
+        if ext.name == NATIVE:
+            say(" ", "modeconn is installed as pure Python and works on PyTorch alone (MODECONN_NATIVE=1 insists)")
+        for folder in self.package_folders():
+            folder.joinpath(Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
+        self.extensions = [other for other in self.extensions if other is not ext]
+        self.write_note(ext, problem)
 
-    def package_folders(self, in_source: bool) -> list[Path]:
+    def package_folders(self) -> list[Path]:
         built = Path(self.build_lib, "modeconn")
-        return [built, Path("modeconn")] if in_source else [built]
+        return [built, Path("modeconn")] if self.in_source else [built]
 
-    def write_note(self, problem: str | None, in_source: bool) -> None:
-        """Keep the reason for modeconn.native.reason(), or remove that of an earlier build."""
-        for folder in self.package_folders(in_source):
-            note = folder / MISSING_NOTE
+    def write_note(self, ext: Extension, problem: str | None) -> None:
+        """Keep the reason for run time, or remove that of an earlier build."""
+        for folder in self.package_folders():
+            note = folder / note_name(ext.name)
             if problem is None:
                 note.unlink(missing_ok=True)
             else:
@@ -233,17 +316,22 @@ class BuildNative(build_ext):
                 note.write_text(problem + "\n", encoding="utf-8")
 
 
-# Relative paths: object files of absolute ones would land outside the build folder.
+def in_parallel(compile_one: Callable[[str], list[str]], sources: list[str]) -> list[str]:
+    """The object files of all sources, compiled on all cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        return [path for paths in pool.map(compile_one, sources) for path in paths]
+
+
+def extension(name: str, sources: list[Path], headers: list[Path]) -> Extension:
+    # Relative paths: object files of absolute ones would land outside the build folder.
+    return Extension(name, sources=[p.as_posix() for p in sources], depends=[p.as_posix() for p in headers], language="c++")
+
+
 sources = sorted(path for path in Path("csrc").rglob("*.cpp") if not {"cuda", "tests"} & set(path.parts))
 headers = sorted(Path("csrc").rglob("*.h"))
-setup(
-    ext_modules=[
-        Extension(
-            "modeconn._native",
-            sources=[path.as_posix() for path in sources],
-            depends=[path.as_posix() for path in headers],
-            language="c++",
-        )
-    ],
-    cmdclass={"build_ext": BuildNative},
-)
+kernels = sorted(Path("csrc", "cuda").glob("*.cu"))
+extensions = [extension(NATIVE, sources, headers)]
+if kernels:
+    extensions.append(extension(CUDA, [*kernels, Path("csrc", "cuda", "bindings.cpp")], headers))
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtensions})
