@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 
 import modeconn as mc
 from modeconn import native
-from modeconn.backends.native import Chain, find_chain
+from modeconn.backends.regions import Region, find_chain, find_region, find_regions
+from modeconn.models import build
 from naive import clone, mlp, pass_per_point
 from policy import assert_within_policy
 
@@ -205,29 +208,135 @@ def test_poolings(pool):
     agrees(nets[0], mc.Line(*nets), IMAGES, Y[:67], 5)
 
 
-def test_what_is_no_chain_says_why_and_runs_by_auto():
-    a, b = Residual(), Residual()
-    with pytest.raises(mc.ModeconnError, match=r'"native" cannot run this: .*add.*; ask for "reference"'):
+class Gated(nn.Module):
+    """An operation that the engine does not have between what it has."""
+
+    def __init__(self, before: nn.Module, after: nn.Module) -> None:
+        super().__init__()
+        self.before, self.after = before, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        return self.after(x * torch.sigmoid(x.mean(1, keepdim=True)))
+
+
+def gated(seed: int) -> Gated:
+    torch.manual_seed(seed)
+    layers = lambda *widths: nn.Sequential(
+        *(part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.GELU()))
+    )  # fmt: skip
+    return Gated(layers(20, 64, 64), nn.Sequential(layers(64, 64, 64), nn.Linear(64, 10)))
+
+
+def test_what_has_no_region_says_why_and_runs_by_auto():
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(20))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.scale).softmax(1).cumsum(1)
+
+    a, b = Plain(), {"scale": torch.zeros(20)}
+    with pytest.raises(mc.ModeconnError, match=r'"native" cannot run this: softmax.*; ask for "reference"'):
         mc.evaluate(a, mc.Line(a, b), (X, Y), 5, backend="native")
     assert mc.evaluate(a, mc.Line(a, b), (X, Y), 5).backend == "reference"
 
 
-def test_segments_that_are_no_chains_are_split_off():
-    a = Residual()
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_residual_layers(precision):
+    a, b = Residual(), Residual()
+    agrees(a, mc.Line(a, b), X, Y, 5, precision)
+    program = mc.explain(a, mc.Line(a, b), X, 5).program
+    assert isinstance(find_region(program, program.segments[0]), Region)
+    assert find_chain(program, program.segments[0]) == "some step does not follow the step before it"
+
+
+def resnet(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = build("resnet20:width=4")
+    for key, value in model.state_dict().items():
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_residual_convolutions_run_whole(precision):
+    nets = [resnet(seed) for seed in range(2)]
+    x = torch.randn(19, 3, 32, 32)
+    program = mc.explain(nets[0], mc.Line(*nets), x, 3).program
+    assert isinstance(find_region(program, program.segments[0]), Region)
+    agrees(nets[0], mc.Line(*nets), x, Y[:19], 3, precision)
+    half = clone(nets[0])
+    half.update({key: value for key, value in clone(nets[1]).items() if key.startswith(("layer3", "fc"))})
+    agrees(nets[0], mc.Line(nets[0], half), x, Y[:19], 3, precision)  # the skip is constant
+
+
+def test_regions_around_what_the_engine_does_not_have():
+    a, b = gated(0), gated(1)
+    program = mc.explain(a, mc.Line(a, b), X, 5).program
+    (segment,) = program.segments
+    regions = find_regions(program, segment)
+    assert [[layer.op for layer in region.chain.layers] for region in regions] == [["linear"], ["linear"] * 3]
+    assert [region.pays(segment) for region in regions] == [False, True]  # a layer alone saves nothing
+    agrees(a, mc.Line(a, b), X, Y, 5)
+    agrees(a, mc.Line(a, b), X, Y, 5, "float64")
+    assert mc.evaluate(a, mc.Line(a, b), (X, Y), 5).backend == "native"
+
+
+def test_regions_of_tokens():
+    torch.manual_seed(0)
+    make = lambda: build("vit:width=32,layers=2,heads=2,patch=8")
+    nets = [make(), make()]
+    x = torch.randn(7, 3, 32, 32)
+    program = mc.explain(nets[0], mc.Line(*nets), x, 3).program
+    regions = find_regions(program, program.segments[0])
+    assert sum([layer.op for layer in region.chain.layers].count("linear") > 1 for region in regions) == 2  # the perceptrons
+    agrees(nets[0], mc.Line(*nets), x, Y[:7], 3)
+
+
+@pytest.mark.parametrize("conv", [{"groups": 5, "padding": 1}, {"dilation": 2}, {"dilation": (2, 1), "groups": 5}], ids=str)
+def test_grouped_and_dilated_convolutions(conv):
+    torch.manual_seed(0)
+    make = lambda: nn.Sequential(
+        nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 10, 3, **conv), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(10, 10),
+    )  # fmt: skip
+    a, b = make(), make()
+    agrees(a, mc.Line(a, b), IMAGES, Y[:67], 5)
+    program = mc.explain(a, mc.Line(a, b), IMAGES, 5).program
+    assert isinstance(find_chain(program, program.segments[0]), str)  # nothing that a plain chain tells
+
+
+def test_segments_of_both_kinds():
+    a = gated(0)
     b, c = clone(a), clone(a)
-    b["head.weight"] += 0.1  # combined logits: the engine's
-    c["inner.weight"] += 0.1  # a residual sum per point: the reference's
+    b["after.1.weight"] += 0.1  # combined logits: the engine's
+    c["before.0.weight"] += 0.1
     path = mc.PolyChain([a, b, c])
     program = mc.explain(a, path, X, 21).program
-    assert [isinstance(find_chain(program, segment), Chain) for segment in program.segments] == [True, False]
+    assert [isinstance(find_region(program, segment), Region) for segment in program.segments] == [True, False]
     agrees(a, path, X, Y, 21)
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce"])
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_losses_of_rows(loss, precision):
+    a, b = (mlp(20, 8, 10, seed=k) for k in range(2))
+    target, dtype = torch.rand(130, 10), getattr(torch, precision)
+    run = lambda backend, at: mc.evaluate(a, mc.Line(a, b), (X, target), 7, loss=loss, backend=backend, precision=at)
+    ours, plain, exact = run("native", precision), run("reference", precision), run("reference", "float64")
+    for name in ours.values:
+        assert_within_policy(name, ours.values[name], plain.values[name], exact.values[name], dtype)
 
 
 def test_a_head_that_the_engine_does_not_have():
     a, b = (mlp(20, 8, 10, seed=k) for k in range(2))
-    target = torch.rand(130, 10)
-    ours, theirs = (mc.evaluate(a, mc.Line(a, b), (X, target), 3, loss="mse", backend=n) for n in ("native", "reference"))
-    np.testing.assert_array_equal(ours.loss, theirs.loss)
+    margin = lambda outputs, labels: outputs.gather(1, labels[:, None]).squeeze(1)
+    ours, theirs = (mc.evaluate(a, mc.Line(a, b), (X, Y), 3, loss=margin, backend=n) for n in ("native", "reference"))
+    np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-6)
 
 
 def test_inputs_and_labels_of_any_layout():

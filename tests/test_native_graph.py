@@ -33,12 +33,12 @@ class Net:
         self.values.append(shape)
         return len(self.layers) - 1
 
-    def product(self, out, input=None, add=None, activation="relu", kernel=(3, 3), norm=False, **window):
-        shape = self.values[-1 if input is None else input + 1]
+    def product(self, out, read=None, add=None, activation="relu", kernel=(3, 3), norm=False, **window):
+        shape = self.values[-1 if read is None else read + 1]
         image, groups = len(shape) == 3, window.get("groups", 1)
         size = (out, shape[0] // groups, *kernel) if image else (out, shape[0])
         scale = float(np.prod(size[1:])) ** -0.5
-        more = dict(input=input, add=add, activation=activation, slope=0.125, **window)
+        more = dict(input=read, add=add, activation=activation, slope=0.125, **window)
         if norm:
             more |= dict(scale=self.mix(out), shift=self.mix(out))
         after = (out,)
@@ -50,15 +50,15 @@ class Net:
             biases=[self.draw(out) for _ in range(2)], coefficients=self.mix(2), **more,
         )  # fmt: skip
 
-    def pool(self, op, kernel, input=None, **options):
-        c, h, w = self.values[-1 if input is None else input + 1]
+    def pool(self, op, kernel, read=None, **options):
+        c, h, w = self.values[-1 if read is None else read + 1]
         f = F.max_pool2d if op == "max" else F.avg_pool2d
         after = tuple(f(torch.zeros(1, c, h, w), kernel, **options).shape[1:])
-        return self.push(after, op=f"{op}_pool2d", kernel=kernel, input=input, **options)
+        return self.push(after, op=f"{op}_pool2d", kernel=kernel, input=read, **options)
 
-    def flatten(self, input=None):
-        shape = self.values[-1 if input is None else input + 1]
-        return self.push((int(np.prod(shape)),), op="flatten", input=input)
+    def flatten(self, read=None):
+        shape = self.values[-1 if read is None else read + 1]
+        return self.push((int(np.prod(shape)),), op="flatten", input=read)
 
     def add(self, *inputs, activation="identity"):
         return self.push(self.values[inputs[0] + 1], op="add", inputs=list(inputs), activation=activation, slope=0.125)
@@ -74,7 +74,7 @@ class Net:
         for t in range(self.points):
             values = [mixed(self.terms, self.coefficients, t)]
             for layer in self.layers:
-                at = lambda key, layer=layer: values[-1] if layer.get(key) is None else values[layer[key] + 1]
+                at = lambda key, layer=layer, values=values: values[-1] if layer.get(key) is None else values[layer[key] + 1]
                 op = layer["op"]
                 if op == "terms":
                     y = mixed(layer["terms"], layer["coefficients"], t)
@@ -115,7 +115,7 @@ def test_residual_rows(isa, dtype, rows):
     second = net.product(7, add=first)
     net.add(second, -1, second, activation="silu")
     more = net.more_terms(7, activation="relu")
-    net.product(7, input=second, add=more, activation="leaky_relu")
+    net.product(7, read=second, add=more, activation="leaky_relu")
     net.product(3, activation="identity")
     net.check(isa, dtype, threads=2)
 
@@ -141,7 +141,7 @@ def test_residual_images(isa, dtype, rows):
     second = net.product(5, padding=(1, 1), norm=True, add=first)
     half = net.product(9, padding=(1, 1), stride=(2, 2), norm=True)
     last = net.product(9, padding=(1, 1), norm=True, activation="identity")
-    net.product(9, input=second, kernel=(1, 1), stride=(2, 2), norm=True, add=last)
+    net.product(9, read=second, kernel=(1, 1), stride=(2, 2), norm=True, add=last)
     net.add(half, half + 2, activation="sigmoid")
     net.pool("avg", net.values[-1][1:])
     flat = net.flatten()
@@ -157,15 +157,24 @@ def test_an_added_value_before_a_pooling_on_the_way_and_terms_later(isa, dtype):
     net.product(4, padding=(1, 1), add=-1)
     net.pool("max", (2, 2))
     more = net.more_terms(4, 8, 8, activation="relu")
-    pooled = net.pool("avg", (2, 2), input=more)
-    net.product(4, input=2, padding=(1, 1), add=pooled, activation="tanh")
+    pooled = net.pool("avg", (2, 2), read=more)
+    net.product(4, read=2, padding=(1, 1), add=pooled, activation="tanh")
     net.pool("max", (3, 3), stride=(1, 1), padding=(1, 1))
     net.check(isa, dtype)
 
 
 @every
 @pytest.mark.parametrize("groups", [1, 2, 6, 12])
-@pytest.mark.parametrize("window", [{}, {"dilation": (2, 1)}, {"dilation": (1, 3), "padding": (1, 3)}, {"stride": (2, 1), "padding": (4, 4), "dilation": (3, 4)}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "window",
+    [
+        {},
+        {"dilation": (2, 1)},
+        {"dilation": (1, 3), "padding": (1, 3)},
+        {"stride": (2, 1), "padding": (4, 4), "dilation": (3, 4)},
+    ],
+    ids=str,
+)
 def test_groups_and_dilations(isa, dtype, groups, window):
     net = Net(17, (12, 9, 10), points=2, dtype=dtype)
     net.product(24, groups=groups, norm=True, **window)
@@ -178,20 +187,25 @@ def test_groups_and_dilations(isa, dtype, groups, window):
 def test_any_graph(seed, steps, image, isa):
     """Steps that read and add any earlier value that fits."""
     rng = np.random.default_rng(seed)
-    net = Net(int(rng.integers(1, 40)), (int(rng.integers(1, 9)), 6, 5) if image else (int(rng.integers(1, 40)),), 2, "float64", seed)
+    net = Net(
+        int(rng.integers(1, 40)), (int(rng.integers(1, 9)), 6, 5) if image else (int(rng.integers(1, 40)),), 2, "float64", seed
+    )
     for _ in range(steps):
         read = int(rng.integers(-1, len(net.layers)))
         shape = net.values[read + 1]
         alike = [i - 1 for i, other in enumerate(net.values) if other == shape]
         kind = rng.integers(0, 4 if image else 3)
         if kind == 0:
-            net.add(*rng.choice(alike, int(rng.integers(1, 4))).tolist(), activation=str(rng.choice(["identity", "gelu", "relu"])))
+            net.add(
+                *rng.choice(alike, int(rng.integers(1, 4))).tolist(), activation=str(rng.choice(["identity", "gelu", "relu"]))
+            )
         elif kind == 3 and min(shape[1:]) > 1:
-            net.pool(str(rng.choice(["max", "avg"])), (2, 2), input=read, stride=(int(rng.integers(1, 3)), 1))
+            net.pool(str(rng.choice(["max", "avg"])), (2, 2), read, stride=(int(rng.integers(1, 3)), 1))
         else:
             add = int(rng.choice(alike)) if rng.integers(0, 2) else None
             out = shape[0] if add is not None else int(rng.integers(1, 20))
-            net.product(out, read, add, str(rng.choice(["identity", "relu", "tanh"])), norm=bool(rng.integers(0, 2)), **({"padding": (1, 1)} if image else {}))  # fmt: skip
+            window = {"padding": (1, 1)} if image else {}
+            net.product(out, read, add, str(rng.choice(["identity", "relu", "tanh"])), norm=bool(rng.integers(0, 2)), **window)
     if image:
         net.flatten()
         net.product(3)
@@ -203,7 +217,9 @@ def test_any_graph(seed, steps, image, isa):
 @pytest.mark.parametrize("rows,width", [(1, 1), (63, 10), (257, 7), (100, 245)])
 def test_bce_sums(isa, dtype, rows, width):
     net = Net(rows, (width,), dtype=dtype)
-    targets = np.where(net.rng.random((rows, width)) < 0.5, net.rng.integers(0, 2, (rows, width)), net.rng.random((rows, width)))
+    targets = np.where(
+        net.rng.random((rows, width)) < 0.5, net.rng.integers(0, 2, (rows, width)), net.rng.random((rows, width))
+    )
     targets = targets.astype(net.dtype)
     got = engine.chain_sums(net.terms, net.coefficients, [], targets, loss="bce", isa=isa)
 
@@ -241,10 +257,10 @@ BAD = {
     "input": (bad(dict(op="flatten", input=1)), r"layers\[1\].input must be a step before it, or -1 for the terms, got 1"),
     "add": (bad(dict(op="add", inputs=[-2])), "must be a step before it"),
     "no inputs": (bad(dict(op="add", inputs=[])), r"layers\[1\] \(add\) must have inputs"),
-    "shapes": (bad(dict(op="flatten"), dict(op="add", inputs=[1, 0])), r"of one shape, got rows of 60 and images of \[3, 4, 5\]"),
+    "shapes": (bad(dict(op="flatten"), dict(op="add", inputs=[1, 0])), "of one shape, got rows of 60 and images"),
     "two flattens": (bad(dict(op="flatten", input=0), dict(op="flatten", input=-1)), "flatten must come once only"),
     "flattened rows": (bad(dict(op="flatten"), shape=(4,)), "flatten must get images, got rows of 3"),
-    "behind flatten": (bad(dict(op="flatten"), dict(op="max_pool2d", kernel=(1, 1), input=0)), "the last of the layers must be behind"),
+    "behind flatten": (bad(dict(op="flatten"), dict(op="max_pool2d", kernel=(1, 1), input=0)), "must be behind"),
     "terms": (bad(dict(op="terms", terms=[], coefficients=np.ones((1, 0)))), r"layers\[1\].terms must not be empty"),
     "coefficients": (
         bad(dict(op="terms", terms=[np.zeros((2, 4), np.float32)], coefficients=np.ones((2, 1)))),

@@ -112,7 +112,7 @@ class Chain:
 
     def shared(self) -> set[int]:
         """The shared values that it takes."""
-        return {term.value for source in (self, *self.layers) for term in source.terms}
+        return {term.value for terms in (self.terms, *(layer.terms for layer in self.layers)) for term in terms}
 
 
 def passes_through(node: Node, size: tuple[Any, ...]) -> bool:
@@ -176,7 +176,12 @@ def fold_norm(before: Layer, step: VaryingStep, points: int) -> str:
 def begin_with_layer(program: Program, chain: Chain) -> str:
     """Let the engine compute what the planner has combined: it folds norms into layers only. Why it cannot, if so."""
     steps = [program.shared[term.value] for term in chain.terms]
-    if chain.layers or not steps or len({(s.node.id, s.inputs) for s in steps}) > 1 or steps[0].node.op not in ("linear", "conv2d"):
+    if (
+        chain.layers
+        or not steps
+        or len({(s.node.id, s.inputs) for s in steps}) > 1
+        or steps[0].node.op not in ("linear", "conv2d")
+    ):
         return "follows neither a linear layer nor a convolution"
     columns = np.stack([term.column for term in chain.terms], axis=1)
     layer = _product(

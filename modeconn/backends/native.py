@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modeconn import native
-from modeconn.backends.engine_steps import Chain, Given
+from modeconn.backends.engine_steps import Chain
 from modeconn.backends.reference import FusedSteps, ReferenceBackend, Values
 from modeconn.backends.regions import Region, find_chain, find_region, find_regions
 from modeconn.errors import ModeconnError
@@ -119,9 +119,10 @@ class NativeBackend(ReferenceBackend):
         if region is None or not head.fused or region.chain.constant:
             return super().sums(segment, values, targets, head, tick)
         chain, engine = region.chain, native.extension()
-        given: Given = lambda terms, _: (
-            [_rows(values[term.value], self._dtype) for term in terms], np.stack([term.column for term in terms], axis=1)
-        )  # fmt: skip
+
+        def given(terms: tuple[Term, ...], step: int | None) -> tuple[list[np.ndarray], np.ndarray]:
+            return [_rows(values[term.value], self._dtype) for term in terms], np.stack([term.column for term in terms], axis=1)
+
         terms, columns = given(chain.terms, None)
         sums = head.zeros(len(segment.rows), targets.device)
         wanted = [_SUMS[name] for name in head.names]

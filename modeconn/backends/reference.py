@@ -6,6 +6,7 @@ enough for their activations to stay in the cache, go through all the steps down
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -25,7 +26,9 @@ Values = dict[int, Any]
 class FusedSteps(Protocol):
     """Steps `first` to a last one, of which only the last one's value is needed by others."""
 
-    first: int
+    @property
+    def first(self) -> int:
+        """The first of the steps."""
 
     def run(self, point: int, constant: Callable[[int], Tensor], done: dict[int, Tensor]) -> Tensor:
         """The last step's value, from shared values, by number, and those of earlier steps."""
@@ -130,7 +133,7 @@ class ReferenceBackend:
                 if index in done or (index in within and index not in fused):
                     continue
                 if index in fused:
-                    done[index] = fused[index].run(point, lambda number, block=block: constant(number, block), done)
+                    done[index] = fused[index].run(point, functools.partial(constant, block=block), done)
                 elif step.combine is not None:
                     done[index] = combined(step.combine, block)
                 else:

@@ -163,8 +163,9 @@ class _Builder:
             self._put(index, self._activate(place, alone, activation))
             return ""
         layers = step_layers(step, points, size)
-        if isinstance(layers, str):
-            return layers
+        return layers if isinstance(layers, str) else self._add_layers(index, layers, place)
+
+    def _add_layers(self, index: int, layers: list[Layer], place: int) -> str:
         for layer in layers:
             if layer.op == "flatten" and any(other.op == "flatten" for other in self.chain.layers):
                 return "flattens images for a second time"
@@ -235,7 +236,9 @@ class _Builder:
 
     def _source(self, given: Chain, image: bool) -> tuple[str, int]:
         """Begin the chain with some terms or an earlier step's value, or take them up later."""
-        steps = [self.segment.steps[given.step]] if given.step is not None else [self.program.shared[t.value] for t in given.terms]
+        steps = (
+            [self.segment.steps[given.step]] if given.step is not None else [self.program.shared[t.value] for t in given.terms]
+        )
         self.chain.numbers += sum(step.numbers for step in steps)
         if self._images is None:
             self.chain.terms, self.chain.step, self._images = given.terms, given.step, image
