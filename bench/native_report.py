@@ -45,14 +45,19 @@ CASES: dict[str, tuple[int, int, list[int]]] = {
     "line 512x9-10, 6000 rows, 3 points": (6000, 3, [512] * 10 + [10]),
     "line 2048x3-10, 2048 rows, 1 point": (2048, 1, [2048] * 4 + [10]),
     "convolutions 64-64-64, 256 images, 3 points": (256, 3, [64, 64, 64]),
+    "residual convolutions 64-64-64, 256 images, 3 points": (256, 3, [64, 64, 64]),
+    "grouped convolutions 64-64-64, 256 images, 3 points": (256, 3, [64, 64, 64]),
+    "residual line 245x9-10, 20000 rows, 5 points": (20000, 5, [245] * 10 + [10]),
+    "gelu line 245x9-10, 20000 rows, 5 points": (20000, 5, [245] * 10 + [10]),
     "logits 10, 60000 rows, 128 points": (60000, 128, [10]),
 }
 SIDE = 16  # of the images
+GROUPS = 8  # of a grouped convolution's channels
 
 
 @dataclass
 class Case:
-    """Terms, their coefficients, the layers behind them, and labels; the first layers' activation is ReLU."""
+    """Terms, their coefficients, the layers behind them, and labels; the terms' activation is ReLU."""
 
     terms: list[np.ndarray]
     coefficients: np.ndarray
@@ -85,9 +90,10 @@ class Case:
                 if layer["op"] == "flatten":
                     x = x.flatten(1)
                     continue
-                weight, bias = mix(layer["weights"], row), mix(layer["biases"], row)
-                x = F.conv2d(x, weight, bias, padding=1) if layer["op"] == "conv2d" else F.linear(x, weight, bias)
-                x = x.relu() if layer["activation"] == "relu" else x
+                weight, bias, groups = mix(layer["weights"], row), mix(layer["biases"], row), layer.get("groups", 1)
+                y = F.linear(x, weight, bias) if weight.dim() == 2 else F.conv2d(x, weight, bias, padding=1, groups=groups)
+                y = y + x if "add" in layer else y
+                x = {"relu": F.relu, "gelu": F.gelu, "identity": lambda v: v}[layer["activation"]](y)
             means.append(F.cross_entropy(x, torch.from_numpy(self.labels), reduction="none").double().mean())
         return torch.stack(means).numpy()
 
@@ -96,7 +102,7 @@ def make(name: str) -> Case:
     """A case with random numbers of sensible sizes."""
     rows, points, widths = CASES[name]
     generator = np.random.default_rng(0)
-    image = name.startswith("convolutions")
+    image, groups = "convolutions" in name, GROUPS if name.startswith("grouped") else 1
 
     def draw(*shape: int) -> np.ndarray:
         return generator.standard_normal(shape, dtype=np.float32)
@@ -106,11 +112,14 @@ def make(name: str) -> Case:
     layers: list[dict[str, Any]] = []
     flops = 0.0
     for before, after in itertools.pairwise(widths):
-        shape = (after, before, 3, 3) if image else (after, before)
+        shape = (after, before // groups, 3, 3) if image else (after, before)
         scale = np.float32(np.sqrt(2 / np.prod(shape[1:])))
         weights, biases = [draw(*shape) * scale for _ in range(2)], [draw(after) * scale for _ in range(2)]
         layers.append({"op": "conv2d" if image else "linear", "weights": weights, "biases": biases, "coefficients": c})
-        layers[-1] |= {"activation": "relu", "padding": (1, 1)} if image else {"activation": "relu"}
+        layers[-1] |= {"activation": "gelu" if name.startswith("gelu") else "relu"}
+        layers[-1] |= {"padding": (1, 1), "groups": groups} if image else {}
+        if name.startswith("residual") and before == after:
+            layers[-1]["add"] = len(layers) - 2  # the layer's own input
         flops += 2.0 * np.prod(shape) * (SIDE * SIDE if image else 1)
     if image:
         head = [draw(10, widths[-1] * SIDE * SIDE) * np.float32(0.01) for _ in range(2)]
@@ -191,7 +200,7 @@ def main() -> None:
     isas = options.isa.split(",")
     peak = peaks(isas)
     report: list[dict[str, Any]] = []
-    print(f"{'case':<46}{'isa':<8}{'GFLOP/s':>9}{'of fma':>8}{'of torch':>10}{'residual':>10}  verdict")
+    print(f"{'case':<56}{'isa':<8}{'GFLOP/s':>9}{'of fma':>8}{'of torch':>10}{'residual':>10}  verdict")
     for name in [name for name in CASES if options.only in name]:
         case = make(name)
         for isa in isas:
@@ -204,7 +213,7 @@ def main() -> None:
                 point = 1 / best["ours"] / len(case.coefficients)
                 parts = [len(case.labels) * MNIST_PASS / (best[key] * 1e9) / point for key in ("fma", "torch")]
                 rate = f"{'1/':>9}{parts[0]:<8.0f}{'1/':>3}{parts[1]:<7.0f}"
-            print(f"{name:<46}{isa:<8}{rate}{error:>10.1e}  {'PASS' if good else 'FAIL'}", flush=True)
+            print(f"{name:<56}{isa:<8}{rate}{error:>10.1e}  {'PASS' if good else 'FAIL'}", flush=True)
     if options.json:
         result = {"machine": machine(), "cases": report}
         atomic_write(options.json, lambda stream: stream.write(json.dumps(result, indent=1).encode()))
