@@ -17,7 +17,7 @@ import os
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,6 +223,8 @@ def _draws(fx: Any, op: str) -> bool:
     """Whether an operation draws random numbers, as it is called."""
     if op == "scaled_dot_product_attention":  # query, key, value, attn_mask, dropout_p
         return float(fx.args[4] if len(fx.args) > 4 else fx.kwargs.get("dropout_p", 0.0)) > 0
+    if op in ("lstm", "gru", "rnn_tanh", "rnn_relu"):  # their last arguments are dropout, train, bidirectional, batch_first
+        return bool(fx.args[-3]) and float(fx.args[-4]) > 0
     return torch.Tag.nondeterministic_seeded in getattr(fx.target, "tags", ())
 
 
@@ -316,4 +318,3 @@ def _alike(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     scale = b.abs().max().item() if b.numel() else 0.0
     return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
-

@@ -196,9 +196,7 @@ def _recorded(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> dict[int, 
         finally:
             for hook in hooks:
                 hook.remove()
-    return {
-        key: [call for pair in zip(*each) for call in pair] for key, each in calls.items() if len(set(map(len, each))) == 1
-    }
+    return {key: [call for pair in zip(*each) for call in pair] for key, each in calls.items() if len(set(map(len, each))) == 1}
 
 
 def _called(module: nn.Module, path: str, calls: dict[int, list[Call]]) -> Iterator[tuple[str, nn.Module]]:
@@ -230,7 +228,9 @@ def _failure(module: nn.Module, calls: Sequence[Call], closed: Sequence[Opaque])
     (arguments, tensors), (_, others) = (Structure.of(call.arguments) for call in calls[:2])
     if not tensors or len(tensors) != len(others):
         return ValueError("its arguments differ from call to call") if tensors else None
-    shapes = [{axis: Dim.DYNAMIC for axis, (a, b) in enumerate(zip(x.shape, y.shape)) if a != b} for x, y in zip(tensors, others)]
+    shapes = [
+        {axis: Dim.DYNAMIC for axis, (a, b) in enumerate(zip(x.shape, y.shape)) if a != b} for x, y in zip(tensors, others)
+    ]
     alone = _Alone(module, arguments).eval()
     try:
         with stubs(closed):
@@ -318,7 +318,7 @@ def _stub(part: Opaque, number: int) -> Iterator[None]:
 
     hooks = ("_forward_hooks", "_forward_pre_hooks")
     saved = {name: module.__dict__[name] for name in (*hooks, "forward") if name in module.__dict__}
-    module.__dict__.update(dict.fromkeys(hooks, OrderedDict()), forward=forward)
+    module.__dict__.update({key: OrderedDict() for key in hooks}, forward=forward)
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modeconn.cli import options, output
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from modeconn.paths import Path
+    from modeconn import paths
     from modeconn.result import PathResult
 
 # Kind of path: fewest and most checkpoints.
@@ -133,7 +133,7 @@ def check_path(args: argparse.Namespace) -> str:
     return kind
 
 
-def make_path(kind: str, files: list[str]) -> Path:
+def make_path(kind: str, files: list[str]) -> paths.Path:
     """The path through checkpoint files."""
     from modeconn import paths
 
@@ -173,7 +173,7 @@ def check_results(args: argparse.Namespace, **more: str | None) -> None:
 
 
 def evaluated(
-    args: argparse.Namespace, spec: str, model: nn.Module, path: Path, points: int | np.ndarray, resume: bool = True
+    args: argparse.Namespace, spec: str, model: nn.Module, path: paths.Path, points: int | np.ndarray, resume: bool = True
 ) -> PathResult:
     """The evaluation that the options ask for, with what it was of noted in the result."""
     from modeconn.evaluate import evaluate
@@ -198,7 +198,7 @@ def evaluated(
             resume=unfinished,
         )
     except KeyboardInterrupt:
-        if unfinished is None or not os.path.exists(unfinished):
+        if unfinished is None or not Path(unfinished).exists():
             raise
         raise KeyboardInterrupt(f"interrupted; what is done is in {unfinished}: the same command goes on from there") from None
     result.info |= {
@@ -215,7 +215,7 @@ def write(result: PathResult, args: argparse.Namespace) -> None:
     if args.save is not None:
         result.save(args.save)
         with contextlib.suppress(FileNotFoundError):
-            os.remove(f"{args.save}.unfinished")
+            Path(f"{args.save}.unfinished").unlink()
     if args.json is not None:
         output.write_json(result.to_dict(), args.json)
 

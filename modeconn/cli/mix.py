@@ -25,11 +25,11 @@ def add(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "mix",
         help="many weighted sums of checkpoints (soups, task arithmetic) in one pass",
-        description="Evaluate many weighted sums of checkpoints in one pass over the data, and write the best as a checkpoint.\n"
+        description="Evaluate many weighted sums of checkpoints in one pass over the data, and write the best.\n"
         "If no option says which: the mean of every subset.",
         epilog=options.example(
-            "modeconn mix a.safetensors b.safetensors c.safetensors --data digits --grid 10 --out best.safetensors",
-            "Task arithmetic: modeconn mix t1.safetensors t2.safetensors --base start.safetensors --scales 0,0.5,1 …",
+            "modeconn mix a.safetensors b.safetensors --data digits --grid 10 --out best.safetensors",
+            "Task arithmetic: modeconn mix t1.safetensors t2.safetensors --base t0.safetensors --scales 0,0.5,1 …",
         ),
     )
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="two or more; one will do with --base")
@@ -42,7 +42,10 @@ def add(commands: options.Commands) -> None:
         "--greedy", action="store_true", help="a greedy soup: the next best network joins the mean if that helps; a pass a step"
     )
     which.add_argument(
-        "--scales", metavar="X,X,…", type=options.numbers, help="with --base: base + Σ x · (checkpoint - base), all choices of x"
+        "--scales",
+        metavar="X,X,…",
+        type=options.numbers,
+        help="with --base: base + Σ x · (checkpoint - base), for all choices of x",
     )
     which.add_argument("--weights", metavar="FILE", help="a text file: a line of weights for each sum, the base's last")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of --random (default: 0)")

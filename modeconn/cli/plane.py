@@ -19,8 +19,8 @@ def add(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "plane",
         help="loss and error on a plane: through three checkpoints, around one, or of a training trajectory",
-        description="Loss and error on a plane, in one pass over the data: around one checkpoint along two random directions, "
-        "through three checkpoints, or, with --trajectory, along the principal components of a training's checkpoints.",
+        description="Loss and error on a plane, in one pass over the data: around one checkpoint along two random\n"
+        "directions, through three, or along the principal components of a training's checkpoints.",
         epilog=options.example(
             "modeconn plane a.safetensors b.safetensors c.safetensors --data digits --plot plane.png --save plane.npz",
             "Interrupted with --save, the same command goes on where it was.",
@@ -29,9 +29,7 @@ def add(commands: options.Commands) -> None:
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="one, three, or with --trajectory three or more")
     options.add_model(parser, required=False)
     which = parser.add_argument_group("plane")
-    which.add_argument(
-        "--points", metavar="N", type=options.count, default=POINTS, help=f"N × N points (default: {POINTS})"
-    )
+    which.add_argument("--points", metavar="N", type=options.count, default=POINTS, help=f"N × N points (default: {POINTS})")
     which.add_argument("--trajectory", action="store_true", help="the checkpoints are those of a training, in its order")
     which.add_argument("--seed", metavar="N", type=int, default=0, help="of random directions (default: 0)")
     which.add_argument(
