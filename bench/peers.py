@@ -38,7 +38,7 @@ def dataloader_loop(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.nd
                 loss += F.cross_entropy(outputs, labels, reduction="sum")
                 wrong += (outputs.argmax(1) != labels).sum()
             rows.append((loss, wrong.double()))
-    return _finish(rows, len(x))
+    return _finish(rows, y.numel())
 
 
 def whole_tensor(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +49,7 @@ def whole_tensor(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarr
             model.load_state_dict(path.at(value))
             outputs = model(x)
             rows.append((F.cross_entropy(outputs, y, reduction="sum"), (outputs.argmax(1) != y).sum().double()))
-    return _finish(rows, len(x))
+    return _finish(rows, y.numel())
 
 
 def channels_last_loop(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +66,7 @@ def channels_last_loop(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np
                 loss += F.cross_entropy(outputs, labels, reduction="sum")
                 wrong += (outputs.argmax(1) != labels).sum()
             rows.append((loss, wrong.double()))
-    return _finish(rows, len(x))
+    return _finish(rows, y.numel())
 
 
 def functional_chunks(rows_per_chunk: int) -> Peer:
@@ -80,11 +80,11 @@ def functional_chunks(rows_per_chunk: int) -> Peer:
                 loss, wrong = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
                 for start in range(0, len(x), rows_per_chunk):
                     labels = y[start : start + rows_per_chunk]
-                    outputs = functional_call(model, state, (x[start : start + rows_per_chunk],))
+                    outputs = functional_call(model, state, (x[start : start + rows_per_chunk],), tie_weights=False)
                     loss += F.cross_entropy(outputs, labels, reduction="sum")
                     wrong += (outputs.argmax(1) != labels).sum()
                 rows.append((loss, wrong.double()))
-        return _finish(rows, len(x))
+        return _finish(rows, y.numel())
 
     return run
 
@@ -93,7 +93,7 @@ def vmap_points(points_per_call: int, rows_per_chunk: int) -> Peer:
     """vmap of functional_call over stacked weights: the "model ensembling" recipe of torch.func."""
 
     def run(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        outputs_of = vmap(lambda state, inputs: functional_call(model, state, (inputs,)), in_dims=(0, None))
+        outputs_of = vmap(lambda state, inputs: functional_call(model, state, (inputs,), tie_weights=False), in_dims=(0, None))
         rows = []
         with torch.no_grad():
             for first in range(0, len(t), points_per_call):
@@ -108,6 +108,38 @@ def vmap_points(points_per_call: int, rows_per_chunk: int) -> Peer:
                     loss += flat.view(len(states), -1).sum(1)
                     wrong += (outputs.argmax(2) != labels).sum(1)
                 rows += list(zip(loss, wrong.double()))
-        return _finish(rows, len(x))
+        return _finish(rows, y.numel())
+
+    return run
+
+
+def re_estimating(channels_last: bool) -> Peer:
+    """For each point load its weights, re-estimate the norms' statistics in a pass in training mode, then evaluate.
+
+    The way of Garipov et al. 2018: `update_bn`, then `test`, in batches of 128 and the same data for both.
+    """
+
+    def run(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        model, x = copy.deepcopy(model).to(memory_format=layout), x.contiguous(memory_format=layout)  # type: ignore[call-overload]
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        rows = []
+        with torch.no_grad():
+            for value in t:
+                model.load_state_dict(path.at(value))
+                for norm in norms:
+                    norm.reset_running_stats()
+                    norm.momentum = None  # type: ignore[assignment]
+                model.train()
+                for inputs in x.split(128):
+                    model(inputs)
+                model.eval()
+                loss, wrong = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+                for inputs, labels in zip(x.split(128), y.split(128)):
+                    outputs = model(inputs)
+                    loss += F.cross_entropy(outputs, labels, reduction="sum")
+                    wrong += (outputs.argmax(1) != labels).sum()
+                rows.append((loss, wrong.double()))
+        return _finish(rows, y.numel())
 
     return run

@@ -3,6 +3,10 @@
     python bench/run.py                       the line between two MNIST networks, 101 points, 60,000 samples
     python bench/run.py --samples 6000 --points 11 --json out.json
     python bench/run.py --vgg --samples 10000 --points 21     two slim VGG-11 on CIFAR-10
+    python bench/run.py --resnet --samples 2000 --points 21   two ResNet-20 of CIFAR-10's shape
+    python bench/run.py --gpt --samples 500 --points 21       two small GPT, random tokens
+    python bench/run.py --recompute --samples 2000 --points 21    batch-norm statistics of all points of the ResNet line
+    python bench/run.py --plane --samples 6000 --points 25    25 × 25 points of a plane through three MNIST networks
     python bench/run.py --accuracy            also the distance from a float64 pass per point, at every point
     python bench/run.py --chain               chains whose segments move dead units, or the last layer
 
@@ -19,17 +23,13 @@ import copy
 import functools
 import itertools
 import json
-import os
-import platform
-import subprocess
-import time
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import passes
 import torch
+from table import Contender, machine, measured, show, timed
 
 import modeconn as mc
 import peers
@@ -38,43 +38,18 @@ from modeconn.backends import NAMES
 from modeconn.state import atomic_write
 
 
-def matrix_peak(repeats: int = 5) -> float:
-    """The fastest float32 matrix product, FLOP/s."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    return 2 * 2048**3 / min(timed(lambda: a @ b) for _ in range(repeats))
-
-
-def timed(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    rows = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((row.split(":")[1].strip() for row in rows if row.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "cpu": model,
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "commit": commit,
-        "date": date.today().isoformat(),
-        "load": os.getloadavg()[0],
-    }
+def workload(options: argparse.Namespace) -> workloads.Workload:
+    """The line that the options name."""
+    if options.model:
+        return workloads.random_line(options.model, options.samples)
+    named = {"vgg": workloads.vgg_line, "resnet": workloads.resnet_line, "gpt": workloads.gpt_line}
+    chosen = [make for name, make in named.items() if getattr(options, name)]
+    return (chosen or [workloads.mnist_line])[0](options.samples)
 
 
 def line(options: argparse.Namespace) -> dict[str, Any]:
     """The line: ours at all points, the others at a few."""
-    if options.model:
-        work = workloads.random_line(options.model, options.samples)
-    else:
-        work = (workloads.vgg_line if options.vgg else workloads.mnist_line)(options.samples)
+    work = workload(options)
     few = np.linspace(0, 1, options.peer_points)
     ours = np.linspace(0, 1, options.points)
     plan = mc.explain(work.model, work.path, work.x[:4], options.points)
@@ -82,59 +57,34 @@ def line(options: argparse.Namespace) -> dict[str, Any]:
     args = (work.model, work.path, work.x, work.y)
     results: dict[str, Any] = {}
 
+    able = passes.backends(work, options)
+
     def one_pass(backend: str) -> Callable[[], Any]:
         return lambda: results.update({backend: mc.evaluate(work.model, work.path, (work.x, work.y), ours, backend=backend)})
 
-    contenders: dict[str, tuple[Callable[[], Any], int, float]] = {
-        f"modeconn ({name})": (one_pass(name), len(ours), plan.flops * len(work.x) / len(ours)) for name in options.backends
+    contenders: dict[str, Contender] = {
+        f"modeconn ({name})": (one_pass(name), len(ours), plan.flops * len(work.x) / len(ours)) for name in able
     }
     convolutional = work.x.dim() == 4
-    rows = (128, 500) if convolutional else (500, 1000, 2000)
+    rows = work.rows
     others: dict[str, peers.Peer] = {"DataLoader loop, batch 100": peers.dataloader_loop}
     if convolutional:
         others["channels_last loop, batch 128"] = peers.channels_last_loop
-    else:
+    elif work.x.is_floating_point():
         others["whole tensor at once"] = peers.whole_tensor
     others |= {f"functional_call, {n} rows": peers.functional_chunks(n) for n in rows}
     others[f"vmap, 8 points, {rows[-2]} rows"] = peers.vmap_points(8, rows[-2])
     for name, peer in others.items():
         points = np.linspace(0, 1, 8) if name.startswith("vmap") else few
         contenders[name] = (functools.partial(peer, *args, points), len(points), naive)
-    for run, _, _ in contenders.values():
-        run() if options.warm else None
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    peaks = []
-    for _ in range(options.repeats):
-        peaks.append(matrix_peak())
-        for name, (run, points, _) in contenders.items():
-            seconds[name].append(timed(run) / points)
     report = {
-        "workload": work.name,
-        "source": work.source,
-        "points": options.points,
-        "machine": machine(),
-        "peak_gflops": max(peaks) / 1e9,
-        "seconds_per_point": seconds,
-        "flops_per_point": {name: flops for name, (_, _, flops) in contenders.items()},
-    }
+        "workload": work.name, "source": work.source, "points": options.points,
+        **measured(contenders, options.repeats, options.warm),
+    }  # fmt: skip
     show(report)
     if options.accuracy:
         report["accuracy"] = accuracy(work, results, options)
     return report
-
-
-def show(report: dict[str, Any]) -> None:
-    """Print the table of a report."""
-    best = {name: min(times) for name, times in report["seconds_per_point"].items()}
-    first = next(iter(best))
-    print(f"\n{report['workload']}, {report['points']} points ({report['source']})")
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print(f"peak {report['peak_gflops']:.0f} GFLOP/s\n")
-    print(f"{'':<30}{'ms per point':>13}{'spread':>8}{'ratio to ours':>15}{'of peak':>9}")
-    for name, value in best.items():
-        share = report["flops_per_point"][name] / value / 1e9 / report["peak_gflops"]
-        spread = max(report["seconds_per_point"][name]) / value - 1
-        print(f"{name:<30}{1e3 * value:>13.1f}{spread:>8.0%}{value / best[first]:>14.2f}x{share:>9.0%}")
 
 
 def accuracy(work: workloads.Workload, results: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -145,12 +95,12 @@ def accuracy(work: workloads.Workload, results: dict[str, Any], options: argpars
     exact, exact_error = peers.functional_chunks(1000)(model, mc.Line(*points), work.x.double(), work.y, t)
     plain, plain_error = peers.functional_chunks(1000)(work.model, work.path, work.x, work.y, t)
     figures: dict[str, Any] = {"plain float32": _distance(plain, plain_error, exact, exact_error)}
-    for name in options.backends:
-        figures[f"modeconn ({name})"] = _distance(results[name].loss, results[name].error, exact, exact_error)
+    for name, result in results.items():
+        figures[f"modeconn ({name})"] = _distance(result.loss, result.error, exact, exact_error)
     print(f"\n{'against float64':<30}{'loss, relative':>15}{'errors that differ':>20}")
     for name, (loss, error) in figures.items():
         print(f"{name:<30}{loss:>15.2e}{error * len(work.x):>20.0f}")
-    print(f"passes over the data: {results[options.backends[0]].passes}")
+    print(f"passes over the data: {next(iter(results.values())).passes}")
     return figures
 
 
@@ -196,6 +146,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--model", metavar="SPEC", help="two random networks of this kind instead, such as mlp:784-512x3-10")
     parser.add_argument("--vgg", action="store_true", help="the two slim VGG-11 on CIFAR-10 instead")
+    parser.add_argument("--resnet", action="store_true", help="two ResNet-20 on CIFAR-10 instead")
+    parser.add_argument("--gpt", action="store_true", help="two small GPT instead")
+    parser.add_argument("--recompute", action="store_true", help="batch-norm statistics recomputed along the ResNet line")
+    parser.add_argument("--plane", action="store_true", help="a plane of --points × --points through three MNIST networks")
     parser.add_argument("--backends", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument(
         "--warm", action=argparse.BooleanOptionalAction, default=False, help="run everything once, untimed, first"
@@ -206,7 +160,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    report = chain(options) if options.chain else line(options)
+    kinds = {"chain": chain, "recompute": passes.recompute, "plane": passes.plane}
+    chosen = [run for name, run in kinds.items() if getattr(options, name)]
+    report = (chosen or [line])[0](options)
     if options.json:
         atomic_write(options.json, lambda stream: stream.write(json.dumps(report, indent=1).encode()))
 

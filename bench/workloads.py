@@ -19,7 +19,7 @@ SHARED = File(os.environ.get("MODECONN_SHARED", ROOT.parent / "shared"))
 
 @dataclass(frozen=True)
 class Workload:
-    """One evaluation; `source` says whether networks and data are real."""
+    """One evaluation; `source` says whether networks and data are real, `rows` how many at a time suit plain PyTorch."""
 
     name: str
     model: nn.Module
@@ -27,6 +27,7 @@ class Workload:
     x: Tensor
     y: Tensor
     source: str
+    rows: tuple[int, ...] = (500, 1000, 2000)
 
 
 def mnist_line(samples: int) -> Workload:
@@ -49,13 +50,58 @@ def vgg_line(samples: int) -> Workload:
         path, networks = mc.Line(*files), "trained networks"
     else:
         path, networks = mc.Line(build("vgg11:width=16"), build("vgg11:width=16")), "random networks"
-    root = ROOT / ".cache" / "data" / "cifar10"
-    if root.is_dir():
-        (x, y), data = mc.datasets.load("cifar10", root=root).slice(0, samples), "real data"
-    else:
-        torch.manual_seed(0)
-        x, y, data = torch.randn(samples, 3, 32, 32), torch.randint(0, 10, (samples,)), "random data of CIFAR-10's shape"
-    return Workload(f"CIFAR-10 slim VGG-11, {len(x)} images, line", model, path, x, y, f"{networks}, {data}")
+    x, y, data = _cifar10(samples)
+    name = f"CIFAR-10 slim VGG-11, {len(x)} images, line"
+    return Workload(name, model, path, x, y, f"{networks}, {data}", rows=(128, 500))
+
+
+def resnet_line(samples: int, spec: str = "resnet20") -> Workload:
+    """The line between two random ResNet-20; batch norms have random statistics, as of trained networks."""
+    torch.manual_seed(0)
+    model, *ends = (build(spec) for _ in range(3))
+    for network in ends:
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+    x, y, data = _cifar10(samples)
+    name = f"CIFAR-10 {spec}, {len(x)} images, line"
+    return Workload(name, model, mc.Line(*ends), x, y, f"random networks, {data}", rows=(128, 500))
+
+
+class Tokens(nn.Module):
+    """A language model whose logits are [N, vocabulary, length], as F.cross_entropy takes them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.inner(tokens).transpose(1, 2)
+        return logits
+
+
+def gpt_line(samples: int, spec: str = "gpt:vocab=65,context=128,width=128,layers=4,heads=4") -> Workload:
+    """The line between two random GPT of nanoGPT's small shape, over random texts of 128 tokens."""
+    torch.manual_seed(0)
+    model, *ends = (Tokens(build(spec)) for _ in range(3))
+    for network in ends:
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.1)
+    texts = torch.randint(0, 65, (samples, 129))
+    name = f"{spec}, {samples} texts of 128 tokens, line"
+    return Workload(name, model, mc.Line(*ends), texts[:, :-1], texts[:, 1:].contiguous(), "random networks, random data",
+                    rows=(8, 32, 128))  # fmt: skip
+
+
+def mnist_plane(samples: int) -> Workload:
+    """The plane through the two 10 × 245 MNIST networks and a third one with random weights."""
+    line = mnist_line(samples)
+    torch.manual_seed(0)
+    path = mc.Plane.through(*line.path.control_points, build("mlp:784-245x10-10"))
+    name = f"MNIST 784-245x10-10, {len(line.x)} samples, plane"
+    return Workload(name, line.model, path, line.x, line.y, f"{line.source}, the third network random")
 
 
 def random_line(spec: str, samples: int) -> Workload:
@@ -92,3 +138,12 @@ def _mnist(samples: int) -> tuple[Tensor, Tensor, str]:
             return x.flatten(1).contiguous(), y, "real data"
     torch.manual_seed(0)
     return torch.randn(samples, 784), torch.randint(0, 10, (samples,)), "random data of MNIST's shape"
+
+
+def _cifar10(samples: int) -> tuple[Tensor, Tensor, str]:
+    root = ROOT / ".cache" / "data" / "cifar10"
+    if root.is_dir():
+        x, y = mc.datasets.load("cifar10", root=root).slice(0, samples)
+        return x, y, "real data"
+    torch.manual_seed(0)
+    return torch.randn(samples, 3, 32, 32), torch.randint(0, 10, (samples,)), "random data of CIFAR-10's shape"
