@@ -104,9 +104,10 @@ def vmap_points(points_per_call: int, rows_per_chunk: int) -> Peer:
                 for start in range(0, len(x), rows_per_chunk):
                     labels = y[start : start + rows_per_chunk]
                     outputs = outputs_of(stacked, x[start : start + rows_per_chunk])
-                    flat = F.cross_entropy(outputs.flatten(0, 1), labels.repeat(len(states)), reduction="none")
+                    repeated = labels.repeat(len(states), *[1] * (y.dim() - 1))
+                    flat = F.cross_entropy(outputs.flatten(0, 1), repeated, reduction="none")
                     loss += flat.view(len(states), -1).sum(1)
-                    wrong += (outputs.argmax(2) != labels).sum(1)
+                    wrong += (outputs.argmax(2) != labels).flatten(1).sum(1)
                 rows += list(zip(loss, wrong.double()))
         return _finish(rows, y.numel())
 

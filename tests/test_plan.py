@@ -322,3 +322,47 @@ def test_grouped_convolutions_keep_their_channels():
     assert classes(model, mc.Line(state, other), IMAGES)[2] == "combination"
     agrees(model, mc.Line(state, other), IMAGES, Y)
     assert np.isfinite(mc.evaluate(model, mc.Line(state, other), (IMAGES, Y), 3).loss).all()
+
+
+def test_transposed_convolutions_have_units():
+    """Their weight is [in, out, …]: dead channels on both sides fall away, and the first is a combination."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.ConvTranspose2d(2, 6, 3, stride=2, padding=1, output_padding=1), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, bias=False),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10),
+    )  # fmt: skip
+    state = clone(model)
+    state["6.weight"][:, 3:] = 0
+    state["2.weight"][2:, :3] = 0  # the live channels of the second read two of the first
+    dead = moved(moved(state, "2.weight", rows=slice(None)), "0.bias", rows=slice(2, None))
+    dead["2.weight"][:, :3] = state["2.weight"][:, :3]
+    got = classes(model, mc.Line(state, dead), IMAGES)
+    assert got == [*["constant 2/6"] * 2, *["constant 3/4"] * 4, "constant"]
+    agrees(model, mc.Line(state, dead), IMAGES, Y)
+    assert classes(model, mc.Line(state, moved(state, "0.weight")), IMAGES)[:2] == ["combination 2/6", "varying 2/6"]
+    agrees(model, mc.Line(state, moved(state, "0.weight")), IMAGES, Y)
+    grouped = nn.Sequential(nn.ConvTranspose2d(2, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(400, 10))
+    agrees(grouped, mc.Line(grouped, moved(grouped.state_dict(), "0.weight")), IMAGES, Y)
+
+
+def test_addmm_is_a_linear_layer():
+    """As Hugging Face's Conv1D calls it: y = b + x W, with the weight [in, out]."""
+
+    class Conv1D(nn.Module):
+        def __init__(self, before: int, after: int) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(before, after) / 3), nn.Parameter(torch.randn(after))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(20, 16), nn.ReLU(), Conv1D(16, 10))
+    state = clone(model)
+    state["2.weight"][9:] = 0
+    assert classes(model, mc.Line(state, moved(state, "2.bias")), X) == [*["constant 9/16"] * 2, "combination"]
+    path = mc.Line(state, moved(state, "0.weight"))
+    assert classes(model, path, X) == ["combination 9/16", "varying 9/16", "varying"]
+    agrees(model, path, X, Y)
+    plan = mc.explain(model, path, X, 11)
+    assert plan.program.naive_flops == 2 * 20 * 16 + 16 + 2 * 16 * 10

@@ -8,6 +8,7 @@ ones are one value, within a segment and between segments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -159,8 +160,8 @@ class _SegmentPlanner:
     def _support(self, node: Node, points: Sequence[int]) -> Support:
         """The support of the node's weights over some of the active control points."""
 
-        def support(entry: int, axis: int, rows: np.ndarray | None) -> np.ndarray:
-            masks = [self.contents.support(self._tensor(node.entries[entry], k, (rows,)), axis) for k in points]
+        def support(entry: int, axis: int, cut: Cut) -> np.ndarray:
+            masks = [self.contents.support(self._tensor(node.entries[entry], k, cut), axis) for k in points]
             live: np.ndarray = np.logical_or.reduce(masks)
             return live
 
@@ -334,6 +335,12 @@ def _constants(forms: Sequence[Form]) -> list[int]:
 
 def flops(node: Node, weights: Sequence[Tensor], numbers: float) -> float:
     """Arithmetic of a node per row: 2 per multiply-add, 1 per number of anything else."""
+    if node.op == "addmm" and len(weights) == 2:
+        return 2.0 * numbers * len(weights[1])
+    if node.op.startswith("conv_transpose") and weights:  # every input goes to each output of its kernel
+        stride = node.args[3] if len(node.args) > 3 else [1]
+        steps = math.prod(stride) ** ((weights[0].dim() - 2) // len(stride))
+        return 2.0 * numbers * weights[0].numel() / max(weights[0].shape[1], 1) / steps
     if node.op == "linear" or node.op.startswith("conv"):
         return 2.0 * numbers * weights[0].numel() / max(len(weights[0]), 1) if weights else numbers
     if node.op == "module":

@@ -53,8 +53,8 @@ def same_units(a: Wanted, b: Wanted) -> bool:
     return a is b or (a is not None and b is not None and a.key == b.key)
 
 
-# (entry, axis, rows to look at) → which indices along the axis have a non-zero weight at any active control point.
-Support = Callable[[int, int, "np.ndarray | None"], np.ndarray]
+# (entry, axis, the part to look at) → which indices along the axis have a non-zero weight at any active control point.
+Support = Callable[[int, int, Cut], np.ndarray]
 
 
 class Rule:
@@ -114,10 +114,16 @@ class ByChannel(Rule):
 
 
 class Product(Rule):
-    """Linear layers and ungrouped convolutions: weight [out, in, …] and maybe a bias [out]."""
+    """Linear layers and ungrouped convolutions, transposed or not: a weight and maybe a bias [out].
 
-    def __init__(self) -> None:
+    Args:
+        outputs, inputs: the weight's axes: [out, in, …] where they are 0 and 1.
+        bias_first: whether the bias comes before the weight among the entries.
+    """
+
+    def __init__(self, outputs: int = 0, inputs: int = 1, bias_first: bool = False) -> None:
         super().__init__("affine", lambda node: frozenset(range(len(node.entries))))
+        self._outputs, self._inputs, self._weight = outputs, inputs, int(bias_first)
 
     def linearity(self, node: Node) -> str:
         return "affine" if len(node.entries) > 1 else "homogeneous"
@@ -128,15 +134,18 @@ class Product(Rule):
 
     @staticmethod
     def _grouped(node: Node) -> bool:
-        return node.op != "linear" and len(node.args) > 6 and node.args[6] != 1
+        return node.op.startswith("conv") and len(node.args) > 6 and node.args[6] != 1
 
     def _rows(self, node: Node, wanted: Wanted) -> np.ndarray | None:
         return wanted.index if wanted and wanted.axis == self._axis(node) and not self._grouped(node) else None
 
+    def _cut(self, rows: np.ndarray | None, columns: np.ndarray | None) -> Cut:
+        return (rows, columns) if self._outputs == 0 else (columns, rows)
+
     def wants(self, node: Node, wanted: Wanted, shapes: Sequence[Shape], support: Support) -> list[Wanted]:
         if self._grouped(node):
             return [None]
-        live = support(0, 1, self._rows(node, wanted))
+        live = support(self._weight, self._inputs, self._cut(self._rows(node, wanted), None))
         if live.all():
             return [None]
         # A layer without any live input still needs an input for its shape: keep one.
@@ -145,8 +154,9 @@ class Product(Rule):
     def cuts(self, node: Node, wanted: Wanted, have: Sequence[Wanted], shapes: Sequence[Shape]) -> tuple[list[Cut], Wanted]:
         rows = self._rows(node, wanted)
         columns = have[0].index if have[0] else None
-        cuts: list[Cut] = [(rows, columns), (rows,)]
-        return cuts[: len(node.entries)], Units(self._axis(node), rows) if rows is not None else None
+        cuts: list[Cut] = [(rows,)] * len(node.entries)
+        cuts[self._weight] = self._cut(rows, columns)
+        return cuts, Units(self._axis(node), rows) if rows is not None else None
 
 
 class Flatten(Rule):
@@ -267,8 +277,12 @@ UNKNOWN = Rule()
 # Rearranging an entry is linear in it, as rearranging a value is.
 _STRUCTURAL = Rule("homogeneous", _entries_at(0))
 _PRODUCT = Product()
+_TRANSPOSED = Product(outputs=1, inputs=0)
+_ADDMM = Product(outputs=1, inputs=0, bias_first=True)
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(("linear", "conv1d", "conv2d"), _PRODUCT),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d"), _TRANSPOSED),
+    "addmm": _ADDMM,
     **dict.fromkeys(
         "relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish tanh sigmoid hardsigmoid hardswish softplus softsign "
         "log_sigmoid abs exp log sqrt rsqrt sin cos erf square clamp clamp_min clamp_max".split(),
@@ -297,7 +311,9 @@ def rule_for(node: Node) -> Rule:
     if node.op in ("add", "sub", "mul", "div") and not node.kwargs:
         return _arithmetic(node)
     rule = _RULES.get(node.op, UNKNOWN)
-    if rule is _PRODUCT and not (
+    if rule is _ADDMM and (node.args != (Entry(0), In(0), Entry(1)) or node.kwargs):
+        return UNKNOWN  # a sum that is itself computed, or scaled
+    if rule in (_PRODUCT, _TRANSPOSED) and not (
         node.args[:1] == (In(0),) and node.args[1:2] == (Entry(0),)
         and all(isinstance(a, Entry) or a is None for a in node.args[2:3])
     ):  # fmt: skip
