@@ -58,8 +58,14 @@ def frozen_entries(buffers: str, path: Path, data: bool = True) -> frozenset[str
 
 
 def check_fit(model: nn.Module, path: Path) -> None:
-    """Raise a ModeconnError that lists what differs between the model's entries and the path's."""
+    """Raise a ModeconnError for a model without memory of its own, or whose entries differ from the path's."""
     own = model.state_dict()
+    nowhere = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if nowhere:
+        raise ModeconnError(
+            f"the model {type(model).__name__} has {len(nowhere)} entries on the meta device, {nowhere[0]!r} first, and no "
+            'numbers for them: model.to_empty(device="cpu") makes room, and the path has the weights'
+        )
     states.match(
         [own, path.control_points[0]], [f"the model {type(model).__name__}", path.names[0]], devices=False, dtypes=False
     )
