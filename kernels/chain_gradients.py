@@ -142,3 +142,10 @@ def _add_given(dz: Tensor, x: Samples, part: slice, total: Tensor, options: Opti
         (total[part] if x.per_point else total[None]).add_(dz)
     else:
         linear_gradients.add_shared(dz, x, part.start, total, options.input_activation, options.input_slope)
+
+
+def aot_cases() -> list[AotCase]:
+    """The gradient of 1000 classes' logits."""
+    signature = {"z": "*fp32:16", "targets": "*i64:16", "grad": "*fp32", "z_point": "i32", "z_row": "i32"}
+    signature |= dict.fromkeys(("rows", "classes", "row_tiles"), "i32")
+    return [AotCase("logits' gradient", _logits_gradient_kernel, signature, {"ROWS": 4, "COLUMNS": 1024}, 4, 3, False)]

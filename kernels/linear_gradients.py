@@ -171,3 +171,27 @@ def weight_gradient(grad: Tensor, x: Samples, weight: Blended, precision: str, a
 def bias_gradient(grad: Tensor, bias: Blended) -> Tensor:
     """∂L/∂b_k [K, units] in float32."""
     return (bias.coefficients[:, :, None] * grad.sum(1)[:, None]).sum(0)
+
+
+def aot_cases() -> list[AotCase]:
+    """The control points' gradient of a layer 245 → 245 of a line, and the two steps around it."""
+    pointers, numbers = ("grad", "out", "w_coefficients", "x", "x_coefficients"), ("points", "rows", "units", "depth")
+    common = dict.fromkeys(pointers, "*fp32:16") | dict.fromkeys(numbers, "i32")
+    common |= dict.fromkeys(("x_stride", "x_row", "read_depth", "grad_point", "grad_row", "split_rows"), "i32:16")
+    common |= dict.fromkeys(("split_points", "row_splits", "out_split", "out_term"), "i32") | {"input_slope": "fp32"}
+    constants = {"x_depth": 1, "W_TERMS": 2, "ROWS": _ROWS, "COLUMNS": _COLUMNS, "INPUT_ACTIVATION": "relu", "X_PADDED": True}
+    cases = []
+    for precision in PRECISIONS.values():
+        for terms in (0, 2):
+            name = f"weight gradient {precision}{' of a combined x' if terms else ''}"
+            how = {**constants, "PRECISION": precision, "X_TERMS": terms}
+            cases.append(AotCase(name, _weight_kernel, common, how, 4, 3, precision != "ieee"))
+    rows = dict.fromkeys(("grad", "y", "out"), "*fp32:16") | dict.fromkeys(("rows", "units", "row_tiles"), "i32")
+    rows |= dict.fromkeys(("grad_point", "grad_row", "y_point", "y_row", "out_point", "out_row", "out_units"), "i32:16")
+    block = {"ROWS": _ROWS, "COLUMNS": 2 * _COLUMNS}
+    how = {"ACTIVATION": "gelu", "grad_unit": 1, **block}
+    cases.append(AotCase("activation gradient", _activation_kernel, rows | {"slope": "fp32"}, how, 4, 3, False))
+    rows = dict.fromkeys(("grad", "x", "x_coefficients", "out"), "*fp32:16") | dict.fromkeys(("points", "rows", "depth"), "i32")
+    rows |= dict.fromkeys(("grad_point", "grad_row", "x_term", "x_row"), "i32:16") | {"out_term": "i32", "out_row": "i32"}
+    how = {"ACTIVATION": "gelu", "TERMS": 2, "x_depth": 1, **block}
+    return [*cases, AotCase("shared values' gradient", _shared_kernel, rows | {"slope": "fp32"}, how, 4, 3, False)]

@@ -33,10 +33,11 @@ from modeconn.kernels.blended import Blended
 from modeconn.kernels.chain_gradients import chain_gradients
 from modeconn.kernels.form import formed
 from modeconn.kernels.head import head_rank, head_reference, head_start, head_store, head_update
-from modeconn.kernels.launch import AotCase, chunks, dot_precision, launch, padded, tl, triton
+from modeconn.kernels.launch import PRECISIONS, AotCase, chunks, dot_precision, launch, padded, tl, triton
 from modeconn.kernels.path_linear import BLOCK_K, FORMED_BYTES, Options, blends_in_prologue, path_linear_reference
 from modeconn.kernels.tiles import (
     aligned,
+    aot_arguments,
     bias_arguments,
     blended_arguments,
     formed_arguments,
@@ -244,3 +245,21 @@ def path_cross_entropy(
         raise ModeconnError("there are 0 classes: expected one at least")
     check_same_device(x=samples.values, targets=targets, weight=tensors[0], bias=tensors[1])
     return _PathCrossEntropy.apply(samples.values, *tensors, samples, layer, targets, points, top5, options)
+
+
+def aot_cases() -> list[AotCase]:
+    """The last layer of a line, 245 → 10 and 245 → 1000 classes, and combined logits of both sizes."""
+    common = {"targets": "*i64:16", "sums": "*fp64:16", **dict.fromkeys(("points", "rows", "row_tiles", "group_rows", "units"), "i32")}
+    cases = []
+    for classes in (10, 1000):
+        for given in (False, True):
+            config = blocks(classes, given)
+            for precision in PRECISIONS.values() if not given else ["tf32x3"]:
+                signature, constants = aot_arguments(precision, given)
+                constants |= {"GIVEN": given, "TOP5": classes > 10, "ONE_TILE": classes <= config.kwargs["BLOCK_N"]}
+                if given:
+                    constants |= {"W_TERMS": 0, "B_TERMS": 0}
+                what = f"path_cross_entropy {'of combined logits' if given else precision} {classes} classes"
+                how = constants | config.kwargs
+                cases.append(AotCase(what, _cross_entropy_kernel, signature | common, how, config.num_warps, config.num_stages, not given))
+    return cases

@@ -34,6 +34,7 @@ from modeconn.kernels.form import formed
 from modeconn.kernels.launch import chunks, dot_precision, launch, padded, tl, triton, tuned
 from modeconn.kernels.tiles import (
     aligned,
+    aot_arguments,
     bias_arguments,
     blended_arguments,
     formed_arguments,
@@ -91,9 +92,8 @@ def blends_in_prologue(row_tiles: int, terms: int) -> bool:
     return row_tiles * terms <= terms + 1 + row_tiles
 
 
-@tuned(CONFIGS, key=["units", "depth", "X_TERMS", "W_TERMS", "PRECISION"])
 @triton.jit
-def _linear_kernel(
+def _jitted(
     x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias, bias_coefficients, b_term,
     b_unit, out, out_point, out_row, points, rows, units, depth, read_depth, out_units, group_rows, slope, input_slope,
     ACTIVATION: tl.constexpr, INPUT_ACTIVATION: tl.constexpr, X_TERMS: tl.constexpr, X_PADDED: tl.constexpr,
@@ -111,6 +111,9 @@ def _linear_kernel(
     y = activate(total, ACTIVATION, slope)
     target = out + t.to(tl.int64) * out_point + row.to(tl.int64)[:, None] * out_row + unit[None, :]
     tl.store(target, y.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (unit < out_units)[None, :])
+
+
+_linear_kernel = tuned(CONFIGS, key=["units", "depth", "X_TERMS", "W_TERMS", "PRECISION"])(_jitted)
 
 
 def product(
@@ -232,3 +235,18 @@ def path_linear(
     options = Options(activation, slope, input_activation, input_slope, precision)
     biases = None if bias is None else bias.tensors
     return _PathLinear.apply(samples.values, weight.tensors, biases, samples, weight, bias, options)
+
+
+def aot_cases() -> list[AotCase]:
+    """A layer 245 → 245 of a line: one x per point with formed weights; a combined x with weights blended in the prologue."""
+    cases = []
+    for config in CONFIGS:
+        for precision in PRECISIONS.values():
+            for blends in (False, True):
+                signature, constants = aot_arguments(precision, blends)
+                signature |= dict.fromkeys(("points", "rows", "group_rows", "units"), "i32") | {"out": "*fp32:16", "slope": "fp32"}
+                signature |= dict.fromkeys(("out_point", "out_row", "out_units"), "i32:16")
+                constants |= {"ACTIVATION": "relu", **config.kwargs}
+                name = f"path_linear {precision} {config.kwargs['BLOCK_M']}x{config.kwargs['BLOCK_N']}{' blended' if blends else ''}"
+                cases.append(AotCase(name, _jitted, signature, constants, config.num_warps, config.num_stages, precision != "ieee"))
+    return cases

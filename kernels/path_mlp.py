@@ -40,10 +40,10 @@ from modeconn.kernels.blended import Blended
 from modeconn.kernels.chain_gradients import chain_gradients
 from modeconn.kernels.form import form
 from modeconn.kernels.head import head_rank, head_start, head_store, head_update
-from modeconn.kernels.launch import AotCase, chunks, dot_precision, launch, multiply, tl, triton
+from modeconn.kernels.launch import PRECISIONS, AotCase, chunks, dot_precision, launch, multiply, tl, triton
 from modeconn.kernels.path_cross_entropy import path_cross_entropy, path_cross_entropy_reference
 from modeconn.kernels.path_linear import FORMED_BYTES, Options, path_linear, path_linear_reference
-from modeconn.kernels.tiles import aligned, load_samples, samples_arguments
+from modeconn.kernels.tiles import aligned, aot_arguments, load_samples, samples_arguments
 
 __all__ = ["MOST_UNITS", "PathLayer", "path_mlp", "path_mlp_reference"]
 
@@ -245,3 +245,19 @@ def _layer_by_layer(x: Tensor | Blended, layers: list[PathLayer], targets: Tenso
         how = {"activation": layer.activation, "slope": layer.slope, "precision": options.precision}
         x, first = path_linear(x, layer.weight, layer.bias, **how, **first), {}
     return path_cross_entropy(x, None, None, targets, top5=top5)
+
+
+def aot_cases() -> list[AotCase]:
+    """Layers of 245 units, the first a combination of two shared values, 10 classes, top-5 errors too."""
+    cases = []
+    for precision in PRECISIONS.values():
+        signature, constants = aot_arguments(precision, False)
+        drop = ("w", "w_coefficients", "w_stride", "w_unit", "bias", "bias_coefficients", "b_term")
+        signature = {name: kind for name, kind in signature.items() if name not in drop}
+        signature |= {"weights": "*bf16:16" if precision == "bf16" else "*fp32:16", "biases": "*fp32:16", "widths": "*i32:16"}
+        signature |= {"targets": "*i64:16", "sums": "*fp64:16", "slope": "fp32", "last_slope": "fp32"}
+        signature |= dict.fromkeys(("rows", "classes", "hidden", "row_tiles"), "i32")
+        how = {"x_depth": 1, "X_TERMS": 2, "X_PADDED": True, "ACTIVATION": "relu", "INPUT_ACTIVATION": "relu", "TOP5": True}
+        how |= {"LAST_ACTIVATION": "identity", "PRECISION": precision, "PARTS": 4, "CLASS_PARTS": 1, "PART": PART, "ROWS": ROWS}
+        cases.append(AotCase(f"path_mlp {precision}", _mlp_kernel, signature, how, WARPS, 1, precision != "ieee"))
+    return cases

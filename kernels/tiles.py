@@ -173,3 +173,14 @@ def _readable(values: Tensor, width: int) -> bool:
         return False
     last = sum((size - 1) * stride for size, stride in zip(values.shape[:-1], values.stride()[:-1]))
     return values.storage_offset() + last + width <= values.untyped_storage().nbytes() // values.element_size()
+
+
+def aot_arguments(precision: str, blends: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """The signature and constants that `linear_tile` stands for: padded rows, two terms each where something is blended."""
+    weights = "*bf16:16" if precision == "bf16" and not blends else "*fp32:16"
+    signature = {"x": "*fp32:16", "x_coefficients": "*fp32:16", "w": weights, "w_coefficients": "*fp32:16"}
+    signature |= {"bias": "*fp32:16", "bias_coefficients": "*fp32:16", "b_term": "i32", "depth": "i32", "input_slope": "fp32"}
+    signature |= dict.fromkeys(("x_stride", "x_row", "w_stride", "w_unit", "read_depth"), "i32:16")
+    constants: dict[str, Any] = {"x_depth": 1, "w_depth": 1, "b_unit": 1, "B_TERMS": 2, "X_PADDED": True, "BLOCK_K": 32}
+    constants |= {"X_TERMS": 2 * blends, "W_TERMS": 2 * blends, "PRECISION": precision}
+    return signature, constants | {"INPUT_ACTIVATION": "relu" if blends else "identity"}
