@@ -19,7 +19,7 @@ from modeconn.kernels.arguments import PathLayer, Samples
 from modeconn.kernels.blended import Blended
 from modeconn.kernels.form import form
 from modeconn.kernels.head import head_start, head_update
-from modeconn.kernels.launch import chunks, launch, padded, tl, triton
+from modeconn.kernels.launch import AotCase, chunks, launch, padded, tl, triton
 from modeconn.kernels.path_linear import Options, path_linear
 
 # Bytes of all layers' values of the points that are run again at a time.

@@ -20,7 +20,7 @@ from torch import Tensor
 from modeconn.kernels.activations import derivative
 from modeconn.kernels.arguments import Samples
 from modeconn.kernels.blended import Blended
-from modeconn.kernels.launch import INTERPRETED, dot_precision, launch, multiply, padded, tl, triton
+from modeconn.kernels.launch import INTERPRETED, PRECISIONS, AotCase, dot_precision, launch, multiply, padded, tl, triton
 from modeconn.kernels.tiles import blend, load_samples, samples_arguments, where_active
 
 # Programs that fill a device of 132 multiprocessors twice. A constant, so that sums do not depend on the device.

@@ -249,7 +249,8 @@ def path_cross_entropy(
 
 def aot_cases() -> list[AotCase]:
     """The last layer of a line, 245 → 10 and 245 → 1000 classes, and combined logits of both sizes."""
-    common = {"targets": "*i64:16", "sums": "*fp64:16", **dict.fromkeys(("points", "rows", "row_tiles", "group_rows", "units"), "i32")}
+    common = dict.fromkeys(("points", "rows", "row_tiles", "group_rows", "units"), "i32")
+    common |= {"targets": "*i64:16", "sums": "*fp64:16"}
     cases = []
     for classes in (10, 1000):
         for given in (False, True):
@@ -261,5 +262,6 @@ def aot_cases() -> list[AotCase]:
                     constants |= {"W_TERMS": 0, "B_TERMS": 0}
                 what = f"path_cross_entropy {'of combined logits' if given else precision} {classes} classes"
                 how = constants | config.kwargs
-                cases.append(AotCase(what, _cross_entropy_kernel, signature | common, how, config.num_warps, config.num_stages, not given))
+                launch_with = (config.num_warps, config.num_stages)
+                cases.append(AotCase(what, _cross_entropy_kernel, signature | common, how, *launch_with, not given))
     return cases

@@ -31,7 +31,7 @@ from modeconn.kernels.activations import act, activate, derivative_from_output
 from modeconn.kernels.arguments import PathLayer, Samples, check_layer, check_points, check_same_device, samples_of
 from modeconn.kernels.blended import Blended
 from modeconn.kernels.form import formed
-from modeconn.kernels.launch import chunks, dot_precision, launch, padded, tl, triton, tuned
+from modeconn.kernels.launch import PRECISIONS, AotCase, chunks, dot_precision, launch, padded, tl, triton, tuned
 from modeconn.kernels.tiles import (
     aligned,
     aot_arguments,
@@ -244,9 +244,12 @@ def aot_cases() -> list[AotCase]:
         for precision in PRECISIONS.values():
             for blends in (False, True):
                 signature, constants = aot_arguments(precision, blends)
-                signature |= dict.fromkeys(("points", "rows", "group_rows", "units"), "i32") | {"out": "*fp32:16", "slope": "fp32"}
+                signature |= dict.fromkeys(("points", "rows", "group_rows", "units"), "i32")
+                signature |= {"out": "*fp32:16", "slope": "fp32"}
                 signature |= dict.fromkeys(("out_point", "out_row", "out_units"), "i32:16")
                 constants |= {"ACTIVATION": "relu", **config.kwargs}
-                name = f"path_linear {precision} {config.kwargs['BLOCK_M']}x{config.kwargs['BLOCK_N']}{' blended' if blends else ''}"
-                cases.append(AotCase(name, _jitted, signature, constants, config.num_warps, config.num_stages, precision != "ieee"))
+                tile = f"{config.kwargs['BLOCK_M']}x{config.kwargs['BLOCK_N']}"
+                name, launch_with = f"path_linear {precision} {tile}", (config.num_warps, config.num_stages)
+                name += " blended" if blends else ""
+                cases.append(AotCase(name, _jitted, signature, constants, *launch_with, precision != "ieee"))
     return cases

@@ -1,6 +1,6 @@
 """A whole chain of linear layers with widths up to 256, and the loss, at many points: only sums over the samples leave.
 
-    x_0 = x[t, n] or act(Σ_j c[t, j] v_j);  x_l = act_l(x_{l-1} W_l(t)ᵀ + b_l(t));  sums of loss, errors, top-5 errors (head.py)
+    x_0 = x[t, n] or act(Σ_j c[t, j] v_j);  x_l = act_l(x_{l-1} W_l(t)ᵀ + b_l(t));  sums of loss and errors (head.py)
 
 Floor: 2 T N Σ in·out operations; from memory only x (once per point, or once in all) and each point's weights. With P = width / 64
 rounded up, a program reads the (64 P)² weights of a layer from L2 for 64 rows: 32 operations per byte of float32 weights,
@@ -251,7 +251,7 @@ def aot_cases() -> list[AotCase]:
     """Layers of 245 units, the first a combination of two shared values, 10 classes, top-5 errors too."""
     cases = []
     for precision in PRECISIONS.values():
-        signature, constants = aot_arguments(precision, False)
+        signature, _ = aot_arguments(precision, False)
         drop = ("w", "w_coefficients", "w_stride", "w_unit", "bias", "bias_coefficients", "b_term")
         signature = {name: kind for name, kind in signature.items() if name not in drop}
         signature |= {"weights": "*bf16:16" if precision == "bf16" else "*fp32:16", "biases": "*fp32:16", "widths": "*i32:16"}
