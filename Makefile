@@ -11,10 +11,10 @@ SANITIZE := address,undefined
 SOURCES  := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench dev sanitize clean
+.PHONY: help demo test lint bench kernel-report dev sanitize clean
 
 help: ## this list
-	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+): .*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+): .*## /  make \1\t/' | expand -t 24
 
 demo: $(STAMP) ## the loss barrier between two small networks, in seconds, with no files needed
 	@$(BIN)/modeconn demo
@@ -28,6 +28,9 @@ lint: $(STAMP) ## ruff and mypy
 
 bench: $(STAMP) ## the side-by-side table: this library against a pass per point and other peers
 	$(BIN)/python bench/run.py
+
+kernel-report: $(STAMP) ## compile the GPU kernels, without a GPU; what they take of one goes into docs/kernels.md
+	env -u TRITON_INTERPRET $(BIN)/python -m modeconn.kernels.report --write docs/kernels.md
 
 dev: $(STAMP) ## only set up .venv, with modeconn in it (editable)
 
