@@ -11,7 +11,7 @@ values; 1×1 convolutions, at C/4 operations a byte, from 413, 138 and 825.
 
 An implicit matrix product: rows are the output pixels of all images of a point, columns are output channels, and the depth
 runs over taps and the input channels, which lie side by side in memory. Nothing is unfolded; a tap outside of the image is
-a masked read. With few input channels (a first layer), the depth runs over taps × channels in one piece, so that no lane
+a masked read. With fewer input channels than BLOCK_K, the depth runs over taps × channels in one piece, so that no lane
 idles on channels that are not there. Weights are formed for a chunk of points at a time (form.py), [t, out, taps · in].
 
 Layout: a program makes a tile [BLOCK_M pixels, BLOCK_N channels] of one point, in the order of tiles.py: the tiles of a
@@ -40,14 +40,13 @@ from modeconn.kernels.tiles import GROUP_BYTES, blend, tile_of_program
 
 # Formed weights of a chunk of points: they should still lie in L2 when the product reads them.
 FORMED_BYTES = 32 << 20
-# From this many input channels on, each tap has its own steps of the depth.
-CHANNELS = 16
 # The depth of a tile is the same everywhere: it decides the order of the sums.
 BLOCK_K = 32
 WIDE = triton.Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=3)
 MIDDLE = triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3)
 NARROW = triton.Config({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=4, num_stages=3)
-CONFIGS = [WIDE, MIDDLE, NARROW]
+THIN = triton.Config({"BLOCK_M": 128, "BLOCK_N": 16}, num_warps=4, num_stages=3)
+CONFIGS = [WIDE, MIDDLE, NARROW, THIN]
 
 
 @tuned(CONFIGS, key=["channels", "units", "KH", "KW", "X_TERMS", "PRECISION"])
@@ -178,7 +177,8 @@ def path_conv2d(
         samples = replace(samples, values=channels_last(samples.values))
         residual = None if residual is None else channels_last(residual)
         _convolve(samples, weight, _affine(bias, scale, shift), residual, out, stride, padding, options)
-    return channels_first(out)
+    images: Tensor = channels_first(out)
+    return images
 
 
 def _convolve(
@@ -197,7 +197,7 @@ def _convolve(
         "out_width": out_width, "units": units, "group_rows": _pixels_of_a_group(x, pixels),
         "depth": padded(kh * kw * channels),
         "KH": kh, "KW": kw, "SH": stride[0], "SW": stride[1], "PH": padding[0], "PW": padding[1],
-        "FLAT": channels if channels < CHANNELS else 0, "HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None,
+        "FLAT": channels if channels < BLOCK_K else 0, "HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None,
         "HAS_RESIDUAL": residual is not None, "BLOCK_K": BLOCK_K,
     }  # fmt: skip
     if not isinstance(_conv2d_kernel, triton.runtime.Autotuner):
@@ -212,7 +212,7 @@ def _convolve(
         count = part.stop - part.start
 
         def programs(meta: dict[str, Any], count: int = count) -> int:
-            return count * triton.cdiv(pixels, meta["BLOCK_M"]) * triton.cdiv(units, meta["BLOCK_N"])
+            return count * -(-pixels // int(meta["BLOCK_M"])) * -(-units // int(meta["BLOCK_N"]))
 
         launch(
             _conv2d_kernel, programs, out, x=at(x.values, x.per_point, part), x_coefficients=at(x.coefficients, True, part),
@@ -232,7 +232,8 @@ def default_config(units: int, dot: str) -> Any:
 
 def _pixels_of_a_group(x: Samples, pixels: int) -> int:
     """Output pixels whose inputs stay in L2 while all points pass, where the points share them; else all."""
-    return pixels if x.per_point else max(128, pixels * GROUP_BYTES // max(1, x.values.numel() * x.values.element_size()))
+    size = x.values.numel() * x.values.element_size()
+    return pixels if x.per_point else min(pixels, max(128, pixels * GROUP_BYTES // max(1, size)))
 
 
 def _affine(bias: Blended | None, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -277,11 +278,12 @@ def path_conv2d_reference(
     y = torch.stack([F.conv2d(v, w, b, stride, padding) for v, w, b in zip(values, weight.formed(), biases)])
     y = y if scale is None else y * scale[:, None, :, None, None]
     y = y if shift is None else y + shift[:, None, :, None, None]
-    return act(y if residual is None else y + residual, activation, slope)
+    images: Tensor = act(y if residual is None else y + residual, activation, slope)
+    return images
 
 
 def aot_cases() -> list[AotCase]:
-    """3×3 convolutions of 128 and of 32 channels, of a first layer's 3, and of two shared values."""
+    """3×3 convolutions of 128, 32 and 16 channels, of a first layer's 3, and of two shared values."""
     names = ("x", "x_coefficients", "w", "scale", "shift", "residual", "out")
     signature = dict.fromkeys(names, "*fp32:16") | dict.fromkeys(("slope", "input_slope"), "fp32")
     signature |= dict.fromkeys(("group_rows", "points"), "i32")
@@ -291,15 +293,13 @@ def aot_cases() -> list[AotCase]:
     constants |= {"KH": 3, "KW": 3, "INPUT_ACTIVATION": "relu", "ACTIVATION": "relu", "BLOCK_K": BLOCK_K}
 
     def case(channels: int, units: int, precision: str, terms: int = 0) -> AotCase:
-        config = default_config(units, PRECISIONS[precision])
-        few = channels < CHANNELS
-        return AotCase(
-            f"conv2d {channels}→{units}{f' of {terms} terms' if terms else ''} {precision}", _conv2d_kernel,
-            signature | {"channels": "i32" if few else "i32:16", "w": "*bf16:16" if precision == "bf16" else "*fp32:16"},
-            {**constants, **config.kwargs, "FLAT": channels if few else 0, "X_TERMS": terms,
-             "PRECISION": PRECISIONS[precision]},
-            config.num_warps, config.num_stages, True,
-        )  # fmt: skip
+        dot = PRECISIONS[precision]
+        config = default_config(units, dot)
+        of = {"channels": "i32" if channels % 16 else "i32:16", "w": "*bf16:16" if precision == "bf16" else "*fp32:16"}
+        given = {"FLAT": channels if channels < BLOCK_K else 0, "X_TERMS": terms, "PRECISION": dot}
+        name = f"conv2d {channels}→{units}{f' of {terms} terms' if terms else ''} {precision}"
+        constexprs = constants | config.kwargs | given
+        return AotCase(name, _conv2d_kernel, signature | of, constexprs, config.num_warps, config.num_stages, True)
 
     wide = [case(128, 128, precision) for precision in PRECISIONS]
-    return [*wide, case(32, 32, "float32"), case(3, 64, "float32"), case(64, 64, "float32", terms=2)]
+    return [*wide, case(32, 32, "float32"), case(16, 16, "float32"), case(3, 64, "float32"), case(64, 64, "float32", terms=2)]

@@ -89,7 +89,8 @@ def path_pool2d(x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair 
             *x.shape[3:], height, width, channels, *kernel, *stride, *padding, MAX=kind == "max", BLOCK_P=block_p,
             BLOCK_C=block_c,
         )  # fmt: skip
-    return channels_first(out)
+    pooled: Tensor = channels_first(out)
+    return pooled
 
 
 def _checked(x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair) -> tuple[Pair, Pair, Pair]:
@@ -111,7 +112,8 @@ def _checked(x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair) ->
 def path_pool2d_reference(x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair = (0, 0)) -> Tensor:
     """The same in plain PyTorch, in any dtype."""
     pool = F.max_pool2d if kind == "max" else F.avg_pool2d
-    return pool(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2])
+    pooled: Tensor = pool(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2])
+    return pooled
 
 
 def aot_cases() -> list[AotCase]:

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # Samples, channels, height and width; outputs and kernel; stride, padding.
 SHAPES = {
-    "3x3": ((2, 16, 5, 7), (5, 3, 3), (1, 1), (1, 1)),
+    "3x3": ((2, 33, 5, 7), (5, 3, 3), (1, 1), (1, 1)),
+    "3x3, 16 channels": ((2, 16, 5, 4), (16, 3, 3), (1, 1), (1, 1)),
     "3x3, a first layer": ((3, 3, 6, 5), (33, 3, 3), (1, 1), (1, 1)),
     "3x3, strided": ((3, 17, 7, 4), (7, 3, 3), (2, 2), (1, 1)),
     "1x1, strided": ((2, 35, 5, 4), (2, 1, 1), (2, 2), (0, 0)),
@@ -66,8 +67,10 @@ def test_images_of_every_point(name, points):
     check(torch.randn(points, *shape), weight, bias, stride=stride, padding=padding)
 
 
-@pytest.mark.parametrize("name", ["3x3", "3x3, a first layer", "1x1, strided"])
-def test_images_that_the_points_share(name):
+@pytest.mark.parametrize("name", ["3x3", "tiles of pixels and of columns", "1x1, strided"])
+def test_images_that_the_points_share(name, monkeypatch):
+    """However many of their pixels are thought to stay in L2."""
+    monkeypatch.setattr(module, "GROUP_BYTES", 1)
     shape, (units, *kernel), stride, padding = SHAPES[name]
     check(torch.randn(shape), blended(3, 2, units, shape[1], *kernel), stride=stride, padding=padding)
 
