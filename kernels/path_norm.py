@@ -90,8 +90,9 @@ def _sums_kernel(
     first = tl.load(source, mask=(channel < channels)[None, :], other=0.0).to(tl.float64)
     total = tl.zeros((LANES, BLOCK_C), tl.float64)
     square = tl.zeros((LANES, BLOCK_C), tl.float64)
-    for step in range(ROWS // LANES):
-        row = part % parts * ROWS + step * LANES + tl.arange(0, LANES)
+    begin = part % parts * ROWS
+    for step in range(tl.cdiv(tl.minimum(rows - begin, ROWS), LANES)):
+        row = begin + step * LANES + tl.arange(0, LANES)
         place = (row // inner).to(tl.int64) * x_sample + (row % inner).to(tl.int64) * x_inner
         inside = (row < rows)[:, None] & (channel < channels)[None, :]
         value = tl.load(source + place[:, None], mask=inside, other=0.0).to(tl.float64)
