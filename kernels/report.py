@@ -72,6 +72,7 @@ class Resources:
         bound: what keeps them from being more.
         instructions: how many of each telling kind the machine code has.
         tensor_cores: whether it should have some of theirs.
+        failure: why Triton cannot compile it; the other numbers are 0 then.
     """
 
     file: str
@@ -86,11 +87,14 @@ class Resources:
     bound: str
     instructions: dict[str, int]
     tensor_cores: bool
+    failure: str = ""
 
     @property
     def problems(self) -> list[str]:
         """What is wrong with the configuration, in words."""
         found = []
+        if self.failure:
+            return [f"{self.file}: {self.name} on sm_{self.arch} does not compile: {self.failure}"]
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
         if not self.blocks:
@@ -117,10 +121,14 @@ def resources(file: str, place: int, arch: int) -> Resources:
     """Compile a configuration for an architecture and read what it takes.
 
     Raises:
-        ModeconnError: Triton cannot compile it, or comes without its disassembler.
+        ModeconnError: Triton comes without its disassembler, or the configuration's arguments are not the kernel's.
     """
     case = configurations(file)[place]
-    kernel = _compiled(case, arch)
+    try:
+        kernel = _compiled(case, arch)
+    except RuntimeError as error:  # of the compiler itself
+        failure = str(error).splitlines()[0]
+        return Resources(file, case.name, arch, case.num_warps, case.num_stages, 0, 0, 0, 0, "", {}, case.tensor_cores, failure)
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(kernel.asm["cubin"])
@@ -199,6 +207,9 @@ def table(rows: list[Resources]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
+        if r.failure:
+            lines.append(f"| {r.name} | {r.arch} | {r.warps} × {r.stages} | | | | | | does not compile: {r.failure} |")
+            continue
         kinds = ", ".join(f"{count} {name}" for name, count in r.instructions.items())
         lines.append(
             f"| {r.name} | {r.arch} | {r.warps} × {r.stages} | {r.registers} | {r.spilled} | {r.shared / 1024:.1f} "

@@ -97,6 +97,12 @@ def test_problems_are_named():
     ]
 
 
+def test_what_does_not_compile_is_a_problem_and_a_row():
+    failed = Resources("path_x", "x", 100, 4, 3, 0, 0, 0, 0, "", {}, True, "PassManager::run failed")
+    assert failed.problems == ["path_x: x on sm_100 does not compile: PassManager::run failed"]
+    assert "| x | 100 | 4 × 3 | | | | | | does not compile: PassManager::run failed |" in table([failed])
+
+
 def test_the_table_goes_between_its_marks():
     text = written_into(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", table([GOOD]))
     assert text.startswith(f"before\n{report.BEGIN}\n| kernel |") and text.endswith(f"\n{report.END}\nafter\n")
