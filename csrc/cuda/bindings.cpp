@@ -116,7 +116,7 @@ PYBIND11_MODULE(_cuda, module) {
     const int count = device_count(problem);
     return py::make_tuple(count, problem);
   }, "How many devices CUDA finds, and why it finds none, if it says so.");
-  py::class_<Prepared>(module, "Chain", "A chain of linear layers under cross-entropy, checked: what to compute, where, and how.")
+  py::class_<Prepared>(module, "Chain", py::module_local(), "A chain of linear layers under cross-entropy, checked: what to compute, where, and how.")
       .def(py::init(&prepare), py::kw_only(), py::arg("rows"), py::arg("points"), py::arg("width"), py::arg("terms"), py::arg("coefficients"),
            py::arg("layers"), py::arg("labels"), py::arg("activation"), py::arg("slope"), py::arg("top5"), py::arg("precision"),
            py::arg("variant"), py::arg("device"))

@@ -8,7 +8,7 @@ from modeconn.backends.reference import ReferenceBackend
 from modeconn.errors import ModeconnError
 from modeconn.plan.program import Program
 
-NAMES = ("reference", "native")
+NAMES = ("reference", "native", "cuda")
 
 
 def check_name(name: str) -> None:
@@ -20,6 +20,10 @@ def check_name(name: str) -> None:
 def make_backend(name: str, program: Program, dtype: torch.dtype, device: torch.device) -> ReferenceBackend:
     """The backend of that name; "auto" takes the fastest that runs the program."""
     check_name(name)
+    if name == "cuda":  # "auto" does not take it before a measurement says that it wins
+        from modeconn.backends.cuda import CudaBackend
+
+        return CudaBackend(program, dtype, device)
     if name != "reference":
         from modeconn.backends.native import CannotRun, NativeBackend
 
