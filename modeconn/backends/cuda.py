@@ -271,7 +271,7 @@ def _fused(program: Program, segment: Segment, device: torch.device) -> Fused | 
             return f"its {what} is {value}: expected at most {most}"
 
     def tensor(array: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device, dtype)
+        return torch.from_numpy(np.array(array)).to(device, dtype)
 
     layers = []
     for layer in chain.layers:
