@@ -24,17 +24,20 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on the PATH")
 NOT_SOURCE = (".git", ".venv", ".cache", ".*_cache", ".hypothesis", "build", "dist", "*.egg-info")
-NOT_SOURCE += ("__pycache__", "*.so", "_native_missing.txt")
+NOT_SOURCE += ("__pycache__", "*.so", "_native_missing.txt", "_cuda_missing.txt")
 
 
 def run(command: Sequence[str | Path], cwd: Path, expected: int = 0, **environment: str) -> str:
-    """Run a command with nothing of this environment on Python's path; its output, both streams together."""
-    dropped = ("PYTHONPATH", "MODECONN_NATIVE", "MODECONN_SANITIZE")
+    """Run a command with nothing of this environment on Python's path; its output, both streams together.
+
+    The CUDA part is left out unless it is asked for: nvcc takes its time, and tests/test_cuda_chain.py has it compile.
+    """
+    dropped = ("PYTHONPATH", "MODECONN_NATIVE", "MODECONN_SANITIZE", "MODECONN_CUDA_ARCHS", "CUDA_HOME")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**kept, "PYTHONUTF8": "1", **environment},
+        env={**kept, "PYTHONUTF8": "1", "MODECONN_CUDA": "0", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -225,6 +228,21 @@ def test_each_source_gets_the_flags_of_its_instruction_set_and_no_other(small: P
     text, made, _ = build_extension(small, MODECONN_NATIVE="1")
     assert "✓ C++ extension modeconn._native: built" in text
     assert len(made) == 1
+
+
+@needs_compiler
+def test_without_nvcc_the_cuda_part_is_left_out_and_says_so(small: Path):
+    (small / "csrc" / "cuda").mkdir()
+    (small / "csrc" / "cuda" / "kernel.cu").write_text("", encoding="utf-8")
+    text, made, _ = build_extension(small, MODECONN_CUDA="auto", CUDA_HOME="/nowhere")
+    assert "✗ C++ extension modeconn._cuda: not built: there is no nvcc in CUDA_HOME=/nowhere" in text
+    assert [name.partition(".")[0] for name in made] == ["_native"]
+    note = small / "built" / "modeconn" / "_cuda_missing.txt"
+    assert note.read_text(encoding="utf-8") == "there is no nvcc in CUDA_HOME=/nowhere\n"
+    text, _, _ = build_extension(small, expected=1, MODECONN_CUDA="1", CUDA_HOME="/nowhere")
+    assert "MODECONN_CUDA=1, but the extension cannot be built: there is no nvcc" in text
+    text, _, _ = build_extension(small, expected=1, MODECONN_CUDA="on")
+    assert "MODECONN_CUDA is 'on': expected auto, 0 or 1" in text
 
 
 @needs_compiler
