@@ -326,7 +326,7 @@ def test_the_emulation_notices(objects, tmp_path, monkeypatch, file, before, aft
     others = [path for name, path in objects.items() if name != "mlp_tf32.cu"]
     module = link_and_load([*others, compile_source(broken / "mlp_tf32.cu", tmp_path / "mlp.o")], tmp_path / "_cuda.so")
     monkeypatch.setattr(cuda, "extension", lambda: module)
-    p = problem(40, 2, 1, (70, 70, 70, 70))  # two blocks: the emulation runs their warps in either order
+    p = problem(40, 2, 1, (95, 95, 95, 95))  # two blocks: the emulation runs their warps in either order
     with pytest.raises((AssertionError, RuntimeError)):
         agrees(p, "tf32", variant)
 
