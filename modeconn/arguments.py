@@ -17,7 +17,8 @@ from modeconn.paths import Path
 # Memory for a batch, and as much for its shared values, where the caller names no budget.
 MEMORY_BUDGET = 128 << 20
 BUFFERS = ("interpolate", "start", "recompute")
-_PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+# What values have; "tf32" and "bf16" are about what products are made of, on a GPU.
+_PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "tf32": torch.float32, "bf16": torch.float32}
 
 
 def dtype_of(precision: str) -> torch.dtype:

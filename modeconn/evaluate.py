@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from modeconn.arguments import MEMORY_BUDGET, check_fit, device_of, dtype_of, frozen_entries, moved, positive, warn_of
 from modeconn.backends import check_name, make_backend
+from modeconn.backends.precision import products
 from modeconn.capture import capture, prepare
 from modeconn.data import Batches, as_batches, as_inputs
 from modeconn.errors import ModeconnError
@@ -32,6 +34,7 @@ from modeconn.plan.planner import make_program
 from modeconn.plan.program import Program
 from modeconn.result import PathResult
 from modeconn.statistics import BATCH_SIZE, placeholders, recompute
+from modeconn.transfer import on_device
 from modeconn.unfinished import Unfinished, fingerprint
 
 # done, total: in samples; total is None where the data does not say.
@@ -81,7 +84,8 @@ def evaluate(
         batch_size: rows per batch; by default what fits `memory_budget`. Sums do not depend on it, up to rounding. What is
             recomputed does: a batch gives one estimate of the statistics, and by default has 128 rows.
         progress: a bar on a terminal (None), always (True), never (False), or a callable (samples done, samples in all).
-        precision: "float32" or "float64", of the computation; sums over samples are in float64 always.
+        precision: "float32" or "float64", of the computation; on a GPU also "tf32" or "bf16", of what products are made of.
+            Sums over samples are in float64 always.
         memory_budget: bytes for a batch and what is shared between points, 128 MiB by default.
         recompute_data: what to recompute the statistics from, by default `data`; give the training data when you evaluate
             on others.
@@ -98,8 +102,8 @@ def evaluate(
     started = time.perf_counter()
     t = path.points(points)
     head = Head(loss, metrics)
-    check_name(backend)
     dtype, where = dtype_of(precision), device_of(device, path)
+    check_name(backend, precision, where)
     frozen = frozen_entries(buffers, path)
     check_fit(model, path)
     first_rows = positive("batch_size", batch_size)
@@ -118,7 +122,7 @@ def evaluate(
         "memory_budget": budget, "recompute_batches": limit,
     }  # fmt: skip
     unfinished = Unfinished(resume, settings)
-    with eval_mode(runner), torch.no_grad(), _reporter(progress) as report:
+    with eval_mode(runner), torch.no_grad(), products(precision, where), _reporter(progress) as report:
         if buffers == "recompute":
             source = as_batches(data if recompute_data is None else recompute_data, first_rows or BATCH_SIZE)
             report = _Passes(report, source, batches, limit)
@@ -132,15 +136,18 @@ def evaluate(
         program = make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen, tables=tables)
         if buffers == "interpolate":
             _warn_stale(program)
-        engine = make_backend(backend, program, dtype, where)
+        engine = make_backend(backend, program, dtype, where, precision)
         most = engine.most_rows(budget) if resume is None else min(engine.most_rows(budget), _rows_of_a_part(program))
+        # Nothing below waits for a device: what the host wants to know of the labels it asks before they travel.
+        places = [torch.from_numpy(segment.rows).to(where) for segment in program.segments]
+        host = torch.device("cpu")
         with unfinished.stage("evaluation") as stage:
-            zeros = {"sums": head.zeros(len(program.points), where), "counts": head.zeros(1, where)}
-            sums, counts = ((stage.sums or zeros)[name].to(where) for name in zeros)
-            for inputs, targets in itertools.chain([first], stream):
-                batch, labels = moved(inputs, dtype, where), head.fit(example, targets.to(where))
-                step = rows(inputs) if graph.mixes_rows else most
-                for start in range(0, rows(inputs), step):
+            zeros = {"sums": head.zeros(len(program.points), where), "counts": head.zeros(1, host)}
+            sums, counts = ((stage.sums or zeros)[name].to(zero.device) for name, zero in zeros.items())
+            every = itertools.chain([first], stream)
+            for batch, labels, given in on_device(every, functools.partial(head.fit, example), dtype, where):
+                step = rows(batch) if graph.mixes_rows else most
+                for start in range(0, rows(batch), step):
                     x, y = take(batch, start, start + step), labels[start : start + step]
                     tick = _Tick(report, samples, len(y), len(program.points), batches.samples)
                     samples += len(y)
@@ -148,13 +155,13 @@ def evaluate(
                         tick(len(program.points))
                         continue
                     values = engine.shared(x)
-                    for segment in program.segments:
-                        sums[segment.rows] += engine.sums(segment, values, y, head, tick)
-                    counts += head.counts(y)
+                    for segment, place in zip(program.segments, places):
+                        sums[place] += engine.sums(segment, values, y, head, tick)
+                    counts += head.counts(given[start : start + step]).cpu()
                     stage.done({"sums": sums, "counts": counts})
     if not bool(counts.all()):
         raise ModeconnError("no token of the data has a label: all are -100")
-    values_by_name = head.finish((sums / counts).cpu().numpy()[program.inverse])
+    values_by_name = head.finish((sums.cpu() / counts).numpy()[program.inverse])
     _warn_non_finite(values_by_name, t)
     info: dict[str, str | int | float] = {
         "precision": precision, "device": str(where), "torch": torch.__version__, "python": platform.python_version(),

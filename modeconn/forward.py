@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.arguments import MEMORY_BUDGET, check_fit, device_of, dtype_of, frozen_entries, moved, positive, warn_of
+from modeconn.backends import check_name
+from modeconn.backends.precision import products
 from modeconn.backends.reference import ReferenceBackend
 from modeconn.capture import capture, prepare
 from modeconn.errors import ModeconnError
@@ -39,7 +41,7 @@ class Forward:
         sample: a few rows of input [N, …], or a tuple or dict of such tensors where the model takes several; only their
             shape and dtype count.
         buffers: "interpolate" the norms' running statistics with the weights, or keep those of the path's "start".
-        precision: "float32" or "float64".
+        precision: "float32" or "float64"; on a CUDA device also "tf32".
         device: of the computation; by default where the path's control points are.
         memory_budget: bytes for what is shared between points, 128 MiB by default; the outputs come on top of that.
 
@@ -56,7 +58,8 @@ class Forward:
         precision: str = "float32", device: str | torch.device | None = None, memory_budget: int | None = None,
     ) -> None:  # fmt: skip
         self.t: np.ndarray = path.points(t)
-        self._dtype, self._device = dtype_of(precision), device_of(device, path)
+        self._precision, self._dtype, self._device = precision, dtype_of(precision), device_of(device, path)
+        check_name(ReferenceBackend.name, precision, self._device)
         self._budget = positive("memory_budget", memory_budget) or MEMORY_BUDGET
         frozen = frozen_entries(buffers, path, data=False)
         check_fit(model, path)
@@ -89,7 +92,7 @@ class Forward:
         count = rows(inputs)
         most = count if self.plan.program.graph.mixes_rows else self._engine.most_rows(self._budget)
         wanted = torch.is_grad_enabled() and (self._weights_move or any(leaf.requires_grad for leaf in leaves(inputs)))
-        with eval_mode(self._model), torch.set_grad_enabled(wanted):
+        with eval_mode(self._model), torch.set_grad_enabled(wanted), products(self._precision, self._device):
             outputs = [self._outputs(take(inputs, i, i + most)) for i in range(0, count, most)]
         distinct = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         inverse = self.plan.program.inverse

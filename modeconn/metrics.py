@@ -74,6 +74,11 @@ class Head:
         return self.loss == "cross_entropy" and not self._custom and "perplexity" not in self.names
 
     @property
+    def labelled(self) -> bool:
+        """Whether all sums are those of class labels: of samples, tokens, or tokens that follow."""
+        return self.loss in _LABELLED and not self._custom
+
+    @property
     def takes_logits(self) -> bool:
         """Whether only the logits count, of a network that returns more than a tensor."""
         return not callable(self.loss) and not self._custom
@@ -232,7 +237,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     own = shifted.gather(1, labels[:, None]).squeeze(1)
     loss = shifted.exp().sum(1).log() - own
     # argmax over a short axis is slow; with one maximum per sample the label is right where its shifted logit is zero.
-    if int((shifted == 0).sum()) == len(labels):
+    # On a GPU it is not, and asking for the count would be to wait for the device.
+    if labels.device.type == "cpu" and int((shifted == 0).sum()) == len(labels):
         wrong = own != 0
     else:
         wrong = _argmax_error(logits, labels)

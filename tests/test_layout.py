@@ -34,6 +34,7 @@ LEVELS = {
     "modeconn.kernels": 1,
     "modeconn.arguments": 2,
     "modeconn.capture": 2,
+    "modeconn.transfer": 2,
     "modeconn.plan": 3,
     "modeconn.backends": 3,
     "modeconn.evaluate": 4,

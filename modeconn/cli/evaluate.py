@@ -64,9 +64,11 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
         "--backend",
         metavar="NAME",
         default="auto",
-        help="auto, reference, … (default: auto, the fastest that can)",
+        help="auto, reference, native or triton (default: auto, the fastest that can)",
     )
-    computing.add_argument("--precision", metavar="NAME", default="float32", help="float32 or float64 (default: float32)")
+    computing.add_argument(
+        "--precision", metavar="NAME", default="float32", help="float32 or float64; on a GPU also tf32 or bf16 (default: float32)"
+    )
     computing.add_argument(
         "--batch-size",
         metavar="N",
