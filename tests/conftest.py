@@ -6,7 +6,9 @@ import os
 
 # Before anything imports triton (its decorators read the variable once) or starts an OpenMP pool (spinning
 # threads take milliseconds per parallel region when other processes hold the cores).
-os.environ.setdefault("TRITON_INTERPRET", "1")
+# MODECONN_TEST_DEVICE=cuda: kernels are compiled, and the tests marked gpu run on CUDA tensors.
+if os.environ.get("MODECONN_TEST_DEVICE", "cpu") != "cuda":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import shutil
@@ -16,19 +18,24 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
+
+try:
+    import hypothesis
+except ModuleNotFoundError:
+    hypothesis = None
 
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(min(4, torch.get_num_threads()))  # small tests gain nothing from more
 
-# No deadline and no check for slow draws: a busy machine is not a failure. In CI the examples never change.
-_profile = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow], "print_blob": True}
-hypothesis.settings.register_profile("local", **_profile)
-hypothesis.settings.register_profile("always-the-same", derandomize=True, **_profile)
-hypothesis.settings.load_profile("always-the-same" if os.environ.get("CI") else "local")
+if hypothesis is not None:  # the tests of kernels do without it
+    # No deadline and no check for slow draws: a busy machine is not a failure. In CI the examples never change.
+    _profile = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow], "print_blob": True}
+    hypothesis.settings.register_profile("local", **_profile)
+    hypothesis.settings.register_profile("always-the-same", derandomize=True, **_profile)
+    hypothesis.settings.load_profile("always-the-same" if os.environ.get("CI") else "local")
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +75,12 @@ def mnist_root(shared: Path) -> Path:
 def cifar10_root(shared: Path) -> Path:
     """A root folder with the real CIFAR-10: cifar-10-batches-bin/{data_batch_1..5,test_batch}.bin."""
     return _unpacked(shared, "cifar10")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the tests of kernels run: the CPU, under Triton's interpreter, or the GPU where MODECONN_TEST_DEVICE=cuda."""
+    return torch.device(os.environ.get("MODECONN_TEST_DEVICE", "cpu"))
 
 
 @pytest.fixture

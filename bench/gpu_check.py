@@ -1,0 +1,240 @@
+"""What a GPU has to say, in minutes: builds, tests, rates of the machine, kernels against their floors, whole evaluations.
+
+    python bench/gpu_check.py                 all of it, within 340 seconds; JSON to $OUT or bench/results/
+    python bench/gpu_check.py --only kernels,evaluations --out DIR
+    python bench/gpu_check.py --dry-run       the script itself, on a CPU: tiny sizes, Triton's interpreter
+
+Runs from a checkout, installed or not, with what is there: a part whose packages are missing is left out, and said to be.
+Cases run in a process of their own, which is started anew behind one that crashes or hangs; the table comes last, and the
+exit code is 1 where anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# Each part's share of the time, in the order in which they run; what one leaves is the next ones'.
+PARTS = {"build": 0.25, "machine": 0.08, "kernels": 0.27, "evaluations": 0.6, "tests": 1.0}
+NEEDED = ("torch", "numpy", "triton", "pytest", "hypothesis", "safetensors", "pybind11", "setuptools", "tqdm")
+
+
+def checkout(folder: Path) -> Path:
+    """A folder to import modeconn from: the checkout's files by links, with kernels/ where it would be installed."""
+    package = folder / "modeconn"
+    package.mkdir()
+    for entry in (ROOT / "modeconn").iterdir():
+        if entry.name != "kernels":
+            (package / entry.name).symlink_to(entry)
+    (package / "kernels").symlink_to(ROOT / "kernels")
+    return folder
+
+
+def environment(folder: Path, dry: bool) -> dict[str, str]:
+    """The variables of every process that is started."""
+    paths = [folder, ROOT / "bench", ROOT / "tests"]
+    more = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
+    more |= {"TRITON_INTERPRET": "1", "MODECONN_TEST_DEVICE": "cpu"} if dry else {"MODECONN_TEST_DEVICE": "cuda"}
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return {**kept, **more}
+
+
+class Check:
+    """One run: its results so far, and the time that is left.
+
+    Attributes:
+        results: what each case gave, in order; "error" says what went wrong, "skipped" why there was nothing to do.
+    """
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.folder, self.options = folder, options
+        self.env = environment(folder, options.dry_run)
+        self.deadline = time.monotonic() + options.seconds
+        self.missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+        self.results: list[dict[str, Any]] = []
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def add(self, **result: Any) -> None:
+        self.results.append(result)
+        note = result.get("error") or result.get("skipped") or result.get("note", "")
+        mark = "✗" if "error" in result else "–" if "skipped" in result else "✓"
+        print(f"  {mark} {result['part']}: {result['case']} {note}".rstrip(), flush=True)
+
+    def run(self, part: str) -> None:
+        """One part, within its share of the time that is left."""
+        share = max(10.0, PARTS[part] * self.left())
+        lacking = [name for name in ("torch", "numpy") if name in self.missing]
+        if self.left() < 5:
+            self.add(part=part, case="all", skipped="no time left")
+        elif part == "build":
+            self.build(share)
+        elif lacking and part != "machine":
+            self.add(part=part, case="all", error=f"{', '.join(lacking)} not installed")
+        elif part == "tests":
+            self.tests(share)
+        else:
+            self.cases(part, share)
+
+    def build(self, seconds: float) -> None:
+        """The C++ extension, and the CUDA one where there is nvcc, in place; this is no part of a dry run."""
+        lacking = [name for name in ("setuptools", "pybind11") if name in self.missing]
+        if lacking or self.options.dry_run:
+            why = "a dry run builds nothing" if self.options.dry_run else f"{', '.join(lacking)} not installed"
+            self.add(part="build", case="csrc", skipped=why)
+            return
+        started = time.monotonic()
+        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=seconds, check=False)
+            text, code = done.stdout + done.stderr, done.returncode
+        except subprocess.TimeoutExpired as late:
+            text, code = _text(late.stdout), f"not done after {seconds:.0f} s"
+        lines = [line.strip() for line in text.splitlines() if line.strip()[:1] in ("✓", "✗")]
+        result = {"part": "build", "case": "csrc", "seconds": time.monotonic() - started, "note": "; ".join(lines)}
+        self.add(**result, **({} if code == 0 else {"error": f"setup.py: {code}; {text.strip()[-300:]}"}))
+        for built in (ROOT / "modeconn").glob("*.so"):  # built after the links were made
+            link = self.folder / "modeconn" / built.name
+            if not link.exists():
+                link.symlink_to(built)
+
+    def tests(self, seconds: float) -> None:
+        """The tests marked gpu."""
+        lacking = [name for name in ("pytest", "triton") if name in self.missing]
+        if lacking:
+            self.add(part="tests", case="pytest -m gpu", skipped=f"{', '.join(lacking)} not installed")
+            return
+        options = ["-q", "-m", "gpu", "--tb=line", "--show-capture=no", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+        options += ["-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / "test_gpu.py")]
+        if self.options.dry_run:
+            options += ["-k", "linear"]
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", *options], cwd=self.folder, env=self.env, capture_output=True, text=True,
+                timeout=min(seconds, self.left()), check=False,
+            )  # fmt: skip
+            text, code = done.stdout, done.returncode
+        except subprocess.TimeoutExpired as late:
+            text, code = _text(late.stdout), -1
+        lines = text.strip().splitlines() or ["no output"]
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        problem = {} if code == 0 else {"error": "; ".join([lines[-1], *failed])[:2000]}
+        self.add(part="tests", case="pytest -m gpu", note=lines[-1], output=text[-4000:], **problem)
+
+    def cases(self, part: str, seconds: float) -> None:
+        """A part's cases, in processes of their own: behind a crash the rest go on in a new one."""
+        until = time.monotonic() + min(seconds, self.left())
+        listed = self.worker(part, [], until)
+        waiting = [line["case"] for line in listed if "listed" in line]
+        if not waiting:
+            self.add(part=part, case="all", error=_ended(listed))
+            return
+        while waiting and time.monotonic() < until:
+            lines = self.worker(part, waiting, until)
+            begun = {line["case"] for line in lines if "case" in line}
+            for line in lines:
+                if line.get("done"):
+                    self.add(part=part, **{key: value for key, value in line.items() if key != "done"})
+            open_ones = begun - {line["case"] for line in lines if line.get("done")}
+            for case in open_ones:
+                self.add(part=part, case=case, error=_ended(lines))
+            if not begun:
+                self.add(part=part, case=waiting[0], error=_ended(lines))
+                begun = {waiting[0]}
+            waiting = [case for case in waiting if case not in begun]
+        for case in waiting:
+            self.add(part=part, case=case, skipped="no time left")
+
+    def worker(self, part: str, cases: list[str], until: float) -> list[dict[str, Any]]:
+        """What a process that runs these cases, or lists them, printed; it is ended when its time is up."""
+        known = [r for r in self.results if r["part"] == "machine" and "value" in r]
+        order = {"cases": cases, "dry": self.options.dry_run, "seconds": until - time.monotonic() - 3, "machine": known}
+        command = [sys.executable, str(ROOT / "bench" / "gpu_cases.py"), part, json.dumps(order)]
+        log = self.folder / "worker.log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=stream, stderr=subprocess.STDOUT)
+            try:
+                process.wait(max(1.0, until - time.monotonic()))
+                ended = f"exit code {process.returncode}"
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                ended = "ended, its time was up"
+        lines, other = [], []
+        for line in log.read_text(errors="replace").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                other.append(line)
+        return [line for line in lines if isinstance(line, dict)] + [{"ended": f"{ended} {' '.join(other[-3:])}".strip()[-500:]}]
+
+
+def _text(output: Any) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+def _ended(lines: list[dict[str, Any]]) -> str:
+    return next((line["ended"] for line in lines if "ended" in line), "")
+
+
+def table(results: list[dict[str, Any]]) -> Iterator[str]:
+    """The results, a line each."""
+    yield f"{'part':<12}{'case':<44}{'time':>11}{'floor':>11}{'of floor':>10}  note"
+    for r in results:
+        time_, floor = r.get("ms"), r.get("floor_ms")
+        shown = [f"{v:.4g} ms" if v is not None else "" for v in (time_, floor)]
+        share = f"{floor / time_:.0%}" if time_ and floor else ""
+        note = f"FAILED {r['error']}" if "error" in r else r.get("skipped") or r.get("note", "")
+        yield f"{r['part']:<12}{r['case']:<44}{shown[0]:>11}{shown[1]:>11}{share:>10}  {note[:110]}".rstrip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", metavar="DIR", default=os.environ.get("OUT") or str(ROOT / "bench" / "results"))
+    parser.add_argument("--seconds", type=float, default=340.0, help="for everything (default 340)")
+    parser.add_argument("--only", metavar="PART,…", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny sizes: checks the script")
+    options = parser.parse_args()
+    wanted = options.only.split(",")
+    if set(wanted) - set(PARTS):
+        parser.error(f"--only {options.only}: expected some of {','.join(PARTS)}")
+    started = datetime.now(timezone.utc)
+    with tempfile.TemporaryDirectory() as folder:
+        check = Check(checkout(Path(folder)), options)
+        for part in (part for part in PARTS if part in wanted):
+            try:
+                check.run(part)
+            except Exception as error:  # one part must not take the others with it
+                check.add(part=part, case="all", error=f"{type(error).__name__}: {error}")
+    device = next((r["note"] for r in check.results if r["case"] == "device"), "no device")
+    report = {
+        "device": device, "date": started.isoformat(timespec="seconds"), "python": platform.python_version(),
+        "missing": check.missing, "dry_run": options.dry_run, "seconds": options.seconds - check.left(),
+        "results": check.results,
+    }  # fmt: skip
+    name = "".join(c if c.isalnum() else "-" for c in device.split(",")[0].lower()).strip("-")
+    target = Path(options.out) / f"{started:%Y-%m-%d}-gpu-check-{'dry-run' if options.dry_run else name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    failed = [r for r in check.results if "error" in r]
+    print(f"\n{device}, {started:%Y-%m-%d}, {report['seconds']:.0f} s; not installed: {', '.join(check.missing) or 'nothing'}")
+    print("\n".join(table(check.results)))
+    print(f"{len(failed)} failed; written to {target}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

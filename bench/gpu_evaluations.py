@@ -1,0 +1,170 @@
+"""Whole evaluations of a line: modeconn's backends against a loop, vmap and torch.compile, on the same data on the device.
+
+A pass per point costs the same at every point, so the slow ways are timed on a few points, and all are quoted per point.
+What a backend gives is compared with a float64 pass at three points, on the first rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+
+import modeconn as mc
+from gpu_cases import Case, Context
+from gpu_timing import wall_milliseconds
+from modeconn.backends.precision import products
+from modeconn.models import build
+from modeconn.paths import Path
+
+# name: the model, one input's shape, samples; and the same tiny.
+WORKLOADS: dict[str, tuple[tuple[str, tuple[int, ...], int], tuple[str, tuple[int, ...], int]]] = {
+    "MLP 784-245x10-10": (("mlp:784-245x10-10", (784,), 60_000), ("mlp:5-4x2-3", (5,), 4)),
+    "MLP 784-1024x10-10": (("mlp:784-1024x10-10", (784,), 60_000), ("mlp:5-4-3", (5,), 4)),
+    "VGG-11": (("vgg11", (3, 32, 32), 10_000), ("vgg11:width=2", (3, 32, 32), 2)),
+    "ResNet-18": (("resnet18", (3, 32, 32), 10_000), ("resnet20:width=2", (3, 8, 8), 2)),
+    "GPT": (
+        ("gpt:vocab=256,context=128,width=256,layers=4,heads=4", (128,), 512),
+        ("gpt:vocab=7,context=4,width=4,layers=1,heads=1", (4,), 2),
+    ),
+}
+# Points of ours; the many are left out where the few have shown that they take too long.
+POINTS = (16, 128, 1024)
+BATCH = 4096
+
+
+class Workload:
+    """Two random networks, the line between them, and data on the device."""
+
+    def __init__(self, name: str, context: Context) -> None:
+        spec, row, samples = WORKLOADS[name][context.dry]
+        self.device = context.device
+        self.model, start, end = (build(spec).to(self.device).eval() for _ in range(3))
+        self.path: Path = mc.Line(start, end)
+        generator = torch.Generator().manual_seed(0)
+        self.text = spec.startswith("gpt")
+        vocabulary = int(spec.split("vocab=")[1].split(",")[0]) if self.text else 0
+        if self.text:
+            self.x = torch.randint(0, vocabulary, (samples, *row), generator=generator).to(self.device)
+            self.y = self.x
+        else:
+            self.x = torch.randn(samples, *row, generator=generator).to(self.device)
+            classes = 3 if context.dry and spec.startswith("mlp") else 10
+            self.y = torch.randint(0, classes, (samples,), generator=generator).to(self.device)
+        self.loss = "next_token" if self.text else "cross_entropy"
+        self.batch = 64 if self.text else BATCH
+
+    def evaluate(self, points: Any, **options: Any) -> mc.PathResult:
+        """By modeconn."""
+        options = {"loss": self.loss, "metrics": ("loss", "error"), "buffers": "start", **options}
+        return mc.evaluate(self.model, self.path, (self.x, self.y), points, **options)
+
+    def total(self, outputs: Tensor, rows: slice) -> Tensor:
+        """Loss and errors of a batch, summed: what every peer does with its logits."""
+        labels = self.y[rows]
+        if self.text:
+            outputs, labels = outputs[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return torch.stack([F.cross_entropy(outputs, labels, reduction="sum"), (outputs.argmax(1) != labels).sum()])
+
+    def batches(self) -> list[slice]:
+        return [slice(i, min(i + self.batch, len(self.x))) for i in range(0, len(self.x), self.batch)]
+
+    def loop(self, network: Callable[[Tensor], Tensor], model: nn.Module) -> Callable[[np.ndarray], list[list[float]]]:
+        """A pass per point: load the weights, run the batches."""
+
+        def run(t: np.ndarray) -> list[list[float]]:
+            sums = []
+            with torch.inference_mode():
+                for value in t:
+                    model.load_state_dict(self.path.at(value))
+                    sums.append(sum(self.total(network(self.x[rows]), rows).double() for rows in self.batches()))
+            return torch.stack(sums).tolist()  # type: ignore[arg-type, no-any-return]
+
+        return run
+
+    def by_vmap(self, t: np.ndarray) -> list[list[float]]:
+        """All points at once, over stacked weights; batches so much the smaller."""
+        states = [self.path.at(value) for value in t]
+        stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
+        network = vmap(lambda state, inputs: functional_call(self.model, state, (inputs,)), in_dims=(0, None))
+        sums: Any = 0
+        step = max(1, self.batch // len(t))
+        with torch.no_grad():
+            for i in range(0, len(self.x), step):
+                rows = slice(i, min(i + step, len(self.x)))
+                sums = sums + torch.stack([self.total(one, rows) for one in network(stacked, self.x[rows])]).double()
+        return sums.tolist()  # type: ignore[no-any-return]
+
+
+def cases(context: Context) -> dict[str, Case]:
+    """Per workload the peers, then ours in each precision and number of points."""
+    made: dict[str, Case] = {}
+    share = context.seconds / (8 * len(WORKLOADS))
+    for name in WORKLOADS:
+        for precision in ("float32", "tf32", "bf16"):
+            made[f"{name}: triton {precision}"] = _ours(context, name, "triton", precision, share)
+        made[f"{name}: reference float32"] = _ours(context, name, "reference", "float32", share)
+        if name.startswith("MLP") and "245" in name and not context.dry:
+            made[f"{name}: cuda tf32"] = _ours(context, name, "cuda", "tf32", share)
+        for peer in ("loop", "vmap", "torch.compile"):
+            made[f"{name}: {peer} tf32"] = _peer(context, name, peer)
+    return made
+
+
+def _ours(context: Context, name: str, backend: str, precision: str, seconds: float) -> Case:
+    def run() -> dict[str, Any]:
+        work = Workload(name, context)
+        if context.dry and precision != "float32" and backend == "reference":
+            return {"skipped": "needs a GPU"}
+        options: dict[str, Any] = {"backend": backend, "precision": precision}
+        few = np.linspace(0, 1, 2 if context.dry else 3)
+        error = _distance(work, few, options)
+        per_point: dict[int, float] = {}
+        started = time.monotonic()
+        for points in POINTS[: 1 if context.dry else len(POINTS)]:
+            count = 2 if context.dry else points
+            if per_point and (time.monotonic() - started) + 3e-3 * count * min(per_point.values()) > seconds:
+                break  # it would take more than its share
+            ms = wall_milliseconds(lambda count=count: work.evaluate(count, **options), context.device, repeats=2)
+            per_point[count] = ms / count
+        text = ", ".join(f"T {points}: {ms:.4g} ms" for points, ms in per_point.items())
+        return {"ms": min(per_point.values()), "per_point_ms": per_point, "loss_error": error, "note": f"{text}; loss {error:.0e}"}
+
+    return run
+
+
+def _distance(work: Workload, t: np.ndarray, options: dict[str, Any]) -> float:
+    """The largest relative error of the loss, on the first rows, against float64 by the reference backend."""
+    part = copy.copy(work)
+    part.x, part.y = work.x[:256], work.y[:256]
+    got = part.evaluate(t, **options).loss
+    part.x = part.x.double() if part.x.is_floating_point() else part.x
+    exact = part.evaluate(t, backend="reference", precision="float64").loss
+    return float(np.abs(got / exact - 1).max())
+
+
+def _peer(context: Context, name: str, peer: str) -> Case:
+    def run() -> dict[str, Any]:
+        work = Workload(name, context)
+        if peer == "torch.compile" and context.dry:
+            return {"skipped": "compiling takes too long for a dry run"}
+        points = 2 if context.dry or peer != "vmap" else 8
+        t = np.linspace(0, 1, points)
+        model = copy.deepcopy(work.model)
+        if peer == "vmap":
+            call = work.by_vmap
+        else:
+            call = work.loop(torch.compile(model) if peer == "torch.compile" else model, model)
+        with products("tf32", context.device):
+            call(t[:1] if peer != "vmap" else t)  # warms up, compiles
+            ms = wall_milliseconds(lambda: call(t), context.device, repeats=2) / points
+        return {"ms": ms, "note": f"per point, of {points}"}
+
+    return run

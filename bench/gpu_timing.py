@@ -1,0 +1,57 @@
+"""Times on a GPU: warmed up, by events, the median, with what the second-level cache holds written over in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# More than any second-level cache of today.
+_FLUSH_BYTES = 256 << 20
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device, budget: float = 1.0, most: int = 30) -> float:
+    """The median time of a call.
+
+    Args:
+        budget: seconds that the measurement may take, about; at least three calls are timed after one that is not.
+        most: calls, at most.
+    """
+    call()
+    if device.type != "cuda":
+        times = []
+        for _ in range(min(most, 3)):
+            started = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - started))
+        return sorted(times)[len(times) // 2]
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize(device)
+    count = max(3, min(most, int(budget / max(time.perf_counter() - started, 1e-6))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for before, after in events:
+        flush.zero_()
+        before.record()
+        call()
+        after.record()
+    torch.cuda.synchronize(device)
+    return sorted(before.elapsed_time(after) for before, after in events)[count // 2]
+
+
+def wall_milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
+    """The least wall time of something that ends by waiting for the device itself."""
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - started))
+    return min(times)
