@@ -46,6 +46,10 @@ def make_backend(
         except CannotRun:
             if name == "triton" or precision == "bf16":
                 raise
+    if name == "cuda":  # "auto" does not take it before a measurement says that it wins
+        from modeconn.backends.cuda import CudaBackend
+
+        return CudaBackend(program, dtype, device, precision)
     if name == "native" or (name == "auto" and device.type != "cuda"):
         from modeconn.backends.native import NativeBackend
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.backends.native import _activation, _argument, _geometry, _pooling
+from modeconn.backends.engine_steps import _argument, _pooling, activation_of
 from modeconn.backends.points import AtPoints, Combined, Fixed, Value, Weight, formed, run
-from modeconn.backends.triton_steps import Operand, Steps, affine, is_linear, is_product, readers_of, weight_and_bias
+from modeconn.backends.triton_steps import Operand, Steps, affine, convolution, is_linear, is_product, readers_of, weight_and_bias
 from modeconn.graph import In, Node
 from modeconn.kernels.blended import Blended
 from modeconn.plan.program import Blend, Combination, Term
@@ -128,7 +128,7 @@ class Schedule:
             return first or Call(index, (form,), lambda scope: scope.read(form), numbers=step.numbers)
         if is_linear(step):
             return self._linear(index)
-        if node.op == "conv2d" and is_product(step) and isinstance(_geometry(node), dict):
+        if is_product(step) and convolution(node) is not None:
             weight, bias = weight_and_bias(steps, step)
             return self._convolution(index, node, weight, bias, steps.inputs(index)[0])
         if node.op in ("max_pool2d", "avg_pool2d") and len(node.shape) == 4 and isinstance(_pooling(node), dict):
@@ -145,7 +145,7 @@ class Schedule:
         reads = steps.inputs(index)
         shapes = [steps.program.graph.nodes[i].shape for i in step.node.inputs]
         weights = [steps.entry(entry) for entry in step.entries]
-        activation = _activation(step.node)
+        activation = activation_of(step.node)
 
         def do(scope: Scope) -> Value:
             values = [scope.read(operand) for operand in reads]
@@ -179,7 +179,7 @@ class Schedule:
         from modeconn.kernels.path_conv2d import path_conv2d
 
         steps = self._steps
-        geometry: dict[str, Any] = _geometry(node)  # type: ignore[assignment]
+        geometry = convolution(node) or {}
         last, norm, other = index, None, None
         following = self._only_reader(last)
         if following is not None and self._is_norm(following):
@@ -214,11 +214,10 @@ class Schedule:
         terms = step.combine.terms  # type: ignore[union-attr]
         shared = [steps.program.shared[term.value] for term in terms]
         node, columns = shared[0].node, tuple(term.column for term in terms)
-        if node.op != "conv2d" or len({(each.node.id, each.inputs) for each in shared}) > 1:
+        same = len({(each.node.id, each.inputs) for each in shared}) == 1 and len(shared[0].inputs) == 1
+        if not same or convolution(node) is None:
             return None
-        if len(shared[0].inputs) != 1 or not isinstance(_geometry(node), dict):
-            return None
-        entries = [Weight(Blend(same, columns), steps.count, steps.device) for same in zip(*(each.entries for each in shared))]
+        entries = [Weight(Blend(tensors, columns), steps.count, steps.device) for tensors in zip(*(each.entries for each in shared))]
         (value,) = shared[0].inputs
         steps.kept.add(value)
         read = Combination((Term(value, np.ones(steps.count)),))
@@ -286,7 +285,7 @@ class Schedule:
 
     def _then_activation(self, index: int) -> tuple[int, str, float]:
         following = self._only_reader(index)
-        found = _activation(self._steps.steps[following].node) if following is not None else None
+        found = activation_of(self._steps.steps[following].node) if following is not None else None
         if following is None or found is None:
             return index, "identity", 0.01
         return self._take(following), found.activation, found.slope

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeconn.backends.native import _activation, _pair
+from modeconn.backends.engine_steps import _geometry, activation_of, passes_through
 from modeconn.backends.points import Weight
-from modeconn.graph import In
+from modeconn.graph import In, Node
 from modeconn.plan.program import Combination, Moving, Program, Segment, VaryingStep
 
 # What a step reads: an earlier one, or shared values.
 Operand = Combination | int
-_PASS_THROUGH = ("clone", "alias", "detach", "dropout", "contiguous")
 
 
 @dataclass
@@ -84,10 +83,7 @@ class Steps:
     def _passes_through(self, step: VaryingStep) -> bool:
         if step.combine is not None or len(step.inputs) != 1 or step.entries:
             return False
-        node = step.node
-        if node.op == "adaptive_avg_pool2d":
-            return _pair(node.args[1]) == tuple(self.program.graph.nodes[node.inputs[0]].shape[2:])
-        return node.op in _PASS_THROUGH
+        return passes_through(step.node, self.program.graph.nodes[step.node.inputs[0]].shape[2:])
 
 
 def find_tail(steps: Steps, widest: int) -> Tail | None:
@@ -114,7 +110,7 @@ def find_tail(steps: Steps, widest: int) -> Tail | None:
             activation, slope = "identity", 0.01
             (before,) = steps.inputs(before)
             tail.reads = before
-        elif tail.layers and step.combine is None and activation == "identity" and (found := _activation(step.node)):
+        elif tail.layers and step.combine is None and activation == "identity" and (found := activation_of(step.node)):
             activation, slope = found.activation, found.slope
             (before,) = steps.inputs(before)
         else:
@@ -133,6 +129,12 @@ def is_product(step: VaryingStep) -> bool:
     """Whether a step is a product with a weight of its own, and perhaps a bias."""
     args = step.node.args
     return args[:1] == (In(0),) and len(step.inputs) == 1 and len(step.entries) == 2 - (len(args) < 3 or args[2] is None)
+
+
+def convolution(node: Node) -> dict[str, Any] | None:
+    """Stride and padding of a convolution that there is a kernel for."""
+    geometry = _geometry(node) if node.op == "conv2d" else ""
+    return geometry if isinstance(geometry, dict) and set(geometry) == {"stride", "padding"} else None
 
 
 def weight_and_bias(steps: Steps, step: VaryingStep) -> tuple[Weight, Weight | None]:
