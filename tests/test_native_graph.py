@@ -114,6 +114,9 @@ def test_residual_rows(isa, dtype, rows):
     net.product(63, activation="gelu")
     second = net.product(7, add=first)
     net.add(second, -1, second, activation="silu")
+    last = net.add(second, first, first)  # a panel that is read twice is given back once
+    net.product(7, read=second, add=last)
+    net.product(7, read=last)
     more = net.more_terms(7, activation="relu")
     net.product(7, read=second, add=more, activation="leaky_relu")
     net.product(3, activation="identity")

@@ -39,8 +39,8 @@ template <class T> class Layers {
     };
     auto release = [&](size_t s, int64_t p) {
       const std::vector<int>& inputs = steps_[s].inputs;
-      for (size_t i = 0; i < inputs.size(); ++i)
-        if (last_[inputs[i]] == int(s) && (i == 0 || inputs[i] != inputs[0])) free.push_back(values[inputs[i]][p]);
+      for (auto i = inputs.begin(); i != inputs.end(); ++i)  // once, however often the step reads it
+        if (last_[*i] == int(s) && std::find(inputs.begin(), i, *i) == i) free.push_back(values[*i][p]);
       if (last_[s] < 0) free.push_back(values[s][p]);
     };
     for (size_t s = 0; s < steps_.size(); ++s) {
