@@ -57,6 +57,13 @@ def tanh(u):
 
 
 @triton.jit
+def bell(u):
+    """σ(u) (1 − σ(u)), which is the derivative of σ; small values keep their digits."""
+    small = tl.exp(-tl.abs(u))
+    return small / ((1.0 + small) * (1.0 + small))
+
+
+@triton.jit
 def activate(u, ACTIVATION: tl.constexpr, slope):
     """The activation of a float32 block."""
     if ACTIVATION == "relu":
@@ -87,17 +94,16 @@ def derivative(u, ACTIVATION: tl.constexpr, slope):
     elif ACTIVATION == "leaky_relu":
         d = tl.where(u > 0, 1.0, slope)
     elif ACTIVATION == "tanh":
-        y = tanh(u)
-        d = 1.0 - y * y
+        d = 4.0 * bell(2.0 * u)
     elif ACTIVATION == "gelu":
         d = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
     elif ACTIVATION == "gelu_tanh":
         y = tanh(0.7978845608028654 * (u + 0.044715 * u * u * u))
-        d = 0.5 * (1.0 + y) + 0.5 * u * (1.0 - y * y) * 0.7978845608028654 * (1.0 + 0.134145 * u * u)
+        slope_of_tanh = 4.0 * bell(1.5957691216057308 * (u + 0.044715 * u * u * u))
+        d = 0.5 * (1.0 + y) + 0.5 * u * slope_of_tanh * 0.7978845608028654 * (1.0 + 0.134145 * u * u)
     elif ACTIVATION == "silu":
         y = sigmoid(u)
         d = y * (1.0 + u * (1.0 - y))
     elif ACTIVATION == "sigmoid":
-        y = sigmoid(u)
-        d = y * (1.0 - y)
+        d = bell(u)
     return d

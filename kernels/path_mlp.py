@@ -2,16 +2,16 @@
 
     x_0 = x[t, n] or act(Σ_j c[t, j] v_j);  x_l = act_l(x_{l-1} W_l(t)ᵀ + b_l(t));  sums of loss and errors (head.py)
 
-Floor: 2 T N Σ in·out operations; from memory only x (once per point, or once in all) and each point's weights. With P = width / 64
-rounded up, a program reads the (64 P)² weights of a layer from L2 for 64 rows: 32 operations per byte of float32 weights,
-64 of bfloat16 ones. Predicted for H100/H200-class GPUs (no measurement yet): at some 5.5 TB/s from L2 that is 176 Tflop/s
-for "float32", about the rate of its three tf32 products, so both bind; "tf32" and "bf16" are bound by L2.
+Floor: 2 T N Σ in·out operations; from memory only x (once per point, or once in all) and each point's weights. With values
+padded to S = 64, 128 or 256 columns, a program reads a layer's S² weights from L2 for 64 rows, and writes and reads its values
+there: 19 operations per byte at S = 256 in float32, 37 in bfloat16. Predicted for H100/H200-class GPUs (no measurement yet):
+at some 5.5 TB/s from L2 that is 100 Tflop/s for "float32" and "tf32" and 200 for "bf16": L2 binds, memory does not.
 
-Layout: a program carries 64 rows of one point through all layers. Their values stay in registers, as P parts of 64 columns:
-a part of the output is the sum over parts of the input of [64, 64] products, so nothing is ever cut or joined, and the next
-weights are on their way while a product runs. The layers between the first and the last are a loop over one array
-[t, layers, 64 P, 64 P] that a small kernel forms for a chunk of points (form.py), padded with zeros; units beyond a layer's
-width are set to 0, so that infinite values do not turn the padding into NaN. Programs of one point follow each other.
+Layout: a program carries 64 rows of one point through all layers, and then takes the next tile. A layer's values do not fit
+the registers as operands and as results (that spills on sm_80 and sm_90), so they change between two tiles of scratch of
+the program's own, which stay in L2. The weights [t, layers, S, S] are formed for a chunk of points (form.py), padded with
+zeros; units beyond a layer's width are set to 0, so that infinite values do not turn the padding into NaN. Programs of one
+point run at the same time and share its weights in L2.
 
 A chain whose layers before the last have different activations runs as path_linear and path_cross_entropy instead.
 The gradient runs some points again, by path_linear (chain_gradients.py).
@@ -48,9 +48,9 @@ from modeconn.kernels.tiles import aligned, aot_arguments, load_samples, samples
 __all__ = ["MOST_UNITS", "PathLayer", "path_mlp", "path_mlp_reference"]
 
 MOST_UNITS = 256
-PART = 64
 ROWS = 64
-WARPS = 8
+# Programs that fill a device of 132 multiprocessors twice; each takes tile after tile.
+PROGRAMS = 264
 
 
 def path_mlp_reference(
@@ -74,66 +74,82 @@ def path_mlp_reference(
 
 
 @triton.jit
-def _layer(x, weights, biases, width, activation_slope, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-           INS: tl.constexpr, OUTS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """A layer on parts of its input; weights [64 P, 64 P] with rows of 64 INS values, padded like biases with zeros."""
-    column = tl.arange(0, PART)
-    tile = weights + column[None, :] * (INS * PART) + column[:, None]
-    w = tl.load(tile)
-    y = ()
-    for j in tl.static_range(OUTS):
-        total = tl.zeros((ROWS, PART), tl.float32)
-        for i in tl.static_range(INS):
-            ahead = w
-            if j * INS + i + 1 < OUTS * INS:  # read while the product runs
-                ahead = tl.load(tile + ((j * INS + i + 1) // INS * INS * PART * PART + (j * INS + i + 1) % INS * PART))
-            total = multiply(x[i], w, total, PRECISION)
-            w = ahead
-        unit = j * PART + column
-        total = activate(total + tl.load(biases + unit)[None, :], ACTIVATION, activation_slope)
-        y = y + (tl.where((unit < width)[None, :], total, 0.0),)
-    return y
+def _tile(source, weights, biases, unit, width, slope, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr,
+          ROWS: tl.constexpr, UNITS: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """act(x Wᵀ + b) of some units; x at `source`, [ROWS, SIZE], weights [SIZE, SIZE] and biases padded with zeros."""
+    k = tl.arange(0, BLOCK_K)
+    x = source + tl.arange(0, ROWS)[:, None] * SIZE + k[None, :]
+    w = weights + unit[None, :] * SIZE + k[:, None]
+    total = tl.zeros((ROWS, UNITS), tl.float32)
+    for start in range(0, SIZE, BLOCK_K):
+        total = multiply(tl.load(x + start), tl.load(w + start), total, PRECISION)
+    total = activate(total + tl.load(biases + unit)[None, :], ACTIVATION, slope)
+    return tl.where((unit < width)[None, :], total, 0.0)
 
 
 @triton.jit
 def _mlp_kernel(
-    x, x_coefficients, x_stride, x_row, x_depth, weights, biases, widths, targets, sums, rows, depth, read_depth, classes,
-    hidden, row_tiles, slope, last_slope, input_slope, ACTIVATION: tl.constexpr, LAST_ACTIVATION: tl.constexpr,
-    INPUT_ACTIVATION: tl.constexpr, X_TERMS: tl.constexpr, X_PADDED: tl.constexpr, TOP5: tl.constexpr, PRECISION: tl.constexpr,
-    PARTS: tl.constexpr, CLASS_PARTS: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+    x, x_coefficients, x_stride, x_row, x_depth, weights, biases, widths, targets, scratch, sums, rows, depth, read_depth,
+    classes, hidden, row_tiles, tiles, programs, slope, last_slope, input_slope, ACTIVATION: tl.constexpr,
+    LAST_ACTIVATION: tl.constexpr, INPUT_ACTIVATION: tl.constexpr, X_TERMS: tl.constexpr, X_PADDED: tl.constexpr,
+    TOP5: tl.constexpr, PRECISION: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+    CLASSES: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    t = pid // row_tiles
-    row = pid % row_tiles * ROWS + tl.arange(0, ROWS)
-    label = tl.load(targets + row, mask=row < rows, other=0).to(tl.int32)
-    x_rows = x + row.to(tl.int64)[:, None] * x_row
-    if X_TERMS == 0:
-        x_rows += t.to(tl.int64) * x_stride
-    column = tl.arange(0, PART)
-    value = ()
-    for i in tl.static_range(PARTS):
-        part = load_samples(
-            x_rows, x_coefficients, x_stride, x_depth, row, i * PART + column, t, rows, depth, read_depth, INPUT_ACTIVATION,
-            input_slope, X_TERMS, X_PADDED,
-        )  # fmt: skip
-        value = value + (part.to(tl.float32),)
-    size = PARTS * PART
-    weights += t.to(tl.int64) * (hidden + 1) * size * size
-    biases += t.to(tl.int64) * (hidden + 1) * size
-    for layer in range(hidden):
-        width = tl.load(widths + layer)
-        value = _layer(value, weights, biases, width, slope, ACTIVATION, PRECISION, PARTS, PARTS, PART, ROWS)
-        weights += size * size
-        biases += size
-    value = _layer(value, weights, biases, classes, last_slope, LAST_ACTIVATION, PRECISION, PARTS, CLASS_PARTS, PART, ROWS)
-    greatest, first, others, own = head_start(ROWS)
-    for j in tl.static_range(CLASS_PARTS):
-        greatest, first, others, own = head_update(value[j], j * PART + column, classes, label, greatest, first, others, own)
-    rank = tl.zeros((ROWS,), tl.int32)
-    if TOP5:
-        for j in tl.static_range(CLASS_PARTS):
-            rank += head_rank(value[j], j * PART + column, classes, label, own)
-    head_store(sums + pid.to(tl.int64) * 3, row, rows, label, greatest, first, others, own, rank, TOP5)
+    local = tl.arange(0, ROWS)[:, None] * SIZE
+    home = scratch + pid.to(tl.int64) * (2 * ROWS * SIZE)
+    for tile in range(pid, tiles, programs):
+        t = tile // row_tiles
+        row = tile % row_tiles * ROWS + tl.arange(0, ROWS)
+        label = tl.load(targets + row, mask=row < rows, other=0).to(tl.int32)
+        x_rows = x + tl.cast(row, tl.int64)[:, None] * x_row
+        if X_TERMS == 0:
+            x_rows += tl.cast(t, tl.int64) * x_stride
+        for start in range(0, SIZE, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            value = load_samples(
+                x_rows, x_coefficients, x_stride, x_depth, row, k, t, rows, depth, read_depth, INPUT_ACTIVATION, input_slope,
+                X_TERMS, X_PADDED,
+            )  # fmt: skip
+            value = tl.where((k < depth)[None, :], value.to(tl.float32), 0.0)
+            tl.store(home + local + k[None, :], value.to(scratch.dtype.element_ty))
+        tl.debug_barrier()
+        w = weights + tl.cast(t, tl.int64) * (hidden + 1) * (SIZE * SIZE)
+        b = biases + tl.cast(t, tl.int64) * (hidden + 1) * SIZE
+        source = home
+        target = home + ROWS * SIZE
+        for layer in range(hidden):
+            width = tl.load(widths + layer)
+            for start in range(0, SIZE, UNITS):
+                unit = start + tl.arange(0, UNITS)
+                y = _tile(source, w, b, unit, width, slope, ACTIVATION, PRECISION, SIZE, ROWS, UNITS, BLOCK_K)
+                tl.store(target + local + unit[None, :], y.to(scratch.dtype.element_ty))
+            tl.debug_barrier()
+            before = source
+            source = target
+            target = before
+            w += SIZE * SIZE
+            b += SIZE
+        greatest, first, others, own = head_start(ROWS)
+        for start in range(0, classes, CLASSES):
+            c = start + tl.arange(0, CLASSES)
+            z = _tile(source, w, b, c, classes, last_slope, LAST_ACTIVATION, PRECISION, SIZE, ROWS, CLASSES, BLOCK_K)
+            greatest, first, others, own = head_update(z, c, classes, label, greatest, first, others, own)
+        rank = tl.zeros((ROWS,), tl.int32)
+        if TOP5:
+            for start in range(0, classes, CLASSES):
+                c = start + tl.arange(0, CLASSES)
+                z = _tile(source, w, b, c, classes, last_slope, LAST_ACTIVATION, PRECISION, SIZE, ROWS, CLASSES, BLOCK_K)
+                rank += head_rank(z, c, classes, label, own)
+        head_store(sums + tl.cast(tile, tl.int64) * 3, row, rows, label, greatest, first, others, own, rank, TOP5)
+        tl.debug_barrier()
+
+
+def _blocks(size: int, classes: int, precision: str) -> dict[str, int]:
+    """The configuration for values padded to `size` columns."""
+    units = 64 if precision == "tf32x3" else min(128, size)  # three products at a time need the registers
+    columns = min(64, triton.next_power_of_2(max(16, classes)))
+    return {"ROWS": ROWS, "UNITS": units, "CLASSES": columns, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 
 
 def _sums(x: Samples, layers: Sequence[PathLayer], targets: Tensor, top5: bool, options: Options) -> Tensor:
@@ -141,10 +157,7 @@ def _sums(x: Samples, layers: Sequence[PathLayer], targets: Tensor, top5: bool, 
     if points == 0 or rows == 0:
         return torch.zeros((points, 3), dtype=torch.float64, device=device)
     widths = [x.shape[1], *(layer.weight.shape[0] for layer in layers)]
-    parts = triton.cdiv(max(widths[:-1]), PART)
-    class_parts = triton.cdiv(widths[-1], PART)
-    size = PART * max(parts, class_parts)
-    parts = size // PART
+    size = max(64, triton.next_power_of_2(max(widths)))
     row_tiles = triton.cdiv(rows, ROWS)
     sums = torch.empty((points, row_tiles, 3), dtype=torch.float64, device=device)
     x = aligned(x)
@@ -154,7 +167,7 @@ def _sums(x: Samples, layers: Sequence[PathLayer], targets: Tensor, top5: bool, 
         "widths": torch.tensor(widths[1:], dtype=torch.int32, device=device), "last_slope": layers[-1].slope,
         "input_slope": options.input_slope, "ACTIVATION": layers[0].activation, "LAST_ACTIVATION": layers[-1].activation,
         "INPUT_ACTIVATION": options.input_activation, "TOP5": top5, "PRECISION": dot_precision(options.precision),
-        "PARTS": parts, "CLASS_PARTS": class_parts, "PART": PART, "ROWS": ROWS, "num_warps": WARPS, "num_stages": 1,
+        "SIZE": size, **_blocks(size, widths[-1], dot_precision(options.precision)),
     }  # fmt: skip
     for part in chunks(points, len(layers) * size * size * dtype.itemsize, FORMED_BYTES):
         count = part.stop - part.start
@@ -164,9 +177,12 @@ def _sums(x: Samples, layers: Sequence[PathLayer], targets: Tensor, top5: bool, 
             form(layer.weight, part, weights[:, index])
             if layer.bias is not None:
                 form(Blended(layer.bias.tensors[:, None], layer.bias.coefficients), part, biases[:, index, None])
+        tiles = count * row_tiles
+        programs = min(tiles, PROGRAMS)
+        scratch = torch.empty((programs, 2, ROWS, size), dtype=dtype, device=device)
         launch(
-            _mlp_kernel, count * row_tiles, sums, **samples_arguments(x, part.start), weights=weights, biases=biases,
-            sums=sums[part], **common,
+            _mlp_kernel, programs, sums, **samples_arguments(x, part.start), weights=weights, biases=biases, scratch=scratch,
+            sums=sums[part], tiles=tiles, programs=programs, **common,
         )  # fmt: skip
     return sums.sum(1)
 
@@ -257,7 +273,10 @@ def aot_cases() -> list[AotCase]:
         signature |= {"weights": "*bf16:16" if precision == "bf16" else "*fp32:16", "biases": "*fp32:16", "widths": "*i32:16"}
         signature |= {"targets": "*i64:16", "sums": "*fp64:16", "slope": "fp32", "last_slope": "fp32"}
         signature |= dict.fromkeys(("rows", "classes", "hidden", "row_tiles"), "i32")
+        signature |= {"tiles": "i32", "programs": "i32", "scratch": signature["weights"]}
         how = {"x_depth": 1, "X_TERMS": 2, "X_PADDED": True, "ACTIVATION": "relu", "INPUT_ACTIVATION": "relu", "TOP5": True}
-        how |= {"LAST_ACTIVATION": "identity", "PRECISION": precision, "PARTS": 4, "CLASS_PARTS": 1, "PART": PART, "ROWS": ROWS}
-        cases.append(AotCase(f"path_mlp {precision}", _mlp_kernel, signature, how, WARPS, 1, precision != "ieee"))
+        blocks = _blocks(256, 10, precision)
+        warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
+        how |= {"LAST_ACTIVATION": "identity", "PRECISION": precision, "SIZE": 256, **blocks}
+        cases.append(AotCase(f"path_mlp {precision}", _mlp_kernel, signature, how, warps, stages, precision != "ieee"))
     return cases
