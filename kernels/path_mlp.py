@@ -4,8 +4,8 @@
 
 Floor: 2 T N Σ in·out operations; from memory only x (once per point, or once in all) and each point's weights. With values
 padded to S = 64, 128 or 256 columns, a program reads a layer's S² weights from L2 for 64 rows, and writes and reads its values
-there: 19 operations per byte at S = 256 in float32, 37 in bfloat16. Predicted for H100/H200-class GPUs (no measurement yet):
-at some 5.5 TB/s from L2 that is 100 Tflop/s for "float32" and "tf32" and 200 for "bf16": L2 binds, memory does not.
+there: at S = 256 15 operations per byte in "float32" (64 units at a time), 19 in "tf32", 37 in "bf16". Predicted for
+H100/H200-class GPUs (no measurement yet): at some 5.5 TB/s from L2 that is 80, 100 and 200 Tflop/s: L2 binds, memory does not.
 
 Layout: a program carries 64 rows of one point through all layers, and then takes the next tile. A layer's values do not fit
 the registers as operands and as results (that spills on sm_80 and sm_90), so they change between two tiles of scratch of

@@ -58,7 +58,7 @@ def test_small_losses_keep_their_digits():
 
 def test_ties_and_what_is_not_finite():
     inf, nan = float("inf"), float("nan")
-    rows = [[1, 1, 1, 1, 1, 1, 1], [0, nan, 2, nan, 1, 1, 1], [inf, 0, 0, 0, 0, 0, 0], [-inf] * 7, [1, -inf, 2, 3, 4, 5, 6], [2] * 7]
+    rows = [[1] * 7, [0, nan, 2, nan, 1, 1, 1], [inf, 0, 0, 0, 0, 0, 0], [-inf] * 7, [1, -inf, 2, 3, 4, 5, 6]]
     z = torch.tensor(rows)
     for label in (0, 1, 3, 5, 6):
         y = torch.full((1,), label)

@@ -49,7 +49,8 @@ def test_strides():
     weight = Blended(torch.randn(2, 5, 7).transpose(1, 2), torch.randn(2, 4).t()[:2])
     weight = Blended(weight.tensors, torch.randn(2, 2).t())
     out = path_linear(x, weight)
-    plain, exact = (path_linear_reference(x.to(d), Blended(weight.tensors.to(d), weight.coefficients)) for d in (torch.float32, torch.float64))
+    plain = path_linear_reference(x, weight)
+    exact = path_linear_reference(x.double(), Blended(weight.tensors.double(), weight.coefficients))
     assert_within_policy("strided", out, plain, exact, torch.float32)
 
 
@@ -69,7 +70,7 @@ def test_what_is_not_finite_stays_where_it_is():
 def test_nothing(shape):
     points, rows, depth = shape
     x = torch.randn(points, rows, depth, requires_grad=True)
-    out = path_linear(x, blended(1, max(points, 1), 5, depth) if points else Blended(torch.randn(1, 5, depth), torch.ones(0, 1)))
+    out = path_linear(x, Blended(torch.randn(1, 5, depth), torch.ones(points, 1)))
     assert out.shape == (points, rows, 5) and not out.any()
     out.sum().backward()
     assert x.grad is not None and x.grad.shape == x.shape
@@ -105,7 +106,7 @@ def test_bad_input():
         path_linear(x, weight, input_activation="relu")
     with pytest.raises(ModeconnError, match="precision is 'fp8'"):
         path_linear(x, weight, precision="fp8")
-    with pytest.raises(ModeconnError, match="x has dtype torch.float64"):
+    with pytest.raises(ModeconnError, match=r"x has dtype torch\.float64"):
         path_linear(x.double(), weight)
     with pytest.raises(ModeconnError, match="coefficients of weight require a gradient"):
         path_linear(x, Blended(weight.tensors, weight.coefficients.requires_grad_()))
