@@ -163,9 +163,14 @@ def weight_gradient(grad: Tensor, x: Samples, weight: Blended, precision: str, a
         _weight_kernel, tiles * len(parts), grad, grad=grad, w_coefficients=weight.coefficients, out=parts,
         **samples_arguments(x), points=points, units=units, grad_point=grad.stride(0), grad_row=grad.stride(1), **splits,
         out_split=parts.stride(0), out_term=parts.stride(1), input_slope=slope, INPUT_ACTIVATION=activation, W_TERMS=terms,
-        PRECISION=dot_precision(precision), ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=8, num_stages=3,
+        PRECISION=dot_precision(precision), ROWS=_rows(dot_precision(precision)), COLUMNS=_COLUMNS, num_warps=8, num_stages=3,
     )  # fmt: skip
     return parts.sum(0)
+
+
+def _rows(precision: str) -> int:
+    """Rows of one product of the control points' gradient: three products at a time need the registers."""
+    return _ROWS // 2 if precision == "tf32x3" else _ROWS
 
 
 def bias_gradient(grad: Tensor, bias: Blended) -> Tensor:
@@ -184,7 +189,7 @@ def aot_cases() -> list[AotCase]:
     for precision in PRECISIONS.values():
         for terms in (0, 2):
             name = f"weight gradient {precision}{' of a combined x' if terms else ''}"
-            how = {**constants, "PRECISION": precision, "X_TERMS": terms}
+            how = {**constants, "PRECISION": precision, "X_TERMS": terms, "ROWS": _rows(precision)}
             cases.append(AotCase(name, _weight_kernel, common, how, 8, 3, precision != "ieee"))
     rows = dict.fromkeys(("grad", "y", "out"), "*fp32:16") | dict.fromkeys(("rows", "units", "row_tiles"), "i32")
     rows |= dict.fromkeys(("grad_point", "grad_row", "y_point", "y_row", "out_point", "out_row", "out_units"), "i32:16")
