@@ -148,8 +148,9 @@ def product(
         run(part, formed_arguments(formed(weight, part, dtype, transposed)))
 
 
-def new_rows(points: int, rows: int, width: int, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def new_rows(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uninitialised [points, rows, width]; rows of more than 32 values start on multiples of 16."""
+    points, rows, width = shape
     return torch.empty((points, rows, padded(width) if width > 32 else width), dtype=dtype, device=like.device)[..., :width]
 
 
@@ -159,7 +160,7 @@ class _PathLinear(torch.autograd.Function):
         ctx: Any, values: Tensor, weights: Tensor, biases: Tensor | None, x: Samples, weight: Blended, bias: Blended | None,
         options: Options,
     ) -> Tensor:  # fmt: skip
-        out = new_rows(weight.points, x.shape[0], weight.shape[0], values, values.dtype)
+        out = new_rows((weight.points, x.shape[0], weight.shape[0]), values, values.dtype)
         product(x, weight, bias, out, options)
         ctx.inputs, ctx.options = (x, weight, bias), options
         ctx.save_for_backward(values, weights, biases, out)
@@ -174,9 +175,9 @@ class _PathLinear(torch.autograd.Function):
             zeros = [torch.zeros_like(v) if need else None for v, need in zip(ctx.saved_tensors[:3], ctx.needs_input_grad)]
             return (*zeros, None, None, None, None)
         if not derivative_from_output(options.activation, options.slope):
-            y = new_rows(*grad.shape, grad)
+            y = new_rows(grad.shape, grad)
             product(x, weight, bias, y, replace(options, activation="identity"))
-        g = linear_gradients.through_activation(grad, y, new_rows(*grad.shape, grad), options.activation, options.slope)
+        g = linear_gradients.through_activation(grad, y, new_rows(grad.shape, grad), options.activation, options.slope)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         how = (options.input_activation, options.input_slope)
         of_x = _input_gradient(g, x, weight, options).to(x.values) if needs_x else None
@@ -188,12 +189,12 @@ class _PathLinear(torch.autograd.Function):
 def _input_gradient(g: Tensor, x: Samples, weight: Blended, options: Options) -> Tensor:
     plain = Options(precision=options.precision)
     if x.per_point:
-        out = new_rows(*g.shape[:2], x.shape[-1], g)
+        out = new_rows((*g.shape[:2], x.shape[-1]), g)
         product(samples_of("g", g, 2), weight, None, out, plain, transposed=True)
         return out
     total = torch.zeros(x.values.shape, dtype=torch.float32, device=g.device)
     for part in chunks(len(g), 4 * padded(x.shape[-1]) * x.shape[0], GRADIENT_BYTES):
-        out = new_rows(part.stop - part.start, *x.shape, g)
+        out = new_rows((part.stop - part.start, *x.shape), g)
         at = Blended(weight.tensors, weight.coefficients[part])
         product(samples_of("g", g[part], 2), at, None, out, plain, transposed=True)
         linear_gradients.add_shared(out, x, part.start, total, options.input_activation, options.input_slope)
