@@ -132,10 +132,11 @@ def _ours(context: Context, name: str, backend: str, precision: str, seconds: fl
             count = 2 if context.dry else points
             if per_point and (time.monotonic() - started) + 3e-3 * count * min(per_point.values()) > seconds:
                 break  # it would take more than its share
-            ms = wall_milliseconds(lambda count=count: work.evaluate(count, **options), context.device, repeats=1 if context.dry else 2)
+            ms = wall_milliseconds(lambda count=count: work.evaluate(count, **options), context.device, 1 if context.dry else 2)
             per_point[count] = ms / count
         text = ", ".join(f"T {points}: {ms:.4g} ms" for points, ms in per_point.items())
-        return {"ms": min(per_point.values()), "per_point_ms": per_point, "loss_error": error, "note": f"{text}; loss {error:.0e}"}
+        note = f"{text}; loss {error:.0e}"
+        return {"ms": min(per_point.values()), "per_point_ms": per_point, "loss_error": error, "note": note}
 
     return run
 

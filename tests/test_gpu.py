@@ -171,12 +171,15 @@ def test_gradients(device, name):
                 total = function(given[0], [PathLayer(*blends, "identity", 0.01)], labels)[:, 0].sum()
             return [g.double().cpu().numpy() for g in torch.autograd.grad(total, given)]
 
-        every = (gradients(f, d) for f, d in ((function, torch.float32), (reference, torch.float32), (reference, torch.float64)))
+        runs = ((function, torch.float32), (reference, torch.float32), (reference, torch.float64))
+        every = (gradients(of, dtype) for of, dtype in runs)
         for what, got, plain, exact in zip(("x", "weight", "bias"), *every):
             assert_within_policy(f"{name}, {what}", got, plain, exact, torch.float32)
 
 
-@pytest.mark.parametrize("spec", ["mlp:784-245x3-10", "mlp:20-1023x2-10", "vgg11_bn:width=8", "resnet20", "vit", "gpt:vocab=65,context=64"])
+@pytest.mark.parametrize(
+    "spec", ["mlp:784-245x3-10", "mlp:20-1023x2-10", "vgg11_bn:width=8", "resnet20", "vit", "gpt:vocab=65,context=64"]
+)
 @pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
 def test_whole_evaluations(device, spec):
     if device.type != "cuda":

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from modeconn.backends.engine_steps import _argument, _pooling, activation_of
 from modeconn.backends.points import AtPoints, Combined, Fixed, Value, Weight, formed, run
-from modeconn.backends.triton_steps import Operand, Steps, affine, convolution, is_linear, is_product, readers_of, weight_and_bias
+from modeconn.backends.triton_steps import (
+    Operand,
+    Steps,
+    affine,
+    convolution,
+    is_linear,
+    is_product,
+    readers_of,
+    weight_and_bias,
+)
 from modeconn.graph import In, Node
 from modeconn.kernels.blended import Blended
 from modeconn.plan.program import Blend, Combination, Term
@@ -217,7 +226,8 @@ class Schedule:
         same = len({(each.node.id, each.inputs) for each in shared}) == 1 and len(shared[0].inputs) == 1
         if not same or convolution(node) is None:
             return None
-        entries = [Weight(Blend(tensors, columns), steps.count, steps.device) for tensors in zip(*(each.entries for each in shared))]
+        sets = zip(*(each.entries for each in shared))
+        entries = [Weight(Blend(tensors, columns), steps.count, steps.device) for tensors in sets]
         (value,) = shared[0].inputs
         steps.kept.add(value)
         read = Combination((Term(value, np.ones(steps.count)),))

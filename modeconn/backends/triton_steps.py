@@ -138,6 +138,7 @@ def convolution(node: Node) -> dict[str, Any] | None:
 
 
 def weight_and_bias(steps: Steps, step: VaryingStep) -> tuple[Weight, Weight | None]:
+    """The entries of a product."""
     args = step.node.args
     weight = steps.weight(step, args[1])
     assert weight is not None

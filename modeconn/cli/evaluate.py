@@ -67,7 +67,10 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
         help="auto, reference, native or triton (default: auto, the fastest that can)",
     )
     computing.add_argument(
-        "--precision", metavar="NAME", default="float32", help="float32 or float64; on a GPU also tf32 or bf16 (default: float32)"
+        "--precision",
+        metavar="NAME",
+        default="float32",
+        help="float32 or float64; on a GPU also tf32 or bf16 (default: float32)",
     )
     computing.add_argument(
         "--batch-size",
