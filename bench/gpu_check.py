@@ -78,6 +78,13 @@ class Check:
         mark = "✗" if "error" in result else "–" if "skipped" in result else "✓"
         print(f"  {mark} {result['part']}: {result['case']} {note}".rstrip(), flush=True)
 
+    def attempt(self, part: str) -> None:
+        """One part, which must not take the others with it."""
+        try:
+            self.run(part)
+        except Exception as error:
+            self.add(part=part, case="all", error=f"{type(error).__name__}: {error}")
+
     def run(self, part: str) -> None:
         """One part, within its share of the time that is left."""
         share = max(10.0, PARTS[part] * self.left())
@@ -189,15 +196,19 @@ class Check:
                 process.kill()
                 process.wait()
                 ended = "ended, its time was up"
-        lines, other = [], []
-        for line in log.read_text(errors="replace").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                other.append(line)
-        return [line for line in lines if isinstance(line, dict)] + [
-            {"ended": f"{ended} {' '.join(other[-3:])}".strip()[-500:], "at": time.time()}
-        ]
+        printed = log.read_text(errors="replace").splitlines()
+        other = [line for line in printed if _parsed(line) is None]
+        last = {"ended": f"{ended} {' '.join(other[-3:])}".strip()[-500:], "at": time.time()}
+        return [found for line in printed if (found := _parsed(line)) is not None] + [last]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line of JSON, or None for any other."""
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _text(output: Any) -> str:
@@ -235,10 +246,7 @@ def main() -> int:
         if "build" in wanted:
             check.begin_build()
         for part in (part for part in PARTS if part in wanted):
-            try:
-                check.run(part)
-            except Exception as error:  # one part must not take the others with it
-                check.add(part=part, case="all", error=f"{type(error).__name__}: {error}")
+            check.attempt(part)
     device = next((r["note"] for r in check.results if r["case"] == "device"), "no device")
     report = {
         "device": device, "date": started.isoformat(timespec="seconds"), "python": platform.python_version(),

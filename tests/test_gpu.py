@@ -151,30 +151,33 @@ def test_pooling_and_norms(device):
 @pytest.mark.parametrize("name", ["path_linear", "path_cross_entropy", "path_mlp"])
 def test_gradients(device, name):
     """Of x, weights and biases, by the reference's autograd."""
-    draw = Draw(device)
-    function, reference = op(name)
     for points, rows, width in sizes(device, [(2, 3, 5)], [(3, 257, 245), (2, 1025, 63)]):
-        weight, bias = draw.blended(points, 2, 10, width, scale=width**-0.5), draw.blended(points, 2, 10)
-        leaves = [draw.normal(points, rows, width), weight.tensors, bias.tensors]
-        labels, direction = draw.labels(rows, 10), draw.normal(points, rows, 10)
+        judge_gradients(name, Draw(device), points, rows, width)
 
-        def gradients(function: Any, dtype: torch.dtype) -> list[np.ndarray]:
-            given = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
-            blends = [Blended(t, w.coefficients.to(dtype)) for t, w in zip(given[1:], (weight, bias))]
-            if name == "path_linear":
-                total = (function(given[0], *blends, activation="tanh") * direction.to(dtype)).sum()
-            elif name == "path_cross_entropy":
-                total = function(given[0], *blends, labels)[:, 0].sum()
-            else:
-                from modeconn.kernels.path_mlp import PathLayer
 
-                total = function(given[0], [PathLayer(*blends, "identity", 0.01)], labels)[:, 0].sum()
-            return [g.double().cpu().numpy() for g in torch.autograd.grad(total, given)]
+def judge_gradients(name: str, draw: Draw, points: int, rows: int, width: int) -> None:
+    from modeconn.kernels.path_mlp import PathLayer
 
-        runs = ((function, torch.float32), (reference, torch.float32), (reference, torch.float64))
-        every = (gradients(of, dtype) for of, dtype in runs)
-        for what, got, plain, exact in zip(("x", "weight", "bias"), *every):
-            assert_within_policy(f"{name}, {what}", got, plain, exact, torch.float32)
+    function, reference = op(name)
+    weight, bias = draw.blended(points, 2, 10, width, scale=width**-0.5), draw.blended(points, 2, 10)
+    leaves = [draw.normal(points, rows, width), weight.tensors, bias.tensors]
+    labels, direction = draw.labels(rows, 10), draw.normal(points, rows, 10)
+
+    def gradients(of: Any, dtype: torch.dtype) -> list[np.ndarray]:
+        given = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+        blends = [Blended(t, w.coefficients.to(dtype)) for t, w in zip(given[1:], (weight, bias))]
+        if name == "path_linear":
+            total = (of(given[0], *blends, activation="tanh") * direction.to(dtype)).sum()
+        elif name == "path_cross_entropy":
+            total = of(given[0], *blends, labels)[:, 0].sum()
+        else:
+            total = of(given[0], [PathLayer(*blends, "identity", 0.01)], labels)[:, 0].sum()
+        return [g.double().cpu().numpy() for g in torch.autograd.grad(total, given)]
+
+    runs = ((function, torch.float32), (reference, torch.float32), (reference, torch.float64))
+    every = (gradients(of, dtype) for of, dtype in runs)
+    for what, got, plain, exact in zip(("x", "weight", "bias"), *every):
+        assert_within_policy(f"{name}, {what}", got, plain, exact, torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def agrees(model: nn.Module, path: mc.PolyChain | mc.Line, x: Any, y: Tensor, po
             assert_within_policy(name, got.values[name], plain_values[name], exact_values[name], torch.float32)
         return got
     plain = mc.evaluate(model, path, (x, y), points, backend="reference", **options)
-    wide = (lambda v: v.double() if v.is_floating_point() else v)(x)
+    wide = x.double() if x.is_floating_point() else x
     exact = mc.evaluate(model, path, (wide, y), points, backend="reference", precision="float64", **options)
     for name, values in got.values.items():
         assert_within_policy(name, values, plain.values[name], exact.values[name], torch.float32)

@@ -22,8 +22,8 @@ def check_name(name: str, precision: str = "float32", device: torch.device | Non
     on_gpu = device is not None and device.type == "cuda"
     if not on_gpu or name == "native" or (name == "reference" and precision == "bf16"):
         raise ModeconnError(
-            f"precision {precision!r} is not one of backend {name!r} on {device}: expected float32 or float64; on a CUDA device "
-            f"{' and '.join(_REDUCED)} multiply in tf32 or bf16, and reference in tf32"
+            f"precision {precision!r} is not one of backend {name!r} on {device}: expected float32 or float64; on a CUDA "
+            f"device {' and '.join(_REDUCED)} multiply in tf32 or bf16, and reference in tf32"
         )
 
 

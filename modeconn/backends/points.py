@@ -24,7 +24,7 @@ from modeconn.plan.rules import Elementwise, rule_for
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda x, slope: x,
     "relu": lambda x, slope: x.relu(),
-    "leaky_relu": lambda x, slope: F.leaky_relu(x, slope),
+    "leaky_relu": F.leaky_relu,
     "tanh": lambda x, slope: x.tanh(),
     "gelu": lambda x, slope: F.gelu(x),
     "gelu_tanh": lambda x, slope: F.gelu(x, approximate="tanh"),

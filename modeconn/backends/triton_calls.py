@@ -99,10 +99,8 @@ class Schedule:
         self._wanted = [index for index in wanted if isinstance(index, int)]
         self._readers = readers_of(steps, self._wanted)
         self._taken: set[int] = set()
-        calls = []
-        for index in sorted(self._readers):
-            if index not in self._taken:
-                calls.append(self._call(index))
+        # In order: a call takes later steps along, which then need none of their own.
+        calls = [self._call(index) for index in sorted(self._readers) if index not in self._taken]
         self.calls = sorted(calls, key=lambda call: call.step)
         last = {i: n for n, call in enumerate(self.calls) for i in call.reads if isinstance(i, int)}
         self.drops = [[i for i, n in last.items() if n == at and i not in self._wanted] for at in range(len(self.calls))]
