@@ -1,6 +1,6 @@
 """The cases of one part of bench/gpu_check.py, in a process of their own: a line of JSON as one begins and when it is done.
 
-    python bench/gpu_cases.py kernels '{"cases": [], "dry": true, "seconds": 30, "machine": []}'     lists them
+python bench/gpu_cases.py kernels '{"cases": [], "dry": true, "seconds": 30, "machine": []}'     lists them
 """
 
 from __future__ import annotations

@@ -116,9 +116,7 @@ def _jitted(
 _linear_kernel = tuned(CONFIGS, key=["units", "depth", "X_TERMS", "W_TERMS", "PRECISION"])(_jitted)
 
 
-def product(
-    x: Samples, weight: Blended, bias: Blended | None, out: Tensor, options: Options, transposed: bool = False
-) -> None:
+def product(x: Samples, weight: Blended, bias: Blended | None, out: Tensor, options: Options, transposed: bool = False) -> None:
     """Write act(x W(t)ᵀ + b(t)) of all points into out [T, N, units], of `new_rows`; transposed: act(x W(t) + b(t))."""
     points, rows, units = out.shape
     if out.numel() == 0:

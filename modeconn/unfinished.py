@@ -148,6 +148,5 @@ def fingerprint(path: Path, t: np.ndarray) -> dict[str, str]:
     return {"path": f"{type(path).__name__} {weights.hexdigest()}", "points": points.hexdigest()}
 
 
-def _bytes(tensor: Tensor) -> np.ndarray:
-    bytes_of: np.ndarray = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return bytes_of
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from modeconn.backends.reference import ReferenceBackend, Values
 from modeconn.errors import ModeconnError
 from modeconn.metrics import Head
 from modeconn.plan.program import Blend, Moving, Program, Segment, SharedStep, Term, VaryingStep
+from modeconn.plan.rules import static
 
 # Bytes of packed weights and partial sums of one launch.
 _WORKSPACE = 256 << 20
@@ -218,8 +219,8 @@ class CudaBackend(ReferenceBackend):
         engine = extension()
         if device.type != ("cpu" if engine.emulated else "cuda"):
             count, problem = engine.device_count()
-            found = f"there are {count} CUDA devices" if count else f"there is no CUDA device ({problem})"
-            raise _cannot(f"it computes on a CUDA device, and the device is {device}; {found}")
+            there = f"there are {count} CUDA devices" if count else f"there is no CUDA device ({problem})"
+            raise _cannot(f"it computes on a CUDA device, and the device is {device}; {there}")
         if dtype != torch.float32:
             raise _cannot(f"it computes in float32, and the precision is {str(dtype).removeprefix('torch.')}")
         super().__init__(program, dtype, device)
@@ -261,7 +262,7 @@ def _fused(program: Program, segment: Segment, device: torch.device) -> Fused | 
         return f"{other} is not a linear layer"
     output = program.graph.tensor_output
     assert output is not None  # find_chain has looked
-    widths = [layer.weights[0].shape for layer in chain.layers] or [(int(program.graph.nodes[output].shape[1]),)]
+    widths = [layer.weights[0].shape for layer in chain.layers] or [(static(program.graph.nodes[output].shape[1]),)]
     for what, value, most in (
         ("width", max(max(shape) for shape in widths), engine.max_width),
         ("number of layers", len(chain.layers), engine.max_layers),
@@ -295,18 +296,20 @@ def _fused(program: Program, segment: Segment, device: torch.device) -> Fused | 
     return Fused(chain.terms, tensor(columns), start.activation, start.slope, layers, chain.constant)
 
 
-def _on_host(step: Any) -> Any:
+Step = TypeVar("Step", bound="SharedStep | VaryingStep")
+
+
+def _on_host(step: Step) -> Step:
     """A step with its weights on the CPU, where `find_chain` reads them."""
+    return replace(step, entries=tuple(_entry_on_host(entry) for entry in step.entries))  # type: ignore[misc]
 
-    def host(entry: Tensor | Moving) -> Tensor | Moving:
-        if isinstance(entry, Tensor):
-            return entry.cpu()
-        if isinstance(entry, Blend):
-            return replace(entry, tensors=tuple(tensor.cpu() for tensor in entry.tensors))
-        return replace(entry, table=entry.table.cpu())
 
-    assert isinstance(step, SharedStep | VaryingStep)
-    return replace(step, entries=tuple(host(entry) for entry in step.entries))
+def _entry_on_host(entry: Tensor | Moving) -> Tensor | Moving:
+    if isinstance(entry, Tensor):
+        return entry.cpu()
+    if isinstance(entry, Blend):
+        return replace(entry, tensors=tuple(tensor.cpu() for tensor in entry.tensors))
+    return replace(entry, table=entry.table.cpu())
 
 
 def _cannot(reason: str) -> CannotRun:

@@ -199,9 +199,7 @@ def _loss(tail: Tail, scope: Scope, labels: _Labels, rows: slice, **options: Any
         logits = x[None] if isinstance(x, Tensor) and x.dim() == 2 else x
         of_logits: Tensor = path_cross_entropy(logits, None, None, targets, **options)
         return of_logits
-    layers = [
-        (layer.weight.blended(scope.points), layer.bias and layer.bias.blended(scope.points)) for layer in tail.layers
-    ]
+    layers = [(layer.weight.blended(scope.points), layer.bias and layer.bias.blended(scope.points)) for layer in tail.layers]
     if len(layers) == 1:
         of_layer: Tensor = path_cross_entropy(x, *layers[0], targets, **options)
         return of_layer

@@ -165,5 +165,3 @@ def readers_of(steps: Steps, wanted: Sequence[int]) -> dict[int, list[int]]:
                 if isinstance(operand, int):
                     readers.setdefault(operand, []).append(index)
     return readers
-
-

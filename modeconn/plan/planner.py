@@ -339,7 +339,7 @@ def flops(node: Node, weights: Sequence[Tensor], numbers: float) -> float:
         return 2.0 * numbers * len(weights[1])
     if node.op.startswith("conv_transpose") and weights:  # every input goes to each output of its kernel
         stride = node.args[3] if len(node.args) > 3 else [1]
-        steps = math.prod(stride) ** ((weights[0].dim() - 2) // len(stride))
+        steps: int = math.prod(stride) ** ((weights[0].dim() - 2) // len(stride))
         return 2.0 * numbers * weights[0].numel() / max(weights[0].shape[1], 1) / steps
     if node.op == "linear" or node.op.startswith("conv"):
         return 2.0 * numbers * weights[0].numel() / max(len(weights[0]), 1) if weights else numbers
