@@ -84,7 +84,9 @@ def dot_precision(precision: str) -> str:
     return "bf16_rounded" if INTERPRETED and precision == "bf16" else PRECISIONS[precision]
 
 
-def launch(kernel: Any, programs: int | Callable[[dict[str, Any]], int], on: Tensor, /, **options: Any) -> None:
+def launch(
+    kernel: Any, programs: int | Callable[[dict[str, Any]], int], on: Tensor, /, *arguments: Any, **options: Any
+) -> None:
     """Start a kernel on the device of a tensor.
 
     Args:
@@ -92,7 +94,7 @@ def launch(kernel: Any, programs: int | Callable[[dict[str, Any]], int], on: Ten
     """
     grid = (lambda meta: (programs(meta),)) if callable(programs) else (programs,)
     with torch.cuda.device_of(on), np.errstate(all="ignore") if INTERPRETED else contextlib.nullcontext():
-        kernel[grid](**options)
+        kernel[grid](*arguments, **options)
 
 
 def tuned(configs: list[Any], key: list[str]) -> Callable[[Any], Any]:
