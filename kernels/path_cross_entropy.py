@@ -141,8 +141,19 @@ def blocks(classes: int, given: bool) -> triton.Config:
     if given:
         columns = min(1024, triton.next_power_of_2(max(16, classes)))
         return triton.Config({"BLOCK_M": max(1, 4096 // columns), "BLOCK_N": columns}, num_warps=4, num_stages=2)
-    columns = min(128, triton.next_power_of_2(max(16, classes)))
-    return triton.Config({"BLOCK_M": 128 if columns <= 32 else 64, "BLOCK_N": columns}, num_warps=4, num_stages=3)
+    columns = min(128, triton.next_power_of_2(max(32, classes)))
+    return triton.Config({"BLOCK_M": 64, "BLOCK_N": columns}, num_warps=8, num_stages=3)  # four warps spill on sm_80
+
+
+def _in_one_tile(config: triton.Config, classes: int, given: bool, top5: bool, device: torch.device) -> bool:
+    """Whether the logits are made once, in a single tile; otherwise tile by tile, and once more for the top five.
+
+    One tile of a product is worth it for the top five alone, and does not compile for Blackwell (Triton 3.7).
+    """
+    if classes > config.kwargs["BLOCK_N"]:
+        return False
+    blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+    return given or (top5 and not blackwell)
 
 
 def _sums(x: Samples, layer: PathLayer | None, targets: Tensor, points: int, top5: bool, options: Options) -> Tensor:
@@ -155,8 +166,8 @@ def _sums(x: Samples, layer: PathLayer | None, targets: Tensor, points: int, top
     x = aligned(x)
     common = {"targets": targets, "units": classes, "row_tiles": row_tiles, "group_rows": rows_of_a_group(x), "TOP5": top5}
     common |= {"input_slope": options.input_slope, "INPUT_ACTIVATION": options.input_activation, "GIVEN": layer is None}
-    common |= {"PRECISION": dot_precision(options.precision), "ONE_TILE": classes <= config.kwargs["BLOCK_N"]}
-    common |= {"BLOCK_K": BLOCK_K, **config.all_kwargs()}
+    common |= {"PRECISION": dot_precision(options.precision), "BLOCK_K": BLOCK_K, **config.all_kwargs()}
+    common["ONE_TILE"] = _in_one_tile(config, classes, layer is None, top5, x.values.device)
 
     def run(part: slice, weights: dict[str, Any]) -> None:
         count = part.stop - part.start
@@ -257,7 +268,8 @@ def aot_cases() -> list[AotCase]:
             config = blocks(classes, given)
             for precision in PRECISIONS.values() if not given else ["tf32x3"]:
                 signature, constants = aot_arguments(precision, given)
-                constants |= {"GIVEN": given, "TOP5": classes > 10, "ONE_TILE": classes <= config.kwargs["BLOCK_N"]}
+                constants |= {"GIVEN": given, "TOP5": classes > 10}
+                constants["ONE_TILE"] = _in_one_tile(config, classes, given, classes > 10, torch.device("cpu"))
                 if given:
                     constants |= {"W_TERMS": 0, "B_TERMS": 0}
                 what = f"path_cross_entropy {'of combined logits' if given else precision} {classes} classes"

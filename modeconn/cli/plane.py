@@ -22,7 +22,7 @@ def add(commands: options.Commands) -> None:
         description="Loss and error on a plane, in one pass over the data: around one checkpoint along two random\n"
         "directions, through three, or along the principal components of a training's checkpoints.",
         epilog=options.example(
-            "modeconn plane a.safetensors b.safetensors c.safetensors --data digits --plot plane.png --save plane.npz",
+            "modeconn plane a.safetensors b.safetensors c.safetensors --data digits --plot plane.png",
             "Interrupted with --save, the same command goes on where it was.",
         ),
     )
