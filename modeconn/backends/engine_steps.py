@@ -130,7 +130,7 @@ def step_layers(step: VaryingStep, points: int, size: tuple[Any, ...]) -> list[L
         pool = Layer(op="avg_pool2d", geometry={"kernel": _pair(size)})
         return [pool] if len(node.shape) == 4 else [pool, Layer(op="flatten")]
     if image and node.op in ("max_pool2d", "avg_pool2d"):
-        geometry = _pooling(node)
+        geometry = pooling_of(node)
         return geometry if isinstance(geometry, str) else [Layer(op=node.op, geometry=geometry)]
     if (node.op == "conv2d" and image) or (node.op == "linear" and not image):
         layer = _product(node, [_blend(entry, points) for entry in step.entries])
@@ -145,7 +145,7 @@ def _over_pixels(node: Node) -> bool:
 
 def _product(node: Node, entries: Sequence[tuple[list[np.ndarray], np.ndarray]]) -> Layer | str:
     """A linear layer or convolution from its weight and bias, each as arrays and their coefficients."""
-    geometry = _geometry(node) if node.op == "conv2d" else {}
+    geometry = geometry_of(node) if node.op == "conv2d" else {}
     if isinstance(geometry, str):
         return geometry
     (weights, columns), *bias = entries
@@ -195,7 +195,7 @@ def begin_with_layer(program: Program, chain: Chain) -> str:
     return ""
 
 
-def _argument(node: Node, position: int, name: str, default: Any) -> Any:
+def argument(node: Node, position: int, name: str, default: Any) -> Any:
     """An argument of an operation, however it was passed."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
@@ -206,26 +206,26 @@ def _pair(value: Any) -> tuple[int, int]:
     return (values[0], values[-1])
 
 
-def _geometry(node: Node) -> dict[str, Any] | str:
+def geometry_of(node: Node) -> dict[str, Any] | str:
     """Stride, padding, dilation and groups of a convolution, or why the engine does not have it."""
-    padding = _argument(node, 4, "padding", 0)
+    padding = argument(node, 4, "padding", 0)
     if isinstance(padding, str):
         return "is padded by name"
-    geometry = {"stride": _pair(_argument(node, 3, "stride", 1)), "padding": _pair(padding)}
-    dilation, groups = _pair(_argument(node, 5, "dilation", 1)), _argument(node, 6, "groups", 1)
+    geometry = {"stride": _pair(argument(node, 3, "stride", 1)), "padding": _pair(padding)}
+    dilation, groups = _pair(argument(node, 5, "dilation", 1)), argument(node, 6, "groups", 1)
     unusual = {"dilation": dilation} if dilation != (1, 1) else {}
     return geometry | unusual | ({"groups": groups} if groups != 1 else {})
 
 
-def _pooling(node: Node) -> dict[str, Any] | str:
+def pooling_of(node: Node) -> dict[str, Any] | str:
     """Kernel, stride and padding of a pooling, or why the engine does not have it."""
-    kernel, padding = _argument(node, 1, "kernel_size", 1), _argument(node, 3, "padding", 0)
-    stride = _argument(node, 2, "stride", None) or kernel
+    kernel, padding = argument(node, 1, "kernel_size", 1), argument(node, 3, "padding", 0)
+    stride = argument(node, 2, "stride", None) or kernel
     if node.op == "max_pool2d":
-        plain = _pair(_argument(node, 4, "dilation", 1)) == (1, 1) and not _argument(node, 5, "ceil_mode", False)
+        plain = _pair(argument(node, 4, "dilation", 1)) == (1, 1) and not argument(node, 5, "ceil_mode", False)
     else:
-        by_kernel = _argument(node, 5, "count_include_pad", True) and _argument(node, 6, "divisor_override", None) is None
-        plain = by_kernel and not _argument(node, 4, "ceil_mode", False)
+        by_kernel = argument(node, 5, "count_include_pad", True) and argument(node, 6, "divisor_override", None) is None
+        plain = by_kernel and not argument(node, 4, "ceil_mode", False)
     if not plain:
         return "rounds up, is dilated, or divides in its own way"
     return {"kernel": _pair(kernel), "stride": _pair(stride), "padding": _pair(padding)}

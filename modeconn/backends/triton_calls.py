@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.backends.engine_steps import _argument, _pooling, activation_of
+from modeconn.backends.engine_steps import activation_of, argument, pooling_of
 from modeconn.backends.points import AtPoints, Combined, Fixed, Value, Weight, formed, run
 from modeconn.backends.triton_steps import (
     Operand,
@@ -138,7 +138,7 @@ class Schedule:
         if is_product(step) and convolution(node) is not None:
             weight, bias = weight_and_bias(steps, step)
             return self._convolution(index, node, weight, bias, steps.inputs(index)[0])
-        if node.op in ("max_pool2d", "avg_pool2d") and len(node.shape) == 4 and isinstance(_pooling(node), dict):
+        if node.op in ("max_pool2d", "avg_pool2d") and len(node.shape) == 4 and isinstance(pooling_of(node), dict):
             return self._pool(index)
         if node.op == "batch_norm" and len(step.inputs) == 1:
             return self._scaled(index)
@@ -235,7 +235,7 @@ class Schedule:
         from modeconn.kernels.path_pool2d import path_pool2d
 
         steps, step = self._steps, self._steps.steps[index]
-        geometry: dict[str, Any] = _pooling(step.node)  # type: ignore[assignment]
+        geometry: dict[str, Any] = pooling_of(step.node)  # type: ignore[assignment]
         reads = steps.inputs(index)
         kind = step.node.op.removesuffix("_pool2d")
 
@@ -249,10 +249,10 @@ class Schedule:
 
         steps, step = self._steps, self._steps.steps[index]
         node, reads = step.node, steps.inputs(index)
-        weight = steps.weight(step, _argument(node, 2, "weight", None))
-        bias = steps.weight(step, _argument(node, 3, "bias", None)) if node.op == "layer_norm" else None
+        weight = steps.weight(step, argument(node, 2, "weight", None))
+        bias = steps.weight(step, argument(node, 3, "bias", None)) if node.op == "layer_norm" else None
         default = 1e-5 if node.op == "layer_norm" else None
-        eps = _argument(node, 4 if node.op == "layer_norm" else 3, "eps", default)
+        eps = argument(node, 4 if node.op == "layer_norm" else 3, "eps", default)
         if weight is None or eps is None:
             return self._plain(index)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeconn.backends.engine_steps import _geometry, activation_of, passes_through
+from modeconn.backends.engine_steps import activation_of, geometry_of, passes_through
 from modeconn.backends.points import Weight
 from modeconn.graph import In, Node
 from modeconn.plan.program import Combination, Moving, Program, Segment, VaryingStep
@@ -133,7 +133,7 @@ def is_product(step: VaryingStep) -> bool:
 
 def convolution(node: Node) -> dict[str, Any] | None:
     """Stride and padding of a convolution that there is a kernel for."""
-    geometry = _geometry(node) if node.op == "conv2d" else ""
+    geometry = geometry_of(node) if node.op == "conv2d" else ""
     return geometry if isinstance(geometry, dict) and set(geometry) == {"stride", "padding"} else None
 
 
