@@ -149,7 +149,7 @@ def _blocks(size: int, classes: int, precision: str) -> dict[str, int]:
     """The configuration for values padded to `size` columns."""
     units = 64 if precision == "tf32x3" else min(128, size)  # three products at a time need the registers
     columns = min(64, triton.next_power_of_2(max(16, classes)))
-    return {"ROWS": ROWS, "UNITS": units, "CLASSES": columns, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+    return {"ROWS": ROWS, "UNITS": units, "CLASSES": columns, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 
 
 def _sums(x: Samples, layers: Sequence[PathLayer], targets: Tensor, top5: bool, options: Options) -> Tensor:
