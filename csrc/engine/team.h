@@ -1,4 +1,7 @@
 // The threads of one call. The calling thread takes part in the work and asks `poll` now and then whether to stop.
+//
+// They are those of the process's OpenMP runtime where it has one. PyTorch's operators leave that runtime's threads spinning
+// for some milliseconds, in wait for more: threads of our own, called between two operators, would share the cores with them.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -8,7 +11,6 @@
 #include <functional>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 namespace modeconn {
 
@@ -21,10 +23,9 @@ class Team {
   using Task = std::function<void(int64_t task, int thread)>;
 
   // poll: called from the constructing thread only, about every 50 ms; true stops the work.
-  Team(int threads, std::function<bool()> poll);
-  ~Team();
+  Team(int threads, std::function<bool()> poll) : threads_(threads > 1 ? threads : 1), poll_(std::move(poll)) {}
 
-  int threads() const { return int(workers_.size()) + 1; }
+  int threads() const { return threads_; }  // at most
 
   // Runs f for every task, in increasing order but in no order among threads. Throws Interrupted, or what f threw.
   void each(int64_t tasks, const Task& f);
@@ -37,9 +38,12 @@ class Team {
 
  private:
   void ask();
+  void join();
   void work(int thread);
-  void serve(int thread);
+  void wait();
 
+  const int threads_;
+  const std::thread::id caller_ = std::this_thread::get_id();
   std::function<bool()> poll_;
   std::chrono::steady_clock::time_point asked_ = std::chrono::steady_clock::now();
   std::atomic<bool> stop_{false};
@@ -47,12 +51,9 @@ class Team {
   int64_t tasks_ = 0;
   const Task* task_ = nullptr;
   std::mutex mutex_;
-  std::condition_variable start_, done_;
-  int64_t round_ = 0;
-  int busy_ = 0;
-  bool quit_ = false;
+  std::condition_variable done_;
+  int joined_ = 0, busy_ = 0;  // threads besides the caller: so far, and at work
   std::exception_ptr error_;
-  std::vector<std::thread> workers_;
 };
 
 }  // namespace modeconn

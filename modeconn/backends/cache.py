@@ -6,12 +6,13 @@ import os
 
 import torch
 
-from modeconn.plan.program import Program
+from modeconn.plan.program import Program, SharedStep, VaryingStep
+from modeconn.plan.rules import static
 
 # What is assumed where the machine does not say: per core, and the least that is common today.
 _DEFAULT_L2 = 1 << 20
-# Fewer rows than this no longer amortise the cost of an operator call.
-_LEAST = 128
+# Fewer rows than this in a matrix product no longer amortise the cost of the call, nor do fewer samples, whatever they have.
+_LEAST, _FEWEST = 128, 8
 # Bytes that the widest step of a block may take all the same: the logits of long texts over a large vocabulary, say.
 _MOST_BYTES = 256 << 20
 
@@ -28,7 +29,13 @@ def block_rows(program: Program, dtype: torch.dtype, device: torch.device) -> in
     item = torch.finfo(dtype).bits // 8
     widest = max(*(2 * step.numbers * item for step in steps), 1.0)
     cache = 2 * torch.get_num_threads() * _second_level()
-    return max(1, min(max(_LEAST, int(cache // widest)), int(_MOST_BYTES // widest)))
+    least = max(_FEWEST, int(_LEAST // max(1.0, *map(_positions, steps))))
+    return max(1, min(max(least, int(cache // widest)), int(_MOST_BYTES // widest)))
+
+
+def _positions(step: SharedStep | VaryingStep) -> float:
+    """Rows of a linear layer's product for each sample: the tokens of a text, say. Convolutions take images as a whole."""
+    return step.numbers / static(step.node.shape[-1]) if step.node.op == "linear" else 1.0
 
 
 def _second_level() -> int:
