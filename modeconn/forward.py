@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.arguments import MEMORY_BUDGET, check_fit, device_of, dtype_of, frozen_entries, moved, positive, warn_of
-from modeconn.backends import check_name
+from modeconn.backends import check_name, make_backend, make_differentiable
 from modeconn.backends.precision import products
 from modeconn.backends.reference import ReferenceBackend
 from modeconn.capture import capture, prepare
@@ -41,7 +41,8 @@ class Forward:
         sample: a few rows of input [N, …], or a tuple or dict of such tensors where the model takes several; only their
             shape and dtype count.
         buffers: "interpolate" the norms' running statistics with the weights, or keep those of the path's "start".
-        precision: "float32" or "float64"; on a CUDA device also "tf32".
+        backend: "auto", or a backend by name, which then runs or raises; "auto" leaves gradients to PyTorch's operations.
+        precision: "float32" or "float64"; on a CUDA device also "tf32" or "bf16".
         device: of the computation; by default where the path's control points are.
         memory_budget: bytes for what is shared between points, 128 MiB by default; the outputs come on top of that.
 
@@ -55,11 +56,13 @@ class Forward:
 
     def __init__(
         self, model: nn.Module, path: Path, t: Points, sample: Any, *, buffers: str = "interpolate",
-        precision: str = "float32", device: str | torch.device | None = None, memory_budget: int | None = None,
+        backend: str = "auto", precision: str = "float32", device: str | torch.device | None = None,
+        memory_budget: int | None = None,
     ) -> None:  # fmt: skip
         self.t: np.ndarray = path.points(t)
         self._precision, self._dtype, self._device = precision, dtype_of(precision), device_of(device, path)
-        check_name(ReferenceBackend.name, precision, self._device)
+        check_name(backend, precision, self._device)
+        self._backend = backend
         self._budget = positive("memory_budget", memory_budget) or MEMORY_BUDGET
         frozen = frozen_entries(buffers, path, data=False)
         check_fit(model, path)
@@ -75,8 +78,9 @@ class Forward:
         program = make_program(
             graph, path, self.t, dtype=self._dtype, device=self._device, frozen=frozen, by_content=not self._weights_move
         )
-        self._engine = ReferenceBackend(program, self._dtype, self._device)
         self.plan = Plan(program)
+        self._engines: dict[bool, ReferenceBackend] = {}
+        self._engine(self._weights_move)  # raises here, not at the first call
 
     def __call__(self, x: Any) -> Tensor:
         """The outputs [T, B, …] for inputs [B, …], in the order of `t`.
@@ -90,10 +94,11 @@ class Forward:
                 f"inputs have shape {describe(inputs)}: expected {self._row}, as in the sample this was made for"
             )
         count = rows(inputs)
-        most = count if self.plan.program.graph.mixes_rows else self._engine.most_rows(self._budget)
         wanted = torch.is_grad_enabled() and (self._weights_move or any(leaf.requires_grad for leaf in leaves(inputs)))
+        engine = self._engine(wanted or self._weights_move)
+        most = count if self.plan.program.graph.mixes_rows else engine.most_rows(self._budget)
         with eval_mode(self._model), torch.set_grad_enabled(wanted), products(self._precision, self._device):
-            outputs = [self._outputs(take(inputs, i, i + most)) for i in range(0, count, most)]
+            outputs = [self._outputs(engine, take(inputs, i, i + most)) for i in range(0, count, most)]
         distinct = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         inverse = self.plan.program.inverse
         if np.array_equal(inverse, np.arange(len(distinct))):
@@ -113,27 +118,35 @@ class Forward:
             raise ModeconnError(f"inputs have shape {text}: expected at least one row, [N, …], and as many of each input")
         return moved(inputs, self._dtype, self._device)
 
-    def _outputs(self, x: Inputs) -> Tensor:
+    def _engine(self, differentiable: bool) -> ReferenceBackend:
+        if differentiable not in self._engines:
+            make = make_differentiable if differentiable else make_backend
+            self._engines[differentiable] = make(
+                self._backend, self.plan.program, self._dtype, self._device, self._precision
+            )  # fmt: skip
+        return self._engines[differentiable]
+
+    def _outputs(self, engine: ReferenceBackend, x: Inputs) -> Tensor:
         """The outputs at the distinct points, [T, B, …]."""
         program, count = self.plan.program, rows(x)
-        values = self._engine.shared(x)
+        values = engine.shared(x)
         points: list[list[Tensor]] = [[] for _ in program.points]
         result: Tensor | None = None
         for segment in program.segments:
-            for point, row in enumerate(segment.rows.tolist()):
-                for block, output in self._engine.outputs(segment, point, values, count):
-                    if torch.is_grad_enabled():  # written into a common tensor, gradients would be copied T times
-                        points[row].append(output)
-                        continue
-                    if result is None:
-                        result = output.new_empty((len(program.points), count, *output.shape[1:]))
-                    result[row, block] = output
+            for point, block, output in engine.all_outputs(segment, values, count):
+                row = segment.rows[point]
+                if torch.is_grad_enabled():  # written into a common tensor, gradients would be copied T times
+                    points[row].append(output)
+                    continue
+                if result is None:
+                    result = output.new_empty((len(program.points), count, *output.shape[1:]))
+                result[row, block] = output
         return torch.stack([torch.cat(parts) for parts in points]) if result is None else result
 
 
 def forward(
-    model: nn.Module, path: Path, t: Points, x: Any, *, buffers: str = "interpolate", precision: str = "float32",
-    device: str | torch.device | None = None, memory_budget: int | None = None,
+    model: nn.Module, path: Path, t: Points, x: Any, *, buffers: str = "interpolate", backend: str = "auto",
+    precision: str = "float32", device: str | torch.device | None = None, memory_budget: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The outputs of a network at each t, for the rows of x.
 
@@ -141,7 +154,7 @@ def forward(
 
     Args:
         x: inputs [B, …].
-        model, path, t, buffers, precision, device, memory_budget: as for `Forward`.
+        model, path, t, buffers, backend, precision, device, memory_budget: as for `Forward`.
 
     Returns:
         the outputs [T, B, …], in the order of t; what `vmap` of `functional_call` over the stacked weights would give.
@@ -149,8 +162,10 @@ def forward(
     Raises:
         ModeconnError: bad input, or a network whose output is not one tensor with a row per sample.
     """
-    options: dict[str, Any] = {"buffers": buffers, "precision": precision, "device": device, "memory_budget": memory_budget}
-    return Forward(model, path, t, x, **options)(x)
+    made = Forward(
+        model, path, t, x, buffers=buffers, backend=backend, precision=precision, device=device, memory_budget=memory_budget
+    )
+    return made(x)
 
 
 def _check_output(graph: Graph, example: Any, count: int) -> None:

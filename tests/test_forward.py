@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import modeconn as mc
+from modeconn import native
 from modeconn.forward import Forward, forward
 from modeconn.paths import Path
 from naive import clone, mlp
@@ -207,6 +208,39 @@ def test_bad_input_is_one_clear_line(model, x, says):
     assert "\n" not in str(caught.value)
 
 
+def test_backends_and_what_they_refuse():
+    pytest.importorskip("triton")
+    a, b = mlp(7, 20, 4, seed=0), mlp(7, 20, 4, seed=1)
+    x = torch.randn(9, 7)
+    with pytest.raises(mc.ModeconnError, match='"cuda" cannot run this'):
+        forward(a, mc.Line(a, b), 3, x, backend="cuda")
+    with pytest.raises(mc.ModeconnError, match='"native" cannot run this: it computes no gradients'):
+        forward(a, mc.Line(a, b), 3, x.clone().requires_grad_(), backend="native")
+    path = mc.Line(clone(a), clone(b))
+    path.control_points[0]["0.weight"].requires_grad_()
+    with pytest.raises(mc.ModeconnError, match='"native" cannot run this: it computes no gradients'):
+        Forward(a, path, 3, x, backend="native")
+    with pytest.raises(mc.ModeconnError, match='"triton" cannot run this: its kernels compute in float32'):
+        forward(a, mc.Line(clone(a), clone(b)), 3, x, backend="triton", precision="float64")
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+@pytest.mark.parametrize("kind", ["mlp", "conv", "chain"])
+def test_every_backend_gives_these_outputs(kind, backend):
+    if backend == "native" and not native.available():
+        pytest.skip(native.reason())
+    if backend == "triton":
+        pytest.importorskip("triton")
+    model, path = chain() if kind == "chain" else (conv(0), mc.Line(conv(0), conv(1))) if kind == "conv" else (
+        mlp(7, 9, 4, seed=0), mc.Bezier([mlp(7, 9, 4, seed=k) for k in range(3)])
+    )  # fmt: skip
+    x = torch.randn(5, *([3, 8, 8] if kind == "conv" else [7]))
+    t = np.array([0.9, 0.1, 0.5, 0.1])
+    got = forward(model, path, t, x, backend=backend)
+    plain, exact = (call_per_point(model, path, t, x, dtype) for dtype in (torch.float32, torch.float64))
+    assert_within_policy("outputs", got, plain, exact, torch.float32)
+
+
 def test_bad_options():
     a = nn.Linear(3, 2)
     engine = Forward(a, mc.Line(a, a), 3, torch.ones(2, 3))
@@ -267,6 +301,35 @@ def test_gradients_are_those_of_autograd(kind):
         with torch.no_grad():
             for value in moving:
                 value.add_(0.1)
+    with torch.no_grad():
+        assert not engine(x).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "chain"])
+def test_gradients_by_the_kernels(kind):
+    pytest.importorskip("triton")
+    model, path = chain() if kind == "chain" else (conv(0), mc.Line(conv(0), conv(1))) if kind == "conv" else (
+        mlp(7, 9, 4, seed=0), mc.Bezier([clone(mlp(7, 9, 4, seed=k)) for k in range(3)])
+    )  # fmt: skip
+    model.eval()
+    x = torch.randn(3, *([3, 8, 8] if kind == "conv" else [7]), requires_grad=True)
+    moving = [value for point in path.control_points for key, value in point.items() if key.endswith(("weight", "bias"))]
+    for value in moving:
+        value.requires_grad_()
+    t = np.array([0.0, 0.3, 1.0])
+    engine = Forward(model, path, t, x.detach(), backend="triton")
+    for _ in range(2):  # weights that have changed are read anew
+        outputs = engine(x)
+        weights = torch.randn_like(outputs)
+        ours, plain = (torch.autograd.grad((out * weights).sum(), [x, *moving], allow_unused=True, materialize_grads=True)
+                       for out in (outputs, by_autograd(model, path, t, x)))  # fmt: skip
+        for key in ("x", "weights"):
+            pick = slice(1) if key == "x" else slice(1, None)
+            a, b = (torch.cat([g.flatten() for g in grads[pick]]) for grads in (ours, plain))
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5 * float(b.abs().max()))
+        with torch.no_grad():
+            for value in moving:
+                value.mul_(0.9)
     with torch.no_grad():
         assert not engine(x).requires_grad
 

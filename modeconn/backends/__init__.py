@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from modeconn.backends.reference import ReferenceBackend
-from modeconn.errors import ModeconnError
+from modeconn.errors import CannotRun, ModeconnError
 from modeconn.plan.program import Program
 
 NAMES = ("reference", "native", "triton", "cuda")
@@ -27,13 +27,33 @@ def check_name(name: str, precision: str = "float32", device: torch.device | Non
         )
 
 
+def make_differentiable(
+    name: str, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "float32"
+) -> ReferenceBackend:
+    """The backend of that name, whose outputs can be differentiated; "auto" takes PyTorch's operations where they can do it.
+
+    Raises:
+        CannotRun: that backend computes no gradients, or cannot run the program.
+    """
+    check_name(name, precision, device)
+    if name == "triton" or (name == "auto" and precision == "bf16"):
+        from modeconn.backends.triton import TritonBackend
+
+        return TritonBackend(program, dtype, device, precision, gradients=True)
+    if name in ("native", "cuda"):
+        raise CannotRun(name, "it computes no gradients")
+    return ReferenceBackend(program, dtype, device)
+
+
 def make_backend(
     name: str, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "float32"
 ) -> ReferenceBackend:
-    """The backend of that name; "auto" takes the fastest that runs the program."""
-    check_name(name, precision, device)
-    from modeconn.backends.native import CannotRun
+    """The backend of that name; "auto" takes the fastest that runs the program.
 
+    Raises:
+        CannotRun: that backend cannot run the program.
+    """
+    check_name(name, precision, device)
     if name == "cuda":  # "auto" does not take it before a measurement says that it wins
         from modeconn.backends.cuda import CudaBackend
 
@@ -46,10 +66,6 @@ def make_backend(
         except CannotRun:
             if name == "triton" or precision == "bf16":
                 raise
-    if name == "cuda":  # "auto" does not take it before a measurement says that it wins
-        from modeconn.backends.cuda import CudaBackend
-
-        return CudaBackend(program, dtype, device, precision)
     if name == "native" or (name == "auto" and device.type != "cuda"):
         from modeconn.backends.native import NativeBackend
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.backends.native import CannotRun, find_chain
 from modeconn.backends.reference import ReferenceBackend, Values
-from modeconn.errors import ModeconnError
+from modeconn.backends.regions import find_chain
+from modeconn.errors import CannotRun, ModeconnError
 from modeconn.metrics import Head
 from modeconn.plan.program import Blend, Moving, Program, Segment, SharedStep, Term, VaryingStep
 from modeconn.plan.rules import static
@@ -43,9 +43,9 @@ def extension() -> Any:
         return importlib.import_module("modeconn._cuda")
     except ModuleNotFoundError:
         note = _MISSING_NOTE.read_text(encoding="utf-8").strip() if _MISSING_NOTE.exists() else "it has not been built"
-        raise _cannot(f"the extension modeconn._cuda is not available: {note}") from None
+        raise CannotRun("cuda", f"the extension modeconn._cuda is not available: {note}") from None
     except ImportError as error:
-        raise _cannot(f"the extension modeconn._cuda was built but does not load: {error}") from None
+        raise CannotRun("cuda", f"the extension modeconn._cuda was built but does not load: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,17 +220,20 @@ class CudaBackend(ReferenceBackend):
         if device.type != ("cpu" if engine.emulated else "cuda"):
             count, problem = engine.device_count()
             there = f"there are {count} CUDA devices" if count else f"there is no CUDA device ({problem})"
-            raise _cannot(f"it computes on a CUDA device, and the device is {device}; {there}")
+            raise CannotRun("cuda", f"it computes on a CUDA device, and the device is {device}; {there}")
         if dtype != torch.float32:
-            raise _cannot(f"it computes in float32, and the precision is {str(dtype).removeprefix('torch.')}")
+            raise CannotRun("cuda", f"it computes in float32, and the precision is {str(dtype).removeprefix('torch.')}")
         super().__init__(program, dtype, device)
         self._precision = precision
         host = replace(program, shared=[_on_host(step) for step in program.shared])
         found = {segment.index: _fused(host, segment, device) for segment in program.segments}
         self._fused = {index: fused for index, fused in found.items() if isinstance(fused, Fused)}
         if not self._fused:
-            raise _cannot(next(str(reason) for reason in found.values()))
+            raise CannotRun("cuda", next(str(reason) for reason in found.values()))
         self._kept |= {term.value for fused in self._fused.values() for term in fused.terms}
+
+    def all_outputs(self, segment: Segment, values: Values, rows: int) -> Iterator[tuple[int, slice, Any]]:
+        raise CannotRun("cuda", "its kernel gives sums of losses and errors, no outputs")
 
     def sums(self, segment: Segment, values: Values, targets: Tensor, head: Head, tick: Callable[..., None]) -> Tensor:
         fused = self._fused.get(segment.index)
@@ -310,7 +313,3 @@ def _entry_on_host(entry: Tensor | Moving) -> Tensor | Moving:
     if isinstance(entry, Blend):
         return replace(entry, tensors=tuple(tensor.cpu() for tensor in entry.tensors))
     return replace(entry, table=entry.table.cpu())
-
-
-def _cannot(reason: str) -> CannotRun:
-    return CannotRun(f'backend "cuda" cannot run this: {reason}; ask for "reference" or "auto"')

@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 
 from modeconn import native
-from modeconn.backends.engine_steps import Chain
 from modeconn.backends.reference import FusedSteps, ReferenceBackend, Values
-from modeconn.backends.regions import Region, find_chain, find_region, find_regions
-from modeconn.errors import ModeconnError
+from modeconn.backends.regions import Region, find_region, find_regions
+from modeconn.errors import CannotRun
 from modeconn.metrics import Head
 from modeconn.plan.program import Program, Segment, Term, VaryingStep
 from modeconn.plan.rules import static
-
-__all__ = ["CannotRun", "Chain", "NativeBackend", "find_chain"]
 
 # Points of one call into the engine: few enough that progress moves, many enough to fill the cores.
 _POINTS = 16
@@ -31,10 +28,6 @@ _POINTS = 16
 _POINTS_OF_OUTPUTS = 256
 # The engine's sums, by the names that a head has for them.
 _SUMS = {"loss": 0, "error": 1, "top5_error": 2}
-
-
-class CannotRun(ModeconnError):
-    """The engine can run nothing of a program; the text says why."""
 
 
 @dataclass
@@ -90,9 +83,9 @@ class NativeBackend(ReferenceBackend):
     def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, every: bool = True) -> None:
         super().__init__(program, dtype, device)
         if device.type != "cpu":
-            raise _cannot(f"it computes on the CPU, and the device is {device}")
+            raise CannotRun("native", f"it computes on the CPU, and the device is {device}")
         if not native.available():
-            raise _cannot(f"the C++ extension is not available: {native.reason()}")
+            raise CannotRun("native", f"the C++ extension is not available: {native.reason()}")
         self._dtype = dtype
         self._whole: dict[int, Region] = {}
         self._fused: dict[int, dict[int, FusedSteps]] = {}
@@ -109,7 +102,7 @@ class NativeBackend(ReferenceBackend):
             # A region may begin with another value than the planner's: the input of a layer that has a norm behind it.
             self._kept |= {value for region in [*taken, *regions[:1]] for value in region.chain.shared()}
         if not self._whole and not any(self._fused.values()):
-            raise _cannot(reasons[0])
+            raise CannotRun("native", reasons[0])
 
     def fused(self, segment: Segment) -> dict[int, FusedSteps]:
         return self._fused[segment.index]
@@ -150,7 +143,3 @@ def _rows(value: Tensor, dtype: torch.dtype) -> np.ndarray:
     value = value if value.dim() in (2, 4) else value.reshape(-1, value.shape[-1])
     array: np.ndarray = value.to(dtype).contiguous().numpy()
     return array
-
-
-def _cannot(reason: str) -> CannotRun:
-    return CannotRun(f'backend "native" cannot run this: {reason}; ask for "reference" or "auto"')

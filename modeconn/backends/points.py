@@ -75,10 +75,15 @@ def added(blended: Blended) -> Tensor:
 
 
 class Weight:
-    """An entry of a step at the segment's points: Σ_k c_k(t) · tensor_k, stacked when it is first used."""
+    """An entry of a step at the segment's points: Σ_k c_k(t) · tensor_k, stacked when it is first used.
 
-    def __init__(self, entry: Tensor | Moving, points: int, device: torch.device) -> None:
+    Args:
+        changes: the tensors may change, and want gradients: they are stacked each time.
+    """
+
+    def __init__(self, entry: Tensor | Moving, points: int, device: torch.device, changes: bool = False) -> None:
         self.entry = entry
+        self._changes = changes
         self._points, self._device = points, device
         self._stacked: Blended | None = None
 
@@ -97,14 +102,17 @@ class Weight:
         if isinstance(self.entry, PerPoint):
             table = self.entry.table[points]
             return Blended(table, torch.eye(len(table), device=self._device))
-        if self._stacked is None:
-            if isinstance(self.entry, Tensor):
-                self._stacked = Blended.fixed(self.entry.contiguous(), self._points)
-            else:
-                columns = [torch.from_numpy(column) for column in self.entry.columns]
-                coefficients = torch.stack(columns, 1).to(self._device, torch.float32)
-                self._stacked = Blended(torch.stack(list(self.entry.tensors)), coefficients)
-        return Blended(self._stacked.tensors, self._stacked.coefficients[points])
+        stacked = self._stacked or self._stack()
+        self._stacked = None if self._changes else stacked
+        return Blended(stacked.tensors, stacked.coefficients[points])
+
+    def _stack(self) -> Blended:
+        if isinstance(self.entry, Tensor):
+            return Blended.fixed(self.entry.contiguous(), self._points)
+        assert not isinstance(self.entry, PerPoint)
+        columns = [torch.from_numpy(column) for column in self.entry.columns]
+        coefficients = torch.stack(columns, 1).to(self._device, torch.float32)
+        return Blended(torch.stack(list(self.entry.tensors)), coefficients)
 
     def formed(self, points: slice) -> Tensor:
         """The entry at some of the points, [T, …]."""

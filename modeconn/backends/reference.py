@@ -109,6 +109,12 @@ class ReferenceBackend:
             tick()
         return sums
 
+    def all_outputs(self, segment: Segment, values: Values, rows: int) -> Iterator[tuple[int, slice, Any]]:
+        """The network's output at every point, a block of rows at a time; of each point, the blocks come in their order."""
+        for point in range(len(segment.rows)):
+            for block, output in self.outputs(segment, point, values, rows):
+                yield point, block, output
+
     def outputs(self, segment: Segment, point: int, values: Values, rows: int) -> Iterator[tuple[slice, Any]]:
         """The network's output at one point, a block of rows at a time."""
         program, fused = self.program, self.fused(segment)

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from modeconn.arguments import MEMORY_BUDGET
-from modeconn.backends.native import CannotRun
 from modeconn.backends.points import at, formed
 from modeconn.backends.reference import ReferenceBackend, Values
 from modeconn.backends.triton_calls import Schedule, Scope, as_read
 from modeconn.backends.triton_steps import Steps, Tail, find_tail
+from modeconn.errors import CannotRun
 from modeconn.kernels.blended import Blended
 from modeconn.metrics import IGNORED, Head
 from modeconn.plan.program import Combination, Program, Segment, Term, Varying
@@ -47,6 +47,8 @@ class TritonBackend(ReferenceBackend):
         program: what to run.
         dtype, device: of the computation, float32 on a CUDA device.
         precision: of products: "float32", "tf32" or "bf16"; sums are of float32 always.
+        gradients: whether outputs are differentiated; then kernels run linear layers alone, and weights are read anew for
+            each batch.
 
     Raises:
         CannotRun: no CUDA device or no Triton, float64, or nothing in the program that there is a kernel for.
@@ -54,16 +56,18 @@ class TritonBackend(ReferenceBackend):
 
     name = "triton"
 
-    def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "float32") -> None:
+    def __init__(
+        self, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "float32", gradients: bool = False
+    ) -> None:  # fmt: skip
         super().__init__(program, dtype, device)
         reason = why_not(dtype, device)
         if reason:
-            raise _cannot(reason)
+            raise CannotRun("triton", reason)
         self._device = device
         self._budget = MEMORY_BUDGET
-        self._plans = {segment.index: _SegmentPlan(program, segment, device, precision) for segment in program.segments}
+        self._plans = {s.index: _SegmentPlan(program, s, device, precision, gradients) for s in program.segments}
         if not any(plan.kernels for plan in self._plans.values()):
-            raise _cannot("nothing that moves with t is a layer that there is a kernel for")
+            raise CannotRun("triton", "nothing that moves with t is a layer that there is a kernel for")
         self._kept = self._kept.union(*(plan.steps.kept for plan in self._plans.values()))
         kept = [program.shared[number].node for number in self._kept]
         self._by_rows = not program.graph.mixes_rows and all(str(node.shape[0]) == "N" for node in kept if node.batched)
@@ -90,6 +94,13 @@ class TritonBackend(ReferenceBackend):
             if rows.stop == len(targets):
                 tick(points.stop * len(segment.rows) // count - points.start * len(segment.rows) // count)
         return sums if count == len(segment.rows) else sums[plan.place]
+
+    def all_outputs(self, segment: Segment, values: Values, rows: int) -> Iterator[tuple[int, slice, Any]]:
+        plan = self._plans[segment.index]
+        for points, block, scope in self._scopes(plan, plan.whole, len(segment.rows), values, rows):
+            plan.whole.run(scope)
+            for point, output in enumerate(plan.outputs(scope)):
+                yield points.start + point, block, self.program.graph.fill_output(output)
 
     def _scopes(
         self, plan: _SegmentPlan, schedule: Schedule, count: int, values: Values, rows: int
@@ -132,8 +143,10 @@ class _SegmentPlan:
         kernels: whether any kernel has a part in it.
     """
 
-    def __init__(self, program: Program, segment: Segment, device: torch.device, precision: str) -> None:
-        self.steps = Steps(program, segment, device, precision)
+    def __init__(
+        self, program: Program, segment: Segment, device: torch.device, precision: str, gradients: bool
+    ) -> None:  # fmt: skip
+        self.steps = Steps(program, segment, device, precision, gradients)
         self.forms = {
             node: self.steps.source(form.step) if isinstance(form, Varying) else form for node, form in segment.outputs.items()
         }
@@ -235,7 +248,3 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str:
 def interpreted() -> bool:
     """Whether Triton runs kernels on the CPU, one Python call per operation."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def _cannot(reason: str) -> CannotRun:
-    return CannotRun(f'backend "triton" cannot run this: {reason}; ask for "reference" or "auto"')

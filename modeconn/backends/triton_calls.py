@@ -131,10 +131,12 @@ class Schedule:
         node = step.node
         if step.combine is not None:
             form = step.combine
-            first = self._first_convolution(index)
+            first = None if steps.gradients else self._first_convolution(index)
             return first or Call(index, (form,), lambda scope: scope.read(form), numbers=step.numbers)
         if is_linear(step):
             return self._linear(index)
+        if steps.gradients:  # the other kernels have no backward
+            return self._plain(index)
         if is_product(step) and convolution(node) is not None:
             weight, bias = weight_and_bias(steps, step)
             return self._convolution(index, node, weight, bias, steps.inputs(index)[0])

@@ -40,10 +40,16 @@ class Tail:
 
 
 class Steps:
-    """A segment's steps, and what is known of each: who reads it, and its weights."""
+    """A segment's steps, and what is known of each: who reads it, and its weights.
 
-    def __init__(self, program: Program, segment: Segment, device: torch.device, precision: str) -> None:
-        self.program, self.segment, self.precision = program, segment, precision
+    Args:
+        gradients: whether outputs are differentiated, and weights may change.
+    """
+
+    def __init__(
+        self, program: Program, segment: Segment, device: torch.device, precision: str, gradients: bool = False
+    ) -> None:  # fmt: skip
+        self.program, self.segment, self.precision, self.gradients = program, segment, precision, gradients
         self.steps = segment.steps
         self.count = len(segment.rows)
         self.device = device
@@ -59,7 +65,7 @@ class Steps:
     def entry(self, entry: Tensor | Moving) -> Weight:
         """The weight that stands for an entry."""
         if id(entry) not in self._weights:
-            self._weights[id(entry)] = Weight(entry, self.count, self.device)
+            self._weights[id(entry)] = Weight(entry, self.count, self.device, changes=self.gradients)
         return self._weights[id(entry)]
 
     def columns(self, form: Combination) -> Tensor:
