@@ -7,9 +7,11 @@ What a backend gives is compared with a float64 pass at three points, on the fir
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from modeconn.paths import Path
 WORKLOADS: dict[str, tuple[tuple[str, tuple[int, ...], int], tuple[str, tuple[int, ...], int]]] = {
     "MLP 784-245x10-10": (("mlp:784-245x10-10", (784,), 60_000), ("mlp:5-4x2-3", (5,), 4)),
     "MLP 784-1024x10-10": (("mlp:784-1024x10-10", (784,), 60_000), ("mlp:5-4-3", (5,), 4)),
+    "MLP 784-64x2-10, 256 rows": (("mlp:784-64x2-10", (784,), 60_000), ("mlp:5-4-3", (5,), 8)),
     "VGG-11": (("vgg11", (3, 32, 32), 10_000), ("vgg11:width=2", (3, 32, 32), 2)),
     "ResNet-18": (("resnet18", (3, 32, 32), 10_000), ("resnet20:width=2", (3, 8, 8), 2)),
     "GPT": (
@@ -38,6 +41,8 @@ WORKLOADS: dict[str, tuple[tuple[str, tuple[int, ...], int], tuple[str, tuple[in
 # Points of ours; the many are left out where the few have shown that they take too long.
 POINTS = (16, 128, 1024)
 BATCH = 4096
+# Rows of a batch where kernels are so short that starting them counts: what CUDA graphs are for.
+SMALL_BATCH, SMALL_BATCH_DRY = 256, 1
 
 
 class Workload:
@@ -59,11 +64,14 @@ class Workload:
             classes = 3 if context.dry and spec.startswith("mlp") else 10
             self.y = torch.randint(0, classes, (samples,), generator=generator).to(self.device)
         self.loss = "next_token" if self.text else "cross_entropy"
-        self.batch = 64 if self.text else BATCH
+        self.small = name.endswith("rows")
+        self.batch = (SMALL_BATCH_DRY if context.dry else SMALL_BATCH) if self.small else 64 if self.text else BATCH
 
     def evaluate(self, points: Any, **options: Any) -> mc.PathResult:
         """By modeconn."""
         options = {"loss": self.loss, "metrics": ("loss", "error"), "buffers": "start", **options}
+        if self.small:
+            options["batch_size"] = self.batch
         return mc.evaluate(self.model, self.path, (self.x, self.y), points, **options)
 
     def total(self, outputs: Tensor, rows: slice) -> Tensor:
@@ -111,6 +119,8 @@ def cases(context: Context) -> dict[str, Case]:
         for precision in ("float32", "tf32", "bf16"):
             made[f"{name}: triton {precision}"] = _ours(context, name, "triton", precision, share)
         made[f"{name}: reference float32"] = _ours(context, name, "reference", "float32", share)
+        if name.endswith("rows"):
+            made[f"{name}: triton tf32, CUDA graphs"] = _with_graphs(_ours(context, name, "triton", "tf32", share))
         if name.startswith("MLP") and "245" in name and not context.dry:
             made[f"{name}: cuda tf32"] = _ours(context, name, "cuda", "tf32", share)
         for peer in ("loop", "vmap", "torch.compile"):
@@ -137,6 +147,14 @@ def _ours(context: Context, name: str, backend: str, precision: str, seconds: fl
         text = ", ".join(f"T {points}: {ms:.4g} ms" for points, ms in per_point.items())
         note = f"{text}; loss {error:.0e}"
         return {"ms": min(per_point.values()), "per_point_ms": per_point, "loss_error": error, "note": note}
+
+    return run
+
+
+def _with_graphs(case: Case) -> Case:
+    def run() -> dict[str, Any]:
+        with mock.patch.dict(os.environ, MODECONN_CUDA_GRAPHS="1"):
+            return case()
 
     return run
 

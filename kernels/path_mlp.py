@@ -19,6 +19,7 @@ The gradient runs some points again, by path_linear (chain_gradients.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,6 +153,12 @@ def _blocks(size: int, classes: int, precision: str) -> dict[str, int]:
     return {"ROWS": ROWS, "UNITS": units, "CLASSES": columns, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 
 
+@functools.lru_cache(maxsize=64)
+def _on_device(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Taken there once: a copy from the host would be waited for at each call."""
+    return torch.tensor(widths, dtype=torch.int32, device=device)
+
+
 def _sums(x: Samples, layers: Sequence[PathLayer], targets: Tensor, top5: bool, options: Options) -> Tensor:
     points, rows, device = layers[0].weight.points, x.shape[0], x.values.device
     if points == 0 or rows == 0:
@@ -164,7 +171,7 @@ def _sums(x: Samples, layers: Sequence[PathLayer], targets: Tensor, top5: bool, 
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     common = {
         "targets": targets, "classes": widths[-1], "hidden": len(layers) - 1, "row_tiles": row_tiles, "slope": layers[0].slope,
-        "widths": torch.tensor(widths[1:], dtype=torch.int32, device=device), "last_slope": layers[-1].slope,
+        "widths": _on_device(tuple(widths[1:]), device), "last_slope": layers[-1].slope,
         "input_slope": options.input_slope, "ACTIVATION": layers[0].activation, "LAST_ACTIVATION": layers[-1].activation,
         "INPUT_ACTIVATION": options.input_activation, "TOP5": top5, "PRECISION": dot_precision(options.precision),
         "SIZE": size, **_blocks(size, widths[-1], dot_precision(options.precision)),

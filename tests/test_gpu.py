@@ -229,3 +229,17 @@ def test_the_device_is_waited_for_once(device):
             torch.cuda.set_sync_debug_mode("default")
         waits.append(len(caught))
     assert waits[0] == waits[1]
+
+
+def test_recorded_work(device, monkeypatch):
+    """CUDA graphs give what the same kernels give one by one."""
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device; tests/test_triton_backend.py has a stand-in for graphs")
+    a, b = (mlp(20, 63, 63, 10, seed=k).to(device) for k in range(2))
+    x, y = torch.randn(1000, 20), torch.arange(1000) % 10
+    runs = []
+    for wanted in ("0", "1"):
+        monkeypatch.setenv("MODECONN_CUDA_GRAPHS", wanted)
+        runs.append(mc.evaluate(a, mc.Line(a, b), (x, y), 16, backend="triton", device=device, batch_size=70))
+    for name in ("loss", "error"):
+        np.testing.assert_allclose(*(run.values[name] for run in runs), rtol=1e-12)

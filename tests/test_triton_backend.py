@@ -317,3 +317,29 @@ def test_nothing_of_triton_is_imported_until_it_is_asked_for():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# -- recordings -----------------------------------------------------------------------------------------------------
+
+
+def test_recorded_work_is_done_again_on_new_inputs(monkeypatch):
+    """With a recorder that keeps what a CUDA graph keeps: the memory that was read and written."""
+    recorded = []
+
+    def record(work):
+        result = work().clone()
+        recorded.append(work)
+        return lambda: result.copy_(work())
+
+    monkeypatch.setattr("modeconn.backends.replay.recorder", lambda device: record)
+    x = torch.randn(62, 6, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(62) % 4
+    a, b, c = (mlp(6, 9, 7, 4, seed=k) for k in range(3))
+    swung = clone(a)
+    swung["4.weight"] += 0.3  # its logits are combined: the work reads several shared values
+    path = mc.PolyChain([clone(b), clone(a), swung, clone(c)])
+    got, plain = (mc.evaluate(a, path, (x, y), 10, backend=name, batch_size=10) for name in ("triton", "reference"))
+    exact = mc.evaluate(a, path, (x.double(), y), 10, backend="reference", precision="float64")
+    assert len(recorded) == 3  # once for each segment, at the fourth of six equal batches; the last one has another shape
+    for name in ("loss", "error"):
+        assert_within_policy(name, got.values[name], plain.values[name], exact.values[name], torch.float32)
