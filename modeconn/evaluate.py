@@ -34,7 +34,7 @@ from modeconn.plan.planner import make_program
 from modeconn.plan.program import Program
 from modeconn.result import PathResult
 from modeconn.statistics import BATCH_SIZE, placeholders, recompute
-from modeconn.transfer import on_device
+from modeconn.transfer import on_device, resident
 from modeconn.unfinished import Unfinished, fingerprint
 
 # done, total: in samples; total is None where the data does not say.
@@ -113,6 +113,8 @@ def evaluate(
         raise ModeconnError(f'recompute_data and recompute_batches are for buffers="recompute", and buffers is {buffers!r}')
     limit = positive("recompute_batches", recompute_batches)
 
+    if buffers == "recompute" and recompute_data is None:
+        data = resident(data, where)
     runner = prepare(model, dtype, where)
     batches = as_batches(data, first_rows or _rows_within(budget, data))
     samples, tables = 0, None

@@ -1,4 +1,4 @@
-"""Batches on their way to the device: the next one travels while the present one is computed."""
+"""Data on its way to the device: batch by batch, the next one while the present one is computed, or all of it once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,28 @@ from torch import Tensor
 
 from modeconn.arguments import moved
 from modeconn.inputs import Inputs, apply, leaves
+
+# Of a device's free memory, what a data set that stays there may take.
+_SHARE = 0.25
+
+
+def resident(data: Any, device: torch.device, free: Callable[[], int] | None = None) -> Any:
+    """Data that is read more than once, on a CUDA device if it is tensors and fits there; otherwise as it is.
+
+    Args:
+        data: as `evaluate` takes it.
+        free: bytes that are free on the device.
+    """
+    if device.type != "cuda" or not isinstance(data, (tuple, list)) or len(data) != 2:
+        return data
+    inputs, targets = data
+    parts = [targets, *(inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else [inputs])]
+    if not all(isinstance(part, Tensor) for part in parts):
+        return data
+    limit = _SHARE * (free() if free else torch.cuda.mem_get_info(device)[0])
+    if sum(part.nbytes for part in parts) > limit:
+        return data
+    return apply(lambda tensor: tensor.to(device), inputs), targets.to(device)
 
 
 def on_device(

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import modeconn as mc
+from modeconn.inputs import leaves
 from modeconn.kernels.blended import Blended
 from modeconn.models import build
+from modeconn.transfer import resident
 from naive import mlp
 from policy import FLOOR, assert_within_policy
 
@@ -243,3 +245,16 @@ def test_recorded_work(device, monkeypatch):
         runs.append(mc.evaluate(a, mc.Line(a, b), (x, y), 16, backend="triton", device=device, batch_size=70))
     for name in ("loss", "error"):
         np.testing.assert_allclose(*(run.values[name] for run in runs), rtol=1e-12)
+
+
+def test_data_that_is_read_twice_goes_to_the_device_once(device):
+    x, y = torch.randn(9, 3), torch.arange(9)
+    cuda = torch.device("cuda")
+    for data in ((x, y), ({"a": x, "b": x}, y), ((x, x), y)):
+        assert resident(data, torch.device("cpu")) is data
+        assert resident(data, cuda, free=lambda: 4 * 9 * 8) is data  # does not fit in the share of it that it may take
+        if device.type == "cuda":
+            inputs, targets = resident(data, device)
+            assert {part.device.type for part in (*leaves(inputs), targets)} == {"cuda"}
+    for data in (x, [(x, y), (x, y)], (x.numpy(), y), [x]):
+        assert resident(data, cuda, free=lambda: 1 << 30) is data
