@@ -19,7 +19,8 @@ except ModuleNotFoundError as missing:
     raise ModeconnError("the GPU kernels need Triton, which is not installed: pip install triton (Linux)") from missing
 
 __all__ = [
-    "INTERPRETED", "PRECISIONS", "AotCase", "chunks", "dot_precision", "launch", "multiply", "padded", "tl", "triton", "tuned",
+    "INTERPRETED", "PRECISIONS", "AotCase", "blackwell", "chunks", "dot_precision", "launch", "multiply", "padded", "tl", "triton",
+    "tuned",
 ]  # fmt: skip
 
 # Whether kernels run in Triton's interpreter, on the CPU: the environment said so when Triton was first imported.
@@ -50,6 +51,7 @@ class AotCase:
         signature: the Triton type of each argument at run time, ":16" behind it where it is divisible by 16.
         constexprs: the others.
         tensor_cores: whether the machine code must use them.
+        archs: those that it is the default of, as compute capabilities.
     """
 
     name: str
@@ -59,6 +61,7 @@ class AotCase:
     num_warps: int
     num_stages: int
     tensor_cores: bool
+    archs: tuple[int, ...] = (80, 90, 100)
 
 
 @triton.jit
@@ -95,6 +98,11 @@ def launch(
     grid = (lambda meta: (programs(meta),)) if callable(programs) else (programs,)
     with torch.cuda.device_of(on), np.errstate(all="ignore") if INTERPRETED else contextlib.nullcontext():
         kernel[grid](*arguments, **options)
+
+
+def blackwell(device: torch.device) -> bool:
+    """Whether a device is a CUDA one of compute capability 10 or later, where some configurations are others."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
 
 
 def tuned(configs: list[Any], key: list[str]) -> Callable[[Any], Any]:

@@ -33,7 +33,7 @@ from modeconn.kernels.blended import Blended
 from modeconn.kernels.chain_gradients import chain_gradients
 from modeconn.kernels.form import formed
 from modeconn.kernels.head import head_rank, head_reference, head_start, head_store, head_update
-from modeconn.kernels.launch import PRECISIONS, AotCase, chunks, dot_precision, launch, padded, tl, triton
+from modeconn.kernels.launch import PRECISIONS, AotCase, blackwell, chunks, dot_precision, launch, padded, tl, triton
 from modeconn.kernels.path_linear import BLOCK_K, FORMED_BYTES, Options, blends_in_prologue, path_linear_reference
 from modeconn.kernels.tiles import (
     aligned,
@@ -152,8 +152,7 @@ def _in_one_tile(config: triton.Config, classes: int, given: bool, top5: bool, d
     """
     if classes > config.kwargs["BLOCK_N"]:
         return False
-    blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
-    return given or (top5 and not blackwell)
+    return given or (top5 and not blackwell(device))
 
 
 def _sums(x: Samples, layer: PathLayer | None, targets: Tensor, points: int, top5: bool, options: Options) -> Tensor:

@@ -41,7 +41,7 @@ from modeconn.kernels.blended import Blended
 from modeconn.kernels.chain_gradients import chain_gradients
 from modeconn.kernels.form import form
 from modeconn.kernels.head import head_rank, head_start, head_store, head_update
-from modeconn.kernels.launch import PRECISIONS, AotCase, chunks, dot_precision, launch, multiply, tl, triton
+from modeconn.kernels.launch import PRECISIONS, AotCase, blackwell, chunks, dot_precision, launch, multiply, tl, triton
 from modeconn.kernels.path_cross_entropy import path_cross_entropy, path_cross_entropy_reference
 from modeconn.kernels.path_linear import FORMED_BYTES, Options, path_linear, path_linear_reference
 from modeconn.kernels.tiles import aligned, aot_arguments, load_samples, samples_arguments
@@ -146,11 +146,12 @@ def _mlp_kernel(
         tl.debug_barrier()
 
 
-def _blocks(size: int, classes: int, precision: str) -> dict[str, int]:
-    """The configuration for values padded to `size` columns."""
-    units = 64 if precision == "tf32x3" else min(128, size)  # three products at a time need the registers
+def _blocks(size: int, classes: int, precision: str, on_blackwell: bool) -> dict[str, int]:
+    """The configuration for values padded to `size` columns, of the largest tiles that do not spill."""
+    units = 64 if precision == "tf32x3" or (on_blackwell and precision == "bf16") else min(128, size)
     columns = min(64, triton.next_power_of_2(max(16, classes)))
-    return {"ROWS": ROWS, "UNITS": units, "CLASSES": columns, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
+    stages = 2 if on_blackwell and precision == "tf32x3" else 3
+    return {"ROWS": ROWS, "UNITS": units, "CLASSES": columns, "BLOCK_K": 32, "num_warps": 8, "num_stages": stages}
 
 
 @functools.lru_cache(maxsize=64)
@@ -174,7 +175,7 @@ def _sums(x: Samples, layers: Sequence[PathLayer], targets: Tensor, top5: bool, 
         "widths": _on_device(tuple(widths[1:]), device), "last_slope": layers[-1].slope,
         "input_slope": options.input_slope, "ACTIVATION": layers[0].activation, "LAST_ACTIVATION": layers[-1].activation,
         "INPUT_ACTIVATION": options.input_activation, "TOP5": top5, "PRECISION": dot_precision(options.precision),
-        "SIZE": size, **_blocks(size, widths[-1], dot_precision(options.precision)),
+        "SIZE": size, **_blocks(size, widths[-1], dot_precision(options.precision), blackwell(device)),
     }  # fmt: skip
     for part in chunks(points, len(layers) * size * size * dtype.itemsize, FORMED_BYTES):
         count = part.stop - part.start
@@ -282,8 +283,11 @@ def aot_cases() -> list[AotCase]:
         signature |= dict.fromkeys(("rows", "classes", "hidden", "row_tiles"), "i32")
         signature |= {"tiles": "i32", "programs": "i32", "scratch": signature["weights"]}
         how = {"x_depth": 1, "X_TERMS": 2, "X_PADDED": True, "ACTIVATION": "relu", "INPUT_ACTIVATION": "relu", "TOP5": True}
-        blocks = _blocks(256, 10, precision)
-        warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
-        how |= {"LAST_ACTIVATION": "identity", "PRECISION": precision, "SIZE": 256, **blocks}
-        cases.append(AotCase(f"path_mlp {precision}", _mlp_kernel, signature, how, warps, stages, precision != "ieee"))
+        how |= {"LAST_ACTIVATION": "identity", "PRECISION": precision, "SIZE": 256}
+        for archs in ((80, 90), (100,)):
+            blocks = _blocks(256, 10, precision, archs == (100,))
+            launch_with = blocks.pop("num_warps"), blocks.pop("num_stages")
+            cases.append(
+                AotCase(f"path_mlp {precision}", _mlp_kernel, signature, how | blocks, *launch_with, precision != "ieee", archs)
+            )
     return cases

@@ -195,7 +195,7 @@ def collect(archs: list[int], jobs: int, only: str = "") -> list[Resources]:
     if INTERPRETED:
         raise ModeconnError("TRITON_INTERPRET is set, and the interpreter's kernels cannot be compiled: unset it")
     wanted = [(file, place) for file, place in cases() if only in file or only in configurations(file)[place].name]
-    work = [(file, place, arch) for file, place in wanted for arch in archs]
+    work = [(file, place, arch) for file, place in wanted for arch in archs if arch in configurations(file)[place].archs]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(resources, *zip(*work))) if work else []
 
