@@ -19,8 +19,8 @@ except ModuleNotFoundError as missing:
     raise ModeconnError("the GPU kernels need Triton, which is not installed: pip install triton (Linux)") from missing
 
 __all__ = [
-    "INTERPRETED", "PRECISIONS", "AotCase", "blackwell", "chunks", "dot_precision", "launch", "multiply", "padded", "tl", "triton",
-    "tuned",
+    "INTERPRETED", "PRECISIONS", "AotCase", "blackwell", "chunks", "dot_precision", "launch", "multiply", "padded", "tl",
+    "triton", "tuned",
 ]  # fmt: skip
 
 # Whether kernels run in Triton's interpreter, on the CPU: the environment said so when Triton was first imported.

@@ -23,7 +23,10 @@ def seed():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("points, rows, depth, units, terms", [(1, 1, 1, 1, 1), (3, 7, 5, 3, 2), (2, 63, 33, 40, 3)])
+@pytest.mark.parametrize(
+    "points, rows, depth, units, terms",
+    [(1, 1, 1, 1, 1), (3, 7, 5, 3, 2), (2, 63, 33, 40, 3), (2, 3, 245, 245, 2), (1, 2, 1025, 7, 2)],
+)
 def test_values_and_gradients(kind, points, rows, depth, units, terms):
     x = samples(kind, points, rows, depth)
     options = {"input_activation": "tanh"} if kind == "combined" else {}
