@@ -30,26 +30,24 @@ class Workload:
     rows: tuple[int, ...] = (500, 1000, 2000)
 
 
+def _between(spec: str, name: str) -> tuple[nn.Module, Path, str]:
+    """A model, the line between two networks trained from different seeds, or else random ones, and what they are."""
+    files = [SHARED / "checkpoints" / f"{name}-seed{seed}.safetensors" for seed in (1, 2)]
+    if all(file.exists() for file in files):
+        return build(spec), mc.Line(*files), "trained networks"
+    return build(spec), mc.Line(build(spec), build(spec)), "random networks"
+
+
 def mnist_line(samples: int) -> Workload:
     """The line between the two 10 × 245 MNIST networks, over the training set."""
-    model = build("mlp:784-245x10-10")
-    files = [SHARED / "checkpoints" / f"mnist-fcn-10x245-seed{seed}.safetensors" for seed in (1, 2)]
-    if all(file.exists() for file in files):
-        path, networks = mc.Line(*files), "trained networks"
-    else:
-        path, networks = mc.Line(build("mlp:784-245x10-10"), build("mlp:784-245x10-10")), "random networks"
+    model, path, networks = _between("mlp:784-245x10-10", "mnist-fcn-10x245")
     x, y, data = _mnist(samples)
     return Workload(f"MNIST 784-245x10-10, {len(x)} samples, line", model, path, x, y, f"{networks}, {data}")
 
 
 def vgg_line(samples: int) -> Workload:
     """The line between the two slim VGG-11, over CIFAR-10's training set."""
-    model = build("vgg11:width=16")
-    files = [SHARED / "checkpoints" / f"cifar10-vgg11-w16-seed{seed}.safetensors" for seed in (1, 2)]
-    if all(file.exists() for file in files):
-        path, networks = mc.Line(*files), "trained networks"
-    else:
-        path, networks = mc.Line(build("vgg11:width=16"), build("vgg11:width=16")), "random networks"
+    model, path, networks = _between("vgg11:width=16", "cifar10-vgg11-w16")
     x, y, data = _cifar10(samples)
     name = f"CIFAR-10 slim VGG-11, {len(x)} images, line"
     return Workload(name, model, path, x, y, f"{networks}, {data}", rows=(128, 500))

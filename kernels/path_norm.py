@@ -9,7 +9,7 @@ alone read 4. Prediction: bound by memory on any GPU; 6·10¹¹ values a second 
 [T, width], formed beforehand: the values are N times as many.
 
 Rows: a program normalises a block of whole rows of one point; a row longer than a block goes by in pieces and is read a second
-time, from the caches. The programs of all points of a block of rows follow each other, so that rows that the points share come
+time, from the caches. The mean is two floats, so that one far from zero costs no digits. The programs of all points of a block of rows follow each other, so that rows that the points share come
 from memory once.
 
 Statistics: a program takes ROWS rows of a block of channels of one point and adds up, in float64, the values less the
@@ -49,7 +49,7 @@ def _row_norm_kernel(
     t = (tl.program_id(0) % points).to(tl.int64)
     row = (tl.program_id(0) // points).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     source = x + t * x_stride + row * width
-    mean = tl.zeros((BLOCK_M,), tl.float32)
+    mean = tl.zeros((BLOCK_M,), tl.float64)
     squares = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, width, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
@@ -59,17 +59,22 @@ def _row_norm_kernel(
             count = tl.minimum(width - start, BLOCK_N).to(tl.float32)
             middle = tl.sum(value, 1) / count
             off = tl.where(inside, value - middle[:, None], 0.0)
-            delta = middle - mean
+            rest = tl.sum(off, 1) / count  # what rounding has left out of `middle`
+            off = tl.where(inside, off - rest[:, None], 0.0)
+            delta = middle.to(tl.float64) + rest.to(tl.float64) - mean
             mean += delta * (count / (start + count))
-            squares += tl.sum(off * off, 1) + delta * delta * (count * start / (start + count))
+            delta_32 = delta.to(tl.float32)
+            squares += tl.sum(off * off, 1) + delta_32 * delta_32 * (count * start / (start + count))
         else:
             squares += tl.sum(value * value, 1)
     spread = 1.0 / tl.sqrt(squares / width + eps)
+    high = mean.to(tl.float32)
+    low = (mean - high.to(tl.float64)).to(tl.float32)
     for start in range(0, width, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         inside = (row < rows)[:, None] & (column < width)[None, :]
         value = tl.load(source[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        value = (value - mean[:, None]) * spread[:, None]
+        value = ((value - high[:, None]) - low[:, None]) * spread[:, None]
         if HAS_WEIGHT:
             value *= tl.load(weight + t * width + column, mask=column < width, other=0.0)[None, :]
         if HAS_BIAS:

@@ -18,7 +18,7 @@ KINDS = ("shared", "per point", "combined")
 def blended(terms: int, points: int, *shape: int, scale: float = 0.5) -> Blended:
     """Random tensors with coefficients of which one is 0."""
     coefficients = torch.randn(points, terms)
-    coefficients[-1, -1] = 0 if terms > 1 else 1
+    coefficients[-1:, -1] = 0 if terms > 1 else 1
     return Blended(scale * torch.randn(terms, *shape), coefficients)
 
 
@@ -27,6 +27,13 @@ def samples(kind: str, points: int, rows: int, width: int) -> Tensor | Blended:
     if kind == "combined":
         return blended(2, points, rows, width, scale=1.0)
     return torch.randn(rows, width) if kind == "shared" else torch.randn(points, rows, width)
+
+
+def in_float64(value: Any) -> Any:
+    """The same, wider; what is no tensor stays as it is."""
+    if isinstance(value, Blended):
+        return Blended(value.tensors.double(), value.coefficients.double())
+    return value.double() if isinstance(value, Tensor) else value
 
 
 def leaves(value: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from policy import assert_within_policy
 
 pytest.importorskip("triton")
 
+from kernel_cases import blended, in_float64
 from modeconn.errors import ModeconnError
 from modeconn.kernels import path_conv2d as module
 from modeconn.kernels.blended import Blended
@@ -37,23 +38,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def blended(points: int, terms: int, *shape: int) -> Blended:
-    return Blended(torch.randn(terms, *shape), torch.randn(points, terms))
-
-
-def exact(value: Any) -> Any:
-    """In float64."""
-    if isinstance(value, Blended):
-        return Blended(value.tensors.double(), value.coefficients.double())
-    return value.double() if isinstance(value, torch.Tensor) else value
-
-
 def check(x: Any, weight: Blended, bias: Blended | None = None, **options: Any) -> torch.Tensor:
     """Compare with the reference; the kernel's outputs."""
     got = path_conv2d(x, weight, bias, **options)
     options.pop("precision", None)
     plain = path_conv2d_reference(x, weight, bias, **options)
-    referee = path_conv2d_reference(exact(x), exact(weight), exact(bias), **{k: exact(v) for k, v in options.items()})
+    wide = {name: in_float64(value) for name, value in options.items()}
+    referee = path_conv2d_reference(*map(in_float64, (x, weight, bias)), **wide)
     assert_within_policy("conv2d", got, plain, referee, torch.float32)
     assert got.movedim(2, -1).is_contiguous(), "not channels last"
     return got
@@ -63,7 +54,7 @@ def check(x: Any, weight: Blended, bias: Blended | None = None, **options: Any) 
 @pytest.mark.parametrize("name", SHAPES)
 def test_images_of_every_point(name, points):
     shape, (units, *kernel), stride, padding = SHAPES[name]
-    weight, bias = blended(points, 2, units, shape[1], *kernel), blended(points, 2, units)
+    weight, bias = blended(2, points, units, shape[1], *kernel), blended(2, points, units)
     check(torch.randn(points, *shape), weight, bias, stride=stride, padding=padding)
 
 
@@ -72,7 +63,7 @@ def test_images_that_the_points_share(name, monkeypatch):
     """However many of their pixels are thought to stay in L2."""
     monkeypatch.setattr(module, "GROUP_BYTES", 1)
     shape, (units, *kernel), stride, padding = SHAPES[name]
-    check(torch.randn(shape), blended(3, 2, units, shape[1], *kernel), stride=stride, padding=padding)
+    check(torch.randn(shape), blended(2, 3, units, shape[1], *kernel), stride=stride, padding=padding)
 
 
 @pytest.mark.parametrize("activation", ["identity", "sigmoid", "leaky_relu"])
@@ -80,13 +71,13 @@ def test_images_that_the_points_share(name, monkeypatch):
 def test_images_as_a_combination(name, activation):
     """The padding is zero behind the activation: sigmoid(0) is not."""
     shape, (units, *kernel), stride, padding = SHAPES[name]
-    x, weight = blended(2, 3, *shape), blended(2, 2, units, shape[1], *kernel)
+    x, weight = blended(3, 2, *shape), blended(2, 2, units, shape[1], *kernel)
     check(x, weight, stride=stride, padding=padding, input_activation=activation, input_slope=0.3)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "tanh", "gelu", "gelu_tanh", "silu", "sigmoid"])
 def test_what_follows_in_one_pass(activation):
-    x, weight, bias = torch.randn(2, 2, 3, 4, 5), blended(2, 2, 6, 3, 3, 3), blended(2, 3, 6)
+    x, weight, bias = torch.randn(2, 2, 3, 4, 5), blended(2, 2, 6, 3, 3, 3), blended(3, 2, 6)
     scale, shift, residual = torch.randn(2, 6), torch.randn(2, 6), torch.randn(2, 2, 6, 4, 5)
     check(x, weight, bias, scale=scale, shift=shift, residual=residual, padding=(1, 1), activation=activation, slope=0.2)
 
@@ -95,7 +86,7 @@ def test_what_follows_in_one_pass(activation):
 def test_each_of_them_alone(given):
     tensors = {"scale": torch.randn(2, 6), "shift": torch.randn(2, 6), "residual": torch.randn(2, 6, 4, 5)}
     x, weight = torch.randn(2, 3, 4, 5), blended(2, 2, 6, 3, 3, 3)
-    bias = blended(2, 1, 6) if given == "scale" else None
+    bias = blended(1, 2, 6) if given == "scale" else None
     check(x, weight, bias, padding=(1, 1), activation="relu", **{given: tensors[given]})
 
 
@@ -109,10 +100,10 @@ def test_a_norm_that_cancels_a_great_bias():
 
 def test_points_go_in_chunks(monkeypatch):
     """Formed weights are bounded; so many points as fit go at a time, and the same comes out, with every kind of input."""
-    weight, bias = blended(5, 2, 4, 3, 3, 3), blended(5, 2, 4)
+    weight, bias = blended(2, 5, 4, 3, 3, 3), blended(2, 5, 4)
     options = {"scale": torch.randn(5, 4), "shift": torch.randn(5, 4), "padding": (1, 1)}
     options["residual"] = torch.randn(5, 2, 4, 5, 5)
-    inputs = [torch.randn(2, 3, 5, 5), torch.randn(5, 2, 3, 5, 5), blended(5, 2, 2, 3, 5, 5)]
+    inputs = [torch.randn(2, 3, 5, 5), torch.randn(5, 2, 3, 5, 5), blended(2, 5, 2, 3, 5, 5)]
     whole = [path_conv2d(x, weight, bias, **options) for x in inputs]
     sizes = []
     formed = module.formed
@@ -156,7 +147,7 @@ def test_memory_in_any_order(layout):
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 5, 5), (2, 0, 3, 5, 5)], ids=["no points", "no samples"])
 def test_nothing_in_nothing_out(shape):
-    got = path_conv2d(torch.randn(shape), blended(shape[0], 2, 4, 3, 3, 3), blended(shape[0], 2, 4))
+    got = path_conv2d(torch.randn(shape), blended(2, shape[0], 4, 3, 3, 3), blended(2, shape[0], 4))
     assert got.shape == (*shape[:2], 4, 3, 3)
 
 
@@ -172,7 +163,7 @@ def test_no_channels():
 def test_bf16_rounds_the_operands_and_nothing_else():
     """Each operand by less than 2⁻⁷ of itself (the interpreter cuts off), and what bfloat16 holds not at all."""
     x, weight = torch.randn(2, 2, 18, 5, 5), blended(2, 2, 5, 18, 3, 3)
-    got, referee = path_conv2d(x, weight, precision="bf16"), path_conv2d_reference(exact(x), exact(weight))
+    got, referee = path_conv2d(x, weight, precision="bf16"), path_conv2d_reference(in_float64(x), in_float64(weight))
     at = weight.formed()
     sizes = torch.cat([path_conv2d_reference(x[t : t + 1].abs(), Blended.fixed(at[t].abs(), 1)) for t in range(2)])
     assert ((got - referee).abs() <= (2 * 2**-7 + 2**-14) * sizes).all()
@@ -187,7 +178,7 @@ def test_half_precision_in_memory(dtype):
     x, weight = torch.randn(2, 2, 3, 5, 5).to(dtype), blended(2, 2, 4, 3, 3, 3)
     got = path_conv2d(x, weight, residual=torch.ones(2, 2, 4, 3, 3).to(dtype))
     assert got.dtype == dtype
-    referee = path_conv2d_reference(x.double(), exact(weight), residual=torch.ones(2, 2, 4, 3, 3).double())
+    referee = path_conv2d_reference(x.double(), in_float64(weight), residual=torch.ones(2, 2, 4, 3, 3).double())
     assert (got.double() - referee).abs().max() <= torch.finfo(dtype).eps * referee.abs().max()
 
 
@@ -200,7 +191,7 @@ BAD = {
     "groups": ({"groups": 2}, "groups is 2"),
     "dilation": ({"dilation": (2, 2)}, r"dilation \(2, 2\)"),
     "channels": ({"weight": blended(2, 2, 4, 5, 3, 3)}, r"weight has shape \[4, 5, 3, 3\].*x \[2, 3, 5, 5\].*groups"),
-    "points": ({"weight": blended(3, 2, 4, 3, 3, 3)}, "x has 2 points and the weight 3"),
+    "points": ({"weight": blended(2, 3, 4, 3, 3, 3)}, "x has 2 points and the weight 3"),
     "a matrix": ({"weight": blended(2, 2, 4, 3)}, r"expected \[out, in, kh, kw\]"),
     "bias": ({"bias": blended(2, 2, 5)}, r"bias has shape \[5\].*expected \[4\]"),
     "scale": ({"scale": torch.randn(4)}, r"scale has shape \[4\].*\[2, 4\]"),

@@ -11,9 +11,9 @@ from policy import assert_within_policy
 
 pytest.importorskip("triton")
 
+from kernel_cases import blended, in_float64
 from modeconn.errors import ModeconnError
 from modeconn.kernels import path_norm as module
-from modeconn.kernels.blended import Blended
 from modeconn.kernels.path_norm import (
     path_batch_norm,
     path_batch_norm_reference,
@@ -33,21 +33,10 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def blended(points: int, terms: int, *shape: int) -> Blended:
-    return Blended(torch.randn(terms, *shape), torch.randn(points, terms))
-
-
-def exact(value: Any) -> Any:
-    """In float64."""
-    if isinstance(value, Blended):
-        return Blended(value.tensors.double(), value.coefficients.double())
-    return value.double() if isinstance(value, torch.Tensor) else value
-
-
 def check(function: Any, reference: Any, *arguments: Any, **options: Any) -> None:
     """Compare all results with the reference's."""
     got, plain = function(*arguments, **options), reference(*arguments, **options)
-    referee = reference(*map(exact, arguments), **options)
+    referee = reference(*map(in_float64, arguments), **options)
     for number, values in enumerate(zip(*(v if isinstance(v, tuple) else (v,) for v in (got, plain, referee)))):
         assert_within_policy(f"{function.__name__}, result {number}", *values, torch.float32)
 
@@ -55,9 +44,17 @@ def check(function: Any, reference: Any, *arguments: Any, **options: Any) -> Non
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 @pytest.mark.parametrize("shape", [(3, 5, 1), (1, 1, 7), (2, 3, 4, 63), (2, 65), (2, 2, 1025)], ids=str)
 def test_rows(shape, offset):
-    x, weight, bias = torch.randn(shape) + offset, blended(shape[0], 2, shape[-1]), blended(shape[0], 3, shape[-1])
+    x, weight, bias = torch.randn(shape) + offset, blended(2, shape[0], shape[-1]), blended(3, shape[0], shape[-1])
     check(path_layer_norm, path_layer_norm_reference, x, weight, bias)
     check(path_rms_norm, path_rms_norm_reference, x, weight)
+
+
+@pytest.mark.parametrize("elements", [4096, 32])
+def test_a_mean_far_from_zero_costs_no_digits(monkeypatch, elements):
+    monkeypatch.setattr(module, "ELEMENTS", elements)
+    x = torch.randn(2, 9, 65) + 3000
+    got, referee = path_layer_norm(x, None), path_layer_norm_reference(x.double(), None)
+    assert (got - referee).abs().max() <= 8 * torch.finfo(torch.float32).eps * referee.abs().max()
 
 
 def test_rows_in_pieces(monkeypatch):
@@ -84,7 +81,7 @@ def test_rows_that_the_points_share():
 
 def test_a_row_of_equal_values():
     """Its variance is 0: eps alone is under the root."""
-    check(path_layer_norm, path_layer_norm_reference, torch.full((1, 2, 9), 3.0), blended(1, 2, 9), blended(1, 2, 9), 1e-3)
+    check(path_layer_norm, path_layer_norm_reference, torch.full((1, 2, 9), 3.0), blended(2, 1, 9), blended(2, 1, 9), 1e-3)
 
 
 def test_rows_in_any_order_of_memory():
@@ -95,7 +92,7 @@ def test_rows_in_any_order_of_memory():
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5), (2, 3, 0)], ids=str)
 def test_no_rows(shape):
-    assert path_layer_norm(torch.randn(shape), blended(shape[0], 2, shape[-1])).shape == shape
+    assert path_layer_norm(torch.randn(shape), blended(2, shape[0], shape[-1])).shape == shape
 
 
 def test_a_nan_stays_in_its_row():
@@ -157,14 +154,14 @@ def test_statistics_of_nothing_and_of_one_value():
 @pytest.mark.parametrize("shape", [(2, 7, 5), (2, 3, 66, 4, 5), (1, 2, 1)], ids=str)
 @pytest.mark.parametrize("activation", ["identity", "leaky_relu"])
 def test_batch_norm(shape, activation):
-    x, weight, bias = torch.randn(shape) * 3 + 20, blended(shape[0], 2, shape[2]), blended(shape[0], 1, shape[2])
+    x, weight, bias = torch.randn(shape) * 3 + 20, blended(2, shape[0], shape[2]), blended(1, shape[0], shape[2])
     check(path_batch_norm, path_batch_norm_reference, x, weight, bias, 1e-3, activation=activation)
     check(path_batch_norm, path_batch_norm_reference, x.movedim(1, -1).contiguous().movedim(-1, 1), None, activation=activation)
 
 
 BAD = {
     "width": (path_layer_norm, {"weight": blended(2, 2, 6)}, r"weight has shape \[6\].*expected \[5\]"),
-    "points": (path_layer_norm, {"weight": blended(3, 2, 5)}, "weight has 3 points: expected 2"),
+    "points": (path_layer_norm, {"weight": blended(2, 3, 5)}, "weight has 3 points: expected 2"),
     "shared by whom": (path_layer_norm, {"weight": None, "shared": True}, "shared is True"),
     "no axis": (path_rms_norm, {"x": torch.randn(5), "weight": None}, r"x has shape \[5\]"),
     "float64": (path_rms_norm, {"x": torch.randn(2, 4, 5).double()}, "dtype torch.float64"),
