@@ -9,8 +9,8 @@ alone read 4. Prediction: bound by memory on any GPU; 6·10¹¹ values a second 
 [T, width], formed beforehand: the values are N times as many.
 
 Rows: a program normalises a block of whole rows of one point; a row longer than a block goes by in pieces and is read a second
-time, from the caches. The mean is two floats, so that one far from zero costs no digits. The programs of all points of a block of rows follow each other, so that rows that the points share come
-from memory once.
+time, from the caches. The mean is two floats, so that one far from zero costs no digits. The programs of all points of a block
+of rows follow each other, so that rows that the points share come from memory once.
 
 Statistics: a program takes ROWS rows of a block of channels of one point and adds up, in float64, the values less the
 channel's first one, and their squares. A mean far from zero so costs no digits, and equal values have a variance of exactly
