@@ -6,6 +6,8 @@
 
 namespace modeconn {
 
+constexpr int64_t cache_line = 64;  // bytes; panels and packed weights start on one
+
 enum class Act : int { identity, relu, leaky_relu, tanh, gelu, gelu_tanh, silu, sigmoid };
 
 // What a product's tile can apply in registers; the others are a pass over the finished panel.
@@ -29,6 +31,12 @@ template <class T> struct Span {
   int64_t length;
 };
 
+// Pixels of an image from some channel on: the next row's and the next column's are so many elements away.
+template <class T> struct Pixels {
+  T* at;
+  ptrdiff_t row, column;
+};
+
 struct LossSums {
   double loss = 0, errors = 0, errors5 = 0;
 };
@@ -43,6 +51,10 @@ template <class T> struct Kernels {
   void (*combine_rows)(int terms, const Rows<T>* rows, const T* coefficients, int samples, int64_t width, Activation act, T* panel);
   void (*combine)(int terms, const T* const* values, const T* coefficients, int64_t count, Activation act, T* out);
   void (*product)(int spans, const Span<T>* span, int units, const T* bias, const T* add, Activation act, T* out);
+  void (*winograd_weights)(const T* taps, int64_t count, T* out);
+  void (*winograd_input)(const T* const* pixels, int64_t count, int64_t apart, T* out);
+  bool (*winograd)(const T* x, int64_t apart, int64_t depth, const T* w, int units, const T* bias, Pixels<const T> add, Activation act,
+                   int rows, int columns, Pixels<T> out);
   void (*pool)(bool max, int taps, const T* const* values, T divisor, int64_t count, T* out);
   void (*activate)(Activation act, int64_t count, T* values);
   void (*write_rows)(const T* panel, int samples, int64_t width, T* out, ptrdiff_t stride);

@@ -17,17 +17,17 @@ template <class T> class Images {
   // How many points are combined at once: one reading and transposition of the terms serves them all.
   int64_t share() const { return stages_.empty() ? 1 : std::clamp<int64_t>(combined_bytes / (first() * int64_t(sizeof(T))), 1, 8); }
 
-  int64_t scratch(int64_t points) const { return stages_.empty() ? 0 : points * first() + values_ + strip_; }
+  int64_t scratch(int64_t points) const { return stages_.empty() ? 0 : points * first() + in_front(); }
 
   // Combines the first terms of the samples from `row` at the points point .. point + points, and pools them if that is next.
   void combine(int64_t point, int64_t points, int64_t row, int samples, T* scratch) const {
-    combine(stages_[0], point, points, row, samples, scratch + values_, scratch + values_ + strip_);
+    combine(stages_[0], point, points, row, samples, scratch + values_, scratch + in_front());
   }
 
   // The i-th of the combined points to flattened values [channels][height][width][panel]; false: stopped.
   template <class Stop>
   bool run(int64_t i, int64_t point, int64_t row, int samples, const T* packed, T* scratch, T* out, Stop&& stop) const {
-    auto value = [&](int stage) { return stage ? scratch + stages_[stage].at : scratch + values_ + strip_ + i * first(); };
+    auto value = [&](int stage) { return stage ? scratch + stages_[stage].at : scratch + in_front() + i * first(); };
     T* strip = scratch + values_;
     for (size_t index = 1; index < stages_.size(); ++index) {
       if (stop()) return false;
@@ -35,7 +35,9 @@ template <class T> class Images {
       std::vector<const T*> x;
       for (int j : s.inputs) x.push_back(value(j));
       T* y = value(int(index));
-      if (s.packed) convolve(s, x[0], x.size() > 1 ? x[1] : nullptr, packed, strip, y);
+      const T* more = x.size() > 1 ? x[1] : nullptr;
+      if (s.packed && s.packed->winograd) winograd(s, point + i, x[0], more, packed, strip, strip + strip_, y);
+      else if (s.packed) convolve(s, x[0], more, packed, strip, y);
       else if (s.step->op == Op::terms) combine(s, point + i, 1, row, samples, strip, y);
       else if (s.step->op == Op::sum) add(s, x, y);
       else pool(*s.step, x[0], 0, 0, s.step->in.channels, 0, s.out.height, y);
@@ -62,6 +64,7 @@ template <class T> class Images {
     for (const Step<T>& s : steps)
       for (int i : s.inputs) ++readers[i];
     auto conv = packing.convs.begin();
+    int64_t zeros = 0;
     for (size_t i = 0; i < steps.size(); ++i) {
       const Step<T>& s = steps[i];
       const PackedLayer<T>* packed = s.op == Op::conv ? &*conv++ : nullptr;
@@ -69,15 +72,23 @@ template <class T> class Images {
       const Step<T>* pool = nullptr;
       if ((s.op == Op::terms || s.op == Op::conv) && readers[i] == 1 && last[i] < int(steps.size())) pool = &steps[last[i]];
       if (pool && !((pool->op == Op::max_pool || pool->op == Op::avg_pool) && pool->window.apart())) pool = nullptr;
+      if (pool && packed && packed->winograd && pool->window.kernel[0] != 2) pool = nullptr;  // its rows come in pairs
       if (pool) stage[last[i]] = int(stages_.size());
       stage[i] = int(stages_.size());
       Stage made{&s, packed, pool, s.out, pool ? pool->out : s.out, {}};
       for (int input : s.inputs) made.inputs.push_back(stage[input]);
       stages_.push_back(made);
       int64_t rows = (pool ? pool->window.kernel[0] : 1) * s.out.width * k_.panel;
+      if (packed && packed->winograd) {
+        Squares<T> squares(s, k_.panel);
+        transformed_ = std::max(transformed_, rows_of_squares(squares) * squares.row());
+        zeros = std::max(zeros, squares.values());
+      }
       strip_ = std::max(strip_, rows * (packed ? std::min<int64_t>(k_.units, s.out.channels) : int64_t(s.terms.values.size()) + 1));
     }
     result_ = stage[chain.flat];
+    zeros_ = Buffer<T>(zeros);
+    std::fill_n(zeros_.get(), zeros, T(0));
   }
 
   // Where the values lie: each in the first gap between those that are still to be read.
@@ -150,32 +161,91 @@ template <class T> class Images {
     }
   }
 
-  // In chunks of output rows whose input stays in L2, and for each, tile by tile: a tile's weights pass over all pixels.
-  void convolve(const Stage& s, const T* x, const T* more, const T* packed, T* strip, T* y) const {
-    const PackedLayer<T>& at = *s.packed;
-    const Layer<T>& layer = *at.layer;
-    const Image& in = s.step->in;
-    int64_t per_row = s.step->window.stride[0] * (s.pool ? s.pool->window.stride[0] : 1);
-    int64_t row_bytes = per_row * in.width * in.channels * k_.panel * int64_t(sizeof(T));
-    int64_t chunk = std::max<int64_t>(1, l2_bytes() / 2 / row_bytes);
-    for (int64_t begin = 0; begin < s.out.height; begin += chunk)
-      for (int64_t i = 0; i < at.tiles.count; ++i) {
-        int64_t u0 = at.tiles.begin(i), next = i + 1 < at.tiles.count ? at.tiles.size(i + 1) * layer.depth : 0;
-        int units = at.tiles.size(i);
-        Tile tile{packed + at.weights + u0 * layer.depth, layer.biased() ? packed + at.bias + u0 : nullptr, units,
-                  x + at.tiles.group(i) * (in.channels / layer.groups) * k_.panel, more ? more + u0 * k_.panel : nullptr};
-        Prefetch prefetch(tile.weights + units * layer.depth, next, s.made.pixels());
-        rows(s, u0, units, begin, std::min(begin + chunk, s.out.height), strip, y,
-             [&](int64_t row, int64_t end, T* to, int64_t pixel) { convolve_rows(s, tile, row, end, to, pixel, prefetch); });
-      }
-  }
-
   // So many units of a convolution: their weights, the input at their group's channels, and what is added at theirs.
   struct Tile {
     const T *weights, *bias;
     int units;
     const T *x, *more;
   };
+
+  Tile tile_of(const Stage& s, int64_t i, const T* x, const T* more, const T* packed) const {
+    const PackedLayer<T>& at = *s.packed;
+    int64_t u0 = at.tiles.begin(i), channels = s.step->in.channels / at.layer->groups;
+    return {packed + at.weights + u0 * at.depth, at.layer->biased() ? packed + at.bias + u0 : nullptr, at.tiles.size(i),
+            x + at.tiles.group(i) * channels * k_.panel, more ? more + u0 * k_.panel : nullptr};
+  }
+
+  // Of the weights behind tile i, while that one is called so often.
+  Prefetch next_tile(const PackedLayer<T>& at, int64_t i, const T* packed, int64_t calls) const {
+    int64_t next = i + 1 < at.tiles.count ? at.tiles.size(i + 1) : 0;
+    return Prefetch(packed + at.weights + (at.tiles.begin(i) + at.tiles.size(i)) * at.depth, next * at.depth, calls);
+  }
+
+  // In chunks of output rows whose input stays in L2, and for each, tile by tile: a tile's weights pass over all pixels.
+  void convolve(const Stage& s, const T* x, const T* more, const T* packed, T* strip, T* y) const {
+    const PackedLayer<T>& at = *s.packed;
+    const Image& in = s.step->in;
+    int64_t per_row = s.step->window.stride[0] * (s.pool ? s.pool->window.stride[0] : 1);
+    int64_t row_bytes = per_row * in.width * in.channels * k_.panel * int64_t(sizeof(T));
+    int64_t chunk = std::max<int64_t>(1, l2_bytes() / 2 / row_bytes);
+    for (int64_t begin = 0; begin < s.out.height; begin += chunk)
+      for (int64_t i = 0; i < at.tiles.count; ++i) {
+        Tile tile = tile_of(s, i, x, more, packed);
+        Prefetch prefetch = next_tile(at, i, packed, s.made.pixels());
+        rows(s, at.tiles.begin(i), tile.units, begin, std::min(begin + chunk, s.out.height), strip, y,
+             [&](int64_t row, int64_t end, T* to, int64_t pixel) { convolve_rows(s, tile, row, end, to, pixel, prefetch); });
+      }
+  }
+
+  // By Winograd: in chunks of rows of squares whose transformed inputs stay in L2, and for each, tile by tile.
+  void winograd(const Stage& s, int64_t point, const T* x, const T* more, const T* packed, T* strip, T* transformed, T* y) const {
+    const PackedLayer<T>& at = *s.packed;
+    const Squares<T> squares(*s.step, k_.panel);
+    int64_t lines = s.pool ? 1 : 2, apart = s.pool ? s.pool->window.stride[0] : 2;  // from a row of squares to the next: out, made
+    int64_t chunk = lines * rows_of_squares(squares);
+    for (int64_t begin = 0; begin < s.out.height; begin += chunk) {
+      int64_t end = std::min(begin + chunk, s.out.height), top = begin / lines * apart, count = (end - begin + lines - 1) / lines;
+      for (int64_t i = 0; i < count; ++i) squares.transform(k_, x, top + i * apart, zeros_.get(), transformed + i * squares.row());
+      bool finite = true;
+      for (int64_t i = 0; i < at.tiles.count; ++i) {
+        Tile tile = tile_of(s, i, x, more, packed);
+        Prefetch prefetch = next_tile(at, i, packed, count * squares.across());
+        rows(s, at.tiles.begin(i), tile.units, begin, end, strip, y, [&](int64_t row, int64_t stop, T* to, int64_t pixel) {
+          const T* from = transformed + (row - top) / apart * squares.row();
+          if (finite) finite = winograd_rows(s, squares, tile, from, row, stop, to, pixel, prefetch);
+          if (finite) return;
+          // A transform makes NaN of an infinity, and an infinity of large values: again, and all that follows, by `product`.
+          Buffer<T> taps(tile.units * at.layer->depth);
+          Packing<T>::pack_tile(k_, point, at, i, taps.get());
+          Prefetch nothing(taps.get(), 0, 0);
+          convolve_rows(s, {taps.get(), tile.bias, tile.units, x, tile.more}, row, stop, to, pixel, nothing);
+        });
+      }
+    }
+  }
+
+  int64_t rows_of_squares(const Squares<T>& squares) const {
+    return std::clamp<int64_t>(l2_bytes() / 2 / (squares.row() * int64_t(sizeof(T))), 1, squares.down());
+  }
+
+  // Rows of squares from transformed inputs at `from`; false: some value is not finite.
+  bool winograd_rows(const Stage& s, const Squares<T>& squares, const Tile& tile, const T* from, int64_t row, int64_t end, T* to,
+                     int64_t pixel, Prefetch& prefetch) const {
+    const Activation& act = s.step->act;
+    int64_t width = s.made.width, values = s.made.channels * k_.panel;
+    bool finite = true;
+    for (; row < end; row += 2, to += 2 * width * pixel)
+      for (int64_t column = 0; column < width; column += 2, from += squares.size(), prefetch()) {
+        int down = int(std::min<int64_t>(2, end - row)), across = int(std::min<int64_t>(2, width - column));
+        Pixels<const T> add{tile.more ? tile.more + (row * width + column) * values : nullptr, width * values, values};
+        Pixels<T> out{to + column * pixel, width * pixel, pixel};
+        finite &= k_.winograd(from, squares.apart(), s.step->in.channels, tile.weights, tile.units, tile.bias, add,
+                              fused(act.kind) ? act : Activation{}, down, across, out);
+        for (int i = 0; i < down * across && !fused(act.kind); ++i)
+          k_.activate(act, tile.units * k_.panel, out.at + i / across * out.row + i % across * out.column);
+      }
+    return finite;
+  }
 
   void convolve_rows(const Stage& s, const Tile& tile, int64_t row, int64_t end, T* to, int64_t pixel, Prefetch& prefetch) const {
     const Window& w = s.step->window;
@@ -228,12 +298,16 @@ template <class T> class Images {
       for (int64_t c = 0; c < image.channels; ++c, x += k_.panel) std::copy_n(x, k_.panel, out + (c * image.pixels() + p) * k_.panel);
   }
 
+  int64_t in_front() const { return values_ + strip_ + transformed_; }  // elements of the scratch in front of the combined points
   int64_t first() const { return stages_[0].out.count() * k_.panel; }  // elements of a combined point
 
   const Kernels<T>& k_;
   std::vector<Stage> stages_;
   int result_ = 0;                 // the stage that is flattened
-  int64_t values_ = 0, strip_ = 0; // elements: of the values between stages together; the largest strip
+  Buffer<T> zeros_{0};             // a pixel outside of an image
+  int64_t values_ = 0;             // elements: of the values between stages together;
+  int64_t strip_ = 0;              // the largest strip;
+  int64_t transformed_ = 0;        // the most transformed inputs at once
 };
 
 }  // namespace modeconn

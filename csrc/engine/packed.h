@@ -1,5 +1,5 @@
 // Where the packed weights of one point lie, and their packing: per layer its tiles one after the other, each
-// [depth][units of the tile], then the bias.
+// [depth][units of the tile], then the bias. The depth of a convolution is [taps][channels], or [16][channels] by Winograd.
 #pragma once
 #include <algorithm>
 #include <memory>
@@ -10,11 +10,9 @@
 #include <sys/mman.h>
 #endif
 
-#include "chain.h"
+#include "winograd.h"
 
 namespace modeconn {
-
-constexpr int64_t cache_line = 64;
 
 // Uninitialised memory on a cache line's boundary, in large pages if it is large: packed weights are read once per block
 // and would miss the address cache on every page.
@@ -81,6 +79,8 @@ template <class T> struct PackedLayer {
   const Layer<T>* layer;
   Tiles tiles;
   int64_t weights, bias;  // offsets in the point's buffer
+  int64_t depth;          // packed weights of a unit
+  bool winograd;          // they are transformed, 16 in place of 9 taps
 };
 
 template <class T> struct Packing {
@@ -95,48 +95,59 @@ template <class T> struct Packing {
       size += (n + cache_line - 1) / cache_line * cache_line;
       return at;
     };
-    auto place = [&](const Layer<T>& layer) {
+    auto place = [&](const Step<T>& s) {
+      const Layer<T>& layer = s.layer;
+      bool winograd = winograd_pays(s);
+      int64_t depth = winograd ? layer.depth / layer.taps * winograd_products : layer.depth;
       Tiles tiles(layer.units, kernels.units, layer.groups);
       int64_t step = std::max<int64_t>(1, (1 << 15) / (layer.depth * kernels.units + 1));
-      int64_t weights = reserve(layer.units * layer.depth), bias = reserve(layer.units);
-      PackedLayer<T> at{&layer, tiles, weights, bias};
+      int64_t weights = reserve(layer.units * depth), bias = reserve(layer.units);
+      PackedLayer<T> at{&layer, tiles, weights, bias, depth, winograd};
       for (int64_t i = 0; i < tiles.count; i += step) pieces.push_back({at, i, std::min(i + step, tiles.count)});
       return at;
     };
     for (const Step<T>& step : chain.images)
-      if (step.op == Op::conv) convs.push_back(place(step.layer));
+      if (step.op == Op::conv) convs.push_back(place(step));
     for (const Step<T>& step : chain.layers)
-      if (step.op == Op::linear) linears.push_back(place(step.layer));
+      if (step.op == Op::linear) linears.push_back(place(step));
   }
 
   void pack(const Kernels<T>& kernels, int64_t point, const Piece& piece, T* out) const {
     const PackedLayer<T>& at = piece.at;
     const Layer<T>& layer = *at.layer;
-    std::vector<T> rows_of_taps(layer.taps > 1 ? layer.depth * kernels.units : 0);
-    const double* c = layer.coefficients + point * int64_t(layer.weights.size());
-    Active<T, Rows<T>> weights(layer.weights, c);
     Active<T, const T*> biases(layer.biases, layer.bias_coefficients + point * int64_t(layer.biases.size()));
+    Buffer<T> taps(at.winograd ? layer.depth * kernels.units : 0);
     for (int64_t i = piece.begin; i < piece.end; ++i) {
       int64_t u0 = at.tiles.begin(i);
       int units = at.tiles.size(i);
-      std::vector<Rows<T>> rows = weights.items;
-      for (Rows<T>& r : rows) r.data += u0 * r.stride;
-      T* tile = out + at.weights + u0 * layer.depth;
-      T* packed = layer.taps > 1 ? rows_of_taps.data() : tile;
-      kernels.pack(weights.count(), rows.data(), weights.coefficients.data(), units, layer.depth, packed);
-      int64_t channels = layer.depth / layer.taps;
-      for (int64_t tap = 0; tap < layer.taps && layer.taps > 1; ++tap)
-        for (int64_t c = 0; c < channels; ++c)
-          std::copy_n(packed + (c * layer.taps + tap) * units, units, tile + (tap * channels + c) * units);
+      T* tile = out + at.weights + u0 * at.depth;
+      pack_tile(kernels, point, at, i, at.winograd ? taps.get() : tile);
+      if (at.winograd) kernels.winograd_weights(taps.get(), layer.depth / layer.taps * units, tile);
       const double* scale = layer.scale ? layer.scale + point * layer.units + u0 : nullptr;
-      for (int64_t k = 0; k < layer.depth && scale; ++k)
-        for (int u = 0; u < units; ++u) tile[k * units + u] = T(tile[k * units + u] * scale[u]);
       for (int u = 0; u < units && layer.biased(); ++u) {
         T sum = biases.count() ? biases.coefficients[0] * biases.items[0][u0 + u] : T(0);
         for (int g = 1; g < biases.count(); ++g) sum += biases.coefficients[g] * biases.items[g][u0 + u];
         out[at.bias + u0 + u] = scale ? T(scale[u] * sum + layer.shift[point * layer.units + u0 + u]) : sum;
       }
     }
+  }
+
+  // The weights of tile i as `product` takes them, with the norm's scale.
+  static void pack_tile(const Kernels<T>& kernels, int64_t point, const PackedLayer<T>& at, int64_t i, T* tile) {
+    const Layer<T>& layer = *at.layer;
+    Buffer<T> rows_of_taps(layer.taps > 1 ? layer.depth * kernels.units : 0);
+    Active<T, Rows<T>> weights(layer.weights, layer.coefficients + point * int64_t(layer.weights.size()));
+    int64_t u0 = at.tiles.begin(i), channels = layer.depth / layer.taps;
+    int units = at.tiles.size(i);
+    for (Rows<T>& r : weights.items) r.data += u0 * r.stride;
+    T* packed = layer.taps > 1 ? rows_of_taps.get() : tile;
+    kernels.pack(weights.count(), weights.items.data(), weights.coefficients.data(), units, layer.depth, packed);
+    for (int64_t tap = 0; tap < layer.taps && layer.taps > 1; ++tap)
+      for (int64_t c = 0; c < channels; ++c)
+        std::copy_n(packed + (c * layer.taps + tap) * units, units, tile + (tap * channels + c) * units);
+    const double* scale = layer.scale ? layer.scale + point * layer.units + u0 : nullptr;
+    for (int64_t k = 0; k < layer.depth && scale; ++k)
+      for (int u = 0; u < units; ++u) tile[k * units + u] = T(tile[k * units + u] * scale[u]);
   }
 };
 

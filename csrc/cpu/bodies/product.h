@@ -8,36 +8,40 @@
 namespace modeconn {
 namespace {
 
+// sums += w x over `length` rows of the panel.
+template <class S, int NV, int R>
+MODECONN_INLINE void accumulate(typename S::V (&sums)[R][NV], const typename S::T* x, const typename S::T* w, int64_t length) {
+  using V = typename S::V;
+  for (int64_t k = length; k > 0; --k, x += NV * S::L, w += R) {
+    V in[NV];
+    for (int v = 0; v < NV; ++v) in[v] = load<S>(x + v * S::L);
+    for (int u = 0; u < R; ++u) {
+      V weight = splat<S>(w[u]);
+      for (int v = 0; v < NV; ++v) sums[u][v] += weight * in[v];
+    }
+  }
+}
+
+// The activations that a product applies in registers.
+template <class S> MODECONN_INLINE typename S::V fused(Activation act, typename S::V y) {
+  if (act.kind == Act::relu) y = apply<S, Act::relu>(y, 0);
+  if (act.kind == Act::leaky_relu) y = apply<S, Act::leaky_relu>(y, typename S::T(act.slope));
+  return y;
+}
+
 template <class S, int NV, int R>
 void tile(int spans, const Span<typename S::T>* span, const typename S::T* bias, const typename S::T* add, Activation act,
           typename S::T* out) {
-  using T = typename S::T;
   using V = typename S::V;
   constexpr int panel = NV * S::L;
-  V acc[R][NV];
-  for (int u = 0; u < R; ++u)
-    for (int v = 0; v < NV; ++v) acc[u][v] = V{};
-  for (; spans > 0; --spans, ++span) {
-    const T* x = span->x;
-    const T* w = span->w;
-    for (int64_t k = span->length; k > 0; --k, x += panel, w += R) {
-      V in[NV];
-      for (int v = 0; v < NV; ++v) in[v] = load<S>(x + v * S::L);
-      for (int u = 0; u < R; ++u) {
-        V weight = splat<S>(w[u]);
-        for (int v = 0; v < NV; ++v) acc[u][v] += weight * in[v];
-      }
-    }
-  }
+  V acc[R][NV] = {};
+  for (; spans > 0; --spans, ++span) accumulate<S, NV, R>(acc, span->x, span->w, span->length);
   for (int u = 0; u < R; ++u)
     for (int v = 0; v < NV; ++v) {
-      T* o = out + u * panel + v * S::L;
       V y = acc[u][v];
       if (add) y += load<S>(add + u * panel + v * S::L);
       if (bias) y += bias[u];
-      if (act.kind == Act::relu) y = apply<S, Act::relu>(y, 0);
-      if (act.kind == Act::leaky_relu) y = apply<S, Act::leaky_relu>(y, T(act.slope));
-      store<S>(o, y);
+      store<S>(out + u * panel + v * S::L, fused<S>(act, y));
     }
 }
 

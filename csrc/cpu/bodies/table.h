@@ -3,6 +3,7 @@
 #include "head.h"
 #include "move.h"
 #include "product.h"
+#include "winograd.h"
 
 namespace modeconn {
 namespace {
@@ -16,6 +17,9 @@ template <class S, int NV, int MR> void fill(Kernels<typename S::T>& k, const ch
   k.combine_rows = combine_rows<S, NV>;
   k.combine = combine<S>;
   k.product = product<S, NV, MR>;
+  k.winograd_weights = winograd_weights<S>;
+  k.winograd_input = winograd_input<S, NV>;
+  k.winograd = winograd<S, NV, MR>;
   k.pool = pool<S>;
   k.activate = activate<S>;
   k.write_rows = write_rows<S, NV>;
