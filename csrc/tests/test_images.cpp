@@ -1,6 +1,7 @@
 // Convolutions and pooling under the sanitizers, against plain loops in double precision, on a reduced set of shapes.
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <random>
 
 #include "../engine/chain.h"
@@ -42,10 +43,11 @@ template <class T> Values plain(const Step<T>& s, const Values& x, const Values*
 }
 
 // A convolution in a chain that keeps its image's size takes its own input's value, too, if `residual`, and `groups` of channels.
+// `large`: inputs of which few can be added.
 struct Case {
   std::vector<std::pair<Op, Window>> steps;
   int64_t groups = 1;
-  bool residual = false;
+  bool residual = false, large = false;
 };
 
 template <class T> double check(const Context& context, int64_t rows, const Image& image, const Case& c, int threads) {
@@ -55,7 +57,9 @@ template <class T> double check(const Context& context, int64_t rows, const Imag
   const double ones[3] = {1, 1, 1};
   const int64_t points = 3;  // equal ones
   Chain<T> chain{rows, points, {}, {}, 0, {}};
-  Terms<T> terms{{{keep(rows * image.count()), image.count()}}, ones};
+  T* values = keep(rows * image.count());
+  for (int64_t i = 0; i < rows * image.count() && c.large; ++i) values[i] *= std::numeric_limits<T>::max() / 6;
+  Terms<T> terms{{{values, image.count()}}, ones};
   chain.images.push_back({Op::terms, {}, image, image, {}, {}, {}, terms});
   Image in = image;
   for (auto [op, window] : c.steps) {
@@ -69,7 +73,9 @@ template <class T> double check(const Context& context, int64_t rows, const Imag
       else s.out.channels = in.channels * (c.groups > 1 ? 2 : 1) + (c.groups > 1 ? 0 : 6);
       int64_t groups = in.channels % c.groups ? 1 : c.groups, depth = in.channels / groups * window.taps();
       s.layer = Layer<T>{s.out.channels, depth, window.taps(), groups, {}, {}, ones, ones};
-      s.layer.weights.push_back({keep(s.layer.units * s.layer.depth), s.layer.depth});
+      T* weights = keep(s.layer.units * s.layer.depth);
+      for (int64_t i = 0; i < s.layer.units * s.layer.depth && c.large; ++i) weights[i] *= T(1e-3);
+      s.layer.weights.push_back({weights, s.layer.depth});
       s.layer.biases.push_back(keep(s.layer.units));
     }
     chain.images.push_back(s);
@@ -102,21 +108,29 @@ template <class T> double check(const Context& context, int64_t rows, const Imag
 
 int check_images(const Context& context) {
   const Window same{{3, 3}, {1, 1}, {1, 1}}, half{{2, 2}, {2, 2}, {0, 0}}, wide{{5, 2}, {2, 1}, {2, 1}}, lapped{{3, 3}, {2, 2}, {1, 1}};
+  const Window inner{{3, 3}, {1, 1}, {0, 0}}, slices{{2, 1}, {3, 1}, {0, 0}};
   const Window spread{{3, 2}, {1, 1}, {2, 1}, {2, 3}};
   const std::vector<Case> chains = {
       {{{Op::conv, same}}}, {{{Op::conv, same}, {Op::max_pool, half}, {Op::conv, wide}}}, {{{Op::conv, wide}, {Op::max_pool, lapped}}},
       {{{Op::max_pool, half}, {Op::conv, same}, {Op::avg_pool, half}}}, {{{Op::avg_pool, lapped}, {Op::avg_pool, half}}},
       {{{Op::conv, same}, {Op::conv, same}, {Op::avg_pool, half}}, 1, true}, {{{Op::conv, same}, {Op::conv, spread}}, 17},
       {{{Op::conv, spread}}}};
+  const std::vector<Case> by_winograd = {
+      {{{Op::conv, same}, {Op::max_pool, half}}}, {{{Op::conv, same}, {Op::avg_pool, lapped}}, 1, true}, {{{Op::conv, inner}, {Op::max_pool, slices}}},
+      {{{Op::conv, same}}, 1, false, true}};
   int bad = 0;
-  for (size_t i = 0; i < chains.size(); ++i)
-    for (int64_t rows : {0, 1, 33})
-      for (const Image& image : {Image{1, 4, 4}, Image{3, 5, 7}, Image{17, 8, 4}}) {
-        double f32 = check<float>(context, rows, image, chains[i], 2), f64 = check<double>(context, rows, image, chains[i], 1);
-        if (f32 <= 1e-4 && f64 <= 1e-12) continue;
-        std::printf("FAIL %s images: chain %d rows %d channels %d: errors %.2e %.2e\n", context.isa, int(i), int(rows), int(image.channels), f32, f64);
-        ++bad;
-      }
+  auto try_all = [&](const std::vector<Case>& chains, std::initializer_list<Image> images) {
+    for (size_t i = 0; i < chains.size(); ++i)
+      for (int64_t rows : {0, 1, 33})
+        for (const Image& image : images) {
+          double f32 = check<float>(context, rows, image, chains[i], 2), f64 = check<double>(context, rows, image, chains[i], 1);
+          if (f32 <= 1e-4 && f64 <= 1e-12) continue;
+          std::printf("FAIL %s images: chain %d rows %d channels %d: errors %.2e %.2e\n", context.isa, int(i), int(rows), int(image.channels), f32, f64);
+          ++bad;
+        }
+  };
+  try_all(chains, {{1, 4, 4}, {3, 5, 7}, {17, 8, 4}});
+  try_all(by_winograd, {{31, 8, 7}});
   return bad;
 }
 
