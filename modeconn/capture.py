@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import logging
 import operator
 import os
@@ -164,8 +165,10 @@ def _export(model: nn.Module, x: Inputs) -> Graph:
             source = fx.args[0] if fx.target is operator.getitem else None
             if source is not None and source.name in ids and nodes[ids[source.name]].op == "batch_norm":
                 ids[fx.name] = ids[source.name]  # eval-mode batch norm returns one tensor and two empty ones
-                continue
-            ids[fx.name] = _add_call(nodes, fx, ids, names)
+            elif source is not None and (part := _part(source, fx.args[1])) is not None:
+                ids[fx.name] = _add_call(nodes, fx, ids, names, *part)
+            elif _part(fx, 0) is None:
+                ids[fx.name] = _add_call(nodes, fx, ids, names)
 
     def leaf(item: Any) -> Any:
         return In(ids[item.name]) if isinstance(item, torch.fx.Node) else item
@@ -190,7 +193,25 @@ def _add(nodes: list[Node], op: str, function: Callable[..., Any], args: tuple[A
     return len(nodes) - 1
 
 
-def _add_call(nodes: list[Node], fx: Any, ids: dict[str, int], names: dict[str, str]) -> int:
+def _part(fx: Any, number: int) -> tuple[Any, tuple[Any, ...]] | None:
+    """A part of what splits a tensor along an axis, as an operation on that tensor and its arguments; None for the rest."""
+    name = str(fx.target).removeprefix("aten.").split(".")[0]
+    if name not in ("split", "split_with_sizes", "chunk", "unbind"):
+        return None
+    place = 1 if name == "unbind" else 2
+    axis = fx.args[place] if len(fx.args) > place else fx.kwargs.get("dim", 0)
+    if name == "unbind":
+        return torch.ops.aten.select.int, (fx.args[0], axis, number)
+    ends = list(itertools.accumulate(part.shape[axis] for part in fx.meta["val"]))
+    if not all(isinstance(end, int) for end in ends):
+        return None  # along the rows
+    return torch.ops.aten.slice.Tensor, (fx.args[0], axis, ([0, *ends])[number], ends[number])
+
+
+def _add_call(
+    nodes: list[Node], fx: Any, ids: dict[str, int], names: dict[str, str], target: Any = None, given: tuple[Any, ...] = ()
+) -> int:
+    """Add a call as a node; `target` and `given`: of another operation in its place."""
     inputs: list[int] = []
     entries: list[str] = []
 
@@ -208,10 +229,10 @@ def _add_call(nodes: list[Node], fx: Any, ids: dict[str, int], names: dict[str, 
             return [template(part) for part in item]
         return item
 
-    args = tuple(template(item) for item in fx.args)
+    args = tuple(template(item) for item in (given or fx.args))
     kwargs = {key: template(item) for key, item in fx.kwargs.items()}
     value = fx.meta["val"]
-    op, function, args, kwargs = _canonical(fx.target, args, kwargs, nodes, inputs)
+    op, function, args, kwargs = _canonical(target or fx.target, args, kwargs, nodes, inputs)
     return _add(
         nodes, op, function, args, kwargs=kwargs, inputs=tuple(inputs), entries=tuple(entries),
         shape=_shape(value[0] if op == "batch_norm" else value), source=_source(fx),

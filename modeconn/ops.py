@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,3 +47,24 @@ def mkl_falls_behind() -> bool:
         return False
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text(errors="replace")
+
+
+class Take:
+    """Some indices along some axes of a value.
+
+    Args:
+        along: the indices by axis, in rising order.
+    """
+
+    def __init__(self, along: Mapping[int, np.ndarray]) -> None:
+        self._along = {axis: torch.from_numpy(index) for axis, index in along.items()}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The part of x; a view of it where the indices follow each other."""
+        for axis, index in self._along.items():
+            first, count = int(index[0]), len(index)
+            if int(index[-1]) - first + 1 == count:
+                x = x.narrow(axis, first, count)
+            else:
+                x = x.index_select(axis, index.to(x.device))
+        return x

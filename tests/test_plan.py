@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -153,7 +152,7 @@ def test_linear_operations_carry_a_combination_on():
 
     model = Linear()
     path = mc.Line(model, moved(model.state_dict(), "conv.weight"))
-    assert set(classes(model, path, IMAGES)) == {"combination"}, "the whole loss curve costs two forward passes"
+    assert {name.split()[0] for name in classes(model, path, IMAGES)} == {"combination"}, "the whole curve costs two passes"
     agrees(model, path, IMAGES, Y)
     # Batch norm's scale times the convolution's weight: a product of two things that vary is not linear.
     both = moved(moved(model.state_dict(), "conv.weight"), "norm.weight")
@@ -176,7 +175,7 @@ def test_offsets_need_coefficients_that_add_up_to_one():
     agrees(model, mc.Plane.random(model), X, Y, 3)
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.GroupNorm(4, 32)], ids=["layer", "group"])
+@pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.GroupNorm(1, 32)], ids=["layer", "group"])
 def test_norms_over_units_keep_all_of_them(norm):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 32), norm, nn.ReLU(), nn.Linear(32, 10))
@@ -204,10 +203,12 @@ def test_residual_branches_and_different_live_units():
     state = clone(model)
     state["head.weight"][:, 7:] = 0
     dead = moved(state, "outer.weight", rows=slice(7, None))
-    # The input has no units of its own to leave out, so the sum asks its other branch for all of them.
-    assert classes(model, mc.Line(state, dead), X)[2:4] == ["combination", "combination"]
+    # The input has no units of its own to leave out: the sum takes those that it needs.
+    assert classes(model, mc.Line(state, dead), X)[2:5] == ["constant 7/20"] * 3
     agrees(model, mc.Line(state, dead), X, Y)
-    agrees(model, mc.Line(state, moved(state, "inner.weight")), X, Y)
+    path = mc.Line(state, moved(state, "inner.weight"))
+    assert classes(model, path, X)[2:5] == ["varying 7/20"] * 3
+    agrees(model, path, X, Y)
 
 
 def chain(model: nn.Module, segments: int, kind: str) -> mc.PolyChain:
@@ -311,17 +312,6 @@ def test_the_printed_plan(model):
     assert as_json["flops_per_sample"]["plan"] == pytest.approx(
         as_json["flops_per_sample"]["once"] + as_json["flops_per_sample"]["per_point"]
     )
-
-
-def test_grouped_convolutions_keep_their_channels():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(64, 10))
-    state = clone(model)
-    state["4.weight"][:, 32:] = 0
-    other = moved(state, "2.weight", rows=slice(2, None))
-    assert classes(model, mc.Line(state, other), IMAGES)[2] == "combination"
-    agrees(model, mc.Line(state, other), IMAGES, Y)
-    assert np.isfinite(mc.evaluate(model, mc.Line(state, other), (IMAGES, Y), 3).loss).all()
 
 
 def test_transposed_convolutions_have_units():

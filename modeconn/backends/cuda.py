@@ -23,7 +23,7 @@ from modeconn.backends.regions import find_chain
 from modeconn.errors import CannotRun, ModeconnError
 from modeconn.metrics import Head
 from modeconn.plan.program import Blend, Moving, Program, Segment, SharedStep, Term, VaryingStep
-from modeconn.plan.rules import static
+from modeconn.plan.units import static
 
 # Bytes of packed weights and partial sums of one launch.
 _WORKSPACE = 256 << 20

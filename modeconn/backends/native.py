@@ -20,7 +20,7 @@ from modeconn.backends.regions import Region, find_region, find_regions
 from modeconn.errors import CannotRun
 from modeconn.metrics import Head
 from modeconn.plan.program import Program, Segment, Term, VaryingStep
-from modeconn.plan.rules import static
+from modeconn.plan.units import static
 
 # Points of one call into the engine: few enough that progress moves, many enough to fill the cores.
 _POINTS = 16
@@ -54,9 +54,8 @@ class Fused:
         chain, at = self.region.chain, slice(point, point + 1)
         terms, columns = given(chain.terms, chain.step)
         layers = [layer.at(at, given) for layer in chain.layers]
-        shape, units = self.last.node.shape, self.last.units
-        sizes = [len(units.index) if units and units.axis == axis else shape[axis] for axis in range(len(shape))]
-        tail = [static(size) for size in (sizes[1:] if len(shape) == 4 else sizes[-1:])]
+        shape = self.last.node.shape
+        tail = [static(size) for size in (shape[1:] if len(shape) == 4 else shape[-1:])]
         out = torch.empty((1, len(terms[0]), int(np.prod(tail))), dtype=self.dtype)
         native.extension().chain_outputs(
             terms, columns[at], layers, out.numpy(), activation=chain.start.activation, slope=chain.start.slope,

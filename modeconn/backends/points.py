@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from modeconn.graph import Node, Size
 from modeconn.kernels.blended import Blended
+from modeconn.plan.linked import Elementwise
 from modeconn.plan.program import Moving, PerPoint
-from modeconn.plan.rules import Elementwise, rule_for
+from modeconn.plan.rules import rule_for
 
 # What each activation of the kernels is; "slope" is leaky_relu's.
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -187,7 +188,7 @@ def is_elementwise(node: Node) -> bool:
 # Operations that treat rows apart however they are called, once axis 0 of their values is that of the rows.
 _BY_ROWS = frozenset(
     "linear conv1d conv2d batch_norm layer_norm group_norm rms_norm flatten clone contiguous max_pool1d max_pool2d avg_pool1d "
-    "avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d scaled_dot_product_attention expand".split()
+    "avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d scaled_dot_product_attention expand take".split()
 )
 # Those that do so unless an argument, the one at this position, names axis 0.
 _BY_AXIS = {

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 from modeconn.graph import Node
 from modeconn.opaque import Opaque
 from modeconn.plan.program import Combination, Form, Program, Segment
-from modeconn.plan.rules import UNKNOWN, rule_for
+from modeconn.plan.rule import UNKNOWN
+from modeconn.plan.rules import rule_for
+from modeconn.plan.units import Units
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +69,14 @@ class Plan:
             if node.op == "input":
                 continue
             forms = segment.forms.get(node.id, [])
-            each = sum(step.flops for step in segment.steps if step.node is node)
+            each = sum(step.flops for step in segment.steps if step.node.id == node.id)
             output = segment.outputs.get(node.id)
             each += output.flops if isinstance(output, Combination) else 0.0
             # A shared value that other segments take up as well is listed with each of them.
             once = sum(
                 self.program.shared[value].flops
                 for value in {term.value for f in forms if isinstance(f, Combination) for term in f.terms}
-                if value in self.program.order and self.program.shared[value].node is node
+                if value in self.program.order and self.program.shared[value].node.id == node.id
             )
             rows.append({
                 "node": node.id, "op": node.op, "source": node.source, "class": _class(forms), "units": _units(node, forms),
@@ -111,12 +114,11 @@ def _class(forms: list[Form]) -> str:
 
 
 def _units(node: Node, forms: list[Form]) -> str:
-    """live/all along the axis that was cut down, "all" where none was."""
-    cut = [form.units for form in forms if form.units is not None]
-    if len(cut) < len(forms) or not cut:
-        return "all" if forms else "none"
-    most = max(cut, key=lambda units: len(units.index))
-    return f"{len(most.index)}/{node.shape[most.axis]}"
+    """live/all along the axes that are cut down, "all" where none is."""
+    if not forms:
+        return "none"
+    live = functools.reduce(Units.union, (form.units for form in forms)).of(node.shape)
+    return " × ".join(f"{len(index)}/{node.shape[axis]}" for axis, index in live.along.items()) or "all"
 
 
 def _note(node: Node) -> str:

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.graph import Entry, Graph, Node
+from modeconn.graph import Entry, Graph, In, Node
+from modeconn.ops import Take
 from modeconn.paths import Path, blend
 from modeconn.plan.contents import Contents, Cut
+from modeconn.plan.joint import Joint
 from modeconn.plan.program import (
     Blend,
     Combination,
@@ -30,11 +33,16 @@ from modeconn.plan.program import (
     Term,
     Varying,
     VaryingStep,
+    needed,
 )
-from modeconn.plan.rules import Mismatch, Rule, Support, Wanted, rule_for, static
+from modeconn.plan.rule import Fit, Mismatch, Rule, Shapes, Support
+from modeconn.plan.rules import rule_for
+from modeconn.plan.units import ALL, Units
 
 # Columns that differ by no more than this are rounding of one number: (1 - t) + t is not exactly 1 for every t.
 _ROUNDING = 8 * float(np.finfo(np.float64).eps)
+# Taking a part out of a value reads and writes that part once more: it pays where so much less is left to work on.
+_WORTH_TAKING = 0.5
 
 
 def make_program(
@@ -63,9 +71,14 @@ def make_program(
         active = np.flatnonzero((coefficients[rows] != 0).any(0))
         # All coefficients zero is a legal point of a mixture: the network with all weights zero.
         active = active if len(active) else np.zeros(1, np.int64)
-        segment = Segment(int(index), rows, tuple(active.tolist()), coefficients[np.ix_(rows, active)])
         here = {name: table[torch.from_numpy(rows).to(table.device)] for name, table in (tables or {}).items()}
-        _SegmentPlanner(graph, contents, shared, segment, here).plan()
+        joint = Joint()
+        while True:
+            segment = Segment(int(index), rows, tuple(active.tolist()), coefficients[np.ix_(rows, active)])
+            planner = _SegmentPlanner(graph, contents, shared, segment, here, joint)
+            planner.plan()
+            if not joint.add(graph, planner.forms):
+                break
         segments.append(segment)
     weights = {node.id: [contents.tensor(name, 0) for name in node.entries] for node in graph.nodes}
     naive = sum(flops(node, weights[node.id], node.numbers()) for node in graph.nodes if node.batched)
@@ -77,7 +90,7 @@ class _Shared:
 
     def __init__(self, graph: Graph) -> None:
         inputs = [node for node in graph.nodes if node.op == "input"]
-        self.steps = [SharedStep(node, (), (), None, 0.0, node.numbers()) for node in inputs]
+        self.steps = [SharedStep(node, (), (), ALL, 0.0, node.numbers()) for node in inputs]
         self._known: dict[tuple[object, ...], int] = {}
 
     def add(self, key: tuple[object, ...], step: SharedStep) -> int:
@@ -91,10 +104,11 @@ class _SegmentPlanner:
     """Finds the forms of one segment's values."""
 
     def __init__(
-        self, graph: Graph, contents: Contents, shared: _Shared, segment: Segment, tables: Mapping[str, Tensor]
+        self, graph: Graph, contents: Contents, shared: _Shared, segment: Segment, tables: Mapping[str, Tensor], joint: Joint
     ) -> None:
         self.graph, self.contents, self.shared, self.segment, self.tables = graph, contents, shared, segment, tables
-        self.forms: dict[tuple[int, object], Form] = {}
+        self.joint = joint
+        self.forms: dict[tuple[int, Units], Form] = {}
         self.combined: dict[int, int] = {}  # id of a combination's terms → the step that adds it up
         self.ones = np.ones(len(segment.rows))
         self.everyone = tuple(range(len(segment.active)))
@@ -104,37 +118,46 @@ class _SegmentPlanner:
 
     def plan(self) -> None:
         for node_id in self.graph.outputs():
-            self.segment.outputs[node_id] = self.value(node_id, None)
+            self.segment.outputs[node_id] = self.value(node_id, ALL)
+        # Without those that were tried and turned out not to be needed.
+        steps, values = self.segment.used(), needed(self.shared.steps, self.segment.taken())
+        self.forms = {
+            key: form
+            for key, form in self.forms.items()
+            if (form.step in steps if isinstance(form, Varying) else all(term.value in values for term in form.terms))
+        }
         for (node_id, _), form in self.forms.items():
             self.segment.forms.setdefault(node_id, []).append(form)
 
-    def value(self, node_id: int, wanted: Wanted) -> Form:
+    def value(self, node_id: int, wanted: Units) -> Form:
         """The form of a node's value; at least the wanted units of it. Its `units` say which it has."""
-        key = (node_id, wanted.key if wanted else None)
+        node = self.graph.nodes[node_id]
+        key = (node_id, self.joint.serving(node_id, wanted.of(node.shape)))
         if key not in self.forms:
-            self.forms[key] = self._derive(self.graph.nodes[node_id], wanted)
+            self.forms[key] = self._derive(node, key[1])
         return self.forms[key]
 
     # -- one node -------------------------------------------------------------------------------------------------
 
-    def _derive(self, node: Node, wanted: Wanted) -> Form:
+    def _derive(self, node: Node, wanted: Units) -> Form:
         if node.op == "input":
-            return Combination((Term(node.id, self.ones),), None, node.numbers())
+            return Combination((Term(node.id, self.ones),), ALL, node.numbers())
         rule = rule_for(node)
-        inputs, cuts, units = self._inputs(node, rule, wanted, self.everyone)
-        entries = [self._entry(name, cut) for name, cut in zip(node.entries, cuts)]
+        inputs, fit = self._inputs(node, rule, wanted, self.everyone)
+        entries = [self._entry(name, cut) for name, cut in zip(node.entries, fit.cuts)]
+        call = _called(node, fit)
         fixed = all(isinstance(entry, Tensor) for entry in entries)
         constant = all(isinstance(form, Combination) and form.constant for form in inputs)
         if node.op == "batch_norm" and self._stale(node, inputs, entries):
             self.segment.stale.add(node.id)
         if constant and fixed:
-            return self._share(node, _constants(inputs), entries, units, self.ones)  # type: ignore[arg-type]
+            return self._share(call, _constants(inputs), entries, fit.units, self.ones)  # type: ignore[arg-type]
         form: Form | None = None
         if constant:
-            form = self._combine_entries(node, rule, wanted, inputs, entries, cuts, units)
+            form = self._combine_entries(node, rule, wanted, inputs, entries, fit)
         elif fixed:
-            form = self._combine_inputs(node, rule, inputs, entries, units)  # type: ignore[arg-type]
-        return form or self._vary(node, inputs, entries, units)
+            form = self._combine_inputs(call, rule, inputs, entries, fit.units)  # type: ignore[arg-type]
+        return form or self._vary(call, inputs, entries, fit.units)
 
     def _stale(self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Moving]) -> bool:
         """Whether a batch norm's input or its statistics are those of no control point."""
@@ -144,18 +167,43 @@ class _SegmentPlanner:
             for form in inputs
         ) or any(not isinstance(entry, Tensor) or id(entry) in self.mixed for entry in statistics)
 
-    def _inputs(self, node: Node, rule: Rule, wanted: Wanted, points: Sequence[int]) -> tuple[list[Form], list[Cut], Wanted]:
+    def _inputs(self, node: Node, rule: Rule, wanted: Units, points: Sequence[int]) -> tuple[list[Form], Fit]:
         """The inputs' forms for the wanted units, looking only at some of the active control points' weights."""
-        shapes = [self.graph.nodes[i].shape for i in node.inputs]
-
+        shapes = self._shapes(node)
         wishes = rule.wants(node, wanted, shapes, self._support(node, points))
-        inputs = [self.value(i, wish) for i, wish in zip(node.inputs, wishes)]
+        inputs = [self._wished(i, wish, rule) for i, wish in zip(node.inputs, wishes)]
         try:
-            cuts, units = rule.cuts(node, wanted, [form.units for form in inputs], shapes)
+            fit = rule.fit(node, wanted, [form.units for form in inputs], shapes)
         except Mismatch:
-            inputs = [self.value(i, None) for i in node.inputs]
-            cuts, units = rule.cuts(node, wanted, [form.units for form in inputs], shapes)
-        return inputs, cuts, units
+            inputs = [self._narrowed(i, form, wish) for i, form, wish in zip(node.inputs, inputs, wishes)]
+            fit = rule.fit(node, wanted, [form.units for form in inputs], shapes)
+        return inputs, replace(fit, units=fit.units.of(node.shape))
+
+    def _shapes(self, node: Node) -> Shapes:
+        entries = [tuple(self.contents.tensor(name, 0).shape) for name in node.entries]
+        return Shapes([self.graph.nodes[i].shape for i in node.inputs], entries)
+
+    def _wished(self, node_id: int, wish: Units, rule: Rule) -> Form:
+        """A value with the wanted units, and perhaps with others; but not with so many that taking out a part pays."""
+        form, shape = self.value(node_id, wish), self.graph.nodes[node_id].shape
+        pays = not rule.takes and wish.share(shape) <= _WORTH_TAKING * form.units.share(shape)
+        return self._narrowed(node_id, form, wish) if pays else form
+
+    def _narrowed(self, node_id: int, form: Form, wish: Units) -> Form:
+        """The wanted units of a value and no others, where it was delivered with more."""
+        node = self.graph.nodes[node_id]
+        wish = wish.of(node.shape)
+        if form.units == wish:
+            return form
+        places = wish.within(form.units)
+        call = Node(
+            node.id, "take", Take(places.along), (In(0),), (node.id,), (), wish.shape(node.shape), node.source,
+            batched=node.batched,
+        )  # fmt: skip
+        if isinstance(form, Varying):
+            return self._vary(call, [form], (), wish)
+        terms = [term for t in form.terms for term in self._share(call, [t.value], (), wish, t.column).terms]
+        return Combination(tuple(terms), wish, call.numbers())
 
     def _support(self, node: Node, points: Sequence[int]) -> Support:
         """The support of the node's weights over some of the active control points."""
@@ -221,11 +269,11 @@ class _SegmentPlanner:
     # -- the four classes -----------------------------------------------------------------------------------------
 
     def _share(
-        self, node: Node, inputs: Sequence[int], entries: Sequence[Tensor], units: Wanted, column: np.ndarray
+        self, node: Node, inputs: Sequence[int], entries: Sequence[Tensor], units: Units, column: np.ndarray
     ) -> Combination:
         """One shared value with a column."""
-        numbers = self._numbers(node, units)
-        key = (node.id, tuple(inputs), tuple(map(self.contents.number, entries)), units.key if units else None)
+        numbers = node.numbers()
+        key = (node.id, node.op, tuple(inputs), tuple(map(self.contents.number, entries)), units)
         step = SharedStep(node, tuple(inputs), tuple(entries), units, flops(node, entries, numbers), numbers)
         value = self.shared.add(key, step)
         if any(id(entry) in self.mixed for entry in entries) or not self.mixed_values.isdisjoint(inputs):
@@ -233,15 +281,14 @@ class _SegmentPlanner:
         return Combination((Term(value, column),), units, numbers)
 
     def _combine_entries(
-        self, node: Node, rule: Rule, wanted: Wanted, inputs: Sequence[Form], entries: Sequence[Tensor | Moving],
-        cuts: Sequence[Cut], units: Wanted,
-    ) -> Combination | None:  # fmt: skip
+        self, node: Node, rule: Rule, wanted: Units, inputs: Sequence[Form], entries: Sequence[Tensor | Moving], fit: Fit
+    ) -> Combination | None:
         """Constant inputs, weights that vary, and the value linear in them: one shared value per set of weights."""
         linear = rule.linear_entries(node)
         if any(not isinstance(entry, Tensor) and i not in linear for i, entry in enumerate(entries)):
             return None
         sets = [
-            tuple(self._tensor(name, k, cut) for i, (name, cut) in enumerate(zip(node.entries, cuts)) if i in linear)
+            tuple(self._tensor(name, k, cut) for i, (name, cut) in enumerate(zip(node.entries, fit.cuts)) if i in linear)
             for k in self.everyone
         ]
         groups = self._group(sets)
@@ -251,45 +298,44 @@ class _SegmentPlanner:
         terms: list[Term] = []
         for points, _, column in groups:
             if apart:  # each set of weights looks at its own live inputs only
-                inputs, cuts, _ = self._inputs(node, rule, wanted, points[:1])
+                inputs, fit = self._inputs(node, rule, wanted, points[:1])
             # An entry outside of `linear` is fixed here and goes into every summand.
             values = [
                 self._tensor(name, points[0], cut) if i in linear else self._entry(name, cut)
-                for i, (name, cut) in enumerate(zip(node.entries, cuts))
+                for i, (name, cut) in enumerate(zip(node.entries, fit.cuts))
             ]
-            terms += self._share(node, _constants(inputs), values, units, column).terms  # type: ignore[arg-type]
-        return Combination(tuple(terms), units, self._numbers(node, units))
+            terms += self._share(_called(node, fit), _constants(inputs), values, fit.units, column).terms  # type: ignore[arg-type]
+        return Combination(tuple(terms), fit.units, _called(node, fit).numbers())
 
-    def _apart(self, node: Node, rule: Rule, wanted: Wanted, groups: Sequence[Sequence[int]]) -> bool:
+    def _apart(self, node: Node, rule: Rule, wanted: Units, groups: Sequence[Sequence[int]]) -> bool:
         """Whether the sets of weights read inputs that overlap so little that each is better served by its own.
 
         On a swing of the constructive path the two readouts read disjoint units; taken apart, each is the network at its
         own end of the segment, which the neighbouring segments need as well.
         """
-        shapes = [self.graph.nodes[i].shape for i in node.inputs]
+        shapes = self._shapes(node)
 
         def wished(points: Sequence[int]) -> float:
             wishes = rule.wants(node, wanted, shapes, self._support(node, points))
-            shares = [len(w.index) / static(shape[w.axis]) if w else 1.0 for w, shape in zip(wishes, shapes)]
-            return sum(shares)
+            return sum(wish.share(shape) for wish, shape in zip(wishes, shapes.inputs))
 
         return sum(wished(points) for points in groups) <= wished(self.everyone)
 
     def _combine_inputs(
-        self, node: Node, rule: Rule, inputs: Sequence[Form], entries: Sequence[Tensor], units: Wanted
+        self, node: Node, rule: Rule, inputs: Sequence[Form], entries: Sequence[Tensor], units: Units
     ) -> Combination | None:
         """Fixed weights, inputs that are combinations, and the value linear in them: one shared value per column."""
         combinations = [form for form in inputs if isinstance(form, Combination)]
-        linearity = rule.linearity(node)
-        if not linearity or len(combinations) < len(inputs):
+        if len(combinations) < len(inputs):
             return None
-        columns = [term.column for term in next(form for form in combinations if not form.constant).terms]
-        affine = bool((np.abs(sum(columns) - 1.0) <= _ROUNDING * len(columns)).all())
-        if linearity == "affine" and not affine:
+        moving = frozenset(i for i, form in enumerate(combinations) if not form.constant)
+        linearity = rule.linearity(node, moving)
+        columns = [term.column for term in combinations[min(moving)].terms]
+        if not linearity or (linearity == "affine" and (np.abs(sum(columns) - 1.0) > _ROUNDING * len(columns)).any()):
             return None
         picked: list[list[int]] = []  # per input, its shared value for each column
         for form in combinations:
-            if form.constant and affine:  # the columns add up to 1, so a constant is a combination of itself
+            if form.constant:
                 picked.append([form.terms[0].value] * len(columns))
             elif len(form.terms) == len(columns) and all(map(np.array_equal, (t.column for t in form.terms), columns)):
                 picked.append([term.value for term in form.terms])
@@ -300,11 +346,11 @@ class _SegmentPlanner:
             for values, column in zip(zip(*picked), columns)
             for term in self._share(node, values, entries, units, column).terms
         ]
-        return Combination(tuple(terms), units, self._numbers(node, units))
+        return Combination(tuple(terms), units, node.numbers())
 
-    def _vary(self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Moving], units: Wanted) -> Varying:
+    def _vary(self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Moving], units: Units) -> Varying:
         operands = tuple(self._operand(form) for form in inputs)
-        numbers = self._numbers(node, units)
+        numbers = node.numbers()
         weights = [entry if isinstance(entry, Tensor) else entry.like for entry in entries]
         return self._step(VaryingStep(node, operands, tuple(entries), units, flops(node, weights, numbers), numbers))
 
@@ -324,8 +370,12 @@ class _SegmentPlanner:
         self.segment.steps.append(step)
         return Varying(len(self.segment.steps) - 1, step.units)
 
-    def _numbers(self, node: Node, units: Wanted) -> float:
-        return node.numbers() * (len(units.index) / static(node.shape[units.axis]) if units else 1.0)
+
+def _called(node: Node, fit: Fit) -> Node:
+    """The node as it is called on parts of its inputs."""
+    if fit.args is None and not fit.units:
+        return node
+    return replace(node, args=node.args if fit.args is None else fit.args, shape=fit.units.shape(node.shape))
 
 
 def _constants(forms: Sequence[Form]) -> list[int]:

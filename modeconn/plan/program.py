@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from modeconn.graph import Graph, Node
 from modeconn.paths import blend
-from modeconn.plan.rules import Wanted
+from modeconn.plan.units import ALL, Units
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class Combination:
     """
 
     terms: tuple[Term, ...]
-    units: Wanted = None
+    units: Units = ALL
     numbers: float = 0.0
 
     @property
@@ -47,7 +48,7 @@ class Varying:
     """The value of a step that is done for every point."""
 
     step: int
-    units: Wanted = None
+    units: Units = ALL
 
 
 Form = Combination | Varying
@@ -110,7 +111,7 @@ class SharedStep:
     node: Node
     inputs: tuple[int, ...]
     entries: tuple[Tensor, ...]
-    units: Wanted
+    units: Units
     flops: float
     numbers: float
 
@@ -127,7 +128,7 @@ class VaryingStep:
     node: Node
     inputs: tuple[Combination | int, ...]
     entries: tuple[Tensor | Moving, ...]
-    units: Wanted
+    units: Units
     flops: float
     numbers: float
     combine: Combination | None = None
@@ -143,7 +144,7 @@ class Segment:
         active: their indices.
         steps: what is done for each point.
         outputs: the form of every node that the output is made of.
-        forms: the form of every node that was asked for, for `explain`.
+        forms: the forms of every node that the output takes, for `explain`.
         stale: norms whose running statistics move with t, or whose input does: their blend is not what the data give.
     """
 
@@ -168,6 +169,21 @@ class Segment:
         """Arithmetic per row for one point, the combination of the output included."""
         combined = sum(form.flops for form in self.outputs.values() if isinstance(form, Combination))
         return sum(step.flops for step in self.steps) + combined
+
+    def used(self) -> set[int]:
+        """The steps that the outputs take; planning tries others as well."""
+        used = {form.step for form in self.outputs.values() if isinstance(form, Varying)}
+        for index in reversed(range(len(self.steps))):
+            if index in used:
+                used |= {i for i in self.steps[index].inputs if isinstance(i, int)}
+        return used
+
+    def taken(self) -> set[int]:
+        """The shared values that those steps and the outputs take up."""
+        forms: list[Form | int | None] = list(self.outputs.values())
+        for index in self.used():
+            forms += [*self.steps[index].inputs, self.steps[index].combine]
+        return {term.value for form in forms if isinstance(form, Combination) for term in form.terms}
 
 
 @dataclass(eq=False)
@@ -202,29 +218,26 @@ class Program:
 
     def kept(self) -> list[int]:
         """Shared values that segments take up: what must stay while the points are evaluated."""
-        forms: list[Form | int | None] = []
-        for segment in self.segments:
-            forms += segment.outputs.values()
-            for step in segment.steps:
-                forms += [*step.inputs, step.combine]
-        return sorted({term.value for form in forms if isinstance(form, Combination) for term in form.terms})
+        return sorted(set().union(*(segment.taken() for segment in self.segments)))
 
     def pruned(self) -> Program:
         """The program without the steps that planning tried and nobody uses."""
         segments = [_without_unused(segment) for segment in self.segments]
         program = replace(self, segments=segments)
-        used = set(program.kept())
-        for value in reversed(range(len(self.shared))):
-            if value in used:
-                used |= set(self.shared[value].inputs)
-        return replace(program, order=sorted(used))
+        return replace(program, order=sorted(needed(self.shared, program.kept())))
+
+
+def needed(shared: Sequence[SharedStep], values: Iterable[int]) -> set[int]:
+    """Some shared values and all that they are made of."""
+    used = set(values)
+    for value in reversed(range(len(shared))):
+        if value in used:
+            used |= set(shared[value].inputs)
+    return used
 
 
 def _without_unused(segment: Segment) -> Segment:
-    used = {form.step for form in segment.outputs.values() if isinstance(form, Varying)}
-    for index in reversed(range(len(segment.steps))):
-        if index in used:
-            used |= {i for i in segment.steps[index].inputs if isinstance(i, int)}
+    used = segment.used()
     place = {index: new for new, index in enumerate(sorted(used))}
     steps = [
         replace(step, inputs=tuple(place[i] if isinstance(i, int) else i for i in step.inputs))

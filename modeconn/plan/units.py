@@ -1,0 +1,173 @@
+"""Which part of a value is wanted: units (or channels, heads, tokens), by their indices along axes.
+
+A part is the product of index sets, one for each axis that is cut down. So a rule can look at one axis after the other, and
+two parts of a value have a smallest part that holds both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from modeconn.graph import Dim, Size
+
+# Of a value: the batch axis and what follows from it are `Size`.
+Shape = tuple[Dim, ...]
+
+
+def static(dim: Dim) -> int:
+    """A size that does not depend on the number of rows, as those along axes with units are."""
+    if isinstance(dim, Size):
+        raise TypeError(f"the size {dim} depends on the number of rows")
+    return dim
+
+
+class Units:
+    """Some indices along some axes of a value, in rising order; all along the others.
+
+    Args:
+        along: the kept indices by axis.
+    """
+
+    def __init__(self, along: Mapping[int, np.ndarray]) -> None:
+        self.along = dict(sorted(along.items()))
+
+    @cached_property
+    def key(self) -> tuple[tuple[int, bytes], ...]:
+        """Equal for equal units."""
+        return tuple((axis, index.tobytes()) for axis, index in self.along.items())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Units) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __bool__(self) -> bool:
+        return bool(self.along)
+
+    def get(self, axis: int) -> np.ndarray | None:
+        """The indices along an axis, None for all of them."""
+        return self.along.get(axis)
+
+    def without(self, *axes: int) -> Units:
+        """The same, with all indices along some axes."""
+        return Units({axis: index for axis, index in self.along.items() if axis not in axes})
+
+    def of(self, shape: Shape) -> Units:
+        """The same part of a value of this shape, without the axes along which all indices are kept."""
+        return Units({axis: index for axis, index in self.along.items() if len(index) < static(shape[axis])})
+
+    def shape(self, whole: Shape) -> Shape:
+        """The part's shape, of a value of shape `whole`."""
+        return tuple(len(self.along[axis]) if axis in self.along else size for axis, size in enumerate(whole))
+
+    def share(self, whole: Shape) -> float:
+        """The part's size as a share of the whole value's."""
+        return math.prod(len(index) / max(static(whole[axis]), 1) for axis, index in self.along.items())
+
+    def union(self, other: Units) -> Units:
+        """The smallest part that holds both."""
+        both = self.along.keys() & other.along.keys()
+        return Units({axis: np.union1d(self.along[axis], other.along[axis]) for axis in both})
+
+    def within(self, other: Units) -> Units:
+        """Where these are in a part that holds them: positions instead of indices."""
+        places: dict[int, np.ndarray] = {}
+        for axis, index in self.along.items():
+            kept = other.get(axis)
+            place = index if kept is None else np.searchsorted(kept, index)
+            if kept is None or len(index) < len(kept):
+                places[axis] = place
+        return Units(places)
+
+
+# Nothing is cut down.
+ALL = Units({})
+
+
+def regrouped(units: Units, before: Shape, after: Shape) -> Units | None:
+    """What a part of a value is in a view of it with other axes: in [N, H·D] → [N, H, D], whole heads are heads.
+
+    Args:
+        before, after: shapes of the value and of its view, with the same numbers in the same order.
+
+    Returns:
+        None where it is not a product of index sets there.
+    """
+    result: dict[int, np.ndarray] = {}
+    for axes, others in _groups(before, after):
+        if not any(axis in units.along for axis in axes):
+            continue
+        if any(isinstance(size, Size) for size in (*(before[a] for a in axes), *(after[a] for a in others))):
+            return None
+        sizes, targets = [static(before[a]) for a in axes], [static(after[a]) for a in others]
+        picked = np.ix_(*(_index(units, axis, size) for axis, size in zip(axes, sizes)))
+        flat = np.ravel_multi_index(picked, sizes).reshape(-1)
+        places = [np.unique(place) for place in np.unravel_index(flat, targets)]
+        if math.prod(map(len, places)) != len(flat):
+            return None
+        result |= {a: place for a, place, size in zip(others, places, targets) if len(place) < size}
+    return Units(result)
+
+
+def covering(units: Units, before: Shape, after: Shape) -> Units:
+    """The smallest part of a value that holds a part of its view, and is a part of the view itself.
+
+    A head that is needed in some units is needed in all of them, where heads are an axis of the value.
+    """
+    result: dict[int, np.ndarray] = {}
+    for axes, others in _groups(after, before):
+        part = Units({axis: units.along[axis] for axis in axes if axis in units.along})
+        exact = regrouped(part, after, before)
+        result |= (_rounded(part, before, after, axes, others) if exact is None else exact).along
+    return Units(result)
+
+
+def _rounded(units: Units, before: Shape, after: Shape, axes: Sequence[int], others: Sequence[int]) -> Units:
+    """The same within one group of axes, rounded up."""
+    if any(isinstance(size, Size) for size in (*(after[a] for a in axes), *(before[a] for a in others))):
+        return ALL
+    sizes, targets = [static(after[a]) for a in axes], [static(before[a]) for a in others]
+    picked = np.ix_(*(_index(units, axis, size) for axis, size in zip(axes, sizes)))
+    places = np.unravel_index(np.ravel_multi_index(picked, sizes).reshape(-1), targets)
+    along = {a: np.unique(place) for a, place in zip(others, places)}
+    parts = [Units(kept).of(before) for kept in (along, *({a: index} for a, index in along.items()))]
+    return next((part for part in parts if regrouped(part, before, after) is not None), ALL)
+
+
+def _index(units: Units, axis: int, size: int) -> np.ndarray:
+    kept = units.get(axis)
+    return np.arange(size) if kept is None else kept
+
+
+# Sizes are compared at these numbers of rows, primes that no layer's width is likely to have.
+_ROWS = (1009, 1013)
+
+
+def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
+    """The axes of two views, in runs that have equally many numbers, as short as may be."""
+    groups: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        axes, others = list(range(i, min(i + 1, len(before)))), list(range(j, min(j + 1, len(after))))
+        while not (axes and others and _count(before, axes) == _count(after, others)):
+            i, j = (axes[-1] + 1 if axes else i), (others[-1] + 1 if others else j)
+            shorter = _count(before, axes) <= _count(after, others)
+            if i < len(before) and (shorter or j == len(after)):
+                axes.append(i)
+            elif j < len(after):
+                others.append(j)
+            else:
+                break
+        groups.append((axes, others))
+        i, j = (axes[-1] + 1 if axes else i), (others[-1] + 1 if others else j)
+    return groups
+
+
+def _count(shape: Shape, axes: Sequence[int]) -> tuple[int, ...]:
+    sizes = [shape[axis] for axis in axes]
+    return tuple(math.prod(size.of(rows) if isinstance(size, Size) else size for size in sizes) for rows in _ROWS)

@@ -1,0 +1,438 @@
+"""Which parts of a value are asked for, through views, heads of attention, groups, and sums: each in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_plan import agrees, moved
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import modeconn as mc
+from modeconn.graph import Size
+from modeconn.models import build
+from modeconn.plan.units import ALL, Units, covering, regrouped
+from naive import clone, pass_per_point
+
+ROWS = Size(lambda rows: rows, "N")
+
+
+# -- parts and views ----------------------------------------------------------------------------------------------------
+
+VIEWS = [
+    ((24,), (3, 8)), ((3, 8), (24,)), ((4, 6), (2, 2, 6)), ((4, 6), (6, 4)), ((2, 3, 4), (6, 4)), ((5, 1, 6), (5, 6)),
+    ((5, 6), (1, 5, 6, 1)), ((2, 3, 4, 5), (6, 20)), ((7,), (7,)),
+]  # fmt: skip
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], Units]:
+    """Two views, and a part of the second."""
+    before, after = draw(st.sampled_from(VIEWS))
+    axes = draw(st.sets(st.sampled_from(range(len(after))), max_size=2))
+    indices = {a: np.array(sorted(draw(st.sets(st.integers(0, after[a] - 1), min_size=1)))) for a in axes}
+    return before, after, Units(indices).of(after)
+
+
+def numbers(units: Units, shape: tuple[int, ...]) -> Tensor:
+    """The part of 0, 1, 2, … in that shape."""
+    whole = torch.arange(int(np.prod(shape))).reshape(shape)
+    for axis, index in units.along.items():
+        whole = whole.index_select(axis, torch.from_numpy(index))
+    return whole
+
+
+@given(parts())
+def test_a_part_covers_a_part_of_its_view(drawn):
+    before, after, wanted = drawn
+    rows = (ROWS, *before), (ROWS, *after)
+    shift = Units({axis + 1: index for axis, index in wanted.along.items()})
+    asked = covering(shift, *rows)
+    delivered = regrouped(asked, *rows)
+    assert delivered is not None, "what is asked for is a part of the view as well"
+    asked, delivered = (Units({a - 1: index for a, index in units.along.items()}) for units in (asked, delivered))
+    got = numbers(asked, before)
+    assert torch.equal(got.reshape(-1), numbers(delivered, after).reshape(-1)), "the same numbers in the same order"
+    assert set(numbers(wanted, after).reshape(-1).tolist()) <= set(got.reshape(-1).tolist())
+    exact = regrouped(wanted, after, before)
+    if exact is not None:
+        assert asked == exact, "no more than needed, where that can be"
+
+
+def test_whole_heads():
+    heads, features = (ROWS, 5, 3, 4), (ROWS, 5, 12)
+    two = Units({2: np.array([0, 2])})
+    assert regrouped(two, heads, features) == Units({2: np.array([0, 1, 2, 3, 8, 9, 10, 11])})
+    some = Units({2: np.array([3, 9])})
+    assert covering(some, heads, features) == Units({2: np.array([0, 2]), 3: np.array([1, 3])}), "units of some heads"
+    assert regrouped(some, features, heads) is None
+    folded = (Size(lambda rows: 5 * rows, "5*N"), 12)
+    assert covering(Units({1: np.array([0])}), folded, features) == ALL, "tokens among the rows are not told apart"
+
+
+def test_unions_and_positions():
+    one, two = Units({1: np.array([1, 3]), 2: np.array([0])}), Units({1: np.array([2])})
+    assert one.union(two) == Units({1: np.array([1, 2, 3])}) and one.union(ALL) == ALL
+    assert two.within(one.union(two)) == Units({1: np.array([1])})
+    assert one.share((ROWS, 4, 5)) == 0.1 and ALL.share((ROWS, 4, 5)) == 1.0
+    assert Units({1: np.arange(4)}).of((ROWS, 4)) == ALL
+
+
+# -- networks -----------------------------------------------------------------------------------------------------------
+
+WIDTH, HEADS, TOKENS = 12, 3, 5
+SIZE = WIDTH // HEADS
+X, Y = torch.randn(33, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)), torch.arange(33) % 10
+
+
+def split(qkv: Tensor, n: int) -> list[Tensor]:
+    return [part.view(n, TOKENS, HEADS, SIZE).transpose(1, 2) for part in qkv.split(WIDTH, dim=2)]
+
+
+def chunked(qkv: Tensor, n: int) -> list[Tensor]:
+    return [part.unflatten(-1, (HEADS, SIZE)).permute(0, 2, 1, 3) for part in qkv.chunk(3, dim=-1)]
+
+
+def unbound(qkv: Tensor, n: int) -> list[Tensor]:
+    return list(qkv.reshape(n, TOKENS, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4).unbind(0))
+
+
+def sliced(qkv: Tensor, n: int) -> list[Tensor]:
+    parts = qkv[..., :WIDTH], qkv[..., WIDTH : 2 * WIDTH], qkv[..., 2 * WIDTH :]
+    return [part.reshape(n, TOKENS, HEADS, SIZE).transpose(1, 2) for part in parts]
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1) / SIZE**0.5).softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    """Attention in one of the usual ways of writing it, then the mean over the tokens."""
+
+    def __init__(self, parts: Callable[..., list[Tensor]] = split, attend: Callable[..., Tensor] = fused) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out, self.head = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 10)
+        self.parts, self.attend = parts, attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.parts(self.qkv(x), x.shape[0])
+        y = self.attend(q, k, v).transpose(1, 2).reshape(x.shape)
+        return self.head((x + self.out(y)).mean(1))
+
+
+def rows_of(head: int) -> Tensor:
+    """The rows of a fused projection that make a head's queries, keys and values."""
+    return torch.cat([part * WIDTH + head * SIZE + torch.arange(SIZE) for part in range(3)])
+
+
+def nodes(model: nn.Module, path: mc.Line, x: Tensor, source: str) -> list[str]:
+    """Class and units of the nodes that come from a module."""
+    plan = mc.explain(model, path, x, 11)
+    assert plan.program.graph.fallback is None
+    rows = plan.nodes(plan.program.segments[0])
+    return [f"{row['class']} {row['units']}" for row in rows if row["source"].split()[0] == source]
+
+
+def flops(model: nn.Module, path: mc.Line, x: Tensor) -> float:
+    return mc.explain(model, path, x, 101).flops
+
+
+@pytest.mark.parametrize(
+    "parts, attend", [(split, causal), (chunked, fused), (unbound, by_hand), (sliced, fused)], ids=lambda f: f.__name__
+)
+def test_dead_heads(parts, attend):
+    """Heads whose columns of the output projection are zero are not computed; those that are live in part are."""
+    model = Attention(parts, attend)
+    state = clone(model)
+    state["out.weight"][:, SIZE : 2 * SIZE] = 0
+    state["out.weight"][:, 1] = 0  # one unit of a head that is live
+    dead = moved(state, "qkv.weight", rows=rows_of(1))
+    assert nodes(model, mc.Line(state, dead), X, "qkv") == [f"constant {6 * SIZE}/{9 * SIZE}"]
+    agrees(model, mc.Line(state, dead), X, Y)
+    live = mc.Line(state, moved(state, "qkv.weight"))
+    assert nodes(model, live, X, "qkv")[0].endswith(f"{6 * SIZE}/{9 * SIZE}")
+    agrees(model, live, X, Y)
+    other = clone(state)
+    other["out.weight"][3, SIZE] = 1e-30  # live at one end: live
+    assert nodes(model, mc.Line(other, moved(state, "qkv.weight")), X, "qkv")[0].endswith("all")
+    assert flops(model, live, X) < 0.8 * flops(model, mc.Line(other, moved(state, "qkv.weight")), X)
+
+
+def test_values_that_move_alone_are_a_combination():
+    """Attention is linear in its values; not in its keys, and not where keys move as well."""
+    model = Attention()
+    state = clone(model)
+    values, keys = (moved(state, "qkv.weight", rows=slice(part * WIDTH, (part + 1) * WIDTH)) for part in (2, 1))
+    plan = mc.explain(model, mc.Line(state, values), X, 101)
+    assert {row["class"] for row in plan.nodes(plan.program.segments[0])} <= {"constant", "combination"}
+    assert plan.point_flops == 101 * 2 * 2 * 10, "two logits a class to combine"
+    for other in (values, keys, moved(state, "qkv.bias")):
+        agrees(model, mc.Line(state, other), X, Y)
+    plan = mc.explain(model, mc.Line(state, keys), X, 101)
+    classes = {row["op"]: row["class"] for row in plan.nodes(plan.program.segments[0])}
+    assert classes["scaled_dot_product_attention"] == "varying"
+
+
+def test_a_product_of_values_is_linear_in_one_of_them():
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.gate, self.up, self.down = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8), nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x[:, 0]
+            return self.down(torch.sigmoid(self.gate(x)) * self.up(x) / (1 + self.gate(x).square()))
+
+    model = Gate()
+    state = clone(model)
+    state["down.weight"][:, 5:] = 0
+    assert nodes(model, mc.Line(state, moved(state, "up.weight")), X, "down") == ["combination all"]
+    assert nodes(model, mc.Line(state, moved(state, "gate.weight")), X, "down") == ["varying all"]
+    both = moved(moved(state, "gate.weight"), "up.weight")
+    assert nodes(model, mc.Line(state, both), X, "up") == ["combination 5/8"]
+    for other in (moved(state, "up.weight"), moved(state, "gate.weight"), both):
+        agrees(model, mc.Line(state, other), X, Y)
+
+
+class Masked(nn.Module):
+    """Masks of a head, and of a row and a head; fewer heads of keys than of queries."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, keys = kind, 8 if kind == "grouped" else 16
+        self.q, self.k, self.v = (nn.Linear(WIDTH, width) for width in (16, keys, keys))
+        self.out = nn.Linear(16, 10)
+        self.bias = nn.Parameter(torch.randn(4, TOKENS, TOKENS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.kind == "grouped":
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        elif self.kind == "rows":
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=(x[:, :, 0] > -1)[:, None, None])
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        return self.out(y.transpose(1, 2).flatten(2))[:, 2]
+
+
+@pytest.mark.parametrize("kind", ["entry", "rows", "grouped"])
+def test_masks(kind):
+    model = Masked(kind)
+    state = clone(model)
+    state["out.weight"][:, 4:8] = 0
+    path = mc.Line(state, moved(state, "q.weight"))
+    queries = "combination 1/5 × 12/16" if kind != "grouped" else "combination 1/5"
+    assert nodes(model, path, X, "q") == [queries], "of one token"
+    assert nodes(model, path, X, "v") == ["constant all" if kind == "grouped" else "constant 12/16"]
+    for key in ("q.weight", "k.weight", "v.weight", "bias"):
+        agrees(model, mc.Line(state, moved(state, key)), X, Y)
+
+
+def test_tokens_that_nobody_reads():
+    """Behind the last attention a class token's network is computed for that token only."""
+    torch.manual_seed(0)
+    a, b = (build("vit:width=12,layers=2,image=16,patch=4") for _ in range(2))
+    x = torch.randn(9, 3, 16, 16)
+    path = mc.Line(a, b)
+    first, last = (nodes(a, path, x, f"encoder.layers.encoder_layer_{i}.mlp.0") for i in (0, 1))
+    assert (first, last) == (["varying all"], ["varying 1/17"])
+    assert nodes(a, path, x, "encoder.layers.encoder_layer_1.ln_1") == ["varying all"], "keys and values take all tokens"
+    agrees(a, path, x, torch.arange(9) % 10)
+
+
+def test_causal_attention_counts_from_the_first_query():
+    class Last(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.parts(self.qkv(x), x.shape[0])
+            return self.head(self.attend(q, k, v).transpose(1, 2).reshape(x.shape)[:, -2])
+
+    for attend in (causal, fused):
+        model = Last(attend=attend)
+        path = mc.Line(model, moved(model.state_dict(), "qkv.weight"))
+        agrees(model, path, X, Y)
+        plan = mc.explain(model, path, X, 11)
+        (units,) = (row["units"] for row in plan.nodes(plan.program.segments[0]) if "attention" in row["op"])
+        assert units == ("all" if attend is causal else f"1/{TOKENS}")
+
+
+IMAGES, LABELS = torch.randn(21, 8, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(21) % 10
+
+
+def behind(*layers: nn.Module, channels: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(8, channels, 1), *layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
+    )
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.GroupNorm(4, 8), nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.ConvTranspose2d(8, 8, 3, padding=1, groups=4)],
+    ids=["norm", "convolution", "transposed"],
+)
+def test_groups_are_live_or_dead_as_a_whole(layer):
+    model = behind(layer)
+    state = clone(model)
+    head = f"{len(model) - 1}.weight"
+    state[head][:, 2:4] = 0
+    state[head][:, 7] = 0  # its group is live
+    dead = moved(state, "0.weight", rows=slice(2, 4))
+    assert nodes(model, mc.Line(state, dead), IMAGES, "1") == ["constant 6/8"]
+    agrees(model, mc.Line(state, dead), IMAGES, LABELS)
+    for key in ("0.weight", "1.weight", "1.bias"):
+        path = mc.Line(state, moved(state, key))
+        assert nodes(model, path, IMAGES, "1")[0].split()[1] == "6/8"
+        agrees(model, path, IMAGES, LABELS)
+    assert nodes(model, mc.Line(state, moved(state, "0.weight", rows=slice(7, None))), IMAGES, "1")[0].split()[0] != "constant"
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_depthwise_convolutions(multiplier):
+    layer = nn.Conv2d(8, 8 * multiplier, 3, padding=1, groups=8, bias=False)
+    model = behind(layer, nn.Conv2d(8 * multiplier, 8, 1))
+    state = clone(model)
+    state["2.weight"][:, : 5 * multiplier] = 0
+    path = mc.Line(state, moved(state, "0.weight"))
+    assert nodes(model, path, IMAGES, "0") == ["combination 3/8"]
+    assert nodes(model, path, IMAGES, "1") == [f"combination {3 * multiplier}/{8 * multiplier}"]
+    agrees(model, path, IMAGES, LABELS)
+
+
+class Skip(nn.Module):
+    """relu(x + f(x)), twice, where the head reads some channels and the convolutions read others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.one, self.two = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.one(x))
+        x = torch.relu(x + self.two(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_what_several_ask_for_is_computed_once():
+    """A sum asks for the channels that the head reads, a convolution for others: one value serves both."""
+    model = Skip()
+    state, other = clone(model), clone(model)
+    for at in (state, other):
+        at["head.weight"][:, 5:] = 0
+    for key in ("stem.weight", "one.weight", "two.weight", "head.weight"):
+        other = moved(other, key)
+    other["head.weight"][:, 5:] = 0
+    path = mc.Line(state, other)
+    plan = mc.explain(model, path, IMAGES, 11)
+    steps = [
+        step.node for step in plan.program.segments[0].steps if step.combine is None and step.node.op in ("conv2d", "relu")
+    ]
+    assert [node.op for node in steps] == ["relu", "conv2d", "relu", "conv2d", "relu"], "each once"
+    assert nodes(model, path, IMAGES, "two") == ["varying 5/8"]
+    agrees(model, path, IMAGES, LABELS)
+    full = mc.explain(model, mc.Line(model, moved(moved(clone(model), "stem.weight"), "two.weight")), IMAGES, 11)
+    assert plan.flops < full.flops
+
+
+def test_a_branch_that_adds_nothing_to_some_units():
+    """x + f(x), where f's weights and bias are zero in some units: the sum's other side is still there."""
+    model = Skip()
+    state = clone(model)
+    state["one.weight"][3:] = 0
+    state["one.bias"][3:] = 0
+    agrees(model, mc.Line(state, moved(state, "one.weight", rows=slice(0, 3))), IMAGES, LABELS)
+    agrees(model, mc.Line(state, moved(state, "stem.weight")), IMAGES, LABELS)
+
+
+def test_scales_by_hand_and_reductions():
+    """An RMS norm written out, a product with an entry, softmax over another axis, sums and squeezes."""
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.scale, self.shift = nn.Parameter(torch.rand(WIDTH)), nn.Parameter(torch.rand(1, TOKENS, WIDTH))
+            self.inner, self.head = nn.Linear(WIDTH, 8), nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.shift + x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.scale
+            y = self.inner(x).softmax(1).unsqueeze(1)
+            return self.head(torch.cat([y[..., 1:6:2], y[..., :5]], -1).squeeze(1).amax(1))
+
+    model = Written()
+    state = clone(model)
+    state["inner.weight"][:, 7:] = 0
+    state["head.weight"][:, 3:] = 0  # what is left are units 1, 3 and 5 of `inner`
+    path = mc.Line(state, moved(state, "scale"))
+    assert nodes(model, path, X, "inner") == ["combination 4/8"], "one unit is kept of the part that nobody reads"
+    agrees(model, path, X, Y)
+    for key in ("shift", "inner.weight", "head.weight"):
+        agrees(model, mc.Line(state, moved(state, key)), X, Y)
+
+
+def test_a_squeeze_of_an_axis_that_has_one_unit_left():
+    class Squeezes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.inner, self.head = nn.Linear(WIDTH, 8), nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.inner(x).squeeze(2).squeeze(-1).sum(1))
+
+    model = Squeezes()
+    state = clone(model)
+    state["head.weight"][:, 1:] = 0
+    agrees(model, mc.Line(state, moved(state, "inner.weight")), X, Y)
+
+
+def test_gradients_through_heads():
+    """Where control points require gradients, weights that are zero count as any others."""
+    model = Attention().double()
+    state = clone(model)
+    state["out.weight"][:, :SIZE] = 0
+    path, x = mc.Line(state, moved(state, "qkv.weight")), X[:3].double()
+    first, second = path.control_points
+    for value in first.values():
+        value.requires_grad_()
+    got = mc.forward(model, path, [0.3], x, precision="float64")[0]
+    expected = torch.func.functional_call(model, {key: 0.7 * first[key] + 0.3 * second[key] for key in first}, x)
+    torch.testing.assert_close(got, expected)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), list(first.values())) for out in (got, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_every_backend(backend):
+    """Parts of values under every backend: heads, tokens, and a sum that takes some units of its input."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    model = Attention()
+    state = clone(model)
+    state["out.weight"][:, :SIZE] = 0
+    state["head.weight"][:, 6:] = 0
+    path = mc.Line(state, moved(moved(state, "qkv.weight"), "out.weight", rows=slice(0, 6)))
+    path.control_points[1]["out.weight"][:, :SIZE] = 0
+    try:
+        got = mc.evaluate(model, path, (X, Y), 5, backend=backend)
+    except mc.ModeconnError as error:
+        pytest.skip(str(error))
+    exact = pass_per_point(model, path, X, Y, got.t, torch.float64)
+    np.testing.assert_allclose(got.loss, exact["loss"], rtol=2e-6)
