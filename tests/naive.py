@@ -14,9 +14,9 @@ from modeconn.paths import Path
 
 
 def pass_per_point(
-    model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray, dtype: torch.dtype
+    model: nn.Module, path: Path, x: Tensor | dict[str, Tensor], y: Tensor, t: np.ndarray, dtype: torch.dtype
 ) -> dict[str, np.ndarray]:
-    """Mean cross-entropy and error at each t, by plain PyTorch at a precision."""
+    """Mean cross-entropy and error at each t, by plain PyTorch at a precision; of tokens, where outputs and y have them."""
     network = copy.deepcopy(model).to(dtype).eval()
     rows = []
     for row in path.coefficients(t):
@@ -28,11 +28,44 @@ def pass_per_point(
         }
         network.load_state_dict(state)
         with torch.no_grad():
-            outputs = network(x.to(dtype) if x.is_floating_point() else x)
-        losses = F.cross_entropy(outputs, y, reduction="none")
-        rows.append((losses.double().mean().item(), (outputs.argmax(1) != y).double().mean().item()))
+            outputs = network(**x) if isinstance(x, dict) else network(x.to(dtype) if x.is_floating_point() else x)
+        rows.append(loss_and_error(outputs, y))
     loss, error = np.array(rows).T
     return {"loss": loss, "error": error}
+
+
+def re_estimated(
+    model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray, dtype: torch.dtype, *, batch_size: int,
+    batches: int | None = None, train: Tensor | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """The same with batch norms: at each t reset their statistics, a pass in training mode, a pass for the numbers."""
+    rows = []
+    for t_value in t:
+        network = copy.deepcopy(model)
+        network.load_state_dict(path.at(t_value))
+        network = network.to(dtype)
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.reset_running_stats()
+                module.momentum = None
+        network.train()
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        source = (x if train is None else train).to(dtype)
+        with torch.no_grad():
+            for batch in source.split(batch_size)[:batches]:
+                network(batch)
+            rows.append(loss_and_error(network.eval()(x.to(dtype)), y))
+    loss, error = np.array(rows).T
+    return {"loss": loss, "error": error}
+
+
+def loss_and_error(outputs: object, y: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy and error of logits, or of an object that has them, [N, …, classes]."""
+    logits = getattr(outputs, "logits", outputs).flatten(0, -2)
+    losses = F.cross_entropy(logits, y.reshape(-1), reduction="none")
+    return losses.double().mean().item(), (logits.argmax(1) != y.reshape(-1)).double().mean().item()
 
 
 def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU, seed: int = 0) -> nn.Sequential:

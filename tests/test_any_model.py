@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
 from modeconn.forward import forward
 from modeconn.models import build
-from naive import clone, pass_per_point
+from naive import pass_per_point
 from policy import assert_within_policy
 
 TOKENS = torch.randint(0, 11, (7, 6), generator=torch.Generator().manual_seed(0))
@@ -45,23 +42,6 @@ def outputs_at(model: nn.Module, path: Any, t: float, *args: Any, dtype: torch.d
     network.load_state_dict(state)
     with torch.no_grad():
         return network(*args, **kwargs)
-
-
-# -- the built-in networks ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
-@pytest.mark.parametrize("spec", ["vgg11:width=2", "resnet20:width=2", "vit:width=12,layers=1,image=16"])
-def test_images(spec):
-    nets = [build(spec) for _ in range(2)]
-    size = 16 if spec.startswith("vit") else 32
-    x, y = torch.randn(9, 3, size, size), torch.arange(9) % 10
-    path = mc.Line(*nets)
-    got = mc.evaluate(nets[0], path, (x, y), 21)
-    plain, exact = (pass_per_point(nets[0], path, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64))
-    for name in ("loss", "error"):
-        assert_within_policy(name, got.values[name], plain[name], exact[name], torch.float32)
-    assert not got.info["fallback"]
 
 
 # -- tokens -------------------------------------------------------------------------------------------------------------
@@ -256,155 +236,3 @@ def test_half_precision_is_computed_in_float32(dtype):
     plain, exact = (pass_per_point(first, path, x, y, got.t, d) for d in (torch.float32, torch.float64))
     assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
     assert first.layer.weight.dtype == dtype and first.mask.dtype == dtype
-
-
-# -- random architectures -----------------------------------------------------------------------------------------------
-
-
-class Parallel(nn.Module):
-    """Branches over one input, added up or side by side."""
-
-    def __init__(self, branches: list[nn.Module], joined: bool) -> None:
-        super().__init__()
-        self.branches, self.joined = nn.ModuleList(branches), joined
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = [branch(x) for branch in self.branches]
-        return (
-            torch.cat(values, 1) if self.joined else torch.stack(values).sum(0) if len(values) > 2 else values[0] + values[-1]
-        )
-
-
-class Attend(nn.Module):
-    """Attention between pixels, with an RMS norm by hand."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.scale, self.qkv, self.out = (
-            nn.Parameter(torch.ones(channels)),
-            nn.Linear(channels, 3 * channels),
-            nn.Linear(channels, channels),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(2).transpose(1, 2)
-        normed = tokens * torch.rsqrt(tokens.square().mean(-1, keepdim=True) + 1e-6) * self.scale
-        q, k, v = self.qkv(normed).chunk(3, dim=-1)
-        tokens = tokens + self.out(F.scaled_dot_product_attention(q, k, v))
-        return tokens.transpose(1, 2).reshape(x.shape)
-
-
-def random_block(r: random.Random, channels: int, depth: int = 0) -> tuple[nn.Module, int]:
-    """A piece of a network that keeps the number of pixels, and its channels."""
-    kind = r.choice(["conv", "norm", "activation", "residual", "concat", "depthwise", "attend", "group_norm", "pool"])
-    if kind == "conv":
-        groups = 2 if channels % 2 == 0 and r.random() < 0.3 else 1
-        after, dilation = 2 * r.randint(1, 4), r.randint(1, 2)
-        return nn.Conv2d(channels, after, 3, padding=dilation, dilation=dilation, groups=groups, bias=r.random() < 0.7), after
-    if kind in ("residual", "concat") and depth < 2:
-        inner, after = random_chain(r, channels, r.randint(1, 2), depth + 1)
-        other = nn.Conv2d(channels, after, 1) if kind == "residual" and after != channels else nn.Identity()
-        return Parallel([inner, other], kind == "concat"), after if kind == "residual" else after + channels
-    simple: dict[str, Any] = {
-        "norm": lambda: nn.BatchNorm2d(channels, affine=r.random() < 0.7),
-        "depthwise": lambda: nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
-        "attend": lambda: Attend(channels),
-        "group_norm": lambda: nn.GroupNorm(1, channels),
-        "pool": lambda: r.choice([nn.AvgPool2d, nn.MaxPool2d])(3, 1, 1),
-    }
-    activation = r.choice([nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish, nn.Softplus, nn.Identity])
-    return simple.get(kind, activation)(), channels
-
-
-def random_chain(r: random.Random, channels: int, length: int, depth: int = 0) -> tuple[nn.Sequential, int]:
-    blocks = []
-    for _ in range(length):
-        block, channels = random_block(r, channels, depth)
-        blocks.append(block)
-    return nn.Sequential(*blocks), channels
-
-
-def random_network(seed: int) -> nn.Sequential:
-    r = random.Random(seed)
-    body, channels = random_chain(r, 3, r.randint(2, 5))
-    ends = [
-        [nn.Flatten(), nn.Linear(channels * 25, 10)],
-        [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 7), nn.LayerNorm(7), nn.ReLU(), nn.Linear(7, 10)],
-    ]
-    return nn.Sequential(*body, *r.choice(ends))
-
-
-def random_state(model: nn.Module, seed: int, like: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Random entries; some stay those of `like`, and some inputs of layers are dead."""
-    r, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    state = clone(model)
-    for key, value in state.items():
-        if not value.is_floating_point():
-            continue
-        if like is not None and r.random() < 0.3:
-            state[key] = like[key]
-            continue
-        state[key] = 0.5 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
-        if key.endswith("running_var"):
-            state[key] = state[key].square() + 0.1
-        if value.dim() > 1 and value.shape[1] > 1 and r.random() < 0.5:
-            state[key][:, torch.rand(value.shape[1], generator=generator) < 0.5] = 0
-    return state
-
-
-@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
-@settings(max_examples=12)
-@given(seed=st.integers(0, 10**6))
-def test_random_architectures(seed):
-    model = random_network(seed).double()
-    first = random_state(model, seed)
-    states = [first, *(random_state(model, seed + k, like=first) for k in (1, 2))]
-    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed)).double()
-    y = torch.arange(4)
-    path = mc.PolyChain(states) if seed % 2 else mc.Plane.through(*states)
-    t = [0.0, 0.3, 0.5, 0.9, 0.3] if seed % 2 else [[0.0, 0.0], [0.2, 0.3], [1.0, 0.0]]
-    got = mc.evaluate(model, path, (x, y), t, precision="float64")
-    exact = pass_per_point(model, path, x, y, got.t, torch.float64)
-    np.testing.assert_allclose(got.loss, exact["loss"], rtol=1e-8)
-    assert not got.info["fallback"]
-
-
-# -- Hugging Face -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
-class TestHuggingFace:
-    """Tiny random configurations of `transformers`."""
-
-    MASK = (torch.arange(6) < torch.tensor([6, 5, 4, 6, 2, 3, 6])[:, None]).long()
-
-    def test_gpt2(self):
-        transformers = pytest.importorskip("transformers")
-        config = transformers.GPT2Config(
-            vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2, use_cache=False, bos_token_id=0, eos_token_id=0
-        )
-        a, b = two(transformers.GPT2LMHeadModel, config=config)
-        path = mc.Line(a, b)
-        got = mc.evaluate(a, path, (TOKENS, TOKENS), [0.0, 0.4, 1.0], loss="next_token", precision="float64")
-        for t, loss in zip(got.t, got.loss):
-            assert loss == pytest.approx(outputs_at(a, path, t, TOKENS, labels=TOKENS).loss.item(), rel=1e-6)
-        assert not got.info["fallback"]
-
-    def test_bert(self):
-        transformers = pytest.importorskip("transformers")
-        config = transformers.BertConfig(
-            vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12,
-            max_position_embeddings=8, num_labels=3,
-        )  # fmt: skip
-        a, b = two(transformers.BertForSequenceClassification, config=config)
-        path = mc.Line(a, b)
-        data = {"input_ids": TOKENS, "attention_mask": self.MASK, "labels": torch.arange(7) % 3}
-
-        def of_logits(outputs: Any, targets: Tensor) -> Tensor:
-            return F.cross_entropy(outputs.logits, targets, reduction="none")
-
-        for loss in ("cross_entropy", of_logits):
-            got = mc.evaluate(a, path, data, [0.0, 0.4, 1.0], loss=loss, precision="float64")
-            for t, value in zip(got.t, got.loss):
-                assert value == pytest.approx(outputs_at(a, path, t, **data).loss.item(), rel=1e-7)
-            assert not got.info["fallback"]
