@@ -186,6 +186,22 @@ def test_tokens_that_nobody_reads():
     agrees(a, path, x, torch.arange(9) % 10)
 
 
+def test_heads_among_the_rows_are_not_told_apart():
+    """PyTorch's own attention folds heads into the batch: all of them are computed, and only the tokens that are read."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, batch_first=True, activation="gelu", norm_first=True)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), layer, nn.Flatten(), nn.Linear(TOKENS * WIDTH, 10))
+    state = clone(model)
+    state["1.self_attn.out_proj.weight"][:, :SIZE] = 0
+    state["3.weight"][:, WIDTH:] = 0  # the first token alone is read
+    state["1.linear2.weight"][:, 9:] = 0
+    path = mc.Line(state, moved(state, "0.weight"))
+    assert nodes(model, path, X, "1.linear1") == ["varying 1/5 × 9/16"]
+    agrees(model, path, X, Y)
+    for key in ("1.self_attn.in_proj_weight", "1.linear1.weight", "1.norm2.bias"):
+        agrees(model, mc.Line(state, moved(state, key)), X, Y)
+
+
 def test_causal_attention_counts_from_the_first_query():
     class Last(Attention):
         def forward(self, x: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ PATHS: dict[str, tuple[Any, list[Any]]] = {
     "chain": (mc.PolyChain, [0.0, 0.3, 0.5, 0.9, 0.3]),
     "bezier": (mc.Bezier, [0.0, 0.4, 1.0]),
     "plane": (lambda states: mc.Plane.through(*states), [[0.0, 0.0], [0.2, 0.3], [1.0, 0.0]]),
-    "mixture": (mc.Mixture, [[0.5, -0.2, 0.1], [0.0, 1.0, 0.0], [0.3, 0.3, 0.4]]),
+    "mixture": (mc.Mixture, [[0.5, 0.2, 0.1], [0.0, 1.0, 0.0], [0.3, 0.3, 0.4]]),
 }
 
 

@@ -128,10 +128,10 @@ def _note(node: Node) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [f"  {'operation':<22}{'where':<24}{'class':<13}{'units':>11}{'once':>10}{'a point':>10}"]
+    lines = [f"  {'operation':<22}{'where':<24}{'class':<13}{'units':>14}{'once':>10}{'a point':>10}"]
     for row in rows:
         once, each = (_count(row[key]) if row[key] else "-" for key in ("once", "per_point"))
-        line = f"  {row['op'][:21]:<22}{row['source'][:23]:<24}{row['class']:<13}{row['units']:>11}{once:>10}{each:>10}"
+        line = f"  {row['op'][:21]:<22}{row['source'][:23]:<24}{row['class']:<13}{row['units']:>14}{once:>10}{each:>10}"
         lines.append(f"{line}  {row['note']}".rstrip())
     return lines
 

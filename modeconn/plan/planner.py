@@ -109,6 +109,7 @@ class _SegmentPlanner:
         self.graph, self.contents, self.shared, self.segment, self.tables = graph, contents, shared, segment, tables
         self.joint = joint
         self.forms: dict[tuple[int, Units], Form] = {}
+        self.taken: dict[tuple[int, Units], Form] = {}  # parts of values that were delivered with more
         self.combined: dict[int, int] = {}  # id of a combination's terms → the step that adds it up
         self.ones = np.ones(len(segment.rows))
         self.everyone = tuple(range(len(segment.active)))
@@ -195,15 +196,14 @@ class _SegmentPlanner:
         wish = wish.of(node.shape)
         if form.units == wish:
             return form
-        places = wish.within(form.units)
-        call = Node(
-            node.id, "take", Take(places.along), (In(0),), (node.id,), (), wish.shape(node.shape), node.source,
-            batched=node.batched,
-        )  # fmt: skip
-        if isinstance(form, Varying):
-            return self._vary(call, [form], (), wish)
-        terms = [term for t in form.terms for term in self._share(call, [t.value], (), wish, t.column).terms]
-        return Combination(tuple(terms), wish, call.numbers())
+        if (node_id, wish) not in self.taken:
+            places, shape = wish.within(form.units), wish.shape(node.shape)
+            take = Node(node.id, "take", Take(places.along), (In(0),), (node.id,), (), shape, node.source, batched=node.batched)
+            self.taken[node_id, wish] = self._vary(take, [form], (), wish) if isinstance(form, Varying) else Combination(
+                tuple(term for t in form.terms for term in self._share(take, [t.value], (), wish, t.column).terms),
+                wish, take.numbers(),
+            )  # fmt: skip
+        return self.taken[node_id, wish]
 
     def _support(self, node: Node, points: Sequence[int]) -> Support:
         """The support of the node's weights over some of the active control points."""
