@@ -37,6 +37,10 @@ _POOLING = {
     ),
     **dict.fromkeys(("max_pool1d", "max_pool2d"), Linked(by_channel)),
 }
+# Where the numbers among the arguments are that a rule reads: they might be computed.
+_NUMBERS = {
+    "slice": slice(1, 5), "select": slice(1, 3), "squeeze": slice(1, 2), "softmax": slice(1, 2), "log_softmax": slice(1, 2),
+}  # fmt: skip
 _RULES: dict[str, Rule] = {
     "linear": _LINEAR,
     **dict.fromkeys(("conv1d", "conv2d"), _CONV),
@@ -108,19 +112,9 @@ def _as_expected(node: Node, rule: Rule) -> bool:
         return len(node.inputs) + len(node.entries) == 1
     if rule is UNKNOWN or rule is _STRUCTURAL:
         return True
-    plain = {
-        "slice": slice(1, 5),
-        "select": slice(1, 3),
-        "squeeze": slice(1, 2),
-        "softmax": slice(1, 2),
-        "log_softmax": slice(1, 2),
-    }
-    numbers = args[plain[node.op]] if node.op in plain else (0,)
-    return len(node.inputs) == 1 and args[0] == In(0) and len(numbers) > 0 and all(map(_number, numbers))
-
-
-def _number(value: object) -> bool:
-    return value is None or isinstance(value, int | list)
+    numbers = args[_NUMBERS[node.op]] if node.op in _NUMBERS else (0,)
+    plain = len(numbers) > 0 and all(number is None or isinstance(number, int | list) for number in numbers)
+    return len(node.inputs) == 1 and args[0] == In(0) and plain
 
 
 def _arithmetic(node: Node) -> Rule:
