@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
@@ -347,3 +348,21 @@ def test_inputs_and_labels_of_any_layout():
     path = mc.PolyChain([a, b, {**clone(b), "2.bias": torch.zeros(10)}])
     ours = mc.evaluate(a, path, (wide[:, ::2], labels.int()), 9, backend="native")
     np.testing.assert_allclose(ours.loss, mc.evaluate(a, path, (X, Y), 9, backend="reference").loss, rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
+@pytest.mark.parametrize(
+    "start", [(nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8)), (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())], ids=str
+)
+@pytest.mark.parametrize("length", [0, 8])
+def test_norms_that_cannot_be_folded(start, length):
+    """One behind an activation of the first layer, and one over the axis before the last."""
+    x = torch.randn(40, *[length][: length > 0], 8, generator=torch.Generator().manual_seed(1))
+    nets = [nn.Sequential(*copy.deepcopy(start), nn.Flatten(), nn.Linear(8 * max(1, length), 10)) for _ in range(2)]
+    for seed, net in enumerate(nets):
+        torch.manual_seed(seed)
+        for layer in net:
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        net(3 * x + 1)
+    agrees(nets[0], mc.Line(*nets), x, Y[:40], 5)

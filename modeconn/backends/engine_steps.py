@@ -178,6 +178,7 @@ def begin_with_layer(program: Program, chain: Chain) -> str:
     steps = [program.shared[term.value] for term in chain.terms]
     if (
         chain.layers
+        or chain.start.activation != "identity"
         or not steps
         or len({(s.node.id, s.inputs) for s in steps}) > 1
         or steps[0].node.op not in ("linear", "conv2d")

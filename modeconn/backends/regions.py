@@ -152,6 +152,8 @@ class _Builder:
             return ""
         points = len(self.segment.rows)
         if node.op == "batch_norm":
+            if len(node.shape) == 3:
+                return "normalises the second of three axes"
             if place < 0 and alone:
                 reason, place = begin_with_layer(self.program, self.chain), 0
             if reason or not alone or place < 0:
