@@ -4,6 +4,7 @@
 #include "bind_steps.h"
 #include "cpu/context.h"
 #include "engine/chain.h"
+#include "engine/statistics.h"
 
 namespace modeconn {
 namespace {
@@ -16,21 +17,28 @@ struct Options {
 };
 
 template <class T>
-Chain<T> chain(const py::sequence& terms, const py::array& c, const py::sequence& layers, const Options& o) {
+Chain<T> training_chain(const py::sequence& terms, const py::array& c, const py::sequence& layers, const Options& o) {
   StepReader<T> reader(terms, c, activation(o.activation, o.slope));
   for (const auto& l : layers) reader.read(l);
   return reader.finish();
 }
 
+template <class T>
+Chain<T> chain(const py::sequence& terms, const py::array& c, const py::sequence& layers, const Options& o) {
+  Chain<T> built = training_chain<T>(terms, c, layers, o);
+  if (norm_channels(built)) refuse("batch_norm must be one of chain_statistics' layers; elsewhere a norm is the scale and shift of a layer");
+  return built;
+}
+
 // Without the GIL, except for a look at the signals about every 50 ms.
-template <class T> void run_released(const Chain<T>& chain, const Options& o, LossSums* sums) {
+template <class Run> void released(const Options& o, Run&& run) {
   try {
     py::gil_scoped_release release;
     Team team(o.threads, [] {
       py::gil_scoped_acquire acquire;
       return PyErr_CheckSignals() != 0;
     });
-    run(chain, o.context.kernels<T>(), team, sums);
+    run(team);
   } catch (const Interrupted&) {
     throw py::error_already_set();
   }
@@ -44,7 +52,7 @@ void outputs_of(const py::sequence& terms, const py::array& c, const py::sequenc
   built.head.point_stride = out.strides(0) / ptrdiff_t(sizeof(T));
   built.head.row_stride = out.strides(1) / ptrdiff_t(sizeof(T));
   if (built.rows > 1 && std::abs(built.head.row_stride) < built.result()) refuse("rows of out must not overlap");
-  run_released(built, o, nullptr);
+  released(o, [&](Team& team) { run(built, o.context.kernels<T>(), team, nullptr); });
 }
 
 template <class T>
@@ -67,8 +75,20 @@ py::array_t<double> sums_of(const py::sequence& terms, const py::array& c, const
   }
   static_assert(sizeof(LossSums) == 3 * sizeof(double));
   py::array_t<double> sums({built.points, int64_t(3)});
-  run_released(built, o, reinterpret_cast<LossSums*>(sums.mutable_data()));
+  auto* out = reinterpret_cast<LossSums*>(sums.mutable_data());
+  released(o, [&](Team& team) { run(built, o.context.kernels<T>(), team, out); });
   return sums;
+}
+
+template <class T>
+py::array_t<double> statistics_of(const py::sequence& terms, const py::array& c, const py::sequence& layers, const Options& o) {
+  Chain<T> built = training_chain<T>(terms, c, layers, o);
+  int64_t channels = norm_channels(built);
+  if (!channels) refuse("layers must have a batch_norm");
+  py::array_t<double> out({built.points, int64_t(2), channels});
+  double* data = out.mutable_data();
+  released(o, [&](Team& team) { statistics(built, o.context.kernels<T>(), team, data); });
+  return out;
 }
 
 // The element type of the first term decides; every other array must agree.
@@ -116,6 +136,15 @@ void bind_engine(py::module_& m) {
         py::arg("loss") = "cross_entropy", py::arg("top5") = false, py::arg("activation") = "identity", py::arg("slope") = 0.01,
         py::arg("threads") = 1, py::arg("isa") = "",
         "float64 [points, 3]: sums over the rows of loss, errors and (if asked) top-5 errors.");
+  m.def("chain_statistics",
+        [](const py::sequence& terms, const py::array& coefficients, const py::sequence& layers, const std::string& activation,
+           double slope, int threads, const std::string& isa) {
+          Options o = options(activation, slope, threads, isa);
+          return by_type(terms, [&](auto t) { return statistics_of<decltype(t)>(terms, coefficients, layers, o); });
+        },
+        py::arg("terms"), py::arg("coefficients"), py::arg("layers"), py::kw_only(), py::arg("activation") = "identity",
+        py::arg("slope") = 0.01, py::arg("threads") = 1, py::arg("isa") = "",
+        "float64 [points, 2, channels]: mean and unbiased variance of what each batch_norm normalises.");
 }
 
 }  // namespace modeconn

@@ -23,9 +23,10 @@ template <class T> class StepReader {
     if (op_ == "flatten") flatten();
     else if (op_ == "linear") linear();
     else if (op_ == "conv2d" || op_ == "max_pool2d" || op_ == "avg_pool2d") window_step();
+    else if (op_ == "batch_norm") norm();
     else if (op_ == "add") sum();
     else if (op_ == "terms") more_terms();
-    else refuse(what_, ".op must be linear, conv2d, max_pool2d, avg_pool2d, flatten, add or terms, got '", op_, "'");
+    else refuse(what_, ".op must be linear, conv2d, max_pool2d, avg_pool2d, batch_norm, flatten, add or terms, got '", op_, "'");
   }
 
   Chain<T> finish() {
@@ -152,6 +153,21 @@ template <class T> class StepReader {
     push(std::move(s), first.image);
   }
 
+  void norm() {
+    only({"input", "of", "add", "scale", "shift", "eps", "activation", "slope"});
+    const Value v = input(), of = has("of") ? value_at(d_["of"], "of") : v;
+    if (of.image != v.image || of.shape.channels != v.shape.channels)
+      refuse(what_, ".of must have the channels of the input, ", text(v), ", got ", text(of));
+    if (chain_.rows * of.shape.pixels() < 2) refuse(what_, " must get more than one value per channel, got ", chain_.rows * of.shape.pixels());
+    for (const char* key : {"scale", "shift", "eps"})
+      if (!d_.contains(key)) refuse(what_, " (batch_norm) must have scale, shift and eps");
+    Step<T> s{};
+    s.op = Op::norm, s.inputs = {v.index}, s.in = s.out = v.shape, s.act = act();
+    s.norm = {dense("scale", v.shape.channels), dense("shift", v.shape.channels), py::cast<double>(d_["eps"]), of.index};
+    read_add(s, v.image);
+    push(std::move(s), v.image);
+  }
+
   void linear() {
     only({"input", "add", "weights", "biases", "coefficients", "bias_coefficients", "activation", "slope", "scale", "shift"});
     const Value& v = input();
@@ -216,6 +232,12 @@ template <class T> class StepReader {
     out[0] = values[0], out[1] = values[1];
   }
 
+  // Numbers of every point.
+  const double* dense(const char* key, int64_t count) const {
+    std::string name = what_ + "." + key;
+    return coefficients(array(d_[key], name), name, chain_.points, count);
+  }
+
   // A linear layer, or with a kernel {height, width}, which is filled in, a convolution of so many channels.
   Layer<T> layer(int64_t channels, int64_t* kernel) const {
     if (!d_.contains("weights") || !d_.contains("coefficients")) refuse(what_, " must have weights and coefficients");
@@ -236,10 +258,6 @@ template <class T> class StepReader {
     }
     if (l.weights.empty()) refuse(what_, ".weights must not be empty");
     if (l.units < 1) refuse(what_, " must have at least one unit");
-    auto dense = [&](const char* key, int64_t count) {
-      std::string name = what_ + "." + key;
-      return coefficients(array(d_[key], name), name, chain_.points, count);
-    };
     if (has("biases"))
       for (const auto& b : py::cast<py::sequence>(d_["biases"])) {
         std::string name = what_ + ".biases[" + std::to_string(l.biases.size()) + "]";

@@ -57,6 +57,8 @@ template <class T> struct Kernels {
                    int rows, int columns, Pixels<T> out);
   void (*pool)(bool max, int taps, const T* const* values, T divisor, int64_t count, T* out);
   void (*activate)(Activation act, int64_t count, T* values);
+  void (*moments)(int64_t pixels, int64_t pitch, int units, int samples, const T* x, double* mean, double* squares);
+  void (*normalise)(int64_t pixels, int64_t units, const T* x, const T* scale, const T* shift, const T* add, Activation act, T* out);
   void (*write_rows)(const T* panel, int samples, int64_t width, T* out, ptrdiff_t stride);
   LossSums (*cross_entropy)(const T* panel, int samples, int64_t classes, const int64_t* labels, bool top5);
   LossSums (*mse)(const T* panel, int samples, int64_t width, const T* targets, ptrdiff_t stride);

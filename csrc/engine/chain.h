@@ -40,10 +40,17 @@ struct Window {
   bool apart() const { return stride[0] >= kernel[0] && stride[1] >= kernel[1] && !padding[0] && !padding[1]; }
 };
 
-// flat: the last of the images, as rows. sum: of several values.
-enum class Op { terms, flat, conv, linear, max_pool, avg_pool, sum };
+// A batch norm by the statistics of the batch, which are those of another value: of its input, before a pooling if there is one.
+struct Norm {
+  const double *scale = nullptr, *shift = nullptr;  // [points][channels], behind the normalisation
+  double eps = 0;
+  int of = 0;  // the step that the statistics are of
+};
 
-// One value, act(op(inputs)). A second input of a convolution or a linear layer is added before the activation.
+// flat: the last of the images, as rows. sum: of several values. norm: only for `statistics`.
+enum class Op { terms, flat, conv, linear, max_pool, avg_pool, sum, norm };
+
+// One value, act(op(inputs)). A second input of a convolution, linear layer or norm is added before the activation.
 template <class T> struct Step {
   Op op;
   std::vector<int> inputs;  // earlier steps of the same list
@@ -52,6 +59,7 @@ template <class T> struct Step {
   Window window;            // conv and poolings
   Layer<T> layer;           // conv and linear
   Terms<T> terms;           // terms
+  Norm norm = {};           // norm
 };
 
 enum class Loss { none, cross_entropy, mse, bce };

@@ -8,55 +8,72 @@ namespace modeconn {
 
 constexpr int64_t combined_bytes = 2 << 20;  // of the points that are combined at once: they should stay near
 
+// A step, and the pooling of its value, if any, on the way.
+template <class T> struct Stage {
+  const Step<T>* step;
+  const PackedLayer<T>* packed;  // of a convolution
+  const Step<T>* pool;
+  Image made, out;               // by the step; after the pooling
+  std::vector<int> inputs;       // earlier stages
+  int64_t at = 0;                // of its value in the scratch
+};
+
+// The first gap of a size between what is used, [begin, end) each.
+inline int64_t first_gap(std::vector<std::pair<int64_t, int64_t>> used, int64_t size) {
+  std::sort(used.begin(), used.end());
+  int64_t at = 0;
+  for (const auto& [begin, end] : used) {
+    if (at + size <= begin) break;
+    at = std::max(at, end);
+  }
+  return at;
+}
+
+// What is told of the rows of a convolution as they are made, where nobody asks.
+struct Unseen {
+  template <class... A> void operator()(A&&...) const {}
+};
+
+template <class T> class PanelSteps;
+
+// All of the steps, one after the other.
 template <class T> class Images {
  public:
-  Images(const Chain<T>& chain, const Kernels<T>& kernels, const Packing<T>& packing) : k_(kernels) {
+  Images(const Chain<T>& chain, const Kernels<T>& kernels, const Packing<T>& packing) : k_(kernels), steps_(kernels) {
     if (!chain.images.empty()) make_stages(chain, packing), place();
   }
 
   // How many points are combined at once: one reading and transposition of the terms serves them all.
   int64_t share() const { return stages_.empty() ? 1 : std::clamp<int64_t>(combined_bytes / (first() * int64_t(sizeof(T))), 1, 8); }
 
-  int64_t scratch(int64_t points) const { return stages_.empty() ? 0 : points * first() + in_front(); }
+  int64_t scratch(int64_t points) const { return stages_.empty() ? 0 : points * first() + values_ + strip_; }
 
   // Combines the first terms of the samples from `row` at the points point .. point + points, and pools them if that is next.
   void combine(int64_t point, int64_t points, int64_t row, int samples, T* scratch) const {
-    combine(stages_[0], point, points, row, samples, scratch + values_, scratch + in_front());
+    steps_.combine(stages_[0], point, points, row, samples, scratch + values_, scratch + values_ + strip_);
   }
 
   // The i-th of the combined points to flattened values [channels][height][width][panel]; false: stopped.
   template <class Stop>
   bool run(int64_t i, int64_t point, int64_t row, int samples, const T* packed, T* scratch, T* out, Stop&& stop) const {
-    auto value = [&](int stage) { return stage ? scratch + stages_[stage].at : scratch + in_front() + i * first(); };
+    auto value = [&](int stage) { return stage ? scratch + stages_[stage].at : scratch + values_ + strip_ + i * first(); };
     T* strip = scratch + values_;
     for (size_t index = 1; index < stages_.size(); ++index) {
       if (stop()) return false;
-      const Stage& s = stages_[index];
+      const Stage<T>& s = stages_[index];
       std::vector<const T*> x;
       for (int j : s.inputs) x.push_back(value(j));
       T* y = value(int(index));
-      const T* more = x.size() > 1 ? x[1] : nullptr;
-      if (s.packed && s.packed->winograd) winograd(s, point + i, x[0], more, packed, strip, strip + strip_, y);
-      else if (s.packed) convolve(s, x[0], more, packed, strip, y);
-      else if (s.step->op == Op::terms) combine(s, point + i, 1, row, samples, strip, y);
-      else if (s.step->op == Op::sum) add(s, x, y);
-      else pool(*s.step, x[0], 0, 0, s.step->in.channels, 0, s.out.height, y);
+      if (s.packed) steps_.convolve(s, point + i, x[0], x.size() > 1 ? x[1] : nullptr, packed, strip, y, Unseen{});
+      else if (s.step->op == Op::terms) steps_.combine(s, point + i, 1, row, samples, strip, y);
+      else if (s.step->op == Op::sum) steps_.add(s, x, y);
+      else steps_.pool(*s.step, x[0], 0, 0, s.step->in.channels, 0, s.out.height, y);
     }
-    flatten(stages_[result_].out, value(result_), out);
+    steps_.flatten(stages_[result_].out, value(result_), out);
     return true;
   }
 
  private:
-  // A step, and the pooling of its value, if any, on the way.
-  struct Stage {
-    const Step<T>* step;
-    const PackedLayer<T>* packed;  // of a convolution
-    const Step<T>* pool;
-    Image made, out;               // by the step; after the pooling
-    std::vector<int> inputs;       // earlier stages
-    int64_t at = 0;                // of its value in the scratch
-  };
-
   // A pooling whose windows do not overlap takes the rows of terms or a convolution as they are made.
   void make_stages(const Chain<T>& chain, const Packing<T>& packing) {
     const std::vector<Step<T>>& steps = chain.images;
@@ -64,31 +81,21 @@ template <class T> class Images {
     for (const Step<T>& s : steps)
       for (int i : s.inputs) ++readers[i];
     auto conv = packing.convs.begin();
-    int64_t zeros = 0;
     for (size_t i = 0; i < steps.size(); ++i) {
       const Step<T>& s = steps[i];
       const PackedLayer<T>* packed = s.op == Op::conv ? &*conv++ : nullptr;
       if (stage[i] >= 0 || (i && last[i] < 0)) continue;  // a pooling that is done, a value that nobody reads
       const Step<T>* pool = nullptr;
       if ((s.op == Op::terms || s.op == Op::conv) && readers[i] == 1 && last[i] < int(steps.size())) pool = &steps[last[i]];
-      if (pool && !((pool->op == Op::max_pool || pool->op == Op::avg_pool) && pool->window.apart())) pool = nullptr;
-      if (pool && packed && packed->winograd && pool->window.kernel[0] != 2) pool = nullptr;  // its rows come in pairs
+      if (pool && !steps_.pools(*pool, packed)) pool = nullptr;
       if (pool) stage[last[i]] = int(stages_.size());
       stage[i] = int(stages_.size());
-      Stage made{&s, packed, pool, s.out, pool ? pool->out : s.out, {}};
+      Stage<T> made{&s, packed, pool, s.out, pool ? pool->out : s.out, {}};
       for (int input : s.inputs) made.inputs.push_back(stage[input]);
       stages_.push_back(made);
-      int64_t rows = (pool ? pool->window.kernel[0] : 1) * s.out.width * k_.panel;
-      if (packed && packed->winograd) {
-        Squares<T> squares(s, k_.panel);
-        transformed_ = std::max(transformed_, rows_of_squares(squares) * squares.row());
-        zeros = std::max(zeros, squares.values());
-      }
-      strip_ = std::max(strip_, rows * (packed ? std::min<int64_t>(k_.units, s.out.channels) : int64_t(s.terms.values.size()) + 1));
+      strip_ = std::max(strip_, steps_.strip(made));
     }
     result_ = stage[chain.flat];
-    zeros_ = Buffer<T>(zeros);
-    std::fill_n(zeros_.get(), zeros, T(0));
   }
 
   // Where the values lie: each in the first gap between those that are still to be read.
@@ -101,19 +108,40 @@ template <class T> class Images {
       std::vector<std::pair<int64_t, int64_t>> used;
       for (size_t j = 1; j < s; ++j)
         if (last[j] >= int(s)) used.emplace_back(stages_[j].at, stages_[j].at + stages_[j].out.count() * k_.panel);
-      std::sort(used.begin(), used.end());
-      int64_t at = 0, size = stages_[s].out.count() * k_.panel;
-      for (const auto& [begin, end] : used) {
-        if (at + size <= begin) break;
-        at = std::max(at, end);
-      }
-      stages_[s].at = at;
+      int64_t size = stages_[s].out.count() * k_.panel, at = stages_[s].at = first_gap(used, size);
       values_ = std::max(values_, at + size);
     }
   }
 
+  int64_t first() const { return stages_[0].out.count() * k_.panel; }  // elements of a combined point
+
+  const Kernels<T>& k_;
+  PanelSteps<T> steps_;
+  std::vector<Stage<T>> stages_;
+  int result_ = 0;                 // the stage that is flattened
+  int64_t values_ = 0, strip_ = 0; // elements: of the values between stages together; the largest strip
+};
+
+// The steps themselves. Each takes its inputs and writes its value, [pixels][channels][panel] of the stage.
+template <class T> class PanelSteps {
+ public:
+  explicit PanelSteps(const Kernels<T>& kernels) : k_(kernels) {}
+
+  // Whether a pooling can take the rows of a value as they are made: a convolution's by Winograd come in pairs.
+  bool pools(const Step<T>& pool, const PackedLayer<T>* packed) const {
+    bool pools = (pool.op == Op::max_pool || pool.op == Op::avg_pool) && pool.window.apart();
+    return pools && !(packed && packed->winograd && pool.window.kernel[0] != 2);
+  }
+
+  // Elements of the strip that a stage works in.
+  int64_t strip(const Stage<T>& s) const {
+    if (!s.packed || !s.packed->winograd) return strip_of_rows(s);
+    const Squares<T> squares(*s.step, k_.panel);
+    return strip_of_rows(s) + rows_of_squares(squares) * squares.row() + squares.values();
+  }
+
   // Terms at some points, into values one after the other, and their pooling, if that is next.
-  void combine(const Stage& s, int64_t point, int64_t points, int64_t row, int samples, T* strip, T* out) const {
+  void combine(const Stage<T>& s, int64_t point, int64_t points, int64_t row, int samples, T* strip, T* out) const {
     const Terms<T>& given = s.step->terms;
     const Image& in = s.made;
     int64_t terms = int64_t(given.values.size()), height = s.pool ? s.pool->window.kernel[0] : 1, size = height * in.width * k_.panel;
@@ -145,19 +173,59 @@ template <class T> class Images {
       }
   }
 
-  void add(const Stage& s, const std::vector<const T*>& x, T* y) const {
+  void add(const Stage<T>& s, const std::vector<const T*>& x, T* y) const {
     const std::vector<T> ones(x.size(), T(1));
     k_.combine(int(x.size()), x.data(), ones.data(), s.out.count() * k_.panel, s.step->act, y);
   }
 
-  // `make(row, end, to, pixel)` writes rows of `channels` channels, in a strip if they are pooled; else it is told where.
-  template <class Make>
-  void rows(const Stage& s, int64_t u0, int64_t channels, int64_t begin, int64_t end, T* strip, T* y, Make&& make) const {
-    if (!s.pool) return make(begin, end, y + (begin * s.out.width * s.out.channels + u0) * k_.panel, s.out.channels * k_.panel);
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t first = row * s.pool->window.stride[0];
-      make(first, first + s.pool->window.kernel[0], strip, channels * k_.panel);
-      pool(*s.pool, strip, first, u0, channels, row, row + 1, y);
+  // The convolution. `seen(u0, units, pixels, pitch, values)`: called with a tile's rows before they are pooled, in rising order.
+  template <class Seen>
+  void convolve(const Stage<T>& s, int64_t point, const T* x, const T* more, const T* packed, T* strip, T* y, Seen&& seen) const {
+    if (s.packed->winograd) winograd(s, point, x, more, packed, strip, y, seen);
+    else direct(s, x, more, packed, strip, y, seen);
+  }
+
+  // Output rows [row, end) of channels [u0, u0 + channels), from pixels of `channels` channels at x, where row `top` begins.
+  void pool(const Step<T>& step, const T* x, int64_t top, int64_t u0, int64_t channels, int64_t row, int64_t end, T* y) const {
+    const Window& w = step.window;
+    std::vector<const T*> taps(w.taps());
+    for (; row < end; ++row)
+      for (int64_t column = 0; column < step.out.width; ++column) {
+        Inside v(row, step.in.height, w, 0), h(column, step.in.width, w, 1);
+        int count = 0;
+        for (int64_t i = v.begin; i < v.end; ++i)
+          for (int64_t j = h.begin; j < h.end; ++j)
+            taps[count++] = x + ((v.at + i - top) * step.in.width + h.at + j) * channels * k_.panel;
+        k_.pool(step.op == Op::max_pool, count, taps.data(), T(w.taps()), channels * k_.panel,
+                y + ((row * step.out.width + column) * step.out.channels + u0) * k_.panel);
+      }
+  }
+
+  void flatten(const Image& image, const T* x, T* out) const {
+    for (int64_t p = 0; p < image.pixels(); ++p)
+      for (int64_t c = 0; c < image.channels; ++c, x += k_.panel) std::copy_n(x, k_.panel, out + (c * image.pixels() + p) * k_.panel);
+  }
+
+ private:
+  // Of these, what the rows that are made take.
+  int64_t strip_of_rows(const Stage<T>& s) const {
+    int64_t rows = (s.pool ? s.pool->window.kernel[0] : 1) * s.made.width * k_.panel;
+    return rows * (s.packed ? std::min<int64_t>(k_.units, s.made.channels) : int64_t(s.step->terms.values.size()) + 1);
+  }
+
+  // `make(row, end, to, pixel)` writes rows of `channels` channels, in the strip if they are pooled; else it is told where.
+  // at_once: output rows of a call, of those that are not pooled.
+  template <class Seen, class Make>
+  void rows(const Stage<T>& s, int64_t u0, int64_t channels, int64_t begin, int64_t end, int64_t at_once, T* strip, T* y, Seen&& seen,
+            Make&& make) const {
+    int64_t stride = s.pool ? s.pool->window.stride[0] : 1, pixel = (s.pool ? channels : s.out.channels) * k_.panel;
+    if (s.pool) at_once = 1;
+    for (int64_t row = begin; row < end; row += at_once) {
+      int64_t first = row * stride, height = s.pool ? s.pool->window.kernel[0] : std::min(at_once, end - row);
+      T* to = s.pool ? strip : y + (row * s.out.width * s.out.channels + u0) * k_.panel;
+      make(first, first + height, to, pixel);
+      seen(u0, channels, height * s.made.width, pixel, to);
+      if (s.pool) pool(*s.pool, strip, first, u0, channels, row, row + 1, y);
     }
   }
 
@@ -168,7 +236,7 @@ template <class T> class Images {
     const T *x, *more;
   };
 
-  Tile tile_of(const Stage& s, int64_t i, const T* x, const T* more, const T* packed) const {
+  Tile tile_of(const Stage<T>& s, int64_t i, const T* x, const T* more, const T* packed) const {
     const PackedLayer<T>& at = *s.packed;
     int64_t u0 = at.tiles.begin(i), channels = s.step->in.channels / at.layer->groups;
     return {packed + at.weights + u0 * at.depth, at.layer->biased() ? packed + at.bias + u0 : nullptr, at.tiles.size(i),
@@ -182,7 +250,7 @@ template <class T> class Images {
   }
 
   // In chunks of output rows whose input stays in L2, and for each, tile by tile: a tile's weights pass over all pixels.
-  void convolve(const Stage& s, const T* x, const T* more, const T* packed, T* strip, T* y) const {
+  template <class Seen> void direct(const Stage<T>& s, const T* x, const T* more, const T* packed, T* strip, T* y, Seen&& seen) const {
     const PackedLayer<T>& at = *s.packed;
     const Image& in = s.step->in;
     int64_t per_row = s.step->window.stride[0] * (s.pool ? s.pool->window.stride[0] : 1);
@@ -192,25 +260,28 @@ template <class T> class Images {
       for (int64_t i = 0; i < at.tiles.count; ++i) {
         Tile tile = tile_of(s, i, x, more, packed);
         Prefetch prefetch = next_tile(at, i, packed, s.made.pixels());
-        rows(s, at.tiles.begin(i), tile.units, begin, std::min(begin + chunk, s.out.height), strip, y,
-             [&](int64_t row, int64_t end, T* to, int64_t pixel) { convolve_rows(s, tile, row, end, to, pixel, prefetch); });
+        rows(s, at.tiles.begin(i), tile.units, begin, std::min(begin + chunk, s.out.height), 1, strip, y, seen,
+             [&](int64_t row, int64_t end, T* to, int64_t pixel) { direct_rows(s, tile, row, end, to, pixel, prefetch); });
       }
   }
 
   // By Winograd: in chunks of rows of squares whose transformed inputs stay in L2, and for each, tile by tile.
-  void winograd(const Stage& s, int64_t point, const T* x, const T* more, const T* packed, T* strip, T* transformed, T* y) const {
+  template <class Seen>
+  void winograd(const Stage<T>& s, int64_t point, const T* x, const T* more, const T* packed, T* strip, T* y, Seen&& seen) const {
     const PackedLayer<T>& at = *s.packed;
     const Squares<T> squares(*s.step, k_.panel);
+    T *transformed = strip + strip_of_rows(s), *zeros = transformed + rows_of_squares(squares) * squares.row();
+    std::fill_n(zeros, squares.values(), T(0));
     int64_t lines = s.pool ? 1 : 2, apart = s.pool ? s.pool->window.stride[0] : 2;  // from a row of squares to the next: out, made
     int64_t chunk = lines * rows_of_squares(squares);
     for (int64_t begin = 0; begin < s.out.height; begin += chunk) {
       int64_t end = std::min(begin + chunk, s.out.height), top = begin / lines * apart, count = (end - begin + lines - 1) / lines;
-      for (int64_t i = 0; i < count; ++i) squares.transform(k_, x, top + i * apart, zeros_.get(), transformed + i * squares.row());
+      for (int64_t i = 0; i < count; ++i) squares.transform(k_, x, top + i * apart, zeros, transformed + i * squares.row());
       bool finite = true;
       for (int64_t i = 0; i < at.tiles.count; ++i) {
         Tile tile = tile_of(s, i, x, more, packed);
         Prefetch prefetch = next_tile(at, i, packed, count * squares.across());
-        rows(s, at.tiles.begin(i), tile.units, begin, end, strip, y, [&](int64_t row, int64_t stop, T* to, int64_t pixel) {
+        rows(s, at.tiles.begin(i), tile.units, begin, end, 2, strip, y, seen, [&](int64_t row, int64_t stop, T* to, int64_t pixel) {
           const T* from = transformed + (row - top) / apart * squares.row();
           if (finite) finite = winograd_rows(s, squares, tile, from, row, stop, to, pixel, prefetch);
           if (finite) return;
@@ -218,7 +289,7 @@ template <class T> class Images {
           Buffer<T> taps(tile.units * at.layer->depth);
           Packing<T>::pack_tile(k_, point, at, i, taps.get());
           Prefetch nothing(taps.get(), 0, 0);
-          convolve_rows(s, {taps.get(), tile.bias, tile.units, x, tile.more}, row, stop, to, pixel, nothing);
+          direct_rows(s, {taps.get(), tile.bias, tile.units, x, tile.more}, row, stop, to, pixel, nothing);
         });
       }
     }
@@ -229,7 +300,7 @@ template <class T> class Images {
   }
 
   // Rows of squares from transformed inputs at `from`; false: some value is not finite.
-  bool winograd_rows(const Stage& s, const Squares<T>& squares, const Tile& tile, const T* from, int64_t row, int64_t end, T* to,
+  bool winograd_rows(const Stage<T>& s, const Squares<T>& squares, const Tile& tile, const T* from, int64_t row, int64_t end, T* to,
                      int64_t pixel, Prefetch& prefetch) const {
     const Activation& act = s.step->act;
     int64_t width = s.made.width, values = s.made.channels * k_.panel;
@@ -247,7 +318,7 @@ template <class T> class Images {
     return finite;
   }
 
-  void convolve_rows(const Stage& s, const Tile& tile, int64_t row, int64_t end, T* to, int64_t pixel, Prefetch& prefetch) const {
+  void direct_rows(const Stage<T>& s, const Tile& tile, int64_t row, int64_t end, T* to, int64_t pixel, Prefetch& prefetch) const {
     const Window& w = s.step->window;
     const Activation& act = s.step->act;
     const Image& in = s.step->in;
@@ -268,22 +339,6 @@ template <class T> class Images {
       }
   }
 
-  // Output rows [row, end) of channels [u0, u0 + channels), from pixels of `channels` channels at x, where row `top` begins.
-  void pool(const Step<T>& step, const T* x, int64_t top, int64_t u0, int64_t channels, int64_t row, int64_t end, T* y) const {
-    const Window& w = step.window;
-    std::vector<const T*> taps(w.taps());
-    for (; row < end; ++row)
-      for (int64_t column = 0; column < step.out.width; ++column) {
-        Inside v(row, step.in.height, w, 0), h(column, step.in.width, w, 1);
-        int count = 0;
-        for (int64_t i = v.begin; i < v.end; ++i)
-          for (int64_t j = h.begin; j < h.end; ++j)
-            taps[count++] = x + ((v.at + i - top) * step.in.width + h.at + j) * channels * k_.panel;
-        k_.pool(step.op == Op::max_pool, count, taps.data(), T(w.taps()), channels * k_.panel,
-                y + ((row * step.out.width + column) * step.out.channels + u0) * k_.panel);
-      }
-  }
-
   // The taps [begin, end) of a window that lie inside an image; tap 0 is at `at`.
   struct Inside {
     int64_t at, begin, end;
@@ -293,21 +348,7 @@ template <class T> class Images {
     static int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
   };
 
-  void flatten(const Image& image, const T* x, T* out) const {
-    for (int64_t p = 0; p < image.pixels(); ++p)
-      for (int64_t c = 0; c < image.channels; ++c, x += k_.panel) std::copy_n(x, k_.panel, out + (c * image.pixels() + p) * k_.panel);
-  }
-
-  int64_t in_front() const { return values_ + strip_ + transformed_; }  // elements of the scratch in front of the combined points
-  int64_t first() const { return stages_[0].out.count() * k_.panel; }  // elements of a combined point
-
   const Kernels<T>& k_;
-  std::vector<Stage> stages_;
-  int result_ = 0;                 // the stage that is flattened
-  Buffer<T> zeros_{0};             // a pixel outside of an image
-  int64_t values_ = 0;             // elements: of the values between stages together;
-  int64_t strip_ = 0;              // the largest strip;
-  int64_t transformed_ = 0;        // the most transformed inputs at once
 };
 
 }  // namespace modeconn

@@ -2,6 +2,7 @@
 #pragma once
 #include "head.h"
 #include "move.h"
+#include "norm.h"
 #include "product.h"
 #include "winograd.h"
 
@@ -22,6 +23,8 @@ template <class S, int NV, int MR> void fill(Kernels<typename S::T>& k, const ch
   k.winograd = winograd<S, NV, MR>;
   k.pool = pool<S>;
   k.activate = activate<S>;
+  k.moments = moments<S, NV>;
+  k.normalise = normalise<S, NV>;
   k.write_rows = write_rows<S, NV>;
   k.cross_entropy = cross_entropy<S, NV>;
   k.mse = mse<S, NV>;
