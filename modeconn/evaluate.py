@@ -128,7 +128,7 @@ def evaluate(
         if buffers == "recompute":
             source = as_batches(data if recompute_data is None else recompute_data, first_rows or BATCH_SIZE)
             report = _Passes(report, source, batches, limit)
-            tables = _statistics(runner, path, t, source, dtype, where, limit, report, unfinished)
+            tables = _statistics(runner, path, t, source, dtype, where, backend, limit, report, unfinished)
         stream = iter(batches)
         first = next(stream)  # the pass has begun: what is captured is shaped by the data itself
         x = moved(first[0], dtype, where)
@@ -205,7 +205,7 @@ def explain(
 
 def _statistics(
     model: nn.Module, path: Path, t: np.ndarray, source: Batches, dtype: torch.dtype, device: torch.device,
-    limit: int | None, report: _Passes, unfinished: Unfinished,
+    backend: str, limit: int | None, report: _Passes, unfinished: Unfinished,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The norms' statistics at the distinct points, from a pass over the data; empty where there are no norms."""
     stream = iter(source)
@@ -213,8 +213,8 @@ def _statistics(
     graph = capture(model, moved(first[0], dtype, device))
     with unfinished.stage("statistics") as stage:
         return recompute(
-            graph, path, t, itertools.chain([first], stream), dtype=dtype, device=device, stage=stage, limit=limit,
-            seen=report.first,
+            graph, path, t, itertools.chain([first], stream), dtype=dtype, device=device, stage=stage, backend=backend,
+            limit=limit, seen=report.first,
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeconn.arguments import device_of, dtype_of, moved
-from modeconn.backends.reference import ReferenceBackend
+from modeconn.backends.batch_statistics import BatchStatistics, make_statistics
 from modeconn.capture import capture, prepare
 from modeconn.data import Batch, as_batches
 from modeconn.errors import ModeconnError
@@ -39,7 +39,8 @@ BATCH_SIZE = 128
 
 def recompute(
     graph: Graph, path: Path, points: np.ndarray, batches: Iterable[Batch], *, dtype: torch.dtype,
-    device: torch.device, stage: Stage, limit: int | None = None, seen: Callable[[int], None] = lambda count: None,
+    device: torch.device, stage: Stage, backend: str = "auto", limit: int | None = None,
+    seen: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The running statistics of every batch norm at every point, from one pass over the data.
 
@@ -52,6 +53,7 @@ def recompute(
         points: the distinct points in rising order.
         batches: the training data, in its order.
         stage: the pass, of which some batches may be done already.
+        backend: "auto" or "native": in the C++ engine, where it knows the network.
         limit: only so many batches.
         seen: called with the rows of each batch that is done.
 
@@ -65,7 +67,7 @@ def recompute(
     if not names:
         return {}
     program = make_program(training, path, points, dtype=dtype, device=device, frozen=frozenset())
-    engine = ReferenceBackend(program, dtype, device)
+    engine = make_statistics(backend, program, dtype, device)
     sums = {name: total.to(device) for name, total in stage.sums.items()}
     count = 0
     for number, (inputs, _) in enumerate(batches):
@@ -126,17 +128,16 @@ def placeholders(graph: Graph, path: Path, points: int) -> dict[str, Tensor]:
     }
 
 
-def _add(program: Program, engine: ReferenceBackend, x: Inputs, names: list[Names], sums: dict[str, Tensor]) -> None:
+def _add(program: Program, engine: BatchStatistics, x: Inputs, names: list[Names], sums: dict[str, Tensor]) -> None:
     """Add the statistics of a batch at every point to the sums."""
     values = engine.shared(x)
     for segment in program.segments:
-        for point, row in enumerate(segment.rows.tolist()):
-            ((_, found),) = engine.outputs(segment, point, values, rows(x))
-            for pair, statistics in zip(names, found, strict=True):
-                for name, value in zip(pair, statistics, strict=True):
-                    if name not in sums:
-                        sums[name] = torch.zeros(len(program.points), *value.shape, dtype=torch.float64, device=value.device)
-                    sums[name][row] += value
+        for pair, statistics in zip(names, engine.statistics(segment, values, rows(x)), strict=True):
+            for name, value in zip(pair, statistics, strict=True):
+                if name not in sums:
+                    shape = len(program.points), *value.shape[1:]
+                    sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
+                sums[name][segment.rows] += value
 
 
 def training_graph(graph: Graph) -> tuple[Graph, list[Names]]:

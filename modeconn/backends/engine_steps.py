@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modeconn.graph import Node
 from modeconn.plan.program import Moving, Program, Term, VaryingStep
+from modeconn.plan.rules import static
 
 _PASS_THROUGH = ("clone", "alias", "detach", "dropout", "contiguous")
 
@@ -28,13 +29,13 @@ class Layer(Stage):
     """A step of the engine.
 
     A linear layer or convolution Σ_g columns[:, g] weights[g], with a bias likewise; a pooling; "add", the sum of several
-    values; "flatten"; or "terms", values from outside.
+    values; "batch_norm", by the statistics of the batch; "flatten"; or "terms", values from outside.
 
     Attributes:
         reads: the layer whose value it takes; -1: the chain's terms; None: the layer before it.
-        adds: of a layer with weights: one whose value is added before the activation.
+        adds: of a layer with weights or a "batch_norm": one whose value is added before the activation.
         inputs: of "add": the layers whose values it adds up.
-        norm: scale and shift [points, units] of a batch norm that follows.
+        norm: scale and shift [points, units] of a batch norm that follows, or of a "batch_norm" itself.
         terms, step: of "terms": as a chain has them.
     """
 
@@ -54,7 +55,12 @@ class Layer(Stage):
     @property
     def activates(self) -> bool:
         """Whether the engine applies an activation behind it."""
-        return self.columns is not None or self.op in ("add", "terms")
+        return self.sums or self.op in ("add", "terms")
+
+    @property
+    def sums(self) -> bool:
+        """Whether the engine can add another value to it."""
+        return self.columns is not None or self.op == "batch_norm"
 
     def at(self, points: slice, given: Given) -> dict[str, Any]:
         """The step as the engine takes it, for some of the points."""
@@ -67,8 +73,10 @@ class Layer(Stage):
             terms, columns = given(self.terms, self.step)
             return step | {"terms": terms, "coefficients": np.ascontiguousarray(columns[points])}
         step["input"] = self.reads
+        if self.sums:
+            step["add"] = self.adds
         if self.columns is not None:
-            step |= {"weights": self.weights, "coefficients": np.ascontiguousarray(self.columns[points]), "add": self.adds}
+            step |= {"weights": self.weights, "coefficients": np.ascontiguousarray(self.columns[points])}
         if self.bias_columns is not None:
             step |= {"biases": self.biases, "bias_coefficients": np.ascontiguousarray(self.bias_columns[points])}
         if self.norm is not None:
@@ -158,19 +166,29 @@ def fold_norm(before: Layer, step: VaryingStep, points: int) -> str:
     if before.columns is None or before.activation != "identity" or before.norm is not None or before.adds is not None:
         return "does not follow a linear layer or a convolution"
 
-    def vectors(position: int, absent: float) -> np.ndarray:
-        leaf = step.node.args[position]
-        if leaf is None:
-            return np.full((1, 1), absent)
-        arrays, columns = _blend(step.entries[leaf.index], points)
-        combined: np.ndarray = columns @ np.stack(arrays).astype(np.float64)
-        return combined
-
-    mean, var, weight, bias = (vectors(i, absent) for i, absent in ((1, 0.0), (2, 1.0), (3, 1.0), (4, 0.0)))
+    mean, var, weight, bias = (_vectors(step, i, absent, points) for i, absent in ((1, 0.0), (2, 1.0), (3, 1.0), (4, 0.0)))
     with np.errstate(invalid="ignore"):  # extrapolated variances may be negative: NaN, as PyTorch gives
         scale = weight / np.sqrt(var + step.node.args[5])
     before.norm = scale, bias - mean * scale
     return ""
+
+
+def batch_norm(step: VaryingStep, points: int, place: int) -> Layer:
+    """A norm by the statistics of the batch, of the value of layer `place`."""
+    node = step.node
+    weight, bias = (_vectors(step, i, absent, points) for i, absent in ((1, 1.0), (2, 0.0)))
+    scale, shift = (np.broadcast_to(v, (points, static(node.shape[1]))) for v in (weight, bias))
+    return Layer(op="batch_norm", reads=place, norm=(scale, shift), geometry={"of": place, "eps": node.args[3]})
+
+
+def _vectors(step: VaryingStep, position: int, absent: float, points: int) -> np.ndarray:
+    """A norm's argument at every point [points, channels], or [1, 1] where there is none."""
+    leaf = step.node.args[position]
+    if leaf is None:
+        return np.full((1, 1), absent)
+    arrays, columns = _blend(step.entries[leaf.index], points)
+    combined: np.ndarray = columns @ np.stack(arrays).astype(np.float64)
+    return combined
 
 
 def begin_with_layer(program: Program, chain: Chain) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modeconn import native
+from modeconn.backends.engine_steps import Given
 from modeconn.backends.reference import FusedSteps, ReferenceBackend, Values
 from modeconn.backends.regions import Region, find_region, find_regions
 from modeconn.errors import CannotRun
@@ -112,9 +113,7 @@ class NativeBackend(ReferenceBackend):
             return super().sums(segment, values, targets, head, tick)
         chain, engine = region.chain, native.extension()
 
-        def given(terms: tuple[Term, ...], step: int | None) -> tuple[list[np.ndarray], np.ndarray]:
-            return [_rows(values[term.value], self._dtype) for term in terms], np.stack([term.column for term in terms], axis=1)
-
+        given = given_values(values, self._dtype)
         terms, columns = given(chain.terms, None)
         sums = head.zeros(len(segment.rows), targets.device)
         wanted = [_SUMS[name] for name in head.names]
@@ -135,6 +134,15 @@ class NativeBackend(ReferenceBackend):
             sums[points] = torch.from_numpy(part[:, wanted])
             tick(points.stop - points.start)
         return sums
+
+
+def given_values(values: Values, dtype: torch.dtype) -> Given:
+    """Shared values as a whole segment's chain takes them."""
+
+    def given(terms: tuple[Term, ...], step: int | None) -> tuple[list[np.ndarray], np.ndarray]:
+        return [_rows(values[term.value], dtype) for term in terms], np.stack([term.column for term in terms], axis=1)
+
+    return given
 
 
 def _rows(value: Tensor, dtype: torch.dtype) -> np.ndarray:

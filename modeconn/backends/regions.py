@@ -58,7 +58,7 @@ def find_region(program: Program, segment: Segment) -> Region | str:
     form = segment.outputs[output]
     if isinstance(form, Combination):
         return Region(0, -1, Chain(form.terms))
-    builder = _Builder(program, segment, 0)
+    builder = Builder(program, segment, 0)
     for index in range(len(segment.steps)):
         reason = builder.add(index)
         if reason:
@@ -90,14 +90,14 @@ def find_regions(program: Program, segment: Segment) -> list[Region]:
 
 
 def _longest(program: Program, segment: Segment, start: int) -> Region | None:
-    builder, ends = _Builder(program, segment, start), []
+    builder, ends = Builder(program, segment, start), []
     for index in range(start, len(segment.steps)):
         if builder.add(index):
             break
         if builder.ends(index):
             ends.append(index)
     for last in reversed(ends):
-        builder = _Builder(program, segment, start)
+        builder = Builder(program, segment, start)
         for index in range(start, last + 1):
             builder.add(index)
         if any(layer.columns is not None for layer in builder.chain.layers):
@@ -105,7 +105,7 @@ def _longest(program: Program, segment: Segment, start: int) -> Region | None:
     return None
 
 
-class _Builder:
+class Builder:
     """Turns steps from `start` on into a chain, one after the other."""
 
     def __init__(self, program: Program, segment: Segment, start: int) -> None:
@@ -142,10 +142,9 @@ class _Builder:
             return self._add_sum(index, step)
         if len(step.inputs) != 1:
             return "does not follow the step before it"
-        reason, place = self._read(step.inputs[0])
+        reason, place, alone = self._read_alone(step.inputs[0])
         if reason:
             return reason
-        alone = isinstance(step.inputs[0], int) and self._alone.get(step.inputs[0], False)
         size = self.program.graph.nodes[node.inputs[0]].shape[2:] if self._image(node.inputs[0]) else ()
         if passes_through(node, size):
             self._put(index, place, alone)
@@ -201,7 +200,7 @@ class _Builder:
         later, other = max(places), min(places)
         owner = step.inputs[places.index(later)]
         layer = self.chain.layers[later] if later >= 0 else None
-        free = layer is not None and layer.columns is not None and layer.activation == "identity" and layer.adds is None
+        free = layer is not None and layer.sums and layer.activation == "identity" and layer.adds is None
         if layer is not None and free and other < later and isinstance(owner, int) and self._alone.get(owner, False):
             layer.adds = other
         else:
@@ -235,6 +234,11 @@ class _Builder:
                 return reason, -1
             self._sources[key] = place
         return "", self._sources[key]
+
+    def _read_alone(self, value: Combination | int) -> tuple[str, int, bool]:
+        """The same, and whether no other step reads it."""
+        reason, place = self._read(value)
+        return reason, place, isinstance(value, int) and self._alone.get(value, False)
 
     def _source(self, given: Chain, image: bool) -> tuple[str, int]:
         """Begin the chain with some terms or an earlier step's value, or take them up later."""
