@@ -7,7 +7,7 @@ import os
 import torch
 
 from modeconn.plan.program import Program, SharedStep, VaryingStep
-from modeconn.plan.rules import static
+from modeconn.plan.units import static
 
 # What is assumed where the machine does not say: per core, and the least that is common today.
 _DEFAULT_L2 = 1 << 20

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modeconn.graph import Node
 from modeconn.plan.program import Moving, Program, Term, VaryingStep
-from modeconn.plan.rules import static
+from modeconn.plan.units import static
 
 _PASS_THROUGH = ("clone", "alias", "detach", "dropout", "contiguous")
 

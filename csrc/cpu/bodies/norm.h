@@ -39,7 +39,8 @@ void moments_of(int64_t pixels, int64_t pitch, int samples, const typename S::T*
   for (int u = 0; u < R; ++u) {
     double shift = sum_of<S, NV>(off[u], samples) / n;
     mean[u] = double(about[u][0]) + shift;
-    squares[u] = sum_of<S, NV>(square[u], samples) - n * shift * shift;
+    double sum = sum_of<S, NV>(square[u], samples) - n * shift * shift;
+    squares[u] = sum < 0 ? 0 : sum;
   }
 }
 
