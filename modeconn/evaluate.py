@@ -79,7 +79,8 @@ def evaluate(
         buffers: "interpolate" the norms' running statistics with the weights, keep those of the path's "start", or
             "recompute" them for all points in a pass of its own: what PyTorch gives at each point after
             `reset_running_stats()` with `momentum=None` and a pass in training mode, dropout off.
-        backend: "auto", or a backend by name, which then runs or raises.
+        backend: "auto", or a backend by name, which then runs or raises. What is recomputed runs in the C++ engine by "auto"
+            and "native", where it knows the network, and by plain PyTorch otherwise.
         device: of the computation; by default where the path's control points are.
         batch_size: rows per batch; by default what fits `memory_budget`. Sums do not depend on it, up to rounding. What is
             recomputed does: a batch gives one estimate of the statistics, and by default has 128 rows.

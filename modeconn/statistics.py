@@ -3,7 +3,7 @@
 Between two networks the blend of their norms' running statistics is not what the network in between has: its activations
 are other ones. Re-estimating them point by point, as Garipov et al. 2018 do (`update_bn`), costs a pass per point. Here
 every norm of the captured graph is replaced by one that normalises by the statistics of the batch, as in training, and
-hands them out; that graph is planned and run like any other, for all points at once.
+hands them out; that graph is planned like any other, and run for all points at once (backends/batch_statistics.py).
 """
 
 from __future__ import annotations
