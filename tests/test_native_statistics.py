@@ -147,6 +147,22 @@ class Twice(nn.Module):
         return self.out(F.gelu(self.after(self.hidden(self.rows(y.flatten(1))))))
 
 
+class Shared(nn.Module):
+    """What is pooled is read elsewhere, too: behind the first norm, and before the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.pool = nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.MaxPool2d(2)
+        self.down, self.next, self.last = nn.Conv2d(5, 5, 2, 2), nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+        self.out = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm(self.conv(x)))
+        y, z = self.pool(y), self.down(y)
+        z = self.pool(F.relu(self.next(z))) + self.pool(z)
+        return self.out(F.relu(self.last(self.pool(y) + z)).mean((2, 3)))
+
+
 def pooled(pool: nn.Module, act: nn.Module | None = None) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 7, 3, padding=1), nn.BatchNorm2d(7), act or nn.ReLU(), pool,
@@ -165,6 +181,7 @@ def rows_net(norm: type[nn.Module] = nn.BatchNorm1d) -> nn.Sequential:
 NETS = {
     "residual": Residual,
     "twice": Twice,
+    "shared": Shared,
     "pool": lambda: pooled(nn.MaxPool2d(2)),
     "rows left over": lambda: pooled(nn.MaxPool2d(3, 5)),
     "overlapping": lambda: pooled(nn.MaxPool2d(3, 2, 1)),
