@@ -153,14 +153,14 @@ class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm, self.pool = nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.MaxPool2d(2)
-        self.down, self.next, self.last = nn.Conv2d(5, 5, 2, 2), nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+        self.shrink, self.down = nn.Conv2d(5, 5, 2, 2), nn.Conv2d(5, 5, 2)
+        self.next, self.last = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
         self.out = nn.Linear(5, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm(self.conv(x)))
-        y, z = self.pool(y), self.down(y)
-        z = self.pool(F.relu(self.next(z))) + self.pool(z)
-        return self.out(F.relu(self.last(self.pool(y) + z)).mean((2, 3)))
+        z = self.down(self.pool(y) + self.shrink(y))
+        return self.out(F.relu(self.last(self.pool(F.relu(self.next(z))) + self.pool(z))).mean((2, 3)))
 
 
 def pooled(pool: nn.Module, act: nn.Module | None = None) -> nn.Sequential:
