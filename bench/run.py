@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--gpt", action="store_true", help="two small GPT instead")
     parser.add_argument("--recompute", action="store_true", help="batch-norm statistics recomputed along the ResNet line")
     parser.add_argument("--plane", action="store_true", help="a plane of --points × --points through three MNIST networks")
-    parser.add_argument("--backends", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--backends", nargs="+", default=list(NAMES), choices=("auto", *NAMES))
     parser.add_argument(
         "--warm", action=argparse.BooleanOptionalAction, default=False, help="run everything once, untimed, first"
     )

@@ -22,11 +22,15 @@ from modeconn.backends.engine_steps import (
     step_layers,
 )
 from modeconn.graph import In, Node
+from modeconn.ops import mkl_falls_behind
 from modeconn.plan.program import Combination, Program, Segment, Varying, VaryingStep
 
 # "auto" leaves a region to the reference backend where it does fewer operations per number that it takes or gives: bringing
 # them into the engine's layout and back then costs more than is saved.
 _WORTH = 64.0
+# The same where it has no convolution: PyTorch's products of matrices are as fast as the engine's, unless MKL leaves out
+# instructions that the CPU has, and only the values between the layers stay nearer.
+_WORTH_OF_LINEARS = 2048.0
 # And where it has fewer layers with weights than this, or less than this share of its segment's arithmetic.
 _LAYERS, _SHARE = 2, 0.05
 
@@ -44,7 +48,8 @@ class Region:
         steps = segment.steps[self.first : self.last + 1]
         flops = sum(step.flops for step in steps)
         layers = sum(layer.columns is not None for layer in self.chain.layers)
-        worth = flops >= _WORTH * (self.chain.numbers + steps[-1].numbers)
+        convolves = mkl_falls_behind() or any(step.node.op == "conv2d" for step in steps)
+        worth = flops >= (_WORTH if convolves else _WORTH_OF_LINEARS) * (self.chain.numbers + steps[-1].numbers)
         return layers >= _LAYERS and worth and flops >= _SHARE * segment.flops
 
 
