@@ -25,7 +25,7 @@ def resident(data: Any, device: torch.device, free: Callable[[], int] | None = N
     if device.type != "cuda" or not isinstance(data, (tuple, list)) or len(data) != 2:
         return data
     inputs, targets = data
-    parts = [targets, *(inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else [inputs])]
+    parts = [targets, *(leaves(inputs) if isinstance(inputs, (Tensor, dict, tuple)) else [inputs])]
     if not all(isinstance(part, Tensor) for part in parts):
         return data
     limit = _SHARE * (free() if free else torch.cuda.mem_get_info(device)[0])

@@ -29,13 +29,6 @@ def samples(kind: str, points: int, rows: int, width: int) -> Tensor | Blended:
     return torch.randn(rows, width) if kind == "shared" else torch.randn(points, rows, width)
 
 
-def in_float64(value: Any) -> Any:
-    """The same, wider; what is no tensor stays as it is."""
-    if isinstance(value, Blended):
-        return Blended(value.tensors.double(), value.coefficients.double())
-    return value.double() if isinstance(value, Tensor) else value
-
-
 def leaves(value: Any) -> list[Tensor]:
     """The tensors of an argument that gradients go to."""
     if isinstance(value, (list, tuple)):
@@ -47,16 +40,16 @@ def leaves(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
 
 
-def copied(value: Any, dtype: torch.dtype) -> Any:
-    """An argument in another precision, its tensors new leaves."""
+def copied(value: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """An argument in another precision, detached; what is no tensor stays as it is."""
     if isinstance(value, (list, tuple)):
-        return [copied(item, dtype) for item in value]
+        return type(value)(copied(item, dtype) for item in value)
     if isinstance(value, PathLayer):
         return PathLayer(copied(value.weight, dtype), copied(value.bias, dtype), value.activation, value.slope)
     if isinstance(value, Blended):
         return Blended(copied(value.tensors, dtype), value.coefficients.to(dtype))
     if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().to(dtype).requires_grad_()
+        return value.detach().to(dtype)
     return value
 
 
@@ -65,6 +58,8 @@ def compare(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], arg
     results = []
     for function, dtype in ((kernel, torch.float32), (reference, torch.float32), (reference, torch.float64)):
         given = [copied(argument, dtype) for argument in arguments]
+        for leaf in leaves(given):
+            leaf.requires_grad_()
         out = function(*given, **options)
         loss = out[:, 0] if out.shape[-1] == 3 and out.dim() == 2 else out
         torch.manual_seed(1)

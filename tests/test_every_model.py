@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -124,16 +125,12 @@ def test_loss_and_error_with_recomputed_statistics(name):
     x, y = torch.randn(15, 3, size, size, generator=torch.Generator().manual_seed(1)).double(), torch.arange(15) % 10
     for kind, make_path in PATHS.items():
         path = make_path(networks)
-        plain = exact = None
-        for precision, backend in (("float64", "reference"), ("float32", "auto")):
-            options = {"buffers": "recompute", "batch_size": 8, "precision": precision, "backend": backend}
-            got = mc.evaluate(networks[0], path, (x, y), 21, **options)
-            if exact is None:
-                plain, exact = (
-                    re_estimated(networks[0], path, x, y, got.t, dtype, batch_size=8)
-                    for dtype in (torch.float32, torch.float64)
-                )
+        t = np.linspace(0, 1, 21)
+        plain = {dtype: re_estimated(networks[0], path, x, y, t, dtype, batch_size=8) for dtype in DTYPES}
+        for dtype, backend in ((torch.float64, "reference"), (torch.float64, "auto"), (torch.float32, "auto")):
+            options = {"buffers": "recompute", "batch_size": 8, "precision": str(dtype)[6:], "backend": backend}
+            got = mc.evaluate(networks[0], path, (x, y), t, **options)
             assert (got.passes, got.samples) == (2, 15)
             for metric in ("loss", "error"):
-                what = f"{metric} of {name} along a {kind} at {precision}"
-                assert_within_policy(what, got.values[metric], plain[metric], exact[metric], getattr(torch, precision))
+                what = f"{metric} of {name} along a {kind} by {backend}"
+                assert_within_policy(what, got.values[metric], plain[dtype][metric], plain[torch.float64][metric], dtype)

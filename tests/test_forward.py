@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -69,6 +70,14 @@ def chain() -> tuple[nn.Sequential, mc.PolyChain]:
     again["2.weight"][:6] = 0
     again["2.bias"][:6] = 1
     return model, mc.PolyChain([*points, rewritten, swung, again])
+
+
+# A network, a path, and inputs.
+KINDS: dict[str, Callable[[], tuple[nn.Module, Path, Tensor]]] = {
+    "mlp": lambda: (mlp(7, 9, 4), mc.Bezier([mlp(7, 9, 4, seed=k) for k in range(3)]), torch.randn(5, 7)),
+    "conv": lambda: (conv(0), mc.Line(conv(0), conv(1)), torch.randn(5, 3, 8, 8)),
+    "chain": lambda: (*chain(), torch.randn(5, 7)),
+}
 
 
 def test_a_perceptron():
@@ -225,16 +234,13 @@ def test_backends_and_what_they_refuse():
 
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
-@pytest.mark.parametrize("kind", ["mlp", "conv", "chain"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_backend_gives_these_outputs(kind, backend):
     if backend == "native" and not native.available():
         pytest.skip(native.reason())
     if backend == "triton":
         pytest.importorskip("triton")
-    model, path = chain() if kind == "chain" else (conv(0), mc.Line(conv(0), conv(1))) if kind == "conv" else (
-        mlp(7, 9, 4, seed=0), mc.Bezier([mlp(7, 9, 4, seed=k) for k in range(3)])
-    )  # fmt: skip
-    x = torch.randn(5, *([3, 8, 8] if kind == "conv" else [7]))
+    model, path, x = KINDS[kind]()
     t = np.array([0.9, 0.1, 0.5, 0.1])
     got = forward(model, path, t, x, backend=backend)
     plain, exact = (call_per_point(model, path, t, x, dtype) for dtype in (torch.float32, torch.float64))
@@ -305,14 +311,12 @@ def test_gradients_are_those_of_autograd(kind):
         assert not engine(x).requires_grad
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv", "chain"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_by_the_kernels(kind):
     pytest.importorskip("triton")
-    model, path = chain() if kind == "chain" else (conv(0), mc.Line(conv(0), conv(1))) if kind == "conv" else (
-        mlp(7, 9, 4, seed=0), mc.Bezier([clone(mlp(7, 9, 4, seed=k)) for k in range(3)])
-    )  # fmt: skip
+    model, path, x = KINDS[kind]()
     model.eval()
-    x = torch.randn(3, *([3, 8, 8] if kind == "conv" else [7]), requires_grad=True)
+    x.requires_grad_()
     moving = [value for point in path.control_points for key, value in point.items() if key.endswith(("weight", "bias"))]
     for value in moving:
         value.requires_grad_()

@@ -25,6 +25,8 @@ from policy import FLOOR, assert_within_policy
 
 pytest.importorskip("triton")
 
+from kernel_cases import copied
+
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]
 
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -55,21 +57,12 @@ def op(name: str, file: str = "") -> tuple[Callable[..., Any], Callable[..., Any
     return getattr(module, name), getattr(module, f"{name}_reference")
 
 
-def wide(value: Any) -> Any:
-    """The same in float64."""
-    if isinstance(value, Blended):
-        return Blended(value.tensors.double(), value.coefficients.double())
-    if isinstance(value, list):
-        return [type(v)(wide(v.weight), wide(v.bias), v.activation, v.slope) for v in value]
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
 def judge(name: str, arguments: tuple[Any, ...], options: dict[str, Any], precision: str | None = None, file: str = "") -> None:
     """A kernel's output against its reference in float64."""
     function, reference = op(name, file)
     got = function(*arguments, **options, **({} if precision is None else {"precision": precision}))
     plain = reference(*arguments, **options)
-    exact = reference(*map(wide, arguments), **{key: wide(value) for key, value in options.items()})
+    exact = reference(*map(copied, arguments), **{key: copied(value) for key, value in options.items()})
     got, plain, exact = (v.detach().double().cpu().numpy() for v in (got, plain, exact))
     if precision in ROUNDED:
         floor = FLOOR[torch.float32] * torch.finfo(torch.float32).eps

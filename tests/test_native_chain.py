@@ -89,9 +89,11 @@ def make(rows, widths, points, dtype, activation="relu", first="identity", terms
     )
 
 
-def outputs(case, isa, threads=1, pad=0):
+def outputs(case, isa, threads=1, pad=0, width=None):
+    """Into memory full of NaN; what lies between the rows must stay. `width`: of an output, if it does not end with a layer."""
     points, rows = len(case["coefficients"]), len(case["terms"][0])
-    width = len(case["layers"][-1]["weights"][0]) if case["layers"] else case["terms"][0].shape[1]
+    if width is None:
+        width = len(case["layers"][-1]["weights"][0]) if case["layers"] else case["terms"][0].shape[1]
     store = np.full((points, rows, width + pad), np.nan, case["terms"][0].dtype)
     engine.chain_outputs(
         case["terms"],

@@ -11,7 +11,7 @@ from policy import assert_within_policy
 
 pytest.importorskip("triton")
 
-from kernel_cases import blended, in_float64
+from kernel_cases import blended, copied
 from modeconn.errors import ModeconnError
 from modeconn.kernels import path_conv2d as module
 from modeconn.kernels.blended import Blended
@@ -43,8 +43,8 @@ def check(x: Any, weight: Blended, bias: Blended | None = None, **options: Any) 
     got = path_conv2d(x, weight, bias, **options)
     options.pop("precision", None)
     plain = path_conv2d_reference(x, weight, bias, **options)
-    wide = {name: in_float64(value) for name, value in options.items()}
-    referee = path_conv2d_reference(*map(in_float64, (x, weight, bias)), **wide)
+    wide = {name: copied(value) for name, value in options.items()}
+    referee = path_conv2d_reference(*map(copied, (x, weight, bias)), **wide)
     assert_within_policy("conv2d", got, plain, referee, torch.float32)
     assert got.movedim(2, -1).is_contiguous(), "not channels last"
     return got
@@ -163,7 +163,7 @@ def test_no_channels():
 def test_bf16_rounds_the_operands_and_nothing_else():
     """Each operand by less than 2⁻⁷ of itself (the interpreter cuts off), and what bfloat16 holds not at all."""
     x, weight = torch.randn(2, 2, 18, 5, 5), blended(2, 2, 5, 18, 3, 3)
-    got, referee = path_conv2d(x, weight, precision="bf16"), path_conv2d_reference(in_float64(x), in_float64(weight))
+    got, referee = path_conv2d(x, weight, precision="bf16"), path_conv2d_reference(copied(x), copied(weight))
     at = weight.formed()
     sizes = torch.cat([path_conv2d_reference(x[t : t + 1].abs(), Blended.fixed(at[t].abs(), 1)) for t in range(2)])
     assert ((got - referee).abs() <= (2 * 2**-7 + 2**-14) * sizes).all()
@@ -178,7 +178,7 @@ def test_half_precision_in_memory(dtype):
     x, weight = torch.randn(2, 2, 3, 5, 5).to(dtype), blended(2, 2, 4, 3, 3, 3)
     got = path_conv2d(x, weight, residual=torch.ones(2, 2, 4, 3, 3).to(dtype))
     assert got.dtype == dtype
-    referee = path_conv2d_reference(x.double(), in_float64(weight), residual=torch.ones(2, 2, 4, 3, 3).double())
+    referee = path_conv2d_reference(x.double(), copied(weight), residual=torch.ones(2, 2, 4, 3, 3).double())
     assert (got.double() - referee).abs().max() <= torch.finfo(dtype).eps * referee.abs().max()
 
 

@@ -11,7 +11,7 @@ from policy import assert_within_policy
 
 pytest.importorskip("triton")
 
-from kernel_cases import blended, in_float64
+from kernel_cases import blended, copied
 from modeconn.errors import ModeconnError
 from modeconn.kernels import path_norm as module
 from modeconn.kernels.path_norm import (
@@ -36,7 +36,7 @@ def _seed() -> None:
 def check(function: Any, reference: Any, *arguments: Any, **options: Any) -> None:
     """Compare all results with the reference's."""
     got, plain = function(*arguments, **options), reference(*arguments, **options)
-    referee = reference(*map(in_float64, arguments), **options)
+    referee = reference(*map(copied, arguments), **options)
     for number, values in enumerate(zip(*(v if isinstance(v, tuple) else (v,) for v in (got, plain, referee)))):
         assert_within_policy(f"{function.__name__}, result {number}", *values, torch.float32)
 

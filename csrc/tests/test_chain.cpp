@@ -2,10 +2,10 @@
 // array ends exactly where it must, so that a read or write beyond it is caught.
 #include <cmath>
 #include <cstdio>
-#include <random>
 #include <vector>
 
 #include "../engine/chain.h"
+#include "draw.h"
 
 namespace modeconn {
 
@@ -13,15 +13,6 @@ int check_images(const Context& context);      // test_images.cpp
 int check_statistics(const Context& context);  // test_statistics.cpp
 
 namespace {
-
-std::mt19937 random_bits(1);
-
-template <class T> std::vector<T> draw(int64_t n, double scale = 1) {
-  std::normal_distribution<double> normal(0, scale);
-  std::vector<T> v(n);
-  for (T& x : v) x = T(normal(random_bits));
-  return v;
-}
 
 template <class T> double check(const Context& context, int64_t rows, std::vector<int64_t> widths, int64_t points, Act act, int threads) {
   std::vector<std::vector<T>> store;

@@ -2,22 +2,14 @@
 #include <cmath>
 #include <cstdio>
 #include <limits>
-#include <random>
 
 #include "../engine/chain.h"
+#include "draw.h"
 
 namespace modeconn {
 namespace {
 
 using Values = std::vector<double>;
-std::mt19937 random_bits(2);
-
-template <class T> std::vector<T> draw(int64_t n) {
-  std::normal_distribution<double> normal;
-  std::vector<T> v(n);
-  for (T& x : v) x = T(normal(random_bits));
-  return v;
-}
 
 template <class T> Values plain(const Step<T>& s, const Values& x, const Values* more) {
   Values y;

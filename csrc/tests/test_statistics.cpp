@@ -2,22 +2,14 @@
 // behind a pooling that is taken first, one of a sum, and one whose value nobody reads.
 #include <cmath>
 #include <cstdio>
-#include <random>
 
 #include "../engine/statistics.h"
+#include "draw.h"
 
 namespace modeconn {
 namespace {
 
 using Values = std::vector<double>;  // [rows][channels][pixels]
-std::mt19937 random_bits(3);
-
-template <class T> std::vector<T> draw(int64_t n) {
-  std::normal_distribution<double> normal;
-  std::vector<T> v(n);
-  for (T& x : v) x = T(normal(random_bits));
-  return v;
-}
 
 // The mean and the unbiased variance of a channel.
 std::pair<double, double> moments(const Values& x, const Image& image, int64_t c) {

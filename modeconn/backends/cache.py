@@ -11,8 +11,9 @@ from modeconn.plan.units import static
 
 # What is assumed where the machine does not say: per core, and the least that is common today.
 _DEFAULT_L2 = 1 << 20
-# Fewer rows than this in a matrix product no longer amortise the cost of the call, nor do fewer samples, whatever they have.
-_LEAST, _FEWEST = 128, 8
+# Fewer rows than this in a matrix product no longer amortise the cost of the call; nor do fewer samples, in the many small
+# steps of a transformer.
+_LEAST, _FEWEST = 128, 16
 # Bytes that the widest step of a block may take all the same: the logits of long texts over a large vocabulary, say.
 _MOST_BYTES = 256 << 20
 

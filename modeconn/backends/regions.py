@@ -48,8 +48,8 @@ class Region:
         steps = segment.steps[self.first : self.last + 1]
         flops = sum(step.flops for step in steps)
         layers = sum(layer.columns is not None for layer in self.chain.layers)
-        convolves = mkl_falls_behind() or any(step.node.op == "conv2d" for step in steps)
-        worth = flops >= (_WORTH if convolves else _WORTH_OF_LINEARS) * (self.chain.numbers + steps[-1].numbers)
+        faster = mkl_falls_behind() or any(step.node.op == "conv2d" for step in steps)
+        worth = flops >= (_WORTH if faster else _WORTH_OF_LINEARS) * (self.chain.numbers + steps[-1].numbers)
         return layers >= _LAYERS and worth and flops >= _SHARE * segment.flops
 
 

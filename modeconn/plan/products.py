@@ -13,6 +13,14 @@ from modeconn.plan.rule import Fit, Mismatch, Rule, Shapes, Support
 from modeconn.plan.units import Shape, Units, static
 
 
+def _by_bias(node: Node, moving: frozenset[int]) -> str:
+    return "affine" if len(node.entries) > 1 else "homogeneous"
+
+
+def _weight_and_bias(node: Node) -> frozenset[int]:
+    return frozenset(range(len(node.entries)))
+
+
 class Product(Rule):
     """Linear layers and ungrouped convolutions, transposed or not: a weight and maybe a bias [out].
 
@@ -23,11 +31,8 @@ class Product(Rule):
     """
 
     def __init__(self, outputs: int = 0, inputs: int = 1, bias_first: bool = False, last: bool = False) -> None:
-        super().__init__("affine", lambda node: frozenset(range(len(node.entries))))
+        super().__init__(_by_bias, _weight_and_bias)
         self._outputs, self._inputs, self._weight, self._last = outputs, inputs, int(bias_first), last
-
-    def linearity(self, node: Node, moving: frozenset[int]) -> str:
-        return "affine" if len(node.entries) > 1 else "homogeneous"
 
     def _axis(self, node: Node) -> int:
         return len(node.shape) - 1 if self._last else 1
@@ -63,11 +68,8 @@ class Grouped(Rule):
     """
 
     def __init__(self, transposed: bool = False) -> None:
-        super().__init__("affine", lambda node: frozenset(range(len(node.entries))))
+        super().__init__(_by_bias, _weight_and_bias)
         self._transposed = transposed
-
-    def linearity(self, node: Node, moving: frozenset[int]) -> str:
-        return "affine" if len(node.entries) > 1 else "homogeneous"
 
     def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
         index = wanted.get(1)

@@ -1,7 +1,7 @@
 // Batch norm with the statistics of the batch: the moments of each unit's values, and their normalisation.
 #pragma once
 #include "../context.h"
-#include "math.h"
+#include "product.h"
 #include "vector.h"
 
 namespace modeconn {
@@ -55,7 +55,6 @@ void moments(int64_t pixels, int64_t pitch, int units, int samples, const typena
 template <class S, int NV>
 void normalise(int64_t pixels, int64_t units, const typename S::T* x, const typename S::T* scale, const typename S::T* shift,
                const typename S::T* add, Activation act, typename S::T* out) {
-  using T = typename S::T;
   using V = typename S::V;
   constexpr int L = S::L, panel = NV * L;
   for (int64_t p = 0; p < pixels; ++p)
@@ -64,9 +63,7 @@ void normalise(int64_t pixels, int64_t units, const typename S::T* x, const type
       for (int64_t v = (p * units + u) * panel, end = v + panel; v < end; v += L) {
         V y = a * load<S>(x + v) + b;
         if (add) y += load<S>(add + v);
-        if (act.kind == Act::relu) y = apply<S, Act::relu>(y, 0);
-        if (act.kind == Act::leaky_relu) y = apply<S, Act::leaky_relu>(y, T(act.slope));
-        store<S>(out + v, y);
+        store<S>(out + v, fused<S>(act, y));
       }
     }
 }
