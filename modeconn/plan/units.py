@@ -6,9 +6,9 @@ two parts of a value have a smallest part that holds both.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Units:
     def __init__(self, along: Mapping[int, np.ndarray]) -> None:
         self.along = dict(sorted(along.items()))
 
-    @cached_property
+    @functools.cached_property
     def key(self) -> tuple[tuple[int, bytes], ...]:
         """Equal for equal units."""
         return tuple((axis, index.tobytes()) for axis, index in self.along.items())
@@ -148,6 +148,7 @@ def _index(units: Units, axis: int, size: int) -> np.ndarray:
 _ROWS = (1009, 1013)
 
 
+@functools.lru_cache(maxsize=1024)  # the layers of a network have few different shapes
 def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
     """The axes of two views, in runs that have equally many numbers, as short as may be."""
     groups: list[tuple[list[int], list[int]]] = []
