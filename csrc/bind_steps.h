@@ -25,8 +25,13 @@ template <class T> class StepReader {
     else if (op_ == "conv2d" || op_ == "max_pool2d" || op_ == "avg_pool2d") window_step();
     else if (op_ == "batch_norm") norm();
     else if (op_ == "add") sum();
+    else if (op_ == "affine") affine();
+    else if (op_ == "take") take();
+    else if (op_ == "concat") concat();
     else if (op_ == "terms") more_terms();
-    else refuse(what_, ".op must be linear, conv2d, max_pool2d, avg_pool2d, batch_norm, flatten, add or terms, got '", op_, "'");
+    else
+      refuse(what_, ".op must be linear, conv2d, max_pool2d, avg_pool2d, batch_norm, affine, flatten, add, take, concat or terms, got '", op_,
+             "'");
   }
 
   Chain<T> finish() {
@@ -137,19 +142,63 @@ template <class T> class StepReader {
     values_.push_back({false, 0, chain_.layers[0].out});
   }
 
+  std::vector<Value> inputs() const {
+    std::vector<Value> values;
+    if (d_.contains("inputs"))
+      for (const auto& i : py::cast<py::sequence>(d_["inputs"])) values.push_back(value_at(i, "inputs"));
+    if (values.empty()) refuse(what_, " (", op_, ") must have inputs");
+    return values;
+  }
+
   void sum() {
     only({"inputs", "activation", "slope"});
-    auto indices = d_.contains("inputs") ? py::cast<py::sequence>(d_["inputs"]) : py::sequence(py::list());
-    if (py::len(indices) == 0) refuse(what_, " (add) must have inputs");
     Step<T> s{};
     s.op = Op::sum, s.act = act();
-    const Value& first = value_at(indices[0], "inputs");
-    for (const auto& i : indices) {
-      const Value& v = value_at(i, "inputs");
-      if (text(v) != text(first)) refuse(what_, ".inputs must be of one shape, got ", text(first), " and ", text(v));
+    const std::vector<Value> values = inputs();
+    for (const Value& v : values) {
+      if (text(v) != text(values[0])) refuse(what_, ".inputs must be of one shape, got ", text(values[0]), " and ", text(v));
       s.inputs.push_back(v.index);
     }
-    s.in = s.out = first.shape;
+    s.in = s.out = values[0].shape;
+    push(std::move(s), values[0].image);
+  }
+
+  void affine() {
+    only({"input", "add", "scale", "shift", "activation", "slope"});
+    const Value v = input();
+    if (!d_.contains("scale") || !d_.contains("shift")) refuse(what_, " (affine) must have scale and shift");
+    Step<T> s{};
+    s.op = Op::affine, s.inputs = {v.index}, s.in = s.out = v.shape, s.act = act();
+    s.norm.scale = dense("scale", v.shape.channels), s.norm.shift = dense("shift", v.shape.channels);
+    read_add(s, v.image);
+    push(std::move(s), v.image);
+  }
+
+  void take() {
+    only({"input", "channels", "activation", "slope"});
+    const Value v = input();
+    Step<T> s{};
+    s.op = Op::take, s.inputs = {v.index}, s.in = s.out = v.shape, s.act = act();
+    if (d_.contains("channels")) s.channels = py::cast<std::vector<int64_t>>(d_["channels"]);
+    if (s.channels.empty()) refuse(what_, " (take) must have channels");
+    for (int64_t c : s.channels)
+      if (c < 0 || c >= v.shape.channels) refuse(what_, ".channels must be in [0, ", v.shape.channels, "), got ", c);
+    s.out.channels = int64_t(s.channels.size());
+    push(std::move(s), v.image);
+  }
+
+  void concat() {
+    only({"inputs", "activation", "slope"});
+    Step<T> s{};
+    s.op = Op::concat, s.act = act();
+    const std::vector<Value> values = inputs();
+    const Value& first = values[0];
+    s.in = s.out = first.shape, s.out.channels = 0;
+    for (const Value& v : values) {
+      if (v.image != first.image || v.shape.height != first.shape.height || v.shape.width != first.shape.width)
+        refuse(what_, ".inputs must be rows, or images of one size, got ", text(first), " and ", text(v));
+      s.inputs.push_back(v.index), s.channels.push_back(v.shape.channels), s.out.channels += v.shape.channels;
+    }
     push(std::move(s), first.image);
   }
 

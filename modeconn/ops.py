@@ -57,11 +57,12 @@ class Take:
     """
 
     def __init__(self, along: Mapping[int, np.ndarray]) -> None:
-        self._along = {axis: torch.from_numpy(index) for axis, index in along.items()}
+        self.along = dict(along)
+        self._index = {axis: torch.from_numpy(index) for axis, index in along.items()}
 
     def __call__(self, x: Tensor) -> Tensor:
         """The part of x; a view of it where the indices follow each other."""
-        for axis, index in self._along.items():
+        for axis, index in self._index.items():
             first, count = int(index[0]), len(index)
             if int(index[-1]) - first + 1 == count:
                 x = x.narrow(axis, first, count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -351,6 +352,79 @@ def test_inputs_and_labels_of_any_layout():
     path = mc.PolyChain([a, b, {**clone(b), "2.bias": torch.zeros(10)}])
     ours = mc.evaluate(a, path, (wide[:, ::2], labels.int()), 9, backend="native")
     np.testing.assert_allclose(ours.loss, mc.evaluate(a, path, (X, Y), 9, backend="reference").loss, rtol=1e-6)
+
+
+class NormFirst(nn.Module):
+    """A block of a residual network whose norms come first, or of a dense one."""
+
+    def __init__(self, width: int, out: int, dense: bool) -> None:
+        super().__init__()
+        self.dense, inner = dense, width if dense else out
+        self.norm1, self.conv1 = (
+            nn.BatchNorm2d(width),
+            nn.Conv2d(width, inner, 1 if dense else 3, padding=1 - dense, bias=False),
+        )
+        self.norm2, self.conv2 = nn.BatchNorm2d(inner), nn.Conv2d(inner, out, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(torch.relu(self.norm1(x)))
+        y = self.conv2(torch.relu(self.norm2(y)))
+        return torch.cat([x, y], 1) if self.dense else x + y
+
+
+def norms_first(seed: int, dense: bool) -> nn.Sequential:
+    torch.manual_seed(seed)
+    blocks = [NormFirst(7 + 5 * i * dense, 5 if dense else 7, dense) for i in range(3)]
+    last = 22 if dense else 7
+    net = nn.Sequential(
+        nn.Conv2d(2, 7, 3, padding=1), *blocks, nn.BatchNorm2d(last), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(last, 10),
+    )  # fmt: skip
+    net(3 * IMAGES + 1)
+    return net
+
+
+def runs_whole(model: nn.Module, path: mc.Line, x: Tensor) -> list[str]:
+    """The engine's steps of a line that is one region."""
+    program = mc.explain(model, path, x, 5).program
+    region = find_region(program, program.segments[0])
+    assert isinstance(region, Region), region
+    return [layer.op for layer in region.chain.layers]
+
+
+@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_networks_whose_norms_come_first_run_whole(dense, precision):
+    nets = [norms_first(seed, dense) for seed in range(2)]
+    steps = runs_whole(nets[0], mc.Line(*nets), IMAGES)
+    assert steps.count("affine") == 4 and steps.count("concat") == 3 * dense
+    agrees(nets[0], mc.Line(*nets), IMAGES, Y[:67], 5, precision)
+
+
+@pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
+def test_channels_that_nobody_reads_behind_a_sum_run_whole():
+    nets = [resnet(seed) for seed in range(2)]
+    a, b = (clone(net) for net in nets)
+    a["fc.weight"][:, 3:9] = b["fc.weight"][:, 3:9] = 0
+    x = torch.randn(19, 3, 32, 32)
+    assert "take" in runs_whole(nets[0], mc.Line(a, b), x)
+    agrees(nets[0], mc.Line(a, b), x, Y[:19], 3)
+
+
+@pytest.mark.parametrize("depth", [16, 17])
+def test_a_norm_behind_the_first_layer(depth):
+    """Of little depth the layer is computed again with the norm in it, else what was combined is normalised."""
+    torch.manual_seed(0)
+    make = lambda: nn.Sequential(nn.Linear(2 * depth, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 10))
+    a, b = make(), make()
+    x = torch.randn(130, 2 * depth)
+    for net in (a, b):
+        net(x)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "batch norms .* interpolated")
+        assert runs_whole(a, mc.Line(a, b), x)[0] == ("linear" if depth == 16 else "affine")
+        agrees(a, mc.Line(a, b), x, Y, 5)
 
 
 @pytest.mark.filterwarnings("ignore:batch norms .* interpolated")

@@ -63,6 +63,26 @@ class Net:
     def add(self, *inputs, activation="identity"):
         return self.push(self.values[inputs[0] + 1], op="add", inputs=list(inputs), activation=activation, slope=0.125)
 
+    def affine(self, read=None, add=None, activation="identity"):
+        shape = self.values[-1 if read is None else read + 1]
+        return self.push(
+            shape, op="affine", input=read, add=add, scale=self.mix(shape[0]), shift=self.mix(shape[0]), activation=activation,
+            slope=0.125,
+        )  # fmt: skip
+
+    def take(self, channels, read=None, activation="identity"):
+        shape = self.values[-1 if read is None else read + 1]
+        return self.push(
+            (len(channels), *shape[1:]), op="take", input=read, channels=channels, activation=activation, slope=0.125
+        )  # fmt: skip
+
+    def concat(self, *inputs, activation="identity"):
+        shapes = [self.values[i + 1] for i in inputs]
+        return self.push(
+            (sum(shape[0] for shape in shapes), *shapes[0][1:]), op="concat", inputs=list(inputs), activation=activation,
+            slope=0.125,
+        )  # fmt: skip
+
     def more_terms(self, *shape, activation="identity"):
         terms = [self.draw(self.rows, *shape) for _ in range(3)]
         return self.push(shape, op="terms", terms=terms, coefficients=self.mix(3), activation=activation, slope=0.125)
@@ -76,10 +96,18 @@ class Net:
             for layer in self.layers:
                 at = lambda key, layer=layer, values=values: values[-1] if layer.get(key) is None else values[layer[key] + 1]
                 op = layer["op"]
+                per_channel = lambda key, x, t=t, layer=layer: tensor(layer[key][t]).reshape(-1, *[1] * (x.ndim - 2))
+                more = 0 if layer.get("add") is None else values[layer["add"] + 1]
                 if op == "terms":
                     y = mixed(layer["terms"], layer["coefficients"], t)
                 elif op == "add":
                     y = sum(values[i + 1] for i in layer["inputs"])
+                elif op == "affine":
+                    y = at("input") * per_channel("scale", at("input")) + per_channel("shift", at("input")) + more
+                elif op == "take":
+                    y = at("input")[:, layer["channels"]]
+                elif op == "concat":
+                    y = torch.cat([values[i + 1] for i in layer["inputs"]], dim=1)
                 elif op == "flatten":
                     y = at("input").flatten(1)
                 elif op.endswith("pool2d"):
@@ -90,9 +118,8 @@ class Net:
                     window = {key: layer[key] for key in ("stride", "padding", "dilation", "groups") if key in layer}
                     y = F.linear(at("input"), w, b) if op == "linear" else F.conv2d(at("input"), w, b, **window)
                     if "scale" in layer:
-                        scale, shift = (tensor(layer[k][t]).reshape(-1, *[1] * (y.ndim - 2)) for k in ("scale", "shift"))
-                        y = y * scale + shift
-                    y = y if layer["add"] is None else y + values[layer["add"] + 1]
+                        y = y * per_channel("scale", y) + per_channel("shift", y)
+                    y = y + more
                 values.append(ACTIVATIONS[layer.get("activation", "identity")](y))
             outputs.append(values[-1].flatten(1))
         return torch.stack(outputs)
@@ -167,6 +194,46 @@ def test_an_added_value_before_a_pooling_on_the_way_and_terms_later(isa, dtype):
 
 
 @every
+@pytest.mark.parametrize("rows", [0, 1, 35])
+def test_norms_before_convolutions(isa, dtype, rows):
+    """As in a residual network whose norms come first."""
+    net = Net(rows, (3, 7, 6), dtype=dtype)
+    first = net.product(5, padding=(1, 1), activation="identity")
+    net.affine(activation="relu")
+    net.product(5, padding=(1, 1), norm=True)
+    second = net.product(5, padding=(1, 1), add=first, activation="identity")
+    net.affine(activation="gelu")
+    net.product(5, padding=(1, 1))
+    net.affine(add=second, activation="leaky_relu")
+    net.pool("avg", net.values[-1][1:])
+    net.flatten()
+    net.affine(activation="tanh")
+    net.product(9, activation="identity")
+    net.check(isa, dtype, threads=2)
+
+
+@every
+@pytest.mark.parametrize("rows", [0, 1, 35])
+@pytest.mark.parametrize("shape", [(4, 7, 6), (7,)], ids=str)
+def test_values_side_by_side_and_parts_of_them(isa, dtype, rows, shape):
+    """As in a dense network."""
+    net = Net(rows, shape, dtype=dtype)
+    window = {"padding": (1, 1)} if len(shape) == 3 else {}
+    net.affine(activation="relu")
+    first = net.product(3, **window)
+    second = net.concat(-1, first)
+    net.product(17, **window)
+    third = net.concat(second, second + 1, first, activation="silu")
+    part = net.take([0, 2, 3, 11, 12, 3], third, activation="relu")
+    net.product(6, add=part, **window)
+    net.concat(net.take([1], second), net.take(list(range(1, 6)), part + 1))
+    if len(shape) == 3:
+        net.flatten()
+    net.product(5)
+    net.check(isa, dtype, threads=2)
+
+
+@every
 @pytest.mark.parametrize("groups", [1, 2, 6, 12])
 @pytest.mark.parametrize(
     "window",
@@ -197,12 +264,19 @@ def test_any_graph(seed, steps, image, isa):
         read = int(rng.integers(-1, len(net.layers)))
         shape = net.values[read + 1]
         alike = [i - 1 for i, other in enumerate(net.values) if other == shape]
-        kind = rng.integers(0, 4 if image else 3)
-        if kind == 0:
+        beside = [i - 1 for i, other in enumerate(net.values) if other[1:] == shape[1:]]
+        kind = rng.integers(0, 7 if image else 6)
+        if kind == 4:
+            net.affine(read, int(rng.choice(alike)) if rng.integers(0, 2) else None, str(rng.choice(["relu", "tanh"])))
+        elif kind == 3:
+            net.take(sorted(rng.choice(shape[0], int(rng.integers(1, shape[0] + 1)), replace=False).tolist()), read)
+        elif kind == 5:
+            net.concat(*rng.choice(beside, int(rng.integers(1, 4))).tolist())
+        elif kind == 0:
             net.add(
                 *rng.choice(alike, int(rng.integers(1, 4))).tolist(), activation=str(rng.choice(["identity", "gelu", "relu"]))
             )
-        elif kind == 3 and min(shape[1:]) > 1:
+        elif kind == 6 and min(shape[1:]) > 1:
             net.pool(str(rng.choice(["max", "avg"])), (2, 2), read, stride=(int(rng.integers(1, 3)), 1))
         else:
             add = int(rng.choice(alike)) if rng.integers(0, 2) else None
@@ -260,6 +334,17 @@ BAD = {
     "input": (bad(dict(op="flatten", input=1)), r"layers\[1\].input must be a step before it, or -1 for the terms, got 1"),
     "add": (bad(dict(op="add", inputs=[-2])), "must be a step before it"),
     "no inputs": (bad(dict(op="add", inputs=[])), r"layers\[1\] \(add\) must have inputs"),
+    "affine": (bad(dict(op="affine", scale=np.ones((1, 3)))), r"layers\[1\] \(affine\) must have scale and shift"),
+    "scale": (
+        bad(dict(op="affine", scale=np.ones((1, 4)), shift=np.ones((1, 4)))),
+        r"layers\[1\].scale must be \[1, 3\] float64",
+    ),
+    "no channels": (bad(dict(op="take", channels=[])), r"layers\[1\] \(take\) must have channels"),
+    "channels": (bad(dict(op="take", channels=[0, 3])), r"layers\[1\].channels must be in \[0, 3\), got 3"),
+    "sizes": (
+        bad(dict(op="max_pool2d", kernel=(2, 2)), dict(op="concat", inputs=[0, 1])),
+        r"layers\[2\].inputs must be rows, or images of one size, got images of \[3, 4, 5\] and images of \[3, 2, 2\]",
+    ),
     "shapes": (bad(dict(op="flatten"), dict(op="add", inputs=[1, 0])), "of one shape, got rows of 60 and images"),
     "two flattens": (bad(dict(op="flatten", input=0), dict(op="flatten", input=-1)), "flatten must come once only"),
     "flattened rows": (bad(dict(op="flatten"), shape=(4,)), "flatten must get images, got rows of 3"),

@@ -163,6 +163,20 @@ class Shared(nn.Module):
         return self.out(F.relu(self.last(self.pool(F.relu(self.next(z))) + self.pool(z))).mean((2, 3)))
 
 
+class Dense(nn.Module):
+    """Norms of values side by side, and of some of their channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.inner = nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, padding=1)
+        self.two, self.out = nn.BatchNorm2d(12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, self.conv(x)], 1)
+        x = torch.cat((x, self.inner(F.relu(self.one(x)))), dim=-3)
+        return self.out(F.relu(self.two(x)).mean((2, 3)))
+
+
 def pooled(pool: nn.Module, act: nn.Module | None = None) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 7, 3, padding=1), nn.BatchNorm2d(7), act or nn.ReLU(), pool,
@@ -182,6 +196,7 @@ NETS = {
     "residual": Residual,
     "twice": Twice,
     "shared": Shared,
+    "dense": Dense,
     "pool": lambda: pooled(nn.MaxPool2d(2)),
     "rows left over": lambda: pooled(nn.MaxPool2d(3, 5)),
     "overlapping": lambda: pooled(nn.MaxPool2d(3, 2, 1)),

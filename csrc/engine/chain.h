@@ -40,17 +40,19 @@ struct Window {
   bool apart() const { return stride[0] >= kernel[0] && stride[1] >= kernel[1] && !padding[0] && !padding[1]; }
 };
 
-// A batch norm by the statistics of the batch, which are those of another value: of its input, before a pooling if there is one.
+// A scale and shift of each channel, in a batch norm behind the normalisation by the statistics of the batch. Those are of
+// another value: of its input, before a pooling if there is one.
 struct Norm {
-  const double *scale = nullptr, *shift = nullptr;  // [points][channels], behind the normalisation
+  const double *scale = nullptr, *shift = nullptr;  // [points][channels]
   double eps = 0;
   int of = 0;  // the step that the statistics are of
 };
 
-// flat: the last of the images, as rows. sum: of several values. norm: only for `statistics`.
-enum class Op { terms, flat, conv, linear, max_pool, avg_pool, sum, norm };
+// flat: the last of the images, as rows. sum: of several values. affine: a scale and shift. take: some channels. concat: the
+// channels of several values. norm: only for `statistics`.
+enum class Op { terms, flat, conv, linear, max_pool, avg_pool, sum, affine, take, concat, norm };
 
-// One value, act(op(inputs)). A second input of a convolution, linear layer or norm is added before the activation.
+// One value, act(op(inputs)). A second input of a convolution, linear layer, affine or norm is added before the activation.
 template <class T> struct Step {
   Op op;
   std::vector<int> inputs;  // earlier steps of the same list
@@ -59,7 +61,8 @@ template <class T> struct Step {
   Window window;            // conv and poolings
   Layer<T> layer;           // conv and linear
   Terms<T> terms;           // terms
-  Norm norm = {};           // norm
+  Norm norm = {};           // affine and norm
+  std::vector<int64_t> channels = {};  // take: which; concat: how many of each input
 };
 
 enum class Loss { none, cross_entropy, mse, bce };

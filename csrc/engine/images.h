@@ -3,6 +3,7 @@
 // Everything up to the flattened values is done for one panel before the next, as images soon fill L2.
 #pragma once
 #include "packed.h"
+#include "pointwise.h"
 
 namespace modeconn {
 
@@ -66,7 +67,7 @@ template <class T> class Images {
       T* y = value(int(index));
       if (s.packed) steps_.convolve(s, point + i, x[0], x.size() > 1 ? x[1] : nullptr, packed, strip, y, Unseen{});
       else if (s.step->op == Op::terms) steps_.combine(s, point + i, 1, row, samples, strip, y);
-      else if (s.step->op == Op::sum) steps_.add(s, x, y);
+      else if (pointwise(s.step->op)) run_pointwise(k_, *s.step, point + i, x, y);
       else steps_.pool(*s.step, x[0], 0, 0, s.step->in.channels, 0, s.out.height, y);
     }
     steps_.flatten(stages_[result_].out, value(result_), out);
@@ -171,11 +172,6 @@ template <class T> class PanelSteps {
           y += s.out.count() * k_.panel;
         }
       }
-  }
-
-  void add(const Stage<T>& s, const std::vector<const T*>& x, T* y) const {
-    const std::vector<T> ones(x.size(), T(1));
-    k_.combine(int(x.size()), x.data(), ones.data(), s.out.count() * k_.panel, s.step->act, y);
   }
 
   // The convolution. `seen(u0, units, pixels, pitch, values)`: called with a tile's rows before they are pooled, in rising order.

@@ -2,6 +2,7 @@
 // last step that reads it has, so that a layer's outputs are written over inputs that are still in the cache.
 #pragma once
 #include "packed.h"
+#include "pointwise.h"
 
 namespace modeconn {
 
@@ -52,10 +53,12 @@ template <class T> class Layers {
       } else if (step.op == Op::terms) {
         for (T*& panel : y) panel = take();
         combine(step, point, begin, y);
-      } else if (step.op == Op::sum) {
+      } else if (pointwise(step.op)) {
         for (int64_t p = 0; p < n; release(s, p++)) {
           y[p] = take();
-          add(step, values, p, y[p]);
+          std::vector<const T*> inputs;
+          for (int i : step.inputs) inputs.push_back(values[i][p]);
+          run_pointwise(k_, step, point, inputs, y[p]);
         }
       } else {
         const PackedLayer<T>& at = *linear++;
@@ -84,7 +87,7 @@ template <class T> class Layers {
   // Whether each panel that is made sets one free.
   bool rotates(size_t s) const {
     const Step<T>& step = steps_[s];
-    if (step.op != Op::sum && !(step.op == Op::linear && in_place(step.layer))) return false;
+    if (!pointwise(step.op) && !(step.op == Op::linear && in_place(step.layer))) return false;
     return std::any_of(step.inputs.begin(), step.inputs.end(), [&](int i) { return last_[i] == int(s); });
   }
 
@@ -108,13 +111,6 @@ template <class T> class Layers {
       k_.combine_rows(terms.count(), terms.items.data(), terms.coefficients.data(), samples, step.out.count(), step.act, y[p]);
       for (Rows<T>& r : terms.items) r.data += k_.panel * r.stride;
     }
-  }
-
-  void add(const Step<T>& step, const std::vector<Panels>& values, int64_t p, T* y) const {
-    std::vector<const T*> x;
-    for (int i : step.inputs) x.push_back(values[i][p]);
-    const std::vector<T> ones(x.size(), T(1));
-    k_.combine(int(x.size()), x.data(), ones.data(), step.out.count() * k_.panel, step.act, y);
   }
 
   // In parts of k, whose slice of a panel stays in L1, and for each in chunks of tiles, whose weights stay in L2 while all

@@ -172,15 +172,15 @@ template <class T> class Statistics {
     std::vector<const T*> x;
     for (int j : s.inputs) x.push_back(value(stages_[j]));
     T *y = value(s), *strip = at.scratch + scratch_;
-    const T* more = x.size() > 1 ? x[1] : nullptr;
+    const T *more = x.size() > 1 ? x[1] : nullptr, *factors = at.factors + 2 * s.norm;
     auto seen = [&](int64_t u0, int64_t units, int64_t pixels, int64_t pitch, const T* values) { count(s, at, u0, units, pixels, pitch, values); };
     if (s.counts >= 0) std::fill_n(at.moments + s.counts, s.made.channels, Moments{});
     switch (s.step->op) {
       case Op::conv: steps_.convolve(s, at.point, x[0], more, at.packed, strip, y, seen); break;
-      case Op::norm: normalise(s, at, x[0], more, y); break;
+      case Op::norm: scale_and_shift(k_, *s.step, factors, factors + s.out.channels, x[0], more, y); break;
       case Op::terms: combine(s, at, strip, y); break;
       case Op::flat: steps_.flatten(s.step->in, x[0], y); break;
-      case Op::sum: steps_.add(s, x, y); break;
+      case Op::sum: case Op::affine: case Op::take: case Op::concat: run_pointwise(k_, *s.step, at.point, x, y); break;
       default: steps_.pool(*s.step, x[0], 0, 0, s.step->in.channels, 0, s.out.height, y);
     }
     if (s.step->op != Op::conv) seen(0, s.out.channels, s.out.pixels(), s.out.channels * k_.panel, y);
@@ -192,13 +192,6 @@ template <class T> class Statistics {
     Active<T, Rows<T>> terms(given.values, given.coefficients + at.point * int64_t(given.values.size()));
     for (Rows<T>& r : terms.items) r.data += at.row * r.stride;
     k_.combine_rows(terms.count(), terms.items.data(), terms.coefficients.data(), at.samples, s.made.channels, s.step->act, y);
-  }
-
-  void normalise(const Placed& s, const Panel& at, const T* x, const T* more, T* y) const {
-    const Activation& act = s.step->act;
-    const T* scale = at.factors + 2 * s.norm;
-    k_.normalise(s.out.pixels(), s.out.channels, x, scale, scale + s.out.channels, more, fused(act.kind) ? act : Activation{}, y);
-    if (!fused(act.kind)) k_.activate(act, s.out.count() * k_.panel, y);
   }
 
   void count(const Placed& s, const Panel& at, int64_t u0, int64_t units, int64_t pixels, int64_t pitch, const T* values) const {

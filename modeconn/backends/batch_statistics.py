@@ -119,7 +119,7 @@ class TrainingChain(Builder):
         reason, place, alone = self._read_alone(step.inputs[0])
         if reason:
             return reason
-        if place < 0 and alone and not begin_with_layer(self.program, self.chain):
+        if place < 0 and alone and begin_with_layer(self.program, self.chain):
             place = 0
         self.norms[index] = batch_norm(step, len(self.segment.rows), place)
         self._put(index, self._append(self.norms[index]))

@@ -10,9 +10,12 @@ import numpy as np
 from torch import Tensor
 
 from modeconn.graph import Node
+from modeconn.ops import Take
 from modeconn.plan.program import Moving, Program, Term, VaryingStep
 from modeconn.plan.units import static
 
+# So many multiply-adds for a value take no longer than reading a term of it that is combined.
+_DEPTH_PER_TERM = 16
 _PASS_THROUGH = ("clone", "alias", "detach", "dropout", "contiguous")
 
 
@@ -28,14 +31,15 @@ class Stage:
 class Layer(Stage):
     """A step of the engine.
 
-    A linear layer or convolution Σ_g columns[:, g] weights[g], with a bias likewise; a pooling; "add", the sum of several
-    values; "batch_norm", by the statistics of the batch; "flatten"; or "terms", values from outside.
+    A linear layer or convolution Σ_g columns[:, g] weights[g], with a bias likewise; a pooling; "affine", a scale and shift
+    of each channel; "batch_norm", by the statistics of the batch; "add", the sum of several values; "concat", their channels;
+    "take", some channels; "flatten"; or "terms", values from outside.
 
     Attributes:
         reads: the layer whose value it takes; -1: the chain's terms; None: the layer before it.
-        adds: of a layer with weights or a "batch_norm": one whose value is added before the activation.
-        inputs: of "add": the layers whose values it adds up.
-        norm: scale and shift [points, units] of a batch norm that follows, or of a "batch_norm" itself.
+        adds: of a layer with weights, an "affine" or "batch_norm": one whose value is added before the activation.
+        inputs: of "add" and "concat": the layers whose values it takes.
+        norm: scale and shift [points, units] of a batch norm that follows, or of an "affine" or "batch_norm" itself.
         terms, step: of "terms": as a chain has them.
     """
 
@@ -55,19 +59,19 @@ class Layer(Stage):
     @property
     def activates(self) -> bool:
         """Whether the engine applies an activation behind it."""
-        return self.sums or self.op in ("add", "terms")
+        return self.sums or self.op in ("add", "concat", "take", "terms")
 
     @property
     def sums(self) -> bool:
         """Whether the engine can add another value to it."""
-        return self.columns is not None or self.op == "batch_norm"
+        return self.columns is not None or self.op in ("affine", "batch_norm")
 
     def at(self, points: slice, given: Given) -> dict[str, Any]:
         """The step as the engine takes it, for some of the points."""
         step: dict[str, Any] = {"op": self.op, **self.geometry}
         if self.activates:
             step |= {"activation": self.activation, "slope": self.slope}
-        if self.op == "add":
+        if self.op in ("add", "concat"):
             return step | {"inputs": list(self.inputs)}
         if self.op == "terms":
             terms, columns = given(self.terms, self.step)
@@ -112,8 +116,9 @@ class Chain:
     @property
     def straight(self) -> bool:
         """Whether each layer reads the one before it and nothing else, and no convolution is grouped or dilated."""
+        other = ("add", "affine", "concat", "take", "terms")
         plain = (
-            layer.adds is None and layer.op not in ("add", "terms") and not {"groups", "dilation"} & set(layer.geometry)
+            layer.adds is None and layer.op not in other and not {"groups", "dilation"} & set(layer.geometry)
             for layer in self.layers
         )
         return self.step is None and all(plain) and all(layer.reads in (None, i - 1) for i, layer in enumerate(self.layers))
@@ -134,6 +139,11 @@ def step_layers(step: VaryingStep, points: int, size: tuple[Any, ...]) -> list[L
     image = len(size) == 2
     if node.op == "flatten" and image:
         return [Layer(op="flatten")]
+    if isinstance(node.function, Take):
+        ((axis, channels), *others) = node.function.along.items()
+        if others or axis != features_axis(node):
+            return "takes other parts than channels"
+        return [Layer(op="take", geometry={"channels": channels.tolist()})]
     if image and (_over_pixels(node) or (node.op == "adaptive_avg_pool2d" and _pair(node.args[1]) == (1, 1))):
         pool = Layer(op="avg_pool2d", geometry={"kernel": _pair(size)})
         return [pool] if len(node.shape) == 4 else [pool, Layer(op="flatten")]
@@ -161,16 +171,22 @@ def _product(node: Node, entries: Sequence[tuple[list[np.ndarray], np.ndarray]])
     return Layer(op=node.op, geometry=geometry, weights=weights, columns=columns, biases=biases, bias_columns=bias_columns)
 
 
-def fold_norm(before: Layer, step: VaryingStep, points: int) -> str:
-    """Fold a batch norm with given statistics into the layer before it; why it cannot be, if so."""
-    if before.columns is None or before.activation != "identity" or before.norm is not None or before.adds is not None:
-        return "does not follow a linear layer or a convolution"
+def features_axis(node: Node) -> int:
+    """The axis of what the engine calls channels: of images the second, of rows the last."""
+    return 1 if len(node.shape) == 4 else len(node.shape) - 1
 
+
+def folds(before: Layer) -> bool:
+    """Whether a norm behind a layer can be part of it."""
+    return before.columns is not None and before.activation == "identity" and before.norm is None and before.adds is None
+
+
+def affine(step: VaryingStep, points: int) -> tuple[np.ndarray, np.ndarray]:
+    """A batch norm with given statistics as scale and shift [points, channels]."""
     mean, var, weight, bias = (_vectors(step, i, absent, points) for i, absent in ((1, 0.0), (2, 1.0), (3, 1.0), (4, 0.0)))
     with np.errstate(invalid="ignore"):  # extrapolated variances may be negative: NaN, as PyTorch gives
         scale = weight / np.sqrt(var + step.node.args[5])
-    before.norm = scale, bias - mean * scale
-    return ""
+    return scale, bias - mean * scale
 
 
 def batch_norm(step: VaryingStep, points: int, place: int) -> Layer:
@@ -191,8 +207,8 @@ def _vectors(step: VaryingStep, position: int, absent: float, points: int) -> np
     return combined
 
 
-def begin_with_layer(program: Program, chain: Chain) -> str:
-    """Let the engine compute what the planner has combined: it folds norms into layers only. Why it cannot, if so."""
+def begin_with_layer(program: Program, chain: Chain) -> bool:
+    """Let the engine compute what the planner has combined, where that takes little and a norm can be part of it."""
     steps = [program.shared[term.value] for term in chain.terms]
     if (
         chain.layers
@@ -201,17 +217,19 @@ def begin_with_layer(program: Program, chain: Chain) -> str:
         or len({(s.node.id, s.inputs) for s in steps}) > 1
         or steps[0].node.op not in ("linear", "conv2d")
     ):
-        return "follows neither a linear layer nor a convolution"
+        return False
+    if steps[0].entries[0][0].numel() > _DEPTH_PER_TERM * len(steps):
+        return False
     columns = np.stack([term.column for term in chain.terms], axis=1)
     layer = _product(
         steps[0].node, [([e.contiguous().numpy() for e in es], columns) for es in zip(*(s.entries for s in steps))]
     )
     if isinstance(layer, str):
-        return layer
+        return False
     layer.reads = -1
     chain.layers.append(layer)
     chain.terms = (Term(steps[0].inputs[0], np.ones(len(columns))),)
-    return ""
+    return True
 
 
 def argument(node: Node, position: int, name: str, default: Any) -> Any:

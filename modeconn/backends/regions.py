@@ -16,8 +16,10 @@ from modeconn.backends.engine_steps import (
     Layer,
     Stage,
     activation_of,
+    affine,
     begin_with_layer,
-    fold_norm,
+    features_axis,
+    folds,
     passes_through,
     step_layers,
 )
@@ -145,6 +147,8 @@ class Builder:
             return reason
         if node.op == "add":
             return self._add_sum(index, step)
+        if node.op == "cat":
+            return self._add_concatenation(index, step)
         if len(step.inputs) != 1:
             return "does not follow the step before it"
         reason, place, alone = self._read_alone(step.inputs[0])
@@ -158,12 +162,13 @@ class Builder:
         if node.op == "batch_norm":
             if len(node.shape) == 3:
                 return "normalises the second of three axes"
-            if place < 0 and alone:
-                reason, place = begin_with_layer(self.program, self.chain), 0
-            if reason or not alone or place < 0:
-                return reason or "does not follow a linear layer or a convolution"
+            if place < 0 and alone and begin_with_layer(self.program, self.chain):
+                place = 0
+            if place < 0 or not alone or not folds(self.chain.layers[place]):
+                place = self._append(Layer(op="affine", reads=place))
+            self.chain.layers[place].norm = affine(step, points)
             self._put(index, place)
-            return fold_norm(self.chain.layers[place], step, points)
+            return ""
         activation = activation_of(node)
         if activation is not None:
             self._put(index, self._activate(place, alone, activation))
@@ -211,6 +216,22 @@ class Builder:
         else:
             later = self._append(Layer(op="add", inputs=tuple(places)))
         self._put(index, later)
+        return ""
+
+    def _add_concatenation(self, index: int, step: VaryingStep) -> str:
+        """The channels of several values."""
+        values, *axis = step.node.args
+        axes = len(step.node.shape)
+        given = axis[0] if axis else step.node.kwargs.get("dim", 0)
+        if tuple(values) != tuple(map(In, range(len(step.inputs)))) or given % axes != features_axis(step.node):
+            return "puts other things side by side than channels"
+        places = []
+        for value in step.inputs:
+            reason, place = self._read(value)
+            if reason:
+                return reason
+            places.append(place)
+        self._put(index, self._append(Layer(op="concat", inputs=tuple(places))))
         return ""
 
     def _put(self, index: int, place: int, alone: bool = True) -> None:
