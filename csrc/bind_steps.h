@@ -26,11 +26,12 @@ template <class T> class StepReader {
     else if (op_ == "batch_norm") norm();
     else if (op_ == "add") sum();
     else if (op_ == "affine") affine();
+    else if (op_ == "group_norm") group_norm();
     else if (op_ == "take") take();
     else if (op_ == "concat") concat();
     else if (op_ == "terms") more_terms();
     else
-      refuse(what_, ".op must be linear, conv2d, max_pool2d, avg_pool2d, batch_norm, affine, flatten, add, take, concat or terms, got '", op_,
+      refuse(what_, ".op must be linear, conv2d, max_pool2d, avg_pool2d, batch_norm, affine, group_norm, flatten, add, take, concat or terms, got '", op_,
              "'");
   }
 
@@ -174,6 +175,20 @@ template <class T> class StepReader {
     push(std::move(s), v.image);
   }
 
+  void group_norm() {
+    only({"input", "groups", "scale", "shift", "eps", "activation", "slope"});
+    const Value v = input();
+    for (const char* key : {"scale", "shift", "eps"})
+      if (!d_.contains(key)) refuse(what_, " (group_norm) must have scale, shift and eps");
+    Step<T> s{};
+    s.op = Op::group_norm, s.inputs = {v.index}, s.in = s.out = v.shape, s.act = act();
+    s.norm = {dense("scale", v.shape.channels), dense("shift", v.shape.channels), py::cast<double>(d_["eps"])};
+    if (d_.contains("groups")) s.norm.groups = py::cast<int64_t>(d_["groups"]);
+    if (s.norm.groups < 1 || v.shape.channels % s.norm.groups)
+      refuse(what_, ".groups must divide the ", v.shape.channels, " channels, got ", s.norm.groups);
+    push(std::move(s), v.image);
+  }
+
   void take() {
     only({"input", "channels", "activation", "slope"});
     const Value v = input();
@@ -182,7 +197,7 @@ template <class T> class StepReader {
     if (d_.contains("channels")) s.channels = py::cast<std::vector<int64_t>>(d_["channels"]);
     if (s.channels.empty()) refuse(what_, " (take) must have channels");
     for (int64_t c : s.channels)
-      if (c < 0 || c >= v.shape.channels) refuse(what_, ".channels must be in [0, ", v.shape.channels, "), got ", c);
+      if (c < -1 || c >= v.shape.channels) refuse(what_, ".channels must be in [0, ", v.shape.channels, "), or -1 for zeros, got ", c);
     s.out.channels = int64_t(s.channels.size());
     push(std::move(s), v.image);
   }
@@ -235,6 +250,7 @@ template <class T> class StepReader {
     Step<T> s{};
     s.inputs = {v.index}, s.in = s.out = v.shape;
     int64_t *kernel = s.window.kernel, groups = 1;
+    bool ceil = false;
     if (op_ == "conv2d") {
       only({"input", "add", "weights", "biases", "coefficients", "bias_coefficients", "activation", "slope", "scale", "shift", "stride",
             "padding", "dilation", "groups"});
@@ -248,21 +264,24 @@ template <class T> class StepReader {
       s.out.channels = s.layer.units;
       s.window.stride[0] = s.window.stride[1] = 1;
     } else {
-      only({"input", "kernel", "stride", "padding"});
+      only({"input", "kernel", "stride", "padding", "ceil"});
       s.op = op_ == "max_pool2d" ? Op::max_pool : Op::avg_pool;
       if (!d_.contains("kernel")) refuse(what_, " (", op_, ") must have a kernel");
       pair("kernel", 1, kernel);
       std::copy_n(kernel, 2, s.window.stride);
+      ceil = d_.contains("ceil") && py::cast<bool>(d_["ceil"]);
+      if (ceil && s.op != Op::max_pool) refuse(what_, ".ceil goes with max_pool2d only");
     }
     pair("stride", 1, s.window.stride);
     pair("padding", 0, s.window.padding);
     pair("dilation", 1, s.window.dilation);
-    s.out.height = window_positions(s, 0), s.out.width = window_positions(s, 1);
+    s.out.height = window_positions(s, 0, ceil), s.out.width = window_positions(s, 1, ceil);
     read_add(s, true);
     push(std::move(s), true);
   }
 
-  int64_t window_positions(const Step<T>& s, int i) const {
+  // ceil: the last window may go beyond the image, as long as it begins in it or before.
+  int64_t window_positions(const Step<T>& s, int i, bool ceil) const {
     const Window& w = s.window;
     int64_t size = i ? s.in.width : s.in.height, reach = (w.kernel[i] - 1) * w.dilation[i] + 1;
     if (s.op != Op::conv && w.padding[i] > w.kernel[i] / 2)
@@ -270,7 +289,8 @@ template <class T> class StepReader {
     if (size + 2 * w.padding[i] < reach)
       refuse(what_, ": the kernel must fit the padded image, got kernel ", w.kernel[0], "x", w.kernel[1], " for ", s.in.height, "x", s.in.width,
              " with padding ", w.padding[0], "x", w.padding[1], " and dilation ", w.dilation[0], "x", w.dilation[1]);
-    return (size + 2 * w.padding[i] - reach) / w.stride[i] + 1;
+    int64_t last = (size + 2 * w.padding[i] - reach + (ceil ? w.stride[i] - 1 : 0)) / w.stride[i];
+    return ceil && last * w.stride[i] >= size + w.padding[i] ? last : last + 1;
   }
 
   void pair(const char* key, int64_t least, int64_t* out) const {

@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from modeconn import ops
+from modeconn.canonical import canonical
 from modeconn.errors import ModeconnError
 from modeconn.graph import Entry, Graph, In, Node, Size
 from modeconn.inputs import Inputs, arguments, call, describe, join, keys, leaves, rows, take
-from modeconn.opaque import closed_part, eval_mode, line_of, operation, parts_of, reason_of, stubs, tensors_of, whole
+from modeconn.opaque import eval_mode, line_of, parts_of, reason_of, stubs, tensors_of, whole
 
 # Rows of the sample that the network is traced and checked with.
 _SAMPLE_ROWS = 4
@@ -232,10 +233,11 @@ def _add_call(
     args = tuple(template(item) for item in (given or fx.args))
     kwargs = {key: template(item) for key, item in fx.kwargs.items()}
     value = fx.meta["val"]
-    op, function, args, kwargs = _canonical(target or fx.target, args, kwargs, nodes, inputs)
+    shape = _shape(value[0] if isinstance(value, tuple | list) else value)
+    op, function, args, kwargs = canonical(target or fx.target, args, kwargs, nodes, inputs, shape)
     return _add(
         nodes, op, function, args, kwargs=kwargs, inputs=tuple(inputs), entries=tuple(entries),
-        shape=_shape(value[0] if op == "batch_norm" else value), source=_source(fx),
+        shape=shape if op == "batch_norm" else _shape(value), source=_source(fx),
         batched=any(nodes[i].batched for i in inputs), random=_draws(fx, op),
     )  # fmt: skip
 
@@ -247,29 +249,6 @@ def _draws(fx: Any, op: str) -> bool:
     if op in ("lstm", "gru", "rnn_tanh", "rnn_relu"):  # their last arguments are dropout, train, bidirectional, batch_first
         return bool(fx.args[-3]) and float(fx.args[-4]) > 0
     return torch.Tag.nondeterministic_seeded in getattr(fx.target, "tags", ())
-
-
-def _canonical(
-    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], nodes: list[Node], inputs: list[int]
-) -> tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """Name an operation for the rules, and replace the few that would not run on every layout."""
-    if target is operation():
-        return "module", closed_part(args[2]), args[:2], {}
-    name = getattr(target, "__name__", str(target))
-    packet = name.removesuffix("." + name.rsplit(".", 1)[-1]) if "." in name else name
-    if packet == "_native_batch_norm_legit_no_training":
-        x, weight, bias, mean, var, _, eps = args
-        return "batch_norm", ops.batch_norm, (x, mean, var, weight, bias, eps), kwargs
-    if packet == "linear":
-        return packet, ops.linear, args, kwargs
-    if packet in ("view", "_unsafe_view", "reshape"):
-        before, after = nodes[inputs[0]].shape, args[1]
-        if len(after) == 2 and len(before) > 2 and isinstance(before[0], Size) and isinstance(after[0], Size):
-            if str(before[0]) == str(after[0]):
-                return "flatten", torch.flatten, (args[0], 1), kwargs
-        # A view of a channels-last value would need a copy; reshape makes it where needed.
-        return "reshape", torch.reshape, args, kwargs
-    return packet, target, args, kwargs
 
 
 def _opaque(model: nn.Module, x: Inputs, reason: str) -> Graph:

@@ -136,6 +136,7 @@ def evaluate(
         graph, example = capture(runner, x), call(runner, take(x, 0, 2))
         warn_of(graph, f"batch_size, here {first_rows or 'chosen by the memory budget'}")
         graph = graph.only_logits() if head.takes_logits else graph
+        graph = graph.before_log_softmax() if head.builtin else graph
         program = make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen, tables=tables)
         if buffers == "interpolate":
             _warn_stale(program)

@@ -134,6 +134,13 @@ class Graph:
         logits = None if self.fallback else getattr(self.output, "logits", None)
         return replace(self, output=logits) if isinstance(logits, In) else self
 
+    def before_log_softmax(self) -> Graph:
+        """The graph whose output is what a last log_softmax over classes [N, C] takes: its cross-entropy is the same."""
+        last = None if self.tensor_output is None else self.nodes[self.tensor_output]
+        if last is None or last.op != "log_softmax" or len(last.shape) != 2 or last.args not in ((In(0), 1), (In(0), -1)):
+            return self
+        return replace(self, output=In(last.inputs[0]))
+
     def outputs(self) -> list[int]:
         """Ids of all nodes that the output is made of."""
         return [leaf.index for leaf in pytree.tree_leaves(self.output) if isinstance(leaf, In)]

@@ -34,6 +34,7 @@ LEVELS = {
     "modeconn.opaque": 1,
     "modeconn.kernels": 1,
     "modeconn.arguments": 2,
+    "modeconn.canonical": 2,
     "modeconn.capture": 2,
     "modeconn.transfer": 2,
     "modeconn.plan": 3,

@@ -53,7 +53,8 @@ class Net:
     def pool(self, op, kernel, read=None, **options):
         c, h, w = self.values[-1 if read is None else read + 1]
         f = F.max_pool2d if op == "max" else F.avg_pool2d
-        after = tuple(f(torch.zeros(1, c, h, w), kernel, **options).shape[1:])
+        window = {"ceil_mode" if key == "ceil" else key: value for key, value in options.items()}
+        after = tuple(f(torch.zeros(1, c, h, w), kernel, **window).shape[1:])
         return self.push(after, op=f"{op}_pool2d", kernel=kernel, input=read, **options)
 
     def flatten(self, read=None):
@@ -68,6 +69,13 @@ class Net:
         return self.push(
             shape, op="affine", input=read, add=add, scale=self.mix(shape[0]), shift=self.mix(shape[0]), activation=activation,
             slope=0.125,
+        )  # fmt: skip
+
+    def group_norm(self, groups, read=None, eps=1e-5, activation="identity"):
+        shape = self.values[-1 if read is None else read + 1]
+        return self.push(
+            shape, op="group_norm", input=read, groups=groups, eps=eps, scale=self.mix(shape[0]), shift=self.mix(shape[0]),
+            activation=activation, slope=0.125,
         )  # fmt: skip
 
     def take(self, channels, read=None, activation="identity"):
@@ -104,15 +112,21 @@ class Net:
                     y = sum(values[i + 1] for i in layer["inputs"])
                 elif op == "affine":
                     y = at("input") * per_channel("scale", at("input")) + per_channel("shift", at("input")) + more
+                elif op == "group_norm":
+                    x = at("input")
+                    y = F.group_norm(x, layer["groups"], None, None, layer["eps"]) if len(x) else x
+                    y = y * per_channel("scale", y) + per_channel("shift", y)
                 elif op == "take":
-                    y = at("input")[:, layer["channels"]]
+                    x = at("input")
+                    y = torch.cat([x, torch.zeros_like(x[:, :1])], 1)[:, layer["channels"]]
                 elif op == "concat":
                     y = torch.cat([values[i + 1] for i in layer["inputs"]], dim=1)
                 elif op == "flatten":
                     y = at("input").flatten(1)
                 elif op.endswith("pool2d"):
                     pool = F.max_pool2d if op.startswith("max") else F.avg_pool2d
-                    y = pool(at("input"), layer["kernel"], layer.get("stride"), layer.get("padding", 0))
+                    window = {key: layer[key] for key in ("stride", "padding") if key in layer}
+                    y = pool(at("input"), layer["kernel"], ceil_mode=layer.get("ceil", False), **window)
                 else:
                     w, b = (mixed(layer[key], layer["coefficients"], t) for key in ("weights", "biases"))
                     window = {key: layer[key] for key in ("stride", "padding", "dilation", "groups") if key in layer}
@@ -234,6 +248,61 @@ def test_values_side_by_side_and_parts_of_them(isa, dtype, rows, shape):
 
 
 @every
+@pytest.mark.parametrize("rows", [0, 1, 35])
+@pytest.mark.parametrize("shape", [(12, 7, 6), (12,), (1020,)], ids=str)
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_group_norms(isa, dtype, rows, shape, groups):
+    net = Net(rows, shape, dtype=dtype)
+    if shape != (12,) or groups < 12:  # a group of one value is its shift
+        net.group_norm(groups, activation="relu")
+    net.product(12, **({"padding": (1, 1)} if len(shape) == 3 else {}), activation="identity")
+    net.group_norm(min(groups, 6), eps=0.1, activation="gelu")
+    if len(shape) == 3:
+        net.flatten()
+    net.product(5)
+    net.check(isa, dtype, threads=2)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(4, 32, 32), (1024,)], ids=str)
+def test_a_group_norm_keeps_the_digits_of_values_far_from_zero(isa, shape):
+    net = Net(20, shape, points=1)
+    net.terms, net.coefficients = [1000 + net.draw(20, *shape)], np.ones((1, 1))
+    net.group_norm(2)
+    if len(shape) == 3:
+        net.flatten()
+    np.testing.assert_allclose(net.outputs(isa), net.reference(torch.float64), atol=1e-4)
+
+
+@every
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": (2, 3)}, {"stride": (1, 2), "padding": (1, 0)}, {"stride": (3, 3)}], ids=str
+)
+@pytest.mark.parametrize("size", [(7, 6), (8, 9), (2, 4)], ids=str)
+def test_poolings_that_round_up(isa, dtype, options, size):
+    net = Net(17, (3, *size), dtype=dtype)
+    net.product(5, padding=(1, 1))
+    net.pool("max", (2, 3), ceil=True, **options)
+    net.flatten()
+    net.product(4)
+    net.check(isa, dtype)
+
+
+@every
+def test_channels_of_zeros_and_every_other_pixel(isa, dtype):
+    """As on the shortcut of a residual network without weights there."""
+    net = Net(19, (3, 7, 8), dtype=dtype)
+    first = net.product(4, padding=(1, 1))
+    half = net.product(8, padding=(1, 1), stride=(2, 2), activation="identity")
+    net.pool("avg", (1, 1), read=first, stride=(2, 1))
+    net.pool("avg", (1, 1), stride=(1, 2))
+    wide = net.take([-1, -1, 0, 1, 2, 3, -1, -1])
+    net.add(half, wide, activation="relu6")
+    net.flatten()
+    net.check(isa, dtype)
+
+
+@every
 @pytest.mark.parametrize("groups", [1, 2, 6, 12])
 @pytest.mark.parametrize(
     "window",
@@ -265,18 +334,20 @@ def test_any_graph(seed, steps, image, isa):
         shape = net.values[read + 1]
         alike = [i - 1 for i, other in enumerate(net.values) if other == shape]
         beside = [i - 1 for i, other in enumerate(net.values) if other[1:] == shape[1:]]
-        kind = rng.integers(0, 7 if image else 6)
+        kind = rng.integers(0, 8 if image else 7)
         if kind == 4:
             net.affine(read, int(rng.choice(alike)) if rng.integers(0, 2) else None, str(rng.choice(["relu", "tanh"])))
         elif kind == 3:
             net.take(sorted(rng.choice(shape[0], int(rng.integers(1, shape[0] + 1)), replace=False).tolist()), read)
+        elif kind == 6:
+            net.group_norm(int(rng.choice([g for g in range(1, shape[0] + 1) if shape[0] % g == 0])), read, 0.1)
         elif kind == 5:
             net.concat(*rng.choice(beside, int(rng.integers(1, 4))).tolist())
         elif kind == 0:
             net.add(
                 *rng.choice(alike, int(rng.integers(1, 4))).tolist(), activation=str(rng.choice(["identity", "gelu", "relu"]))
             )
-        elif kind == 6 and min(shape[1:]) > 1:
+        elif kind == 7 and min(shape[1:]) > 1:
             net.pool(str(rng.choice(["max", "avg"])), (2, 2), read, stride=(int(rng.integers(1, 3)), 1))
         else:
             add = int(rng.choice(alike)) if rng.integers(0, 2) else None
@@ -340,7 +411,13 @@ BAD = {
         r"layers\[1\].scale must be \[1, 3\] float64",
     ),
     "no channels": (bad(dict(op="take", channels=[])), r"layers\[1\] \(take\) must have channels"),
-    "channels": (bad(dict(op="take", channels=[0, 3])), r"layers\[1\].channels must be in \[0, 3\), got 3"),
+    "channels": (bad(dict(op="take", channels=[0, 3])), r"layers\[1\].channels must be in \[0, 3\), or -1 for zeros, got 3"),
+    "group norm": (bad(dict(op="group_norm", scale=np.ones((1, 3)))), r"\(group_norm\) must have scale, shift and eps"),
+    "groups of a norm": (
+        bad(dict(op="group_norm", scale=np.ones((1, 3)), shift=np.ones((1, 3)), eps=0.1, groups=2)),
+        r"layers\[1\].groups must divide the 3 channels, got 2",
+    ),
+    "means rounded up": (bad(dict(op="avg_pool2d", kernel=(2, 2), ceil=True)), r"layers\[1\].ceil goes with max_pool2d only"),
     "sizes": (
         bad(dict(op="max_pool2d", kernel=(2, 2)), dict(op="concat", inputs=[0, 1])),
         r"layers\[2\].inputs must be rows, or images of one size, got images of \[3, 4, 5\] and images of \[3, 2, 2\]",

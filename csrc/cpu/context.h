@@ -8,14 +8,16 @@ namespace modeconn {
 
 constexpr int64_t cache_line = 64;  // bytes; panels and packed weights start on one
 
-enum class Act : int { identity, relu, leaky_relu, tanh, gelu, gelu_tanh, silu, sigmoid };
+enum class Act : int {
+  identity, relu, leaky_relu, tanh, gelu, gelu_tanh, silu, sigmoid, relu6, hardsigmoid, hardswish, elu, selu, softplus, mish
+};
 
 // What a product's tile can apply in registers; the others are a pass over the finished panel.
-constexpr bool fused(Act act) { return act == Act::identity || act == Act::relu || act == Act::leaky_relu; }
+constexpr bool fused(Act act) { return act == Act::identity || act == Act::relu || act == Act::leaky_relu || act == Act::relu6; }
 
 struct Activation {
   Act kind = Act::identity;
-  double slope = 0;  // of leaky_relu
+  double slope = 0;  // of leaky_relu; alpha of elu
 };
 
 // Rows of a matrix: element (i, k) is data[i * stride + k].
@@ -59,6 +61,8 @@ template <class T> struct Kernels {
   void (*activate)(Activation act, int64_t count, T* values);
   void (*moments)(int64_t pixels, int64_t pitch, int units, int samples, const T* x, double* mean, double* squares);
   void (*normalise)(int64_t pixels, int64_t units, const T* x, const T* scale, const T* shift, const T* add, Activation act, T* out);
+  void (*group_norm)(int64_t pixels, int64_t units, int64_t groups, const T* x, double eps, const T* scale, const T* shift,
+                     Activation act, T* out);
   void (*write_rows)(const T* panel, int samples, int64_t width, T* out, ptrdiff_t stride);
   LossSums (*cross_entropy)(const T* panel, int samples, int64_t classes, const int64_t* labels, bool top5);
   LossSums (*mse)(const T* panel, int samples, int64_t width, const T* targets, ptrdiff_t stride);

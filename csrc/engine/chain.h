@@ -46,11 +46,13 @@ struct Norm {
   const double *scale = nullptr, *shift = nullptr;  // [points][channels]
   double eps = 0;
   int of = 0;  // the step that the statistics are of
+  int64_t groups = 1;  // of a group norm
 };
 
-// flat: the last of the images, as rows. sum: of several values. affine: a scale and shift. take: some channels. concat: the
-// channels of several values. norm: only for `statistics`.
-enum class Op { terms, flat, conv, linear, max_pool, avg_pool, sum, affine, take, concat, norm };
+// flat: the last of the images, as rows. sum: of several values. affine: a scale and shift. group_norm: the same behind a
+// normalisation by each sample's own statistics. take: some channels. concat: the channels of several values. norm: only for
+// `statistics`.
+enum class Op { terms, flat, conv, linear, max_pool, avg_pool, sum, affine, group_norm, take, concat, norm };
 
 // One value, act(op(inputs)). A second input of a convolution, linear layer, affine or norm is added before the activation.
 template <class T> struct Step {
@@ -61,8 +63,8 @@ template <class T> struct Step {
   Window window;            // conv and poolings
   Layer<T> layer;           // conv and linear
   Terms<T> terms;           // terms
-  Norm norm = {};           // affine and norm
-  std::vector<int64_t> channels = {};  // take: which; concat: how many of each input
+  Norm norm = {};           // affine, group_norm and norm
+  std::vector<int64_t> channels = {};  // take: which, -1 for zeros; concat: how many of each input
 };
 
 enum class Loss { none, cross_entropy, mse, bce };

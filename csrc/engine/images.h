@@ -130,7 +130,9 @@ template <class T> class PanelSteps {
 
   // Whether a pooling can take the rows of a value as they are made: a convolution's by Winograd come in pairs.
   bool pools(const Step<T>& pool, const PackedLayer<T>* packed) const {
-    bool pools = (pool.op == Op::max_pool || pool.op == Op::avg_pool) && pool.window.apart();
+    const Window& w = pool.window;
+    bool whole = (pool.out.height - 1) * w.stride[0] + w.kernel[0] <= pool.in.height;  // the last window, too
+    bool pools = (pool.op == Op::max_pool || pool.op == Op::avg_pool) && w.apart() && whole;
     return pools && !(packed && packed->winograd && pool.window.kernel[0] != 2);
   }
 

@@ -1,4 +1,4 @@
-// Steps without weights that take values of one size pixel by pixel: sums, a scale and shift of each channel, some of the
+// Steps without weights that keep their image's size: sums, a scale and shift of each channel, group norms, some of the
 // channels, values side by side. On one panel, [pixels][channels][panel]; rows are images of one pixel.
 #pragma once
 #include <algorithm>
@@ -7,7 +7,9 @@
 
 namespace modeconn {
 
-inline bool pointwise(Op op) { return op == Op::sum || op == Op::affine || op == Op::take || op == Op::concat; }
+inline bool pointwise(Op op) {
+  return op == Op::sum || op == Op::affine || op == Op::group_norm || op == Op::take || op == Op::concat;
+}
 
 // out = act(scale x + shift + add), with numbers for each channel; `add` may be null.
 template <class T>
@@ -22,18 +24,22 @@ template <class T> void run_pointwise(const Kernels<T>& k, const Step<T>& s, int
   if (s.op == Op::sum) {
     const std::vector<T> ones(x.size(), T(1));
     k.combine(int(x.size()), x.data(), ones.data(), s.out.count() * k.panel, s.act, y);
-  } else if (s.op == Op::affine) {
+  } else if (s.op == Op::affine || s.op == Op::group_norm) {
     std::vector<T> factors(s.norm.scale + point * channels, s.norm.scale + (point + 1) * channels);
     factors.insert(factors.end(), s.norm.shift + point * channels, s.norm.shift + (point + 1) * channels);
-    scale_and_shift(k, s, factors.data(), factors.data() + channels, x[0], x.size() > 1 ? x[1] : nullptr, y);
+    const T *scale = factors.data(), *shift = scale + channels;
+    if (s.op == Op::affine) return scale_and_shift(k, s, scale, shift, x[0], x.size() > 1 ? x[1] : nullptr, y);
+    bool in_registers = fused(s.act.kind);
+    k.group_norm(pixels, channels, s.norm.groups, x[0], s.norm.eps, scale, shift, in_registers ? s.act : Activation{}, y);
+    if (!in_registers) k.activate(s.act, s.out.count() * k.panel, y);
   } else {
     T* to = y;
     for (int64_t p = 0; p < pixels; ++p)
       for (size_t i = 0; i < s.channels.size(); ++i) {
-        bool take = s.op == Op::take;
-        int64_t count = take ? 1 : s.channels[i];
-        const T* from = take ? x[0] + (p * s.in.channels + s.channels[i]) * k.panel : x[i] + p * count * k.panel;
-        to = std::copy_n(from, count * k.panel, to);
+        int64_t c = s.channels[i];
+        if (s.op == Op::concat) to = std::copy_n(x[i] + p * c * k.panel, c * k.panel, to);
+        else if (c < 0) to = std::fill_n(to, k.panel, T(0));
+        else to = std::copy_n(x[0] + (p * s.in.channels + c) * k.panel, k.panel, to);
       }
     if (s.act.kind != Act::identity) k.activate(s.act, s.out.count() * k.panel, y);
   }

@@ -180,8 +180,8 @@ template <class T> class Statistics {
       case Op::norm: scale_and_shift(k_, *s.step, factors, factors + s.out.channels, x[0], more, y); break;
       case Op::terms: combine(s, at, strip, y); break;
       case Op::flat: steps_.flatten(s.step->in, x[0], y); break;
-      case Op::sum: case Op::affine: case Op::take: case Op::concat: run_pointwise(k_, *s.step, at.point, x, y); break;
-      default: steps_.pool(*s.step, x[0], 0, 0, s.step->in.channels, 0, s.out.height, y);
+      case Op::max_pool: case Op::avg_pool: steps_.pool(*s.step, x[0], 0, 0, s.step->in.channels, 0, s.out.height, y); break;
+      default: run_pointwise(k_, *s.step, at.point, x, y);
     }
     if (s.step->op != Op::conv) seen(0, s.out.channels, s.out.pixels(), s.out.channels * k_.panel, y);
   }

@@ -10,6 +10,7 @@
 namespace modeconn {
 
 int check_images(const Context& context);      // test_images.cpp
+int check_pointwise(const Context& context);   // test_pointwise.cpp
 int check_statistics(const Context& context);  // test_statistics.cpp
 
 namespace {
@@ -120,7 +121,7 @@ int main() {
   for (int i = 0; i < n; ++i) {
     const modeconn::Context& context = modeconn::context(isas[i]);
     bad += modeconn::check_all<float>(context, 1e-4) + modeconn::check_all<double>(context, 1e-12) + modeconn::check_images(context);
-    bad += modeconn::check_statistics(context);
+    bad += modeconn::check_pointwise(context) + modeconn::check_statistics(context);
     std::printf("%s: %s\n", isas[i], bad ? "FAIL" : "PASS");
   }
   return bad != 0;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from modeconn.plan.program import Moving, Program, Term, VaryingStep
 from modeconn.plan.units import static
 
 # So many multiply-adds for a value take no longer than reading a term of it that is combined.
-_DEPTH_PER_TERM = 16
+DEPTH_PER_TERM = 16
+_OTHER_PARTS = "takes other parts than channels, or every so many pixels from the first on"
 _PASS_THROUGH = ("clone", "alias", "detach", "dropout", "contiguous")
 
 
@@ -32,14 +33,14 @@ class Layer(Stage):
     """A step of the engine.
 
     A linear layer or convolution Σ_g columns[:, g] weights[g], with a bias likewise; a pooling; "affine", a scale and shift
-    of each channel; "batch_norm", by the statistics of the batch; "add", the sum of several values; "concat", their channels;
-    "take", some channels; "flatten"; or "terms", values from outside.
+    of each channel; "group_norm"; "batch_norm", by the statistics of the batch; "add", the sum of several values; "concat",
+    their channels; "take", some channels; "flatten"; or "terms", values from outside.
 
     Attributes:
         reads: the layer whose value it takes; -1: the chain's terms; None: the layer before it.
         adds: of a layer with weights, an "affine" or "batch_norm": one whose value is added before the activation.
         inputs: of "add" and "concat": the layers whose values it takes.
-        norm: scale and shift [points, units] of a batch norm that follows, or of an "affine" or "batch_norm" itself.
+        norm: scale and shift [points, units] of a batch norm that follows, or of an "affine" or a norm itself.
         terms, step: of "terms": as a chain has them.
     """
 
@@ -59,7 +60,7 @@ class Layer(Stage):
     @property
     def activates(self) -> bool:
         """Whether the engine applies an activation behind it."""
-        return self.sums or self.op in ("add", "concat", "take", "terms")
+        return self.sums or self.op in ("add", "concat", "group_norm", "take", "terms")
 
     @property
     def sums(self) -> bool:
@@ -116,9 +117,9 @@ class Chain:
     @property
     def straight(self) -> bool:
         """Whether each layer reads the one before it and nothing else, and no convolution is grouped or dilated."""
-        other = ("add", "affine", "concat", "take", "terms")
+        other = ("add", "affine", "concat", "group_norm", "take", "terms")
         plain = (
-            layer.adds is None and layer.op not in other and not {"groups", "dilation"} & set(layer.geometry)
+            layer.adds is None and layer.op not in other and not {"groups", "dilation", "ceil"} & set(layer.geometry)
             for layer in self.layers
         )
         return self.step is None and all(plain) and all(layer.reads in (None, i - 1) for i, layer in enumerate(self.layers))
@@ -137,18 +138,22 @@ def step_layers(step: VaryingStep, points: int, size: tuple[Any, ...]) -> list[L
     """A step as layers, or why the engine does not have it; `size`: of the images that it takes, () for rows."""
     node = step.node
     image = len(size) == 2
-    if node.op == "flatten" and image:
+    rows = image and len(node.shape) == 2
+    if rows and node.op in ("flatten", "squeeze", "select"):
         return [Layer(op="flatten")]
     if isinstance(node.function, Take):
-        ((axis, channels), *others) = node.function.along.items()
-        if others or axis != features_axis(node):
-            return "takes other parts than channels"
-        return [Layer(op="take", geometry={"channels": channels.tolist()})]
+        return _parts(node.function.along, features_axis(node), size)
+    if node.op in ("group_norm", "layer_norm"):
+        return _norm_of_samples(step, points)
+    if image and node.op == "slice":
+        return _every_other(node, size)
+    if image and node.op == "pad":
+        return _more_channels(node, static(node.shape[1]))
     if image and (_over_pixels(node) or (node.op == "adaptive_avg_pool2d" and _pair(node.args[1]) == (1, 1))):
-        pool = Layer(op="avg_pool2d", geometry={"kernel": _pair(size)})
-        return [pool] if len(node.shape) == 4 else [pool, Layer(op="flatten")]
+        pool = Layer(op="max_pool2d" if node.op == "amax" else "avg_pool2d", geometry={"kernel": _pair(size)})
+        return [pool, Layer(op="flatten")] if rows else [pool]
     if image and node.op in ("max_pool2d", "avg_pool2d"):
-        geometry = pooling_of(node)
+        geometry = pooling_of(node, ceil=True)
         return geometry if isinstance(geometry, str) else [Layer(op=node.op, geometry=geometry)]
     if (node.op == "conv2d" and image) or (node.op == "linear" and not image):
         layer = _product(node, [_blend(entry, points) for entry in step.entries])
@@ -157,8 +162,61 @@ def step_layers(step: VaryingStep, points: int, size: tuple[Any, ...]) -> list[L
 
 
 def _over_pixels(node: Node) -> bool:
-    """Whether it is the mean over the pixels of images."""
-    return node.op == "mean" and not node.kwargs and len(node.args) > 1 and {d % 4 for d in node.args[1] or ()} == {2, 3}
+    """Whether it is the mean or the greatest over the pixels of images."""
+    over = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], list) else []
+    return node.op in ("mean", "amax") and not node.kwargs and {d % 4 for d in over} == {2, 3}
+
+
+def _every_other(node: Node, size: tuple[Any, ...]) -> list[Layer] | str:
+    """Every so many rows or columns of images, from the first on: a pooling whose windows are one pixel."""
+    bounds = [*node.args[1:], *[0, None, None, 1][len(node.args) - 1 :]]
+    axis = bounds[0] % 4
+    if axis < 2 or not all(number is None or isinstance(number, int) for number in bounds):
+        return _OTHER_PARTS
+    return _parts({axis: np.arange(static(size[axis - 2]))[slice(*bounds[1:])]}, 1, size)
+
+
+def _parts(along: Mapping[int, np.ndarray], features: int, size: tuple[Any, ...]) -> list[Layer] | str:
+    """Indices along some axes, as layers: some channels; every so many pixels, a pooling whose windows are one pixel."""
+    layers = []
+    for axis, index in along.items():
+        if axis == features:
+            layers.append(Layer(op="take", geometry={"channels": index.tolist()}))
+            continue
+        stride = int(index[1] - index[0]) if len(index) > 1 else static(size[axis - 2])
+        if axis < 2 or not np.array_equal(index, np.arange(0, static(size[axis - 2]), stride)):
+            return _OTHER_PARTS
+        layers.append(Layer(op="avg_pool2d", geometry={"kernel": (1, 1), "stride": (stride, 1) if axis == 2 else (1, stride)}))
+    return layers
+
+
+def _more_channels(node: Node, channels: int) -> list[Layer] | str:
+    """Channels of zeros before and behind those of images."""
+    width, mode, value = argument(node, 1, "pad", []), argument(node, 2, "mode", "constant"), argument(node, 3, "value", None)
+    if len(width) != 6 or any(width[:4]) or min(width) < 0 or mode != "constant" or value:
+        return "adds something else than channels of zeros"
+    own = range(channels - width[4] - width[5])
+    return [Layer(op="take", geometry={"channels": [-1] * width[4] + list(own) + [-1] * width[5]})]
+
+
+def _norm_of_samples(step: VaryingStep, points: int) -> list[Layer] | str:
+    """A group norm, or a layer norm over the features of rows, as one of a single group."""
+    node = step.node
+    channels = static(node.shape[features_axis(node)])
+    if node.op == "layer_norm":
+        if len(node.shape) == 4 or list(node.args[1]) != [node.shape[-1]]:
+            return "normalises over more than the features of rows"
+        groups, eps = 1, argument(node, 4, "eps", 1e-5)
+    else:
+        if len(node.shape) == 3:
+            return "normalises the second of three axes"
+        groups, eps = node.args[1], argument(node, 4, "eps", 1e-5)
+    vectors = (
+        vectors_of(step, argument(node, i, key, None), absent, points)
+        for i, key, absent in ((2, "weight", 1.0), (3, "bias", 0.0))
+    )
+    scale, shift = (np.broadcast_to(vector, (points, channels)) for vector in vectors)
+    return [Layer(op="group_norm", geometry={"groups": groups, "eps": eps}, norm=(scale, shift))]
 
 
 def _product(node: Node, entries: Sequence[tuple[list[np.ndarray], np.ndarray]]) -> Layer | str:
@@ -183,7 +241,9 @@ def folds(before: Layer) -> bool:
 
 def affine(step: VaryingStep, points: int) -> tuple[np.ndarray, np.ndarray]:
     """A batch norm with given statistics as scale and shift [points, channels]."""
-    mean, var, weight, bias = (_vectors(step, i, absent, points) for i, absent in ((1, 0.0), (2, 1.0), (3, 1.0), (4, 0.0)))
+    mean, var, weight, bias = (
+        vectors_of(step, step.node.args[i], absent, points) for i, absent in ((1, 0.0), (2, 1.0), (3, 1.0), (4, 0.0))
+    )
     with np.errstate(invalid="ignore"):  # extrapolated variances may be negative: NaN, as PyTorch gives
         scale = weight / np.sqrt(var + step.node.args[5])
     return scale, bias - mean * scale
@@ -192,14 +252,13 @@ def affine(step: VaryingStep, points: int) -> tuple[np.ndarray, np.ndarray]:
 def batch_norm(step: VaryingStep, points: int, place: int) -> Layer:
     """A norm by the statistics of the batch, of the value of layer `place`."""
     node = step.node
-    weight, bias = (_vectors(step, i, absent, points) for i, absent in ((1, 1.0), (2, 0.0)))
+    weight, bias = (vectors_of(step, node.args[i], absent, points) for i, absent in ((1, 1.0), (2, 0.0)))
     scale, shift = (np.broadcast_to(v, (points, static(node.shape[1]))) for v in (weight, bias))
     return Layer(op="batch_norm", reads=place, norm=(scale, shift), geometry={"of": place, "eps": node.args[3]})
 
 
-def _vectors(step: VaryingStep, position: int, absent: float, points: int) -> np.ndarray:
+def vectors_of(step: VaryingStep, leaf: Any, absent: float, points: int) -> np.ndarray:
     """A norm's argument at every point [points, channels], or [1, 1] where there is none."""
-    leaf = step.node.args[position]
     if leaf is None:
         return np.full((1, 1), absent)
     arrays, columns = _blend(step.entries[leaf.index], points)
@@ -207,8 +266,12 @@ def _vectors(step: VaryingStep, position: int, absent: float, points: int) -> np
     return combined
 
 
-def begin_with_layer(program: Program, chain: Chain) -> bool:
-    """Let the engine compute what the planner has combined, where that takes little and a norm can be part of it."""
+def begin_with_layer(program: Program, chain: Chain, most: float = DEPTH_PER_TERM) -> bool:
+    """Let the engine compute what the planner has combined, so that a norm can be part of it; where that takes little.
+
+    Args:
+        most: multiply-adds for a value and term.
+    """
     steps = [program.shared[term.value] for term in chain.terms]
     if (
         chain.layers
@@ -218,7 +281,7 @@ def begin_with_layer(program: Program, chain: Chain) -> bool:
         or steps[0].node.op not in ("linear", "conv2d")
     ):
         return False
-    if steps[0].entries[0][0].numel() > _DEPTH_PER_TERM * len(steps):
+    if steps[0].entries[0][0].numel() > most * len(steps):
         return False
     columns = np.stack([term.column for term in chain.terms], axis=1)
     layer = _product(
@@ -254,18 +317,24 @@ def geometry_of(node: Node) -> dict[str, Any] | str:
     return geometry | unusual | ({"groups": groups} if groups != 1 else {})
 
 
-def pooling_of(node: Node) -> dict[str, Any] | str:
-    """Kernel, stride and padding of a pooling, or why the engine does not have it."""
+def pooling_of(node: Node, ceil: bool = False) -> dict[str, Any] | str:
+    """Kernel, stride and padding of a pooling, or why the engine does not have it.
+
+    Args:
+        ceil: whether a maximum may round its size up, which the geometry then tells.
+    """
     kernel, padding = argument(node, 1, "kernel_size", 1), argument(node, 3, "padding", 0)
     stride = argument(node, 2, "stride", None) or kernel
     if node.op == "max_pool2d":
-        plain = _pair(argument(node, 4, "dilation", 1)) == (1, 1) and not argument(node, 5, "ceil_mode", False)
+        up = bool(argument(node, 5, "ceil_mode", False))
+        plain = _pair(argument(node, 4, "dilation", 1)) == (1, 1) and (ceil or not up)
     else:
+        up = False
         by_kernel = argument(node, 5, "count_include_pad", True) and argument(node, 6, "divisor_override", None) is None
         plain = by_kernel and not argument(node, 4, "ceil_mode", False)
     if not plain:
         return "rounds up, is dilated, or divides in its own way"
-    return {"kernel": _pair(kernel), "stride": _pair(stride), "padding": _pair(padding)}
+    return {"kernel": _pair(kernel), "stride": _pair(stride), "padding": _pair(padding)} | ({"ceil": True} if up else {})
 
 
 def _blend(entry: Tensor | Moving, points: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -276,7 +345,9 @@ def _blend(entry: Tensor | Moving, points: int) -> tuple[list[np.ndarray], np.nd
 
 
 def activation_of(node: Node) -> Stage | None:
-    """The engine's activation for a node, if it has it."""
+    """A node as an activation that the engine and the kernels for GPUs have, if it is one."""
+    if (node.op == "clamp_min" and node.args[1:] == (0,)) or (node.op == "clamp" and not node.kwargs and node.args[1:] == (0,)):
+        return Stage("relu")
     if node.op in ("relu", "tanh", "silu", "sigmoid"):
         return Stage(node.op)
     if node.op == "leaky_relu":
@@ -284,3 +355,16 @@ def activation_of(node: Node) -> Stage | None:
     if node.op == "gelu":
         return Stage("gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu")
     return None
+
+
+def engine_activation(node: Node) -> Stage | None:
+    """A node as an activation that the engine has, if it is one."""
+    if node.op in ("relu6", "hardsigmoid", "hardswish", "selu", "mish") and len(node.args) == 1:
+        return Stage(node.op)
+    if node.op in ("hardtanh", "clamp") and tuple(node.args[1:]) == (0, 6):
+        return Stage("relu6")
+    if node.op == "elu" and len(node.args) < 3:
+        return Stage("elu", float(node.args[1]) if len(node.args) > 1 else 1.0)
+    if node.op == "softplus" and tuple(node.args[1:]) in ((), (1,), (1, 20)) and not node.kwargs:
+        return Stage("softplus")
+    return activation_of(node)

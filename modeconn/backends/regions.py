@@ -8,16 +8,19 @@ between the steps that are left to the reference backend.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
 from modeconn.backends.engine_steps import (
+    DEPTH_PER_TERM,
     Chain,
     Layer,
     Stage,
     activation_of,
     affine,
     begin_with_layer,
+    engine_activation,
     features_axis,
     folds,
     passes_through,
@@ -55,8 +58,8 @@ class Region:
         return layers >= _LAYERS and worth and flops >= _SHARE * segment.flops
 
 
-def find_region(program: Program, segment: Segment) -> Region | str:
-    """All steps of a segment as one region that ends in [N, classes], or why they are none."""
+def find_region(program: Program, segment: Segment, plain: bool = False) -> Region | str:
+    """All steps of a segment as one region that ends in [N, classes], or why they are none; `plain`: as for `Builder`."""
     output = program.graph.tensor_output
     if output is None:
         return "the network returns more than one tensor"
@@ -65,7 +68,7 @@ def find_region(program: Program, segment: Segment) -> Region | str:
     form = segment.outputs[output]
     if isinstance(form, Combination):
         return Region(0, -1, Chain(form.terms))
-    builder = Builder(program, segment, 0)
+    builder = Builder(program, segment, 0, plain)
     for index in range(len(segment.steps)):
         reason = builder.add(index)
         if reason:
@@ -78,7 +81,7 @@ def find_region(program: Program, segment: Segment) -> Region | str:
 
 def find_chain(program: Program, segment: Segment) -> Chain | str:
     """A segment as a plain chain, in which each layer reads the one before it and nothing else; or why it is none."""
-    region = find_region(program, segment)
+    region = find_region(program, segment, plain=True)
     if isinstance(region, Region) and not region.chain.straight:
         return "some step does not follow the step before it"
     return region if isinstance(region, str) else region.chain
@@ -113,10 +116,16 @@ def _longest(program: Program, segment: Segment, start: int) -> Region | None:
 
 
 class Builder:
-    """Turns steps from `start` on into a chain, one after the other."""
+    """Turns steps from `start` on into a chain, one after the other.
 
-    def __init__(self, program: Program, segment: Segment, start: int) -> None:
+    Args:
+        plain: for a kernel that has no activations and norms but those of `activation_of` and behind layers.
+    """
+
+    def __init__(self, program: Program, segment: Segment, start: int, plain: bool = False) -> None:
         self.program, self.segment, self.start = program, segment, start
+        self._depth: float = math.inf if plain else DEPTH_PER_TERM
+        self._activation = activation_of if plain else engine_activation
         self.chain = Chain(())
         self._images: bool | None = None  # whether the chain begins with images; None: it has not begun
         self._place: dict[int, int] = {}  # step → the layer that gives its value, -1 for the chain's own terms
@@ -154,7 +163,8 @@ class Builder:
         reason, place, alone = self._read_alone(step.inputs[0])
         if reason:
             return reason
-        size = self.program.graph.nodes[node.inputs[0]].shape[2:] if self._image(node.inputs[0]) else ()
+        before = self._nodes(step.inputs[0])[0].shape
+        size = before[2:] if len(before) == 4 else ()
         if passes_through(node, size):
             self._put(index, place, alone)
             return ""
@@ -162,14 +172,14 @@ class Builder:
         if node.op == "batch_norm":
             if len(node.shape) == 3:
                 return "normalises the second of three axes"
-            if place < 0 and alone and begin_with_layer(self.program, self.chain):
+            if place < 0 and alone and begin_with_layer(self.program, self.chain, self._depth):
                 place = 0
             if place < 0 or not alone or not folds(self.chain.layers[place]):
                 place = self._append(Layer(op="affine", reads=place))
             self.chain.layers[place].norm = affine(step, points)
             self._put(index, place)
             return ""
-        activation = activation_of(node)
+        activation = self._activation(node)
         if activation is not None:
             self._put(index, self._activate(place, alone, activation))
             return ""
@@ -241,15 +251,16 @@ class Builder:
         self.chain.layers.append(layer)
         return len(self.chain.layers) - 1
 
-    def _image(self, node: int) -> bool:
-        return len(self.program.graph.nodes[node].shape) == 4
+    def _nodes(self, value: Combination | int) -> list[Node]:
+        """What gives a value: a step, or the shared values that are combined."""
+        shared = self.program.shared
+        return [self.segment.steps[value].node] if isinstance(value, int) else [shared[t.value].node for t in value.terms]
 
     def _read(self, value: Combination | int) -> tuple[str, int]:
         """Where the engine has what a step reads; or why it cannot have it."""
         if isinstance(value, int) and value in self._place:
             return "", self._place[value]
-        shared = self.program.shared
-        nodes = [self.segment.steps[value].node] if isinstance(value, int) else [shared[t.value].node for t in value.terms]
+        nodes = self._nodes(value)
         if not all(node.batched and self._fits(node) for node in nodes):
             return "reads what is neither rows nor images", -1
         key = value if isinstance(value, int) else id(value)

@@ -124,6 +124,21 @@ template <class S> MODECONN_INLINE typename S::V gelu(typename S::V x) {
   return x * (x < 0 ? beyond : 1 - beyond);
 }
 
+// log(1 + exp(x)); beyond 20 it is x, as in PyTorch.
+template <class S> MODECONN_INLINE typename S::V softplus(typename S::V x) {
+  typename S::V rest = log1p_positive<S>(exp_negative<S>(-absolute<S>(x)));
+  return x > 20 ? x : (x < 0 ? rest : x + rest);
+}
+
+// x tanh(softplus(x)), and tanh(log(w)) is (w^2 - 1) / (w^2 + 1): divided by exp(2x) where x is positive.
+template <class S> MODECONN_INLINE typename S::V mish(typename S::V x) {
+  typename S::V e = exp_negative<S>(-absolute<S>(x));
+  typename S::V part = x < 0 ? e * (2 + e) : 1 + 2 * e;
+  return x * part / (part + (x < 0 ? splat<S>(2) : 2 * e * e));
+}
+
+template <class S> MODECONN_INLINE typename S::V clamp6(typename S::V x) { return x < 0 ? typename S::V{} : (x > 6 ? splat<S>(6) : x); }
+
 template <class S, Act act> MODECONN_INLINE typename S::V apply(typename S::V x, typename S::T slope) {
   using T = typename S::T;
   if constexpr (act == Act::relu) return x < 0 ? typename S::V{} : x;  // NaN stays NaN
@@ -134,6 +149,14 @@ template <class S, Act act> MODECONN_INLINE typename S::V apply(typename S::V x,
     return x * sigmoid<S>(T(1.5957691216057308) * (x + T(0.044715) * x * x * x));
   else if constexpr (act == Act::silu) return x * sigmoid<S>(x);
   else if constexpr (act == Act::sigmoid) return sigmoid<S>(x);
+  else if constexpr (act == Act::relu6) return clamp6<S>(x);
+  else if constexpr (act == Act::hardsigmoid) return clamp6<S>(x + 3) / 6;
+  else if constexpr (act == Act::hardswish) return x * clamp6<S>(x + 3) / 6;
+  else if constexpr (act == Act::elu) return x > 0 ? x : slope * expm1_negative<S>(-absolute<S>(x));
+  else if constexpr (act == Act::selu)
+    return T(1.0507009873554804934) * (x > 0 ? x : T(1.6732632423543772848) * expm1_negative<S>(-absolute<S>(x)));
+  else if constexpr (act == Act::softplus) return softplus<S>(x);
+  else if constexpr (act == Act::mish) return mish<S>(x);
   else return x;
 }
 
@@ -150,6 +173,13 @@ template <class F> MODECONN_INLINE void with_activation(Act act, F&& f) {
     case Act::gelu_tanh: return f(ActTag<Act::gelu_tanh>{});
     case Act::silu: return f(ActTag<Act::silu>{});
     case Act::sigmoid: return f(ActTag<Act::sigmoid>{});
+    case Act::relu6: return f(ActTag<Act::relu6>{});
+    case Act::hardsigmoid: return f(ActTag<Act::hardsigmoid>{});
+    case Act::hardswish: return f(ActTag<Act::hardswish>{});
+    case Act::elu: return f(ActTag<Act::elu>{});
+    case Act::selu: return f(ActTag<Act::selu>{});
+    case Act::softplus: return f(ActTag<Act::softplus>{});
+    case Act::mish: return f(ActTag<Act::mish>{});
   }
 }
 

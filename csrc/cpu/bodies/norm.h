@@ -1,4 +1,5 @@
-// Batch norm with the statistics of the batch: the moments of each unit's values, and their normalisation.
+// Batch norm with the statistics of the batch: the moments of each unit's values, and their normalisation. Group norm, whose
+// statistics are each sample's own.
 #pragma once
 #include "../context.h"
 #include "product.h"
@@ -66,6 +67,51 @@ void normalise(int64_t pixels, int64_t units, const typename S::T* x, const type
         store<S>(out + v, fused<S>(act, y));
       }
     }
+}
+
+// Not std::sqrt: a compiler that does not inline it makes a symbol that instruction sets would share.
+MODECONN_INLINE float root(float x) { return __builtin_sqrtf(x); }
+MODECONN_INLINE double root(double x) { return __builtin_sqrt(x); }
+
+// The sum over a group's values of f(value), added up in parts so that rounding errors stay small.
+template <class S, int NV, class F>
+MODECONN_INLINE void add_up(int64_t pixels, int64_t pitch, int64_t units, const typename S::T* x, typename S::V (&sum)[NV], F&& f) {
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t u = 0; u < units; u += 64) {
+      typename S::V part[NV] = {};
+      for (int64_t i = u; i < units && i < u + 64; ++i)
+        for (int v = 0; v < NV; ++v) part[v] += f(load<S>(x + p * pitch + (i * NV + v) * S::L), v);
+      for (int v = 0; v < NV; ++v) sum[v] += part[v];
+    }
+}
+
+template <class S, int NV>
+void group_norm(int64_t pixels, int64_t units, int64_t groups, const typename S::T* x, double eps, const typename S::T* scale,
+                const typename S::T* shift, Activation act, typename S::T* out) {
+  using T = typename S::T;
+  using V = typename S::V;
+  constexpr int L = S::L, panel = NV * L;
+  int64_t count = units / groups, pitch = units * panel;
+  T share = T(1 / double(pixels * count));
+  for (int64_t u0 = 0; u0 < units; u0 += count) {
+    const T* from = x + u0 * panel;
+    // About a mean that is rounded, then corrected, as in `moments`.
+    V mean[NV] = {}, off[NV] = {}, square[NV] = {}, factor[NV];
+    add_up<S, NV>(pixels, pitch, count, from, mean, [](V y, int) { return y; });
+    for (int v = 0; v < NV; ++v) mean[v] *= share;
+    add_up<S, NV>(pixels, pitch, count, from, off, [&](V y, int v) { return y - mean[v]; });
+    for (int v = 0; v < NV; ++v) off[v] *= share;
+    add_up<S, NV>(pixels, pitch, count, from, square, [&](V y, int v) { V d = y - mean[v] - off[v]; return d * d; });
+    for (int v = 0; v < NV; ++v)
+      for (int i = 0; i < L; ++i) factor[v][i] = 1 / root(square[v][i] * share + T(eps));
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t u = 0; u < count; ++u)
+        for (int v = 0; v < NV; ++v) {
+          int64_t at = p * pitch + u * panel + v * L;
+          V y = (load<S>(from + at) - mean[v] - off[v]) * (factor[v] * scale[u0 + u]) + shift[u0 + u];
+          store<S>(out + u0 * panel + at, fused<S>(act, y));
+        }
+  }
 }
 
 }  // namespace

@@ -26,6 +26,7 @@ MODECONN_INLINE void accumulate(typename S::V (&sums)[R][NV], const typename S::
 template <class S> MODECONN_INLINE typename S::V fused(Activation act, typename S::V y) {
   if (act.kind == Act::relu) y = apply<S, Act::relu>(y, 0);
   if (act.kind == Act::leaky_relu) y = apply<S, Act::leaky_relu>(y, typename S::T(act.slope));
+  if (act.kind == Act::relu6) y = apply<S, Act::relu6>(y, 0);
   return y;
 }
 

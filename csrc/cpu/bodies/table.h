@@ -25,6 +25,7 @@ template <class S, int NV, int MR> void fill(Kernels<typename S::T>& k, const ch
   k.activate = activate<S>;
   k.moments = moments<S, NV>;
   k.normalise = normalise<S, NV>;
+  k.group_norm = group_norm<S, NV>;
   k.write_rows = write_rows<S, NV>;
   k.cross_entropy = cross_entropy<S, NV>;
   k.mse = mse<S, NV>;
