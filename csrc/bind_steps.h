@@ -25,14 +25,15 @@ template <class T> class StepReader {
     else if (op_ == "conv2d" || op_ == "max_pool2d" || op_ == "avg_pool2d") window_step();
     else if (op_ == "batch_norm") norm();
     else if (op_ == "add") sum();
+    else if (op_ == "multiply") multiply();
     else if (op_ == "affine") affine();
     else if (op_ == "group_norm") group_norm();
     else if (op_ == "take") take();
     else if (op_ == "concat") concat();
     else if (op_ == "terms") more_terms();
     else
-      refuse(what_, ".op must be linear, conv2d, max_pool2d, avg_pool2d, batch_norm, affine, group_norm, flatten, add, take, concat or terms, got '", op_,
-             "'");
+      refuse(what_, ".op must be linear, conv2d, max_pool2d, avg_pool2d, batch_norm, affine, group_norm, flatten, add, multiply, take, ",
+             "concat or terms, got '", op_, "'");
   }
 
   Chain<T> finish() {
@@ -162,6 +163,18 @@ template <class T> class StepReader {
     }
     s.in = s.out = values[0].shape;
     push(std::move(s), values[0].image);
+  }
+
+  void multiply() {
+    only({"inputs", "activation", "slope"});
+    const std::vector<Value> values = inputs();
+    if (values.size() != 2) refuse(what_, " (multiply) must have two inputs, got ", values.size());
+    const Value &x = values[0], &factor = values[1];
+    if (x.image != factor.image || x.shape.channels != factor.shape.channels || (factor.shape.pixels() != 1 && text(x) != text(factor)))
+      refuse(what_, ".inputs must be of one shape, or the second one pixel, got ", text(x), " and ", text(factor));
+    Step<T> s{};
+    s.op = Op::multiply, s.act = act(), s.inputs = {x.index, factor.index}, s.in = factor.shape, s.out = x.shape;
+    push(std::move(s), x.image);
   }
 
   void affine() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ def canonical(
         return "batch_norm", ops.batch_norm, (x, mean, var, weight, bias, eps), kwargs
     if packet == "linear":
         return packet, ops.linear, args, kwargs
+    if packet == "rsub" and len(args) == 2 and not kwargs:
+        return "sub", operator.sub, (args[1], args[0]), {}
     before = nodes[inputs[0]] if inputs and args[0] == In(0) else None
     if before is not None and not kwargs:
         found = _of_a_value(packet, args, before, shape, nodes, inputs)

@@ -80,6 +80,17 @@ PIXELS = {
 PARTS = {
     "rounded up": (lambda net, x: F.max_pool2d(x.relu(), 2, ceil_mode=True).mean((2, 3)), {}),
     "shortcut": (shortcut, {"down": lambda: nn.Conv2d(6, 12, 3, 2, 1)}),
+    "gate of channels": (lambda net, x: (net.gate(F.adaptive_avg_pool2d(x, 1)).sigmoid() * x.relu()).mean((2, 3)), {
+        "gate": lambda: nn.Conv2d(6, 6, 1)}),
+    "gated": (lambda net, x: (x.tanh() * net.gate(x).sigmoid()).mean((2, 3)), {"gate": lambda: nn.Conv2d(6, 6, 1)}),
+    "square": (lambda net, x: (x * x).mean((2, 3)), {}),
+    "numbers": (lambda net, x: (1.5 - (0.5 * x.relu() - 2) / 3 + 1).neg().mean((2, 3)), {}),
+    "one entry for all": (lambda net, x: (net.scale.weight * x.relu() + net.scale.bias).mean((2, 3)), {
+        "scale": lambda: nn.BatchNorm1d(1)}),
+    "entries of channels": (lambda net, x: (x.relu() - net.shift[0]).mean((2, 3)) * net.scale.weight, {
+        "scale": lambda: nn.BatchNorm1d(6), "shift": lambda: nn.ParameterList([torch.randn(6, 1, 1)])}),
+    "branch scaled by an entry": (lambda net, x: (x + net.scale.weight * net.more(x.relu())).relu().mean((2, 3)), {
+        "scale": lambda: nn.BatchNorm1d(1), "more": lambda: nn.Conv2d(6, 6, 3, padding=1)}),
     "group norm": (lambda net, x: net.norm(net.more(x)).relu().mean((2, 3)), {
         "more": lambda: nn.Conv2d(6, 12, 1), "norm": lambda: nn.GroupNorm(4, 12)}),
     "group norm without weights": (lambda net, x: net.norm(net.more(x)).mean((2, 3)).tanh(), {
@@ -93,7 +104,7 @@ NETS = {
     **{name: lambda way=way: behind(way, 6 * 72) for name, way in ROWS.items()},
     **{name: lambda way=way: behind(way) for name, way in PIXELS.items()},
     **{
-        name: lambda way=way, parts=parts: behind(way, 12 if "more" in parts or "down" in parts else 6, **parts)
+        name: lambda way=way, parts=parts: behind(way, 12 if "norm" in parts or "down" in parts else 6, **parts)
         for name, (way, parts) in PARTS.items()
     },
 }
@@ -106,7 +117,7 @@ def test_each_is_one_region_of_the_engine(name, precision):
     a, b = NETS[name]()
     for net in (a, b):
         for norm in net.modules():
-            if isinstance(norm, (nn.GroupNorm, nn.LayerNorm)) and norm.weight is not None:
+            if isinstance(norm, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d)) and norm.weight is not None:
                 nn.init.normal_(norm.weight)
     path = mc.Line(a, b)
     program = mc.explain(a, path, X, 3).program
@@ -145,6 +156,10 @@ def _needed(graph: object) -> set[int]:
         lambda net, x: x[:, :, 1:, 1:].mean((2, 3)), lambda net, x: x[:, 1:4, :, :].repeat(1, 2, 1, 1).mean((2, 3)),
         lambda net, x: F.pad(x, (1, 1, 1, 1, 0, 0)).mean((2, 3)),
         lambda net, x: F.pad(x, (0, 0, 0, 0, 1, -1), value=0.0).mean((2, 3)),
+        lambda net, x: (x * x.mean(1, keepdim=True)).mean((2, 3)),
+        lambda net, x: (x + x.mean((2, 3), keepdim=True)).mean((2, 3)),
+        lambda net, x: (2 / (3 + x.relu())).mean((2, 3)), lambda net, x: (x * torch.arange(8.0)).mean((2, 3)),
+        lambda net, x: torch.sub(x, 2, alpha=3).mean((2, 3)), lambda net, x: torch.add(x, x.relu(), alpha=3).mean((2, 3)),
         lambda net, x: x.mean(1).mean(1)[:, :6], lambda net, x: x.clamp(-1, 1).mean((2, 3)),
         lambda net, x: F.softplus(x, beta=2).mean((2, 3)), lambda net, x: x.mean(3).permute(0, 2, 1)[:, :6].mean(-1),
         lambda net, x: F.layer_norm(x, (9, 8)).mean((2, 3)), lambda net, x: F.group_norm(x.flatten(2), 2).mean(2),

@@ -64,6 +64,9 @@ class Net:
     def add(self, *inputs, activation="identity"):
         return self.push(self.values[inputs[0] + 1], op="add", inputs=list(inputs), activation=activation, slope=0.125)
 
+    def multiply(self, first, second, activation="identity"):
+        return self.push(self.values[first + 1], op="multiply", inputs=[first, second], activation=activation, slope=0.125)
+
     def affine(self, read=None, add=None, activation="identity"):
         shape = self.values[-1 if read is None else read + 1]
         return self.push(
@@ -110,6 +113,8 @@ class Net:
                     y = mixed(layer["terms"], layer["coefficients"], t)
                 elif op == "add":
                     y = sum(values[i + 1] for i in layer["inputs"])
+                elif op == "multiply":
+                    y = values[layer["inputs"][0] + 1] * values[layer["inputs"][1] + 1]
                 elif op == "affine":
                     y = at("input") * per_channel("scale", at("input")) + per_channel("shift", at("input")) + more
                 elif op == "group_norm":
@@ -249,6 +254,26 @@ def test_values_side_by_side_and_parts_of_them(isa, dtype, rows, shape):
 
 @every
 @pytest.mark.parametrize("rows", [0, 1, 35])
+@pytest.mark.parametrize("shape", [(5, 7, 6), (5,), (3, 1, 1)], ids=str)
+def test_products_of_values(isa, dtype, rows, shape):
+    """Gates: of one shape, and of channels."""
+    net = Net(rows, shape, dtype=dtype)
+    window = {"padding": (1, 1)} if len(shape) == 3 else {}
+    first = net.product(shape[0], activation="sigmoid", **window)
+    last = net.multiply(-1, first, activation="tanh")
+    if len(shape) == 3:
+        net.pool("avg", shape[1:])
+        net.product(2, kernel=(1, 1))
+        gate = net.product(shape[0], kernel=(1, 1), activation="hardsigmoid")
+        net.multiply(last, gate, activation="relu")
+        net.flatten()
+    net.multiply(len(net.layers) - 1, len(net.layers) - 1)
+    net.product(3)
+    net.check(isa, dtype, threads=2)
+
+
+@every
+@pytest.mark.parametrize("rows", [0, 1, 35])
 @pytest.mark.parametrize("shape", [(12, 7, 6), (12,), (1020,)], ids=str)
 @pytest.mark.parametrize("groups", [1, 3, 12])
 def test_group_norms(isa, dtype, rows, shape, groups):
@@ -334,7 +359,7 @@ def test_any_graph(seed, steps, image, isa):
         shape = net.values[read + 1]
         alike = [i - 1 for i, other in enumerate(net.values) if other == shape]
         beside = [i - 1 for i, other in enumerate(net.values) if other[1:] == shape[1:]]
-        kind = rng.integers(0, 8 if image else 7)
+        kind = rng.integers(0, 9 if image else 8)
         if kind == 4:
             net.affine(read, int(rng.choice(alike)) if rng.integers(0, 2) else None, str(rng.choice(["relu", "tanh"])))
         elif kind == 3:
@@ -347,7 +372,9 @@ def test_any_graph(seed, steps, image, isa):
             net.add(
                 *rng.choice(alike, int(rng.integers(1, 4))).tolist(), activation=str(rng.choice(["identity", "gelu", "relu"]))
             )
-        elif kind == 7 and min(shape[1:]) > 1:
+        elif kind == 7:
+            net.multiply(read, int(rng.choice(alike)), activation="tanh")
+        elif kind == 8 and min(shape[1:]) > 1:
             net.pool(str(rng.choice(["max", "avg"])), (2, 2), read, stride=(int(rng.integers(1, 3)), 1))
         else:
             add = int(rng.choice(alike)) if rng.integers(0, 2) else None
@@ -409,6 +436,11 @@ BAD = {
     "scale": (
         bad(dict(op="affine", scale=np.ones((1, 4)), shift=np.ones((1, 4)))),
         r"layers\[1\].scale must be \[1, 3\] float64",
+    ),
+    "one factor": (bad(dict(op="multiply", inputs=[0])), r"layers\[1\] \(multiply\) must have two inputs, got 1"),
+    "factors": (
+        bad(dict(op="max_pool2d", kernel=(2, 2)), dict(op="multiply", inputs=[0, 1])),
+        r"of one shape, or the second one pixel, got images of \[3, 4, 5\] and images of \[3, 2, 2\]",
     ),
     "no channels": (bad(dict(op="take", channels=[])), r"layers\[1\] \(take\) must have channels"),
     "channels": (bad(dict(op="take", channels=[0, 3])), r"layers\[1\].channels must be in \[0, 3\), or -1 for zeros, got 3"),

@@ -57,6 +57,7 @@ template <class T> struct Kernels {
   void (*winograd_input)(const T* const* pixels, int64_t count, int64_t apart, T* out);
   bool (*winograd)(const T* x, int64_t apart, int64_t depth, const T* w, int units, const T* bias, Pixels<const T> add, Activation act,
                    int rows, int columns, Pixels<T> out);
+  void (*multiply)(int64_t pixels, int64_t count, const T* x, const T* factor, int64_t apart, T* out);
   void (*pool)(bool max, int taps, const T* const* values, T divisor, int64_t count, T* out);
   void (*activate)(Activation act, int64_t count, T* values);
   void (*moments)(int64_t pixels, int64_t pitch, int units, int samples, const T* x, double* mean, double* squares);

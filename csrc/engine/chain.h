@@ -49,10 +49,10 @@ struct Norm {
   int64_t groups = 1;  // of a group norm
 };
 
-// flat: the last of the images, as rows. sum: of several values. affine: a scale and shift. group_norm: the same behind a
-// normalisation by each sample's own statistics. take: some channels. concat: the channels of several values. norm: only for
-// `statistics`.
-enum class Op { terms, flat, conv, linear, max_pool, avg_pool, sum, affine, group_norm, take, concat, norm };
+// flat: the last of the images, as rows. sum: of several values. multiply: of two values, of which the second, `in`, may have
+// one pixel. affine: a scale and shift. group_norm: the same behind a normalisation by each sample's own statistics. take: some
+// channels. concat: the channels of several values. norm: only for `statistics`.
+enum class Op { terms, flat, conv, linear, max_pool, avg_pool, sum, multiply, affine, group_norm, take, concat, norm };
 
 // One value, act(op(inputs)). A second input of a convolution, linear layer, affine or norm is added before the activation.
 template <class T> struct Step {

@@ -1,4 +1,4 @@
-// Steps without weights that keep their image's size: sums, a scale and shift of each channel, group norms, some of the
+// Steps without weights that keep their image's size: sums, products, a scale and shift of each channel, group norms, some of the
 // channels, values side by side. On one panel, [pixels][channels][panel]; rows are images of one pixel.
 #pragma once
 #include <algorithm>
@@ -8,7 +8,7 @@
 namespace modeconn {
 
 inline bool pointwise(Op op) {
-  return op == Op::sum || op == Op::affine || op == Op::group_norm || op == Op::take || op == Op::concat;
+  return op == Op::sum || op == Op::multiply || op == Op::affine || op == Op::group_norm || op == Op::take || op == Op::concat;
 }
 
 // out = act(scale x + shift + add), with numbers for each channel; `add` may be null.
@@ -24,6 +24,9 @@ template <class T> void run_pointwise(const Kernels<T>& k, const Step<T>& s, int
   if (s.op == Op::sum) {
     const std::vector<T> ones(x.size(), T(1));
     k.combine(int(x.size()), x.data(), ones.data(), s.out.count() * k.panel, s.act, y);
+  } else if (s.op == Op::multiply) {
+    k.multiply(pixels, channels * k.panel, x[0], x[1], s.in.pixels() == pixels ? channels * k.panel : 0, y);
+    if (s.act.kind != Act::identity) k.activate(s.act, s.out.count() * k.panel, y);
   } else if (s.op == Op::affine || s.op == Op::group_norm) {
     std::vector<T> factors(s.norm.scale + point * channels, s.norm.scale + (point + 1) * channels);
     factors.insert(factors.end(), s.norm.shift + point * channels, s.norm.shift + (point + 1) * channels);

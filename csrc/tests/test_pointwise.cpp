@@ -1,5 +1,5 @@
 // The steps without weights under the sanitizers, against plain loops in double precision, on images and on rows: a scale and
-// shift, a group norm, zeros among some channels, values side by side, a maximum whose last windows are cut off.
+// shift, a group norm, a product, zeros among some channels, values side by side, a maximum whose last windows are cut off.
 #include <cmath>
 #include <cstdio>
 
@@ -21,6 +21,7 @@ template <class T> Values plain(const Step<T>& s, int64_t t, const std::vector<V
     for (int64_t p = 0; p < pixels; ++p) {
       double& v = y[c * pixels + p];
       if (s.op == Op::affine) v = normed(c, x[c * pixels + p]) + (s.inputs.size() > 1 ? values[s.inputs[1]][c * pixels + p] : 0);
+      if (s.op == Op::multiply) v = x[c * pixels + p] * values[s.inputs[1]][s.in.pixels() == pixels ? c * pixels + p : c];
       if (s.op == Op::take) v = s.channels[c] < 0 ? 0 : x[s.channels[c] * pixels + p];
       if (s.op == Op::concat) {
         int64_t i = 0, at = c;
@@ -64,10 +65,11 @@ template <class T> double check(const Context& context, int64_t rows, const Imag
   steps.push_back({Op::take, {1}, image, some, {}, {}, {}, {}, {}, kept});
   steps.push_back({Op::concat, {0, 2}, image, wide, {Act::relu, 0}, {}, {}, {}, {}, {c, c + 2}});
   steps.push_back({Op::group_norm, {3}, wide, wide, {Act::relu, 0}, {}, {}, {}, {factors(2 * c + 2), factors(2 * c + 2), 0.1, 0, 2}});
+  steps.push_back({Op::multiply, {4, 3}, wide, wide, {Act::relu, 0}, {}, {}, {}});
   Image last = wide;
   if (!flat) {
     last.height = (wide.height + 1) / 2, last.width = (wide.width + 1) / 2;
-    steps.push_back({Op::max_pool, {4}, wide, last, {}, {{2, 2}, {2, 2}, {0, 0}}, {}, {}});
+    steps.push_back({Op::max_pool, {5}, wide, last, {}, {{2, 2}, {2, 2}, {0, 0}}, {}, {}});
     chain.flat = int(steps.size()) - 1;
     chain.layers.push_back({Op::flat, {}, {last.count()}, {last.count()}, {}, {}, {}, {}});
   }

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from modeconn import native
-from modeconn.backends.engine_steps import Layer, batch_norm, begin_with_layer
+from modeconn.backends.engine_chain import Layer
+from modeconn.backends.engine_steps import batch_norm, begin_with_layer
 from modeconn.backends.native import given_values
 from modeconn.backends.reference import ReferenceBackend, Values
 from modeconn.backends.regions import Builder

@@ -1,132 +1,24 @@
-"""How operations look to the C++ engine: its steps, as data, and their translation from the graph's nodes."""
+"""What the graph's operations are as steps of the C++ engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from modeconn.graph import Node
+from modeconn.backends.engine_chain import Chain, Layer, Stage
+from modeconn.graph import Entry, In, Node
 from modeconn.ops import Take
 from modeconn.plan.program import Moving, Program, Term, VaryingStep
 from modeconn.plan.units import static
 
 # So many multiply-adds for a value take no longer than reading a term of it that is combined.
 DEPTH_PER_TERM = 16
+_ARITHMETIC = ("add", "sub", "mul", "div", "neg")
 _OTHER_PARTS = "takes other parts than channels, or every so many pixels from the first on"
 _PASS_THROUGH = ("clone", "alias", "detach", "dropout", "contiguous")
-
-
-@dataclass
-class Stage:
-    """Something that the engine does to a value, and the activation after it."""
-
-    activation: str = "identity"
-    slope: float = 0.01
-
-
-@dataclass
-class Layer(Stage):
-    """A step of the engine.
-
-    A linear layer or convolution Σ_g columns[:, g] weights[g], with a bias likewise; a pooling; "affine", a scale and shift
-    of each channel; "group_norm"; "batch_norm", by the statistics of the batch; "add", the sum of several values; "concat",
-    their channels; "take", some channels; "flatten"; or "terms", values from outside.
-
-    Attributes:
-        reads: the layer whose value it takes; -1: the chain's terms; None: the layer before it.
-        adds: of a layer with weights, an "affine" or "batch_norm": one whose value is added before the activation.
-        inputs: of "add" and "concat": the layers whose values it takes.
-        norm: scale and shift [points, units] of a batch norm that follows, or of an "affine" or a norm itself.
-        terms, step: of "terms": as a chain has them.
-    """
-
-    op: str = "linear"
-    geometry: dict[str, Any] = field(default_factory=dict)
-    weights: list[np.ndarray] = field(default_factory=list)
-    columns: np.ndarray | None = None
-    biases: list[np.ndarray] = field(default_factory=list)
-    bias_columns: np.ndarray | None = None
-    norm: tuple[np.ndarray, np.ndarray] | None = None
-    reads: int | None = None
-    adds: int | None = None
-    inputs: tuple[int, ...] = ()
-    terms: tuple[Term, ...] = ()
-    step: int | None = None
-
-    @property
-    def activates(self) -> bool:
-        """Whether the engine applies an activation behind it."""
-        return self.sums or self.op in ("add", "concat", "group_norm", "take", "terms")
-
-    @property
-    def sums(self) -> bool:
-        """Whether the engine can add another value to it."""
-        return self.columns is not None or self.op in ("affine", "batch_norm")
-
-    def at(self, points: slice, given: Given) -> dict[str, Any]:
-        """The step as the engine takes it, for some of the points."""
-        step: dict[str, Any] = {"op": self.op, **self.geometry}
-        if self.activates:
-            step |= {"activation": self.activation, "slope": self.slope}
-        if self.op in ("add", "concat"):
-            return step | {"inputs": list(self.inputs)}
-        if self.op == "terms":
-            terms, columns = given(self.terms, self.step)
-            return step | {"terms": terms, "coefficients": np.ascontiguousarray(columns[points])}
-        step["input"] = self.reads
-        if self.sums:
-            step["add"] = self.adds
-        if self.columns is not None:
-            step |= {"weights": self.weights, "coefficients": np.ascontiguousarray(self.columns[points])}
-        if self.bias_columns is not None:
-            step |= {"biases": self.biases, "bias_coefficients": np.ascontiguousarray(self.bias_columns[points])}
-        if self.norm is not None:
-            scale, shift = self.norm
-            step |= {"scale": np.ascontiguousarray(scale[points]), "shift": np.ascontiguousarray(shift[points])}
-        return step
-
-
-# Terms, or an earlier step of the segment, to arrays and their coefficients [points, arrays].
-Given = Callable[[tuple[Term, ...], "int | None"], tuple[list[np.ndarray], np.ndarray]]
-
-
-@dataclass
-class Chain:
-    """Steps as the engine takes them: the activation of Σ_j column_j V_j, then layers.
-
-    Attributes:
-        step: the earlier step of the segment whose value it begins with, instead of terms.
-        numbers: of the values from outside that it takes, per row.
-    """
-
-    terms: tuple[Term, ...]
-    start: Stage = field(default_factory=Stage)
-    layers: list[Layer] = field(default_factory=list)
-    step: int | None = None
-    numbers: float = 0.0
-
-    @property
-    def constant(self) -> bool:
-        """Whether every point has the same output, so that there is next to nothing to do."""
-        return self.step is None and not self.layers and all(np.ptp(term.column) == 0 for term in self.terms)
-
-    @property
-    def straight(self) -> bool:
-        """Whether each layer reads the one before it and nothing else, and no convolution is grouped or dilated."""
-        other = ("add", "affine", "concat", "group_norm", "take", "terms")
-        plain = (
-            layer.adds is None and layer.op not in other and not {"groups", "dilation", "ceil"} & set(layer.geometry)
-            for layer in self.layers
-        )
-        return self.step is None and all(plain) and all(layer.reads in (None, i - 1) for i, layer in enumerate(self.layers))
-
-    def shared(self) -> set[int]:
-        """The shared values that it takes."""
-        return {term.value for terms in (self.terms, *(layer.terms for layer in self.layers)) for term in terms}
 
 
 def passes_through(node: Node, size: tuple[Any, ...]) -> bool:
@@ -143,6 +35,8 @@ def step_layers(step: VaryingStep, points: int, size: tuple[Any, ...]) -> list[L
         return [Layer(op="flatten")]
     if isinstance(node.function, Take):
         return _parts(node.function.along, features_axis(node), size)
+    if node.op in _ARITHMETIC:
+        return _scale_and_shift(step, points)
     if node.op in ("group_norm", "layer_norm"):
         return _norm_of_samples(step, points)
     if image and node.op == "slice":
@@ -197,6 +91,36 @@ def _more_channels(node: Node, channels: int) -> list[Layer] | str:
         return "adds something else than channels of zeros"
     own = range(channels - width[4] - width[5])
     return [Layer(op="take", geometry={"channels": [-1] * width[4] + list(own) + [-1] * width[5]})]
+
+
+def _scale_and_shift(step: VaryingStep, points: int) -> list[Layer] | str:
+    """Arithmetic with a number, or with an entry that has one for all or one for each channel."""
+    node = step.node
+    value_first = node.op == "neg" or node.args[0] == In(0)
+    other = 0.0 if node.op == "neg" else node.args[1 if value_first else 0]
+    channels, axis = static(node.shape[features_axis(node)]), features_axis(node)
+    if isinstance(other, Entry):
+        entry = step.entries[other.index]
+        shape = tuple(entry.shape if isinstance(entry, Tensor) else entry.arrays()[0][0].shape)
+        aligned = [1] * (len(node.shape) - len(shape)) + list(shape)
+        aligned[axis] = 1
+        if len(aligned) > len(node.shape) or any(size != 1 for size in aligned) or np.prod(shape) not in (1, channels):
+            return "takes an entry that has other numbers than one for each channel"
+        number = vectors_of(step, other, 0.0, points)
+    elif isinstance(other, int | float):
+        number = np.full((points, 1), float(other))
+    else:
+        return "is no arithmetic of a value and numbers"
+    if node.kwargs or (node.op == "div" and not value_first):
+        return "is divided or scaled in its own way"
+    one, none = np.ones_like(number), np.zeros_like(number)
+    with np.errstate(divide="ignore"):
+        scale, shift = {
+            "mul": (number, none), "div": (1 / number, none), "add": (one, number), "neg": (-one, none),
+            "sub": (one, -number) if value_first else (-one, number),
+        }[node.op]  # fmt: skip
+    wide = tuple(np.broadcast_to(part, (points, channels)) for part in (scale, shift))
+    return [Layer(op="affine", norm=(wide[0], wide[1]))]
 
 
 def _norm_of_samples(step: VaryingStep, points: int) -> list[Layer] | str:
@@ -258,11 +182,11 @@ def batch_norm(step: VaryingStep, points: int, place: int) -> Layer:
 
 
 def vectors_of(step: VaryingStep, leaf: Any, absent: float, points: int) -> np.ndarray:
-    """A norm's argument at every point [points, channels], or [1, 1] where there is none."""
+    """An argument at every point [points, numbers of it], or [1, 1] where there is none."""
     if leaf is None:
         return np.full((1, 1), absent)
     arrays, columns = _blend(step.entries[leaf.index], points)
-    combined: np.ndarray = columns @ np.stack(arrays).astype(np.float64)
+    combined: np.ndarray = columns @ np.stack(arrays).reshape(len(arrays), -1).astype(np.float64)
     return combined
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modeconn import native
-from modeconn.backends.engine_steps import Given
+from modeconn.backends.engine_chain import Given
 from modeconn.backends.reference import FusedSteps, ReferenceBackend, Values
 from modeconn.backends.regions import Region, find_region, find_regions
 from modeconn.errors import CannotRun

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from modeconn.backends.engine_chain import Chain, Layer, Stage
 from modeconn.backends.engine_steps import (
     DEPTH_PER_TERM,
-    Chain,
-    Layer,
-    Stage,
     activation_of,
     affine,
     begin_with_layer,
@@ -154,10 +153,9 @@ class Builder:
             if not reason:
                 self._put(index, place)
             return reason
-        if node.op == "add":
-            return self._add_sum(index, step)
-        if node.op == "cat":
-            return self._add_concatenation(index, step)
+        joins = {"add": self._add_sum, "mul": self._add_product, "cat": self._add_concatenation}
+        if node.op in joins and len(step.inputs) > 1:
+            return joins[node.op](index, step)
         if len(step.inputs) != 1:
             return "does not follow the step before it"
         reason, place, alone = self._read_alone(step.inputs[0])
@@ -211,12 +209,9 @@ class Builder:
         shapes = [list(map(str, self.program.graph.nodes[i].shape)) for i in node.inputs]
         if node.kwargs or node.args not in ((In(0), In(1)), (In(1), In(0))) or shapes[0] != shapes[1]:
             return "is no plain sum of two values of one shape"
-        places = []
-        for value in step.inputs:
-            reason, place = self._read(value)
-            if reason:
-                return reason
-            places.append(place)
+        reason, places = self._read_all(step.inputs)
+        if reason:
+            return reason
         later, other = max(places), min(places)
         owner = step.inputs[places.index(later)]
         layer = self.chain.layers[later] if later >= 0 else None
@@ -228,6 +223,17 @@ class Builder:
         self._put(index, later)
         return ""
 
+    def _add_product(self, index: int, step: VaryingStep) -> str:
+        """Two values multiplied, of which one may have a single pixel, as gates of channels have."""
+        shapes = [tuple(map(str, self._nodes(value)[0].shape)) for value in step.inputs]
+        first = 0 if shapes[1] in (shapes[0], (*shapes[0][:2], "1", "1")) else 1
+        if step.node.kwargs or shapes[1 - first] not in (shapes[first], (*shapes[first][:2], "1", "1")):
+            return "is no product of two values of one shape, or with one for each channel"
+        reason, places = self._read_all((step.inputs[first], step.inputs[1 - first]))
+        if not reason:
+            self._put(index, self._append(Layer(op="multiply", inputs=tuple(places))))
+        return reason
+
     def _add_concatenation(self, index: int, step: VaryingStep) -> str:
         """The channels of several values."""
         values, *axis = step.node.args
@@ -235,14 +241,10 @@ class Builder:
         given = axis[0] if axis else step.node.kwargs.get("dim", 0)
         if tuple(values) != tuple(map(In, range(len(step.inputs)))) or given % axes != features_axis(step.node):
             return "puts other things side by side than channels"
-        places = []
-        for value in step.inputs:
-            reason, place = self._read(value)
-            if reason:
-                return reason
-            places.append(place)
-        self._put(index, self._append(Layer(op="concat", inputs=tuple(places))))
-        return ""
+        reason, places = self._read_all(step.inputs)
+        if not reason:
+            self._put(index, self._append(Layer(op="concat", inputs=tuple(places))))
+        return reason
 
     def _put(self, index: int, place: int, alone: bool = True) -> None:
         self._place[index], self._alone[index] = place, alone and self._reads[index] == 1
@@ -276,6 +278,11 @@ class Builder:
         """The same, and whether no other step reads it."""
         reason, place = self._read(value)
         return reason, place, isinstance(value, int) and self._alone.get(value, False)
+
+    def _read_all(self, values: Sequence[Combination | int]) -> tuple[str, list[int]]:
+        """The same for several."""
+        found = [self._read(value) for value in values]
+        return next((reason for reason, _ in found if reason), ""), [place for _, place in found]
 
     def _source(self, given: Chain, image: bool) -> tuple[str, int]:
         """Begin the chain with some terms or an earlier step's value, or take them up later."""

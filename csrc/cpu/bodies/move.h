@@ -1,4 +1,4 @@
-// Data in and out of the panel layout, and the combinations of control points on the way.
+// Data in and out of the panel layout, the combinations of control points on the way, and what goes value by value.
 #pragma once
 #include "../context.h"
 #include "math.h"
@@ -74,6 +74,13 @@ void combine(int terms, const typename S::T* const* values, const typename S::T*
   for (int64_t i = 0; i < count; i += S::L)
     store<S>(out + i, weighted<S>(terms, c, [&](int j) { return load<S>(values[j] + i); }));
   if (act.kind != Act::identity) activate<S>(act, count, out);
+}
+
+// For each pixel its values times its factors, which are `apart` elements from those of the pixel before.
+template <class S>
+void multiply(int64_t pixels, int64_t count, const typename S::T* x, const typename S::T* factor, int64_t apart, typename S::T* out) {
+  for (int64_t p = 0; p < pixels; ++p, x += count, factor += apart, out += count)
+    for (int64_t i = 0; i < count; i += S::L) store<S>(out + i, load<S>(x + i) * load<S>(factor + i));
 }
 
 // NaN counts as the maximum, as in PyTorch.

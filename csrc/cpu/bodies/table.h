@@ -21,6 +21,7 @@ template <class S, int NV, int MR> void fill(Kernels<typename S::T>& k, const ch
   k.winograd_weights = winograd_weights<S>;
   k.winograd_input = winograd_input<S, NV>;
   k.winograd = winograd<S, NV, MR>;
+  k.multiply = multiply<S>;
   k.pool = pool<S>;
   k.activate = activate<S>;
   k.moments = moments<S, NV>;
