@@ -4,6 +4,7 @@
     python bench/run.py --samples 6000 --points 11 --json out.json
     python bench/run.py --vgg --samples 10000 --points 21     two slim VGG-11 on CIFAR-10
     python bench/run.py --resnet --samples 2000 --points 21   two ResNet-20 of CIFAR-10's shape
+    python bench/run.py --resnet networks:densenet28 --samples 2000 --points 21      or another of bench/networks.py
     python bench/run.py --gpt --samples 500 --points 21       two small GPT, random tokens
     python bench/run.py --recompute --samples 2000 --points 21    batch-norm statistics of all points of the ResNet line
     python bench/run.py --plane --samples 6000 --points 25    25 × 25 points of a plane through three MNIST networks
@@ -42,7 +43,9 @@ def workload(options: argparse.Namespace) -> workloads.Workload:
     """The line that the options name."""
     if options.model:
         return workloads.random_line(options.model, options.samples)
-    named = {"vgg": workloads.vgg_line, "resnet": workloads.resnet_line, "gpt": workloads.gpt_line}
+    if options.resnet:
+        return workloads.resnet_line(options.samples, options.resnet)
+    named = {"vgg": workloads.vgg_line, "gpt": workloads.gpt_line}
     chosen = [make for name, make in named.items() if getattr(options, name)]
     return (chosen or [workloads.mnist_line])[0](options.samples)
 
@@ -146,7 +149,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--model", metavar="SPEC", help="two random networks of this kind instead, such as mlp:784-512x3-10")
     parser.add_argument("--vgg", action="store_true", help="the two slim VGG-11 on CIFAR-10 instead")
-    parser.add_argument("--resnet", action="store_true", help="two ResNet-20 on CIFAR-10 instead")
+    parser.add_argument(
+        "--resnet", nargs="?", const="resnet20", metavar="SPEC",
+        help="two random networks with norms on CIFAR-10 instead, ResNet-20 or such as networks:pre_resnet20",
+    )  # fmt: skip
     parser.add_argument("--gpt", action="store_true", help="two small GPT instead")
     parser.add_argument("--recompute", action="store_true", help="batch-norm statistics recomputed along the ResNet line")
     parser.add_argument("--plane", action="store_true", help="a plane of --points × --points through three MNIST networks")

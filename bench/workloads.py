@@ -54,7 +54,7 @@ def vgg_line(samples: int) -> Workload:
 
 
 def resnet_line(samples: int, spec: str = "resnet20") -> Workload:
-    """The line between two random ResNet-20; batch norms have random statistics, as of trained networks."""
+    """The line between two random networks; batch norms have random statistics, as of trained networks."""
     torch.manual_seed(0)
     model, *ends = (build(spec) for _ in range(3))
     for network in ends:

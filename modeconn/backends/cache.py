@@ -14,15 +14,20 @@ _DEFAULT_L2 = 1 << 20
 # Fewer rows than this in a matrix product no longer amortise the cost of the call; nor do fewer samples, in the many small
 # steps of a transformer.
 _LEAST, _FEWEST = 128, 16
+# Nor do fewer images in a convolution.
+_FEWEST_IMAGES = 64
 # Bytes that the widest step of a block may take all the same: the logits of long texts over a large vocabulary, say.
 _MOST_BYTES = 256 << 20
 
 
-def block_rows(program: Program, dtype: torch.dtype, device: torch.device) -> int:
+def block_rows(program: Program, dtype: torch.dtype, device: torch.device, fewest: int = 0) -> int:
     """Rows whose activations, going into and out of the widest step, take up the nearer caches.
 
     That is twice the second level of the cores in use: what does not fit there is still in the level behind, and larger
     blocks cost less per row in operator calls. On a GPU blocks are as large as the batch: there the device must be filled.
+
+    Args:
+        fewest: rows that a block has at least, unless they are too large altogether.
     """
     if device.type != "cpu":
         return 1 << 30
@@ -30,7 +35,8 @@ def block_rows(program: Program, dtype: torch.dtype, device: torch.device) -> in
     item = torch.finfo(dtype).bits // 8
     widest = max(*(2 * step.numbers * item for step in steps), 1.0)
     cache = 2 * torch.get_num_threads() * _second_level()
-    least = max(_FEWEST, int(_LEAST // max(1.0, *map(_positions, steps))))
+    images = any(step.node.op == "conv2d" for step in steps)
+    least = max(fewest, _FEWEST_IMAGES if images else _FEWEST, int(_LEAST // max(1.0, *map(_positions, steps))))
     return max(1, min(max(least, int(cache // widest)), int(_MOST_BYTES // widest)))
 
 

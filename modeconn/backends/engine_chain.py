@@ -101,6 +101,11 @@ class Chain:
     numbers: float = 0.0
 
     @property
+    def images(self) -> bool:
+        """Whether it goes through convolutions."""
+        return any(layer.op == "conv2d" for layer in self.layers)
+
+    @property
     def constant(self) -> bool:
         """Whether every point has the same output, so that there is next to nothing to do."""
         return self.step is None and not self.layers and all(np.ptp(term.column) == 0 for term in self.terms)

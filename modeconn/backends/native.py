@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modeconn import native
+from modeconn.backends.cache import block_rows
 from modeconn.backends.engine_chain import Given
 from modeconn.backends.reference import FusedSteps, ReferenceBackend, Values
 from modeconn.backends.regions import Region, find_region, find_regions
@@ -25,6 +26,8 @@ from modeconn.plan.units import static
 
 # Points of one call into the engine: few enough that progress moves, many enough to fill the cores.
 _POINTS = 16
+# Images of a call for one region at one point, for each thread: fewer leave some of the threads with nothing to do.
+_ROWS_OF_A_THREAD = 32
 # The same where only outputs are combined.
 _POINTS_OF_OUTPUTS = 256
 # The engine's sums, by the names that a head has for them.
@@ -101,6 +104,8 @@ class NativeBackend(ReferenceBackend):
             self._fused[segment.index] = {r.last: Fused(r, segment.steps[r.last], dtype) for r in taken}
             # A region may begin with another value than the planner's: the input of a layer that has a norm behind it.
             self._kept |= {value for region in [*taken, *regions[:1]] for value in region.chain.shared()}
+            if any(region.chain.images for region in taken if region is not whole):
+                self._block = block_rows(program, dtype, device, fewest=_ROWS_OF_A_THREAD * torch.get_num_threads())
         if not self._whole and not any(self._fused.values()):
             raise CannotRun("native", reasons[0])
 
