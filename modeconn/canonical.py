@@ -50,22 +50,19 @@ def canonical(
 def _of_a_value(
     packet: str, args: tuple[Any, ...], before: Node, shape: tuple[Dim, ...], nodes: Sequence[Node], inputs: list[int]
 ) -> Call | None:
-    if (
-        packet in ("view", "_unsafe_view", "reshape")
-        and len(shape) == 2
-        and len(before.shape) > 2
-        and _same_rows(before.shape, shape)
-    ):
+    flat = len(shape) == 2 and len(before.shape) > 2 and _same_rows(before.shape, shape)
+    if flat and packet in ("view", "_unsafe_view", "reshape"):
         return "flatten", torch.flatten, (args[0], 1), {}
     if packet == "slice" and _is_whole(args, before.shape):
         return "alias", ops.identity, (args[0],), {}
     first = nodes[before.inputs[0]] if len(before.inputs) == 1 and before.args[:1] == (In(0),) and not before.kwargs else None
     if first is None or len(first.shape) != 4 or len(shape) != 2 or not _same_rows(first.shape, shape):
         return None
-    if packet in ("squeeze", "select") and before.op in ("squeeze", "select") and first.shape[2:] == (1, 1):
+    pixel = first.shape[1:] == (shape[1], 1, 1)
+    if pixel and packet in ("squeeze", "select") and before.op in ("squeeze", "select"):
         inputs[0] = first.id
         return "flatten", torch.flatten, (args[0], 1), {}
-    if packet == "mean" == before.op and _axis(before, 4) in (2, 3) and _axis_of(args, 3) == 2:
+    if packet == "mean" == before.op and _axis_of(before.args, 4) in (2, 3) and _axis_of(args, 3) == 2:
         inputs[0] = first.id
         return "mean", torch.ops.aten.mean.dim, (args[0], [2, 3]), {}
     return None
@@ -83,10 +80,6 @@ def _is_whole(args: tuple[Any, ...], shape: Sequence[Dim]) -> bool:
     size = shape[axis]
     most = size if isinstance(size, int) else torch.iinfo(torch.int64).max
     return start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= most))
-
-
-def _axis(node: Node, axes: int) -> int | None:
-    return _axis_of(node.args, axes)
 
 
 def _axis_of(args: tuple[Any, ...], axes: int) -> int | None:

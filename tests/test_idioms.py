@@ -153,18 +153,29 @@ def _needed(graph: object) -> set[int]:
 @pytest.mark.parametrize(
     "way",
     [
-        lambda net, x: x[:, :, 1:, 1:].mean((2, 3)), lambda net, x: x[:, 1:4, :, :].repeat(1, 2, 1, 1).mean((2, 3)),
+        lambda net, x: x[:, :, 1:, 1:].mean((2, 3)),
+        lambda net, x: x[:, 1:4, :, :].repeat(1, 2, 1, 1).mean((2, 3)),
         lambda net, x: F.pad(x, (1, 1, 1, 1, 0, 0)).mean((2, 3)),
         lambda net, x: F.pad(x, (0, 0, 0, 0, 1, -1), value=0.0).mean((2, 3)),
         lambda net, x: (x * x.mean(1, keepdim=True)).mean((2, 3)),
         lambda net, x: (x + x.mean((2, 3), keepdim=True)).mean((2, 3)),
-        lambda net, x: (2 / (3 + x.relu())).mean((2, 3)), lambda net, x: (x * torch.arange(8.0)).mean((2, 3)),
-        lambda net, x: torch.sub(x, 2, alpha=3).mean((2, 3)), lambda net, x: torch.add(x, x.relu(), alpha=3).mean((2, 3)),
-        lambda net, x: x.mean(1).mean(1)[:, :6], lambda net, x: x.clamp(-1, 1).mean((2, 3)),
-        lambda net, x: F.softplus(x, beta=2).mean((2, 3)), lambda net, x: x.mean(3).permute(0, 2, 1)[:, :6].mean(-1),
-        lambda net, x: F.layer_norm(x, (9, 8)).mean((2, 3)), lambda net, x: F.group_norm(x.flatten(2), 2).mean(2),
+        lambda net, x: (2 / (3 + x.relu())).mean((2, 3)),
+        lambda net, x: (x * torch.arange(8.0)).mean((2, 3)),
+        lambda net, x: torch.sub(x, 2, alpha=3).mean((2, 3)),
+        lambda net, x: torch.add(x, x.relu(), alpha=3).mean((2, 3)),
+        lambda net, x: F.adaptive_avg_pool2d(x, 1).select(1, 2).squeeze(-1).expand(-1, 6),
+        lambda net, x: x.mean((1, 2, 3), keepdim=True)[:, :, 0, 0] * net.head.weight[0],
+        lambda net, x: x.mean((1, 2, 3))[:, None] * net.head.weight[0],
+        lambda net, x: x.flatten(2)[:, :, 3:4].transpose(1, 2).relu().select(1, 0),
+        lambda net, x: (x.flatten(2) * x.mean((2, 3))[:, :, None]).mean(2),
+        lambda net, x: x.mean(1).mean(1)[:, :6],
+        lambda net, x: x.clamp(-1, 1).mean((2, 3)),
+        lambda net, x: F.softplus(x, beta=2).mean((2, 3)),
+        lambda net, x: x.mean(3).permute(0, 2, 1)[:, :6].mean(-1),
+        lambda net, x: F.layer_norm(x, (9, 8)).mean((2, 3)),
+        lambda net, x: F.group_norm(x.flatten(2), 2).mean(2),
     ],
-)  # fmt: skip
+)
 def test_what_looks_alike_is_not_taken_for_it(way):
     a, b = behind(way)
     path = mc.Line(a, b)

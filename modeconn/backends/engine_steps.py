@@ -12,7 +12,7 @@ from modeconn.backends.engine_chain import Chain, Layer, Stage
 from modeconn.graph import Entry, In, Node
 from modeconn.ops import Take
 from modeconn.plan.program import Moving, Program, Term, VaryingStep
-from modeconn.plan.units import static
+from modeconn.plan.units import Shape, static
 
 # So many multiply-adds for a value take no longer than reading a term of it that is combined.
 DEPTH_PER_TERM = 16
@@ -21,22 +21,23 @@ _OTHER_PARTS = "takes other parts than channels, or every so many pixels from th
 _PASS_THROUGH = ("clone", "alias", "detach", "dropout", "contiguous")
 
 
-def passes_through(node: Node, size: tuple[Any, ...]) -> bool:
-    """Whether an operation leaves a value as it is; `size`: of its images."""
-    return node.op in _PASS_THROUGH or (node.op == "adaptive_avg_pool2d" and _pair(node.args[1]) == tuple(size))
+def passes_through(node: Node, before: Shape) -> bool:
+    """Whether an operation leaves a value of a shape as it is."""
+    return node.op in _PASS_THROUGH or (node.op == "adaptive_avg_pool2d" and _pair(node.args[1]) == tuple(before[2:]))
 
 
-def step_layers(step: VaryingStep, points: int, size: tuple[Any, ...]) -> list[Layer] | str:
-    """A step as layers, or why the engine does not have it; `size`: of the images that it takes, () for rows."""
+def step_layers(step: VaryingStep, points: int, before: Shape) -> list[Layer] | str:
+    """A step as layers, or why the engine does not have it; `before`: the shape of what it takes."""
     node = step.node
-    image = len(size) == 2
+    image, size = len(before) == 4, before[2:]
     rows = image and len(node.shape) == 2
-    if rows and node.op in ("flatten", "squeeze", "select"):
+    if rows and node.op in ("flatten", "squeeze"):
         return [Layer(op="flatten")]
     if isinstance(node.function, Take):
         return _parts(node.function.along, features_axis(node), size)
     if node.op in _ARITHMETIC:
-        return _scale_and_shift(step, points)
+        same = list(map(str, before)) == list(map(str, node.shape))
+        return _scale_and_shift(step, points) if same else "is spread over other axes"
     if node.op in ("group_norm", "layer_norm"):
         return _norm_of_samples(step, points)
     if image and node.op == "slice":
@@ -77,8 +78,11 @@ def _parts(along: Mapping[int, np.ndarray], features: int, size: tuple[Any, ...]
         if axis == features:
             layers.append(Layer(op="take", geometry={"channels": index.tolist()}))
             continue
-        stride = int(index[1] - index[0]) if len(index) > 1 else static(size[axis - 2])
-        if axis < 2 or not np.array_equal(index, np.arange(0, static(size[axis - 2]), stride)):
+        if axis < 2:
+            return _OTHER_PARTS
+        pixels = static(size[axis - 2])
+        stride = int(index[1] - index[0]) if len(index) > 1 else pixels
+        if not np.array_equal(index, np.arange(0, pixels, stride)):
             return _OTHER_PARTS
         layers.append(Layer(op="avg_pool2d", geometry={"kernel": (1, 1), "stride": (stride, 1) if axis == 2 else (1, stride)}))
     return layers

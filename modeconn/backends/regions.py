@@ -162,8 +162,7 @@ class Builder:
         if reason:
             return reason
         before = self._nodes(step.inputs[0])[0].shape
-        size = before[2:] if len(before) == 4 else ()
-        if passes_through(node, size):
+        if passes_through(node, before):
             self._put(index, place, alone)
             return ""
         points = len(self.segment.rows)
@@ -181,7 +180,7 @@ class Builder:
         if activation is not None:
             self._put(index, self._activate(place, alone, activation))
             return ""
-        layers = step_layers(step, points, size)
+        layers = step_layers(step, points, before)
         return layers if isinstance(layers, str) else self._add_layers(index, layers, place)
 
     def _add_layers(self, index: int, layers: list[Layer], place: int) -> str:
@@ -225,11 +224,13 @@ class Builder:
 
     def _add_product(self, index: int, step: VaryingStep) -> str:
         """Two values multiplied, of which one may have a single pixel, as gates of channels have."""
-        shapes = [tuple(map(str, self._nodes(value)[0].shape)) for value in step.inputs]
-        first = 0 if shapes[1] in (shapes[0], (*shapes[0][:2], "1", "1")) else 1
-        if step.node.kwargs or shapes[1 - first] not in (shapes[first], (*shapes[first][:2], "1", "1")):
+        shape = [str(size) for size in step.node.shape]
+        shapes = [[str(size) for size in self._nodes(value)[0].shape] for value in step.inputs]
+        gate = [*shape[:2], "1", "1"] if len(shape) == 4 else shape
+        values = step.inputs if shapes[0] == shape else step.inputs[::-1]
+        if step.node.kwargs or shape not in shapes or not all(other in (shape, gate) for other in shapes):
             return "is no product of two values of one shape, or with one for each channel"
-        reason, places = self._read_all((step.inputs[first], step.inputs[1 - first]))
+        reason, places = self._read_all(values)
         if not reason:
             self._put(index, self._append(Layer(op="multiply", inputs=tuple(places))))
         return reason

@@ -89,7 +89,7 @@ class Steps:
     def _passes_through(self, step: VaryingStep) -> bool:
         if step.combine is not None or len(step.inputs) != 1 or step.entries:
             return False
-        return passes_through(step.node, self.program.graph.nodes[step.node.inputs[0]].shape[2:])
+        return passes_through(step.node, self.program.graph.nodes[step.node.inputs[0]].shape)
 
 
 def find_tail(steps: Steps, widest: int) -> Tail | None:
