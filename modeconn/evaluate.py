@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modeconn.arguments import MEMORY_BUDGET, check_fit, device_of, dtype_of, frozen_entries, moved, positive, warn_of
 from modeconn.backends import check_name, make_backend
@@ -33,7 +33,7 @@ from modeconn.plan.explain import Plan
 from modeconn.plan.planner import make_program
 from modeconn.plan.program import Program
 from modeconn.result import PathResult
-from modeconn.statistics import BATCH_SIZE, placeholders, recompute
+from modeconn.statistics import BATCH_SIZE, Recomputed, placeholders, recompute
 from modeconn.transfer import on_device, resident
 from modeconn.unfinished import Unfinished, fingerprint
 
@@ -118,7 +118,7 @@ def evaluate(
         data = resident(data, where)
     runner = prepare(model, dtype, where)
     batches = as_batches(data, first_rows or _rows_within(budget, data))
-    samples, tables = 0, None
+    samples, statistics = 0, Recomputed({}, "")
     settings = {
         **(fingerprint(path, t) if resume is not None else {}), "model": type(model).__name__, "loss": _name_of(loss),
         "metrics": head.names, "buffers": buffers, "backend": backend, "precision": precision, "batch_size": batch_size,
@@ -129,7 +129,7 @@ def evaluate(
         if buffers == "recompute":
             source = as_batches(data if recompute_data is None else recompute_data, first_rows or BATCH_SIZE)
             report = _Passes(report, source, batches, limit)
-            tables = _statistics(runner, path, t, source, dtype, where, backend, limit, report, unfinished)
+            statistics = _statistics(runner, path, t, source, dtype, where, backend, limit, report, unfinished)
         stream = iter(batches)
         first = next(stream)  # the pass has begun: what is captured is shaped by the data itself
         x = moved(first[0], dtype, where)
@@ -137,7 +137,7 @@ def evaluate(
         warn_of(graph, f"batch_size, here {first_rows or 'chosen by the memory budget'}")
         graph = graph.only_logits() if head.takes_logits else graph
         graph = graph.before_log_softmax() if head.builtin else graph
-        program = make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen, tables=tables)
+        program = make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen, tables=statistics.tables or None)
         if buffers == "interpolate":
             _warn_stale(program)
         engine = make_backend(backend, program, dtype, where, precision)
@@ -169,13 +169,16 @@ def evaluate(
     _warn_non_finite(values_by_name, t)
     info: dict[str, str | int | float] = {
         "precision": precision, "device": str(where), "torch": torch.__version__, "python": platform.python_version(),
-        "threads": torch.get_num_threads(), "path": repr(path), "fallback": graph.fallback or "; ".join(graph.closed),
+        "threads": torch.get_num_threads(), "statistics": statistics.backend,
+        "path": repr(path), "fallback": graph.fallback or "; ".join(graph.closed),
     }  # fmt: skip
     if isinstance(path, Plane):
         info["control_points"] = json.dumps(path.marks.tolist())
         if path.explained is not None:
             info["trajectory"] = f"{path.explained[0]:.4f} and {path.explained[1]:.4f} of the squared distances explained"
-    return PathResult(t, values_by_name, samples, 2 if tables else 1, engine.name, time.perf_counter() - started, info)
+    return PathResult(
+        t, values_by_name, samples, 2 if statistics.tables else 1, engine.name, time.perf_counter() - started, info
+    )
 
 
 def explain(
@@ -208,7 +211,7 @@ def explain(
 def _statistics(
     model: nn.Module, path: Path, t: np.ndarray, source: Batches, dtype: torch.dtype, device: torch.device,
     backend: str, limit: int | None, report: _Passes, unfinished: Unfinished,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> Recomputed:  # fmt: skip
     """The norms' statistics at the distinct points, from a pass over the data; empty where there are no norms."""
     stream = iter(source)
     first = next(stream)

@@ -40,8 +40,10 @@ class PathResult:
         passes: number of passes over the data that were made.
         backend: the backend that ran.
         seconds: wall-clock time of the evaluation.
-        info: versions, device, precision and the like: text and numbers.  ``info["control_points"]``, if
-            present, is JSON text: the t of each control point, which a plot of a plane marks.
+        info: versions, device, precision and the like: text and numbers.  ``info["statistics"]`` is what
+            recomputed the norms' statistics, "native" or "reference", "" where none were.
+            ``info["control_points"]``, if present, is JSON text: the t of each control point, which a plot
+            of a plane marks.
 
     Raises:
         ModeconnError: where the shapes of ``t`` and ``values`` do not agree.

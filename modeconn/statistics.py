@@ -12,7 +12,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,11 +37,23 @@ from modeconn.unfinished import Stage, Unfinished
 BATCH_SIZE = 128
 
 
+class Recomputed(NamedTuple):
+    """The statistics of norms along a path.
+
+    Attributes:
+        tables: per name of a running mean or variance its values [T, channels]; empty for a network without batch norm.
+        backend: what computed them, "native" where any of it ran in the engine; "" where there were none.
+    """
+
+    tables: dict[str, Tensor]
+    backend: str
+
+
 def recompute(
     graph: Graph, path: Path, points: np.ndarray, batches: Iterable[Batch], *, dtype: torch.dtype,
     device: torch.device, stage: Stage, backend: str = "auto", limit: int | None = None,
     seen: Callable[[int], None] = lambda count: None,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> Recomputed:  # fmt: skip
     """The running statistics of every batch norm at every point, from one pass over the data.
 
     What PyTorch gives after `reset_running_stats()` with `momentum=None` and a pass in training mode: the mean, over the
@@ -57,15 +69,12 @@ def recompute(
         limit: only so many batches.
         seen: called with the rows of each batch that is done.
 
-    Returns:
-        per name of a running mean or variance its values [T, channels]; empty for a network without batch norm.
-
     Raises:
         ModeconnError: a batch from which no variance can be estimated.
     """
     training, names = training_graph(graph)
     if not names:
-        return {}
+        return Recomputed({}, "")
     program = make_program(training, path, points, dtype=dtype, device=device, frozen=frozenset())
     engine = make_statistics(backend, program, dtype, device)
     sums = {name: total.to(device) for name, total in stage.sums.items()}
@@ -87,7 +96,7 @@ def recompute(
             ) from error
         seen(rows(inputs))
     used = Counter(name for pair in names for name in pair)  # more than once where a norm is called more than once
-    return {name: (total / (count * used[name])).to(dtype) for name, total in sums.items()}
+    return Recomputed({name: (total / (count * used[name])).to(dtype) for name, total in sums.items()}, engine.name)
 
 
 def network_at(
@@ -112,7 +121,7 @@ def network_at(
         first = next(stream)
         graph = capture(runner, moved(first[0], dtype, device))
         batches = itertools.chain([first], stream)
-        found = recompute(graph, path, points, batches, dtype=dtype, device=device, stage=stage)
+        found, _ = recompute(graph, path, points, batches, dtype=dtype, device=device, stage=stage)
     return state | {name: table[0].to(state[name].dtype) for name, table in found.items()}
 
 

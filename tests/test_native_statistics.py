@@ -47,7 +47,7 @@ def statistics(model: nn.Module, path: Path, x: Tensor, t: object, dtype: torch.
         batches = [(part, None) for part in x.to(dtype).split(batch_size)]
         return recompute(
             capture(model, batches[0][0]), path, path.points(t), batches, dtype=dtype, device=torch.device("cpu"), stage=stage
-        )  # fmt: skip
+        ).tables  # fmt: skip
 
 
 def re_estimated(model: nn.Module, path: Path, x: Tensor, t: object, dtype: torch.dtype, batch_size: int) -> dict[str, Tensor]:
@@ -295,6 +295,16 @@ def test_a_norm_that_the_engine_does_not_have_is_left_to_pytorch(backend):
     got = mc.evaluate(nets[0], mc.Line(*nets), (x, y), 3, buffers="recompute", backend=backend, precision="float64")
     want = mc.evaluate(nets[0], mc.Line(*nets), (x, y), 3, buffers="recompute", backend="reference", precision="float64")
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-12)
+    assert got.info["statistics"] == "reference"
+
+
+def test_the_result_tells_what_recomputed_the_statistics():
+    nets = [drawn(rows_net, seed) for seed in (1, 2)]
+    data, path = (torch.randn(14, 6), torch.zeros(14, dtype=torch.long)), mc.Line(*nets)
+    for backend in ("auto", "native", "reference"):
+        got = mc.evaluate(nets[0], path, data, 3, buffers="recompute", backend=backend)
+        assert got.info["statistics"] == ("reference" if backend == "reference" else "native")
+    assert mc.evaluate(nets[0], path, data, 3, buffers="start").info["statistics"] == ""
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

@@ -55,6 +55,7 @@ class NativeStatistics(BatchStatistics):
             if found.norms and not found.reason:
                 self._chains[segment.index] = found
                 self._kept |= found.chain.shared()
+        self.name = "native" if self._chains else "reference"
 
     def statistics(self, segment: Segment, values: Values, rows: int) -> list[tuple[Tensor, ...]]:
         found = self._chains.get(segment.index)
