@@ -183,7 +183,7 @@ def test_a_batch_norm_that_alone_moves():
 @pytest.mark.parametrize(
     "pool",
     [
-        nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(2, ceil_mode=True),
+        nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(2, ceil_mode=True),
         nn.AvgPool2d(3, padding=1, count_include_pad=False), nn.AvgPool2d(2, divisor_override=3), nn.AdaptiveAvgPool2d(2),
     ],
     ids=str,
@@ -200,9 +200,12 @@ def test_poolings_that_the_engine_does_not_have_are_left_to_the_reference(pool):
 
 @pytest.mark.parametrize(
     "pool",
-    [nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 1)), nn.AvgPool2d(3, padding=1), nn.AvgPool2d(2)],
+    [
+        nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 1)), nn.MaxPool2d(2, ceil_mode=True),
+        nn.AvgPool2d(3, padding=1), nn.AvgPool2d(2),
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_poolings(pool):
     nets = [conv_net(seed, pool) for seed in range(2)]
     for net in nets:
