@@ -12,6 +12,7 @@ if os.environ.get("MODECONN_TEST_DEVICE", "cpu") != "cuda":
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,10 @@ except ModuleNotFoundError:
     hypothesis = None
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# In the background of a shell Ctrl-C is ignored, by what is started from here, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(min(4, torch.get_num_threads()))  # small tests gain nothing from more
 
