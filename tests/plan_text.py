@@ -1,0 +1,119 @@
+"""Plans and lowered programs as text, in which tensors are numbered by content: equal on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeconn.backends.engine_chain import Layer
+from modeconn.backends.regions import Region, find_region, find_regions
+from modeconn.graph import Entry, In, Size
+from modeconn.ops import Take
+from modeconn.plan.program import Blend, Combination, PerPoint, Program, Segment, Varying
+from modeconn.plan.units import Units
+
+
+class Names:
+    """Short names for arrays, one for each content, in the order in which they are met."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], str] = {}
+
+    def of(self, array: Tensor | np.ndarray) -> str:
+        values = array.detach().cpu().contiguous().numpy() if isinstance(array, Tensor) else array
+        key = values.shape, str(values.dtype), np.ascontiguousarray(values).tobytes()
+        shape = "x".join(map(str, values.shape))
+        return self._known.setdefault(key, f"#{len(self._known)}[{shape}]")
+
+
+def plan_text(program: Program, names: Names) -> Iterator[str]:
+    """What is done once, and what for each point of each segment."""
+    for number in program.order:
+        step = program.shared[number]
+        entries = ", ".join(map(names.of, step.entries))
+        yield (
+            f"v{number} = {_called(step.node, [f'v{i}' for i in step.inputs])}"
+            f" weights({entries}){_units(step.units)} {step.flops:.6g} flops"
+        )
+    for segment in program.segments:
+        yield f"segment {segment.index}: points {segment.rows.tolist()} active {list(segment.active)}"
+        for index, step in enumerate(segment.steps):
+            entries = ", ".join(_entry(entry, names) for entry in step.entries)
+            inputs = [f"s{i}" if isinstance(i, int) else _sum(i) for i in step.inputs]
+            what = f"sum {_sum(step.combine)}" if step.combine is not None else _called(step.node, inputs)
+            yield f"  s{index} = {what} weights({entries}){_units(step.units)} {step.flops:.6g} flops"
+        for node, form in segment.outputs.items():
+            yield f"  output {node}: {f's{form.step}' if isinstance(form, Varying) else _sum(form)}"
+
+
+def lowered_text(program: Program, names: Names) -> Iterator[str]:
+    """What the C++ engine runs of each segment."""
+    for segment in program.segments:
+        whole = find_region(program, segment)
+        regions = [whole] if isinstance(whole, Region) else find_regions(program, segment)
+        for region in regions:
+            chain = region.chain
+            terms = [f"v{term.value}*{_values(term.column)}" for term in chain.terms]
+            yield f"segment {segment.index}: steps {region.first} to {region.last} from {terms or chain.step}"
+            yield f"  {chain.start.activation} {chain.start.slope:g}"
+            for number, layer in enumerate(chain.layers):
+                yield f"  {number}: {_layer(layer, names)}"
+
+
+def _layer(layer: Layer, names: Names) -> str:
+    weights, biases = (" ".join(map(names.of, arrays)) for arrays in (layer.weights, layer.biases))
+    columns = "" if layer.columns is None else _values(layer.columns)
+    norm = "" if layer.norm is None else f" norm{[list(part.shape) for part in layer.norm]}"
+    terms = [f"v{term.value}*{_values(term.column)}" for term in layer.terms]
+    return (
+        f"{layer.op} {layer.geometry} reads {layer.reads} adds {layer.adds} inputs {list(layer.inputs)} terms {terms}"
+        f" step {layer.step} weights({weights}) {columns} biases({biases}){norm} {layer.activation} {layer.slope:g}"
+    )
+
+
+def _called(node: Any, inputs: Sequence[str]) -> str:
+    args = ", ".join(_leaf(leaf, inputs) for leaf in node.args)
+    kwargs = "".join(f", {key}={_leaf(leaf, inputs)}" for key, leaf in node.kwargs.items())
+    function = f" {({a: i.tolist() for a, i in node.function.along.items()})}" if isinstance(node.function, Take) else ""
+    return f"{node.op}{function}({args}{kwargs}) -> [{', '.join(map(str, node.shape))}]"
+
+
+def _leaf(leaf: Any, inputs: Sequence[str]) -> str:
+    if isinstance(leaf, In):
+        return inputs[leaf.index]
+    if isinstance(leaf, Entry):
+        return f"w{leaf.index}"
+    if isinstance(leaf, Size):
+        return str(leaf)
+    if isinstance(leaf, (list, tuple)):
+        return f"[{', '.join(_leaf(each, inputs) for each in leaf)}]"
+    return str(leaf)
+
+
+def _entry(entry: Any, names: Names) -> str:
+    if isinstance(entry, Blend):
+        return " + ".join(f"{_values(c)}*{names.of(t)}" for c, t in zip(entry.columns, entry.tensors))
+    return f"table {names.of(entry.table)}" if isinstance(entry, PerPoint) else names.of(entry)
+
+
+def _sum(form: Combination) -> str:
+    return " + ".join(f"{_values(term.column)}*v{term.value}" for term in form.terms)
+
+
+def _units(units: Units) -> str:
+    return f" units {({axis: index.tolist() for axis, index in units.along.items()})}" if units else ""
+
+
+def _values(column: np.ndarray) -> str:
+    text = np.array2string(np.round(column, 4) + 0.0, separator=" ", max_line_width=10**6)
+    return "1" if bool((column == 1).all()) else "".join(text.split("\n"))
+
+
+def bits(values: Any) -> list[str]:
+    """The numbers of tensors or arrays, exactly."""
+    flat = [torch.as_tensor(each).detach().double().reshape(-1).tolist() for each in values]
+    return [number.hex() for each in flat for number in each]
