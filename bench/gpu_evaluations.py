@@ -24,7 +24,7 @@ from gpu_cases import Case, Context
 from gpu_timing import wall_milliseconds
 from modeconn.backends.precision import products
 from modeconn.models import build
-from modeconn.paths import Path
+from modeconn.parameters.paths import Path
 
 # name: the model, one input's shape, samples; and the same tiny.
 WORKLOADS: dict[str, tuple[tuple[str, tuple[int, ...], int], tuple[str, tuple[int, ...], int]]] = {

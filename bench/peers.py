@@ -15,7 +15,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from modeconn.paths import Path
+from modeconn.parameters.paths import Path
 
 Peer = Callable[[nn.Module, Path, Tensor, Tensor, np.ndarray], tuple[np.ndarray, np.ndarray]]
 

@@ -36,7 +36,7 @@ import modeconn as mc
 import peers
 import workloads
 from modeconn.backends import NAMES
-from modeconn.state import atomic_write
+from modeconn.parameters.state import atomic_write
 
 
 def workload(options: argparse.Namespace) -> workloads.Workload:

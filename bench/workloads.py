@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import modeconn as mc
 from modeconn.models import build
-from modeconn.paths import Path
+from modeconn.parameters.paths import Path
 
 ROOT = File(__file__).resolve().parent.parent
 SHARED = File(os.environ.get("MODECONN_SHARED", ROOT.parent / "shared"))

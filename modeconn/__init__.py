@@ -1,22 +1,22 @@
 """Evaluate a neural network at many points along a path in parameter space, in one pass over the data."""
 
-from modeconn import datasets
-from modeconn.connect.certificate import Certificate, FalseCertificate
-from modeconn.connect.conditions import ConditionsTable, conditions
-from modeconn.connect.connect import connect
-from modeconn.connect.connection import Connection
-from modeconn.connect.dropout import dropout_stability
-from modeconn.connect.separability import Separation, linear_separability
-from modeconn.connect.stability import subnetwork_stability
-from modeconn.connect.table import StabilityTable
-from modeconn.connect.verify import verify
+from modeconn.connection.certificate import Certificate, FalseCertificate
+from modeconn.connection.connection import Connection
+from modeconn.connection.pipeline import connect
+from modeconn.connection.verification import verify
+from modeconn.data import datasets
 from modeconn.errors import ModeconnError
-from modeconn.evaluate import evaluate, explain
-from modeconn.forward import forward
-from modeconn.paths import Bezier, Line, Mixture, Plane, PolyChain
-from modeconn.plan.explain import Plan
-from modeconn.result import PathResult
-from modeconn.state import load
+from modeconn.evaluation.evaluator import evaluate, explain
+from modeconn.evaluation.outputs import forward
+from modeconn.evaluation.result import PathResult
+from modeconn.parameters.paths import Bezier, Line, Mixture, Plane, PolyChain
+from modeconn.parameters.state import load
+from modeconn.plan.report import Plan
+from modeconn.stability.criteria import ConditionsTable, conditions
+from modeconn.stability.dropout import dropout_stability
+from modeconn.stability.separability import Separation, linear_separability
+from modeconn.stability.subnetworks import subnetwork_stability
+from modeconn.stability.table import StabilityTable
 
 __all__ = [
     "Bezier",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeconn.paths import Path
+from modeconn.parameters.paths import Path
 
 
 def pass_per_point(

@@ -43,9 +43,7 @@ class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.inner, self.last = nn.Linear(9, 12), nn.Linear(12, 12), nn.Linear(12, 5)
-        self.middle = Function(
-            lambda m, x: m.inner(x) if float(x.sum()) > -1e30 else x, inner=self.inner
-        )
+        self.middle = Function(lambda m, x: m.inner(x) if float(x.sum()) > -1e30 else x, inner=self.inner)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.relu(self.middle(torch.relu(self.first(x)))))
@@ -76,9 +74,7 @@ def tokens(vocabulary: int, length: int, count: int = 5) -> Callable[[torch.Gene
 
 
 def mlp(activation: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(
-        nn.Linear(9, 14), activation, nn.Linear(14, 12), activation, nn.Linear(12, 5)
-    )
+    return lambda: nn.Sequential(nn.Linear(9, 14), activation, nn.Linear(14, 12), activation, nn.Linear(12, 5))
 
 
 def residual_block(m: Any, x: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.backends.engine_chain import Layer
-from modeconn.backends.regions import Region, find_region, find_regions
-from modeconn.graph import Entry, In, Size
-from modeconn.ops import Take
-from modeconn.plan.program import Blend, Combination, PerPoint, Program, Segment, Varying
+from modeconn.backends.native.layers import Layer
+from modeconn.backends.native.partition import Region, find_region, find_regions
+from modeconn.capture.graph import Entry, In, Size
+from modeconn.capture.ops import Take
+from modeconn.plan.program import Blend, Combination, PerPoint, Program, Varying
 from modeconn.plan.units import Units
 
 
@@ -78,7 +78,7 @@ def _layer(layer: Layer, names: Names) -> str:
 def _called(node: Any, inputs: Sequence[str]) -> str:
     args = ", ".join(_leaf(leaf, inputs) for leaf in node.args)
     kwargs = "".join(f", {key}={_leaf(leaf, inputs)}" for key, leaf in node.kwargs.items())
-    function = f" {({a: i.tolist() for a, i in node.function.along.items()})}" if isinstance(node.function, Take) else ""
+    function = f" { ({a: i.tolist() for a, i in node.function.along.items()}) }" if isinstance(node.function, Take) else ""
     return f"{node.op}{function}({args}{kwargs}) -> [{', '.join(map(str, node.shape))}]"
 
 
@@ -105,7 +105,7 @@ def _sum(form: Combination) -> str:
 
 
 def _units(units: Units) -> str:
-    return f" units {({axis: index.tolist() for axis, index in units.along.items()})}" if units else ""
+    return f" units { ({axis: index.tolist() for axis, index in units.along.items()}) }" if units else ""
 
 
 def _values(column: np.ndarray) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn.forward import forward
+from modeconn.evaluation.outputs import forward
 from modeconn.models import build
 from naive import pass_per_point
 from policy import assert_within_policy

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn.capture import capture, run
+from modeconn.capture.export import capture, run
 
 
 class Functional(nn.Module):

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from modeconn.connect.certificate import Certificate, FalseCertificate, Outcome, Segment, plain
-from modeconn.connect.connection import Connection
-from modeconn.connect.structure import structure
-from modeconn.connect.verify import certify, verify
-from modeconn.data import Batches, as_batches
+from modeconn.connection.certificate import Certificate, FalseCertificate, Outcome, Segment, plain
+from modeconn.connection.connection import Connection
+from modeconn.connection.structure import structure
+from modeconn.connection.verification import certify, verify
+from modeconn.data.batches import Batches, as_batches
 from modeconn.errors import ModeconnError
 from naive import mlp, pass_per_point
 from policy import assert_within_policy

@@ -16,11 +16,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from modeconn import datasets, models, state
+from modeconn import models
 from modeconn.cli import COMMANDS, demo, main, output
-from modeconn.evaluate import evaluate
-from modeconn.paths import Bezier, Line, Plane, PolyChain
-from modeconn.result import PathResult
+from modeconn.data import datasets
+from modeconn.evaluation.evaluator import evaluate
+from modeconn.evaluation.result import PathResult
+from modeconn.parameters import state
+from modeconn.parameters.paths import Bezier, Line, Plane, PolyChain
 
 SPEC = "mlp:64-16-10"
 LIMIT = "200"
@@ -416,7 +418,7 @@ def test_ctrl_c_in_an_evaluation_says_that_nothing_was_saved(here: Path, monkeyp
         raise KeyboardInterrupt
 
     before = sorted(here.iterdir())
-    monkeypatch.setattr(sys.modules["modeconn.evaluate"], "evaluate", interrupted)
+    monkeypatch.setattr(sys.modules["modeconn.evaluation.evaluator"], "evaluate", interrupted)
     assert run(*LINE, "--save", "r.npz", "--json", "r.json", "--plot", "r.png") == 130
     assert capsys.readouterr().err == "modeconn: interrupted, nothing was saved\n"
     assert sorted(here.iterdir()) == before

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 import modeconn as mc
-from modeconn import datasets, models, state
+from modeconn import models
 from modeconn.cli import main
-from modeconn.evaluate import evaluate
+from modeconn.data import datasets
+from modeconn.evaluation.evaluator import evaluate
+from modeconn.parameters import state
 
 SPEC, LIMIT = "mlp:64-12x2-10", 150
 DATA = ("--data", "digits", "--limit", str(LIMIT))
@@ -68,10 +70,10 @@ def test_a_part_of_a_plane(files):
 
 def test_an_interrupted_plane_goes_on(files, monkeypatch, capsys):
     """Ctrl-C says what is kept; the same command then does only the rest."""
-    from modeconn.backends.native import NativeBackend
+    from modeconn.backends.native.backend import NativeBackend
     from modeconn.backends.reference import ReferenceBackend
 
-    monkeypatch.setattr(sys.modules["modeconn.evaluate"], "_FLOPS_OF_A_PART", 1)  # parts of 32 rows
+    monkeypatch.setattr(sys.modules["modeconn.evaluation.evaluator"], "_FLOPS_OF_A_PART", 1)  # parts of 32 rows
     calls: list[int] = []
 
     def interrupt(original, after):

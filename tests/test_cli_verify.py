@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeconn import datasets, models, state
+from modeconn import models
 from modeconn.cli import main
-from modeconn.connect.certificate import Certificate
-from modeconn.connect.connection import BREAKPOINTS, CONTENT, Connection
-from modeconn.connect.verify import certify
+from modeconn.connection.certificate import Certificate
+from modeconn.connection.connection import BREAKPOINTS, CONTENT, Connection
+from modeconn.connection.verification import certify
+from modeconn.data import datasets
+from modeconn.parameters import state
 from walk import KINDS, Walk, walk
 
 SPEC = "mlp:64-12-10-10"

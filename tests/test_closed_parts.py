@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import modeconn as mc
-from modeconn.capture import capture, run
+from modeconn.capture.export import capture, run
 from naive import clone, pass_per_point
 from policy import assert_within_policy
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeconn.connect.conditions import conditions
 from modeconn.errors import ModeconnError
+from modeconn.stability.criteria import conditions
 from naive import mlp
 from walk import conv_net
 

@@ -12,15 +12,16 @@ import torch
 from torch import nn
 
 import modeconn as mc
-from modeconn import models, state
+from modeconn import models
 from modeconn.cli import main
-from modeconn.connect.certificate import Outcome
-from modeconn.connect.chain import Chain
-from modeconn.connect.features import compute_features
-from modeconn.train import train
+from modeconn.connection.certificate import Outcome
+from modeconn.connection.chain import Chain
+from modeconn.connection.features import compute_features
+from modeconn.parameters import state
+from modeconn.training.train import train
 from naive import mlp
 
-training = importlib.import_module("modeconn.connect.training")
+training = importlib.import_module("modeconn.connection.training")
 
 SPEC = "mlp:64-40-44-40-10"
 

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from modeconn import state as states
-from modeconn.connect.connection import BREAKPOINTS, CONTENT, Connection
-from modeconn.connect.storage import bitwise_equal, pack, unpack
-from modeconn.connect.verify import certify, verify
+from modeconn.connection.connection import BREAKPOINTS, CONTENT, Connection
+from modeconn.connection.storage import bitwise_equal, pack, unpack
+from modeconn.connection.verification import certify, verify
 from modeconn.errors import ModeconnError
-from modeconn.evaluate import evaluate
-from modeconn.paths import Line, PolyChain
+from modeconn.evaluation.evaluator import evaluate
+from modeconn.parameters import state as states
+from modeconn.parameters.paths import Line, PolyChain
 from naive import mlp, pass_per_point
 from walk import KINDS, Walk, conv_net, walk
 
@@ -211,7 +211,7 @@ ROWS, COLUMNS, VALUES = (f"1/{part}/4.weight" for part in ("rows", "columns", "v
     ],
 )
 def test_breakpoints_that_do_not_fit_together(saved, change, message):
-    from modeconn.connect.connection import _sha256
+    from modeconn.connection.connection import _sha256
 
     packed = tensors_of(saved)
     assert packed[ROWS].tolist() == [3, 4, 5]

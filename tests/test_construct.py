@@ -10,9 +10,9 @@ import torch
 from hypothesis import Phase, given, settings
 from torch import Tensor, nn
 
-from modeconn.connect.chain import Chain
-from modeconn.connect.construct import Step, breakpoints, room
-from modeconn.connect.subnetworks import Subnetwork, carry, initial, kept_units, outputs
+from modeconn.connection.chain import Chain
+from modeconn.connection.construct import Step, breakpoints, room
+from modeconn.connection.subnetworks import Subnetwork, carry, initial, kept_units, outputs
 from modeconn.errors import ModeconnError
 from modeconn.models import build
 from naive import clone, mlp

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from modeconn.data import Batches, as_batches
-from modeconn.datasets import Images
+from modeconn.data.batches import Batches, as_batches
+from modeconn.data.datasets import Images
 from refused import refused
 
 N = 23

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from modeconn import datasets, state
-from modeconn.data import as_batches
+from modeconn.data import datasets
+from modeconn.data.batches import as_batches
+from modeconn.parameters import state
 from refused import refused
 
 CIFAR_RECORD = 3073

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn.connect.chain import Chain
-from modeconn.connect.dropout import dropout_stability, kept_after, without_units
-from modeconn.connect.scale import ENOUGH, best_scales, losses_and_errors
-from modeconn.connect.table import MEASURES
+from modeconn.connection.chain import Chain
 from modeconn.errors import ModeconnError
-from modeconn.plan.explain import Plan
+from modeconn.plan.report import Plan
+from modeconn.stability.dropout import dropout_stability, kept_after, without_units
+from modeconn.stability.scale import ENOUGH, best_scales, losses_and_errors
+from modeconn.stability.table import MEASURES
 from naive import mlp
 from walk import conv_net
 

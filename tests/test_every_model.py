@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn import native
+from modeconn.backends.native import extension as native
 from modeconn.models import build
 from naive import pass_per_point, re_estimated
 from policy import assert_within_policy

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import modeconn as mc
-from modeconn import native
-from modeconn.forward import Forward, forward
-from modeconn.paths import Path
+from modeconn.backends.native import extension as native
+from modeconn.evaluation.outputs import Forward, forward
+from modeconn.parameters.paths import Path
 from naive import clone, mlp
 from policy import assert_within_policy
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import modeconn as mc
-from modeconn.inputs import leaves
+from modeconn.data.inputs import leaves
+from modeconn.data.prefetch import resident
 from modeconn.kernels.blended import Blended
 from modeconn.models import build
-from modeconn.transfer import resident
 from naive import mlp
 from policy import FLOOR, assert_within_policy
 

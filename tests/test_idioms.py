@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modeconn as mc
-from modeconn import native
-from modeconn.backends.regions import Region, find_chain, find_region
-from modeconn.capture import capture
+from modeconn.backends.native import extension as native
+from modeconn.backends.native.partition import Region, find_chain, find_region
+from modeconn.capture.export import capture
 from naive import pass_per_point
 from policy import assert_within_policy
 

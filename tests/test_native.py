@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from modeconn import native
+from modeconn.backends.native import extension as native
 from modeconn.errors import ModeconnError
 
 built = pytest.mark.skipif(not native.available(), reason=f"no C++ extension: {native.reason()}")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import modeconn as mc
-from modeconn import native
-from modeconn.backends.regions import Region, find_chain, find_region, find_regions
+from modeconn.backends.native import extension as native
+from modeconn.backends.native.partition import Region, find_chain, find_region, find_regions
 from modeconn.models import build
 from naive import clone, mlp, pass_per_point
 from policy import assert_within_policy
@@ -282,7 +282,7 @@ def test_residual_convolutions_run_whole(precision):
 @pytest.mark.parametrize("behind", [False, True])
 def test_regions_around_what_the_engine_does_not_have(monkeypatch, behind):
     """Of linear layers alone, "auto" takes them where PyTorch's products are slow; each saves too little otherwise."""
-    monkeypatch.setattr("modeconn.backends.regions.mkl_falls_behind", lambda: behind)
+    monkeypatch.setattr("modeconn.backends.native.partition.mkl_falls_behind", lambda: behind)
     a, b = gated(0), gated(1)
     program = mc.explain(a, mc.Line(a, b), X, 5).program
     (segment,) = program.segments

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn import native
+from modeconn.backends.native import extension as native
 from modeconn.backends.reference import ReferenceBackend
-from modeconn.capture import capture
+from modeconn.capture.export import capture
+from modeconn.evaluation.resume import Unfinished
+from modeconn.evaluation.statistics import recompute
 from modeconn.models import build
-from modeconn.paths import Path
-from modeconn.statistics import recompute
-from modeconn.unfinished import Unfinished
+from modeconn.parameters.paths import Path
 from policy import assert_within_policy
 
 if not native.available():
@@ -348,7 +348,7 @@ def test_an_interrupt_ends_it():
     code = """
 import os, signal, threading, time
 import numpy as np
-from modeconn import native
+from modeconn.backends.native import extension as native
 e = native.extension()
 f = lambda *shape: np.zeros(shape, np.float32)
 ones = np.ones((2000, 1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modeconn import ops
+from modeconn.capture import ops
 from policy import assert_within_policy
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from modeconn import native
+from modeconn.backends.native import extension as native
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -99,7 +99,7 @@ def test_extras_cover_what_dev_needs():
 USE = """
 import torch
 import modeconn as mc, modeconn.kernels
-from modeconn import native
+from modeconn.backends.native import extension as native
 print(mc.__file__, modeconn.kernels.__file__)
 print(native.available(), native.reason())
 a, b = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)

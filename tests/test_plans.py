@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-import modeconn as mc
-from modeconn import native
-from modeconn.capture import capture
-from modeconn.plan.planner import make_program
 from plan_networks import CASES, networks, paths
 from plan_text import Names, bits, lowered_text, plan_text
+
+import modeconn as mc
+from modeconn.backends.native import extension as native
+from modeconn.capture.export import capture
+from modeconn.plan.planner import make_program
 
 FOLDER = Path(__file__).parent / "plans"
 POINTS = 5
@@ -48,7 +48,9 @@ def test_the_plan_is_the_one_written_down(name):
     if not torch.__version__.startswith("2.13."):
         pytest.skip("plans are written down for torch 2.13: what torch.export gives may differ in others")
     expected = (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
-    difference = difflib.unified_diff(expected.splitlines(), text_of(name).splitlines(), "written down", "now", lineterm="", n=1)
+    difference = difflib.unified_diff(
+        expected.splitlines(), text_of(name).splitlines(), "written down", "now", lineterm="", n=1
+    )
     assert not list(difference), "\n".join(difference)
 
 

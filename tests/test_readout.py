@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn.connect.chain import Chain
-from modeconn.connect.readout import fit_readout
-from modeconn.connect.subnetworks import initial, outputs
+from modeconn.connection.chain import Chain
+from modeconn.connection.readout import fit_readout
+from modeconn.connection.subnetworks import initial, outputs
 from naive import mlp
 
 

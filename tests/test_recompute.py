@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn.capture import capture
+from modeconn.capture.export import capture
+from modeconn.evaluation.statistics import normalised, training_graph
 from modeconn.models import build
 from modeconn.plan.planner import make_program
-from modeconn.statistics import normalised, training_graph
 from naive import clone, mlp, re_estimated
 
 X = torch.randn(70, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from modeconn.cli import main
-from modeconn.connect.table import StabilityTable
-from modeconn.connect.training import Recipe
+from modeconn.connection.training import Recipe
 from modeconn.errors import ModeconnError
 from modeconn.experiments import settings
 from modeconn.experiments.estimate import estimate
 from modeconn.experiments.run import reproduce
+from modeconn.stability.table import StabilityTable
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

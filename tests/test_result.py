@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 
 from modeconn.errors import ModeconnError
-from modeconn.result import PathResult
+from modeconn.evaluation.result import PathResult
 
 mpl.use("Agg")
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from modeconn.connect import separability
-from modeconn.connect.farkas import inequalities, largest_margin, proves_none
-from modeconn.connect.separability import Outcome, Separation, coinciding, linear_separability
 from modeconn.errors import ModeconnError
+from modeconn.stability import separability
+from modeconn.stability.farkas import inequalities, largest_margin, proves_none
+from modeconn.stability.separability import Outcome, Separation, coinciding, linear_separability
 
 
 def exact_margin(found: Separation, x: Tensor, y: Tensor) -> Fraction:

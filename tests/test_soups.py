@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import modeconn as mc
-from modeconn import soups
+from modeconn.parameters import mixtures as soups
 from naive import mlp, pass_per_point
 from policy import assert_within_policy
 from refused import refused

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from modeconn.connect import stability
-from modeconn.connect.stability import subnetwork_stability
-from modeconn.connect.table import StabilityTable
-from modeconn.connect.training import Recipe
+from modeconn.connection.training import Recipe
 from modeconn.errors import ModeconnError
+from modeconn.stability import subnetworks as stability
+from modeconn.stability.subnetworks import subnetwork_stability
+from modeconn.stability.table import StabilityTable
 from naive import mlp
 from walk import conv_net
 
@@ -70,7 +70,7 @@ def test_convolutions_are_trained_to_full_depth() -> None:
 def test_interrupted_and_resumed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     model = mlp(5, 9, 8, 3)
     whole = subnetwork_stability(model, model, data(), draws=2, recipe=QUICK)
-    from modeconn.connect import training
+    from modeconn.connection import training
 
     monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
     lines = 0

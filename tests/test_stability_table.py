@@ -10,8 +10,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from modeconn.connect.table import COLUMNS, Level, Row, StabilityTable
 from modeconn.errors import ModeconnError
+from modeconn.stability.table import COLUMNS, Level, Row, StabilityTable
 
 ORIGINAL = Level(0.001, 0.0, 0.2, 0.03)
 

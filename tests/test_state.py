@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from modeconn import state
 from modeconn.errors import ModeconnError
+from modeconn.parameters import state
 from refused import refused
 
 

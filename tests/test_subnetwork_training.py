@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeconn import ModeconnError
-from modeconn.connect import stack, training
-from modeconn.connect.chain import Chain
-from modeconn.connect.subnetworks import Subnetwork, initial, kept_units, outputs
-from modeconn.connect.training import Recipe, measure, train_subnetworks
+from modeconn.connection import stack, training
+from modeconn.connection.chain import Chain
+from modeconn.connection.subnetworks import Subnetwork, initial, kept_units, outputs
+from modeconn.connection.training import Recipe, measure, train_subnetworks
 from naive import mlp
 
 RECIPE = Recipe(lr=5e-3, batch_size=32, epochs=3, schedule="onecycle")

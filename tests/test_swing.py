@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modeconn.connect.swing import Steps, SwingError, correct, correct_intervals
+from modeconn.connection.swing import Steps, SwingError, correct, correct_intervals
 from modeconn.errors import ModeconnError
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -15,9 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from modeconn import datasets, models, state, training_state
+from modeconn import models
+from modeconn.data import datasets
 from modeconn.errors import ModeconnError
-from modeconn.train import Epoch, Stopped, TrainReport, measure, train, training_file
+from modeconn.parameters import state
+from modeconn.training import checkpoint as training_state
+from modeconn.training.train import Epoch, Stopped, TrainReport, measure, train, training_file
 
 SPEC = "mlp:64-32-10"
 
@@ -338,7 +341,8 @@ def test_a_broken_or_missing_training_state_is_one_clear_line(digits, tmp_path: 
 
 KILLED = """
 import sys, torch
-from modeconn import models, train
+from modeconn import models
+from modeconn.training import train
 train.SECONDS_BETWEEN_SAVES = 0
 model = models.build("mlp:64-400x3-10")
 models.initialise(model, torch.Generator().manual_seed(1))
@@ -400,7 +404,7 @@ def test_states_are_written_at_most_every_few_seconds(digits, tmp_path: Path, mo
     monkeypatch.setattr(training_state, "save", counting)
     run(network(), digits, checkpoint=tmp_path / "a.safetensors")
     assert written == [1], "six short epochs take less than the time between saves"
-    monkeypatch.setattr("modeconn.train.SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("modeconn.training.train.SECONDS_BETWEEN_SAVES", 0.0)
     run(network(), digits, checkpoint=tmp_path / "b.safetensors")
     assert written[1:] == [1, 2, 3, 4, 5, 6]
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn.backends.triton import TritonBackend, why_not
-from modeconn.backends.triton_calls import Schedule
-from modeconn.backends.triton_steps import Steps, find_tail
+from modeconn.backends.triton.backend import TritonBackend, why_not
+from modeconn.backends.triton.schedule import Schedule
+from modeconn.backends.triton.segment import Steps, find_tail
 from modeconn.models import build
 from naive import clone, mlp, pass_per_point
 from policy import assert_within_policy
@@ -267,7 +267,7 @@ def test_why_it_cannot_run(monkeypatch):
     if not torch.cuda.is_available():
         with refused('"triton" cannot run', "there is no CUDA device"):
             mc.evaluate(a, path, data, 3, backend="triton")
-    monkeypatch.setattr("modeconn.backends.triton.find_spec", lambda name: None)
+    monkeypatch.setattr("modeconn.backends.triton.backend.find_spec", lambda name: None)
     assert "pip install 'modeconn[gpu]'" in why_not(torch.float32, torch.device("cuda"))
 
 
@@ -312,7 +312,7 @@ def test_auto_leaves_the_interpreter_alone():
 
 def test_nothing_of_triton_is_imported_until_it_is_asked_for():
     code = (
-        "import sys, torch, modeconn.backends.triton\n"
+        "import sys, torch, modeconn.backends.triton.backend\n"
         "print([name for name in sys.modules if name.split('.')[0] == 'triton' or name.startswith('modeconn.kernels.path_')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -331,7 +331,7 @@ def test_recorded_work_is_done_again_on_new_inputs(monkeypatch):
         recorded.append(work)
         return lambda: result.copy_(work())
 
-    monkeypatch.setattr("modeconn.backends.replay.recorder", lambda device: record)
+    monkeypatch.setattr("modeconn.backends.triton.cuda_graphs.recorder", lambda device: record)
     x = torch.randn(62, 6, generator=torch.Generator().manual_seed(0))
     y = torch.arange(62) % 4
     a, b, c = (mlp(6, 9, 7, 4, seed=k) for k in range(3))

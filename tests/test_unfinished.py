@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import modeconn as mc
-from modeconn import unfinished
+from modeconn.evaluation import resume as unfinished
 from naive import mlp
 from refused import refused
 

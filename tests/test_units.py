@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modeconn.graph import Size
+from modeconn.capture.graph import Size
 from modeconn.plan.units import ALL, Units, covering, regrouped
 
 ROWS = Size(lambda rows: rows, "N")

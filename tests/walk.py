@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modeconn.connect.chain import Chain, Layer
-from modeconn.paths import PolyChain
+from modeconn.connection.chain import Chain, Layer
+from modeconn.parameters.paths import PolyChain
 
 KINDS = ("rewrite", "swing", "rewrite", "shift", "rewrite", "swing")
 

@@ -37,7 +37,7 @@ def make_differentiable(
     """
     check_name(name, precision, device)
     if name == "triton" or (name == "auto" and precision == "bf16"):
-        from modeconn.backends.triton import TritonBackend
+        from modeconn.backends.triton.backend import TritonBackend
 
         return TritonBackend(program, dtype, device, precision, gradients=True)
     if name in ("native", "cuda"):
@@ -59,7 +59,7 @@ def make_backend(
 
         return CudaBackend(program, dtype, device, precision)
     if name == "triton" or (name == "auto" and device.type == "cuda"):
-        from modeconn.backends.triton import TritonBackend
+        from modeconn.backends.triton.backend import TritonBackend
 
         try:
             return TritonBackend(program, dtype, device, precision)
@@ -67,7 +67,7 @@ def make_backend(
             if name == "triton" or precision == "bf16":
                 raise
     if name == "native" or (name == "auto" and device.type != "cuda"):
-        from modeconn.backends.native import NativeBackend
+        from modeconn.backends.native.backend import NativeBackend
 
         try:
             return NativeBackend(program, dtype, device, every=name == "native")

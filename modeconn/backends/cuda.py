@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeconn.backends.native.partition import find_chain
 from modeconn.backends.reference import ReferenceBackend, Values
-from modeconn.backends.regions import find_chain
 from modeconn.errors import CannotRun, ModeconnError
 from modeconn.metrics import Head
 from modeconn.plan.program import Blend, Moving, Program, Segment, SharedStep, Term, VaryingStep

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from modeconn.backends.cache import block_rows
-from modeconn.inputs import Inputs
+from modeconn.backends.blocking import block_rows
+from modeconn.data.inputs import Inputs
 from modeconn.metrics import Head
-from modeconn.paths import blend
+from modeconn.parameters.paths import blend
 from modeconn.plan.program import Combination, Program, Segment, Varying
 
 # The shared values of one batch, by number.

@@ -14,7 +14,7 @@ from modeconn.errors import ModeconnError
 if TYPE_CHECKING:
     from torch import nn
 
-    from modeconn.connect.connection import Connection
+    from modeconn.connection.connection import Connection
 
 
 def add(commands: options.Commands) -> None:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**31:
         raise ModeconnError(f"--seed {args.seed}: expected at least 0 and below 2**31")
 
-    from modeconn.connect.connect import connect
+    from modeconn.connection.pipeline import connect
 
     spec, model = options.load_model(args, args.checkpoints)
     data, test = (options.load_data(args, split) for split in ("train", "test"))
@@ -108,8 +108,8 @@ def _say(line: str) -> None:
 
 def _plot(connection: Connection, model: nn.Module, data: Any, file: str) -> None:
     """Two more passes, for the curves of the swings and for the straight line."""
-    from modeconn.evaluate import evaluate
-    from modeconn.paths import Line
+    from modeconn.evaluation.evaluator import evaluate
+    from modeconn.parameters.paths import Line
 
     first, last = connection.path.control_points[0], connection.path.control_points[-1]
     line = evaluate(model, Line(first, last), data, points=25)

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from modeconn.datasets import Images
-    from modeconn.paths import Path
-    from modeconn.result import PathResult
-    from modeconn.state import State
+    from modeconn.data.datasets import Images
+    from modeconn.evaluation.result import PathResult
+    from modeconn.parameters.paths import Path
+    from modeconn.parameters.state import State
 
     Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> None:
     options.check_outputs({"--plot": args.plot, "--json": args.json})
     options.check_plot(args.plot)
 
-    from modeconn import datasets
     from modeconn.cli.train import new_model
-    from modeconn.evaluate import evaluate
-    from modeconn.paths import Line
+    from modeconn.data import datasets
+    from modeconn.evaluation.evaluator import evaluate
+    from modeconn.parameters.paths import Line
 
     talk = args.json != "-"
     data = datasets.load("digits")
@@ -79,9 +79,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _trained(seed: int, data: Images, talk: bool) -> State:
-    from modeconn import state
     from modeconn.cli.train import new_model
-    from modeconn.train import train
+    from modeconn.parameters import state
+    from modeconn.training.train import train
 
     model = new_model(MODEL, seed)
     report = train(model, data, lr=LR, batch_size=BATCH_SIZE, seed=seed)
@@ -95,7 +95,7 @@ def _race(model: nn.Module, path: Path, data: Images, result: PathResult) -> tup
     """Seconds for all points by contender, the least of two interleaved runs; and how far losses differ."""
     from torch.utils.data import DataLoader
 
-    from modeconn.evaluate import evaluate
+    from modeconn.evaluation.evaluator import evaluate
 
     inputs, targets = data.slice(0, len(data))
     loader = DataLoader(data, batch_size=BATCH_SIZE)
@@ -143,7 +143,7 @@ def _pass_per_point(model: nn.Module, path: Path, points: np.ndarray, batches: C
 
 def _fixed_cost(model: nn.Module, path: Path, data: Images) -> float:
     """Seconds for one point and one image: what capturing and planning take, whatever the data and points."""
-    from modeconn.evaluate import evaluate
+    from modeconn.evaluation.evaluator import evaluate
 
     taken = []
     for _ in range(2):

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from modeconn import paths
-    from modeconn.result import PathResult
+    from modeconn.evaluation.result import PathResult
+    from modeconn.parameters import paths
 
 # Kind of path: fewest and most checkpoints.
 PATHS = {"line": (2, 2), "polychain": (2, None), "bezier": (2, None), "plane": (3, 3)}
@@ -140,7 +140,7 @@ def check_path(args: argparse.Namespace) -> str:
 
 def make_path(kind: str, files: list[str]) -> paths.Path:
     """The path through checkpoint files."""
-    from modeconn import paths
+    from modeconn.parameters import paths
 
     if kind == "plane":
         return paths.Plane.through(*files)
@@ -181,7 +181,7 @@ def evaluated(
     args: argparse.Namespace, spec: str, model: nn.Module, path: paths.Path, points: int | np.ndarray, resume: bool = True
 ) -> PathResult:
     """The evaluation that the options ask for, with what it was of noted in the result."""
-    from modeconn.evaluate import evaluate
+    from modeconn.evaluation.evaluator import evaluate
 
     data = options.load_data(args)
     unfinished = f"{args.save}.unfinished" if args.save is not None and resume else None

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     kind = check_path(args)
     options.check_outputs({"--json": args.json}, args.checkpoints)
 
-    from modeconn.evaluate import explain
+    from modeconn.evaluation.evaluator import explain
 
     _, model = options.load_model(args, args.checkpoints)
     path = make_path(kind, args.checkpoints)

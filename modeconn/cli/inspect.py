@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     options.check_inputs([args.checkpoint])
     options.check_outputs({"--json": args.json}, [args.checkpoint])
 
-    from modeconn import state
+    from modeconn.parameters import state
 
     loaded = state.load(args.checkpoint)
     entries = {name: _describe(loaded[name]) for name in sorted(loaded, key=_by_number)}

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
-    from modeconn.paths import Mixture
-    from modeconn.result import PathResult
+    from modeconn.evaluation.result import PathResult
+    from modeconn.parameters.paths import Mixture
 
 SHOWN = 5
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     spec, model = options.load_model(args, args.checkpoints)
 
-    from modeconn.paths import Mixture
+    from modeconn.parameters.paths import Mixture
 
     files = [*args.checkpoints, *([args.base] if args.base else [])]
     path = Mixture(files)
@@ -95,7 +95,7 @@ def check(args: argparse.Namespace) -> None:
 
 def weights_of(args: argparse.Namespace, spec: str, model: nn.Module, path: Mixture) -> np.ndarray:
     """The coefficients to evaluate, [T, checkpoints], the base's last."""
-    from modeconn import soups
+    from modeconn.parameters import mixtures as soups
 
     count = len(args.checkpoints)
     if args.weights is not None:
@@ -120,8 +120,8 @@ def write_best(
     args: argparse.Namespace, spec: str, model: nn.Module, path: Mixture, result: PathResult, best: int
 ) -> None:  # fmt: skip
     """Write the best network; where norms' statistics were recomputed, with these."""
-    from modeconn import state
-    from modeconn.statistics import network_at
+    from modeconn.evaluation.statistics import network_at
+    from modeconn.parameters import state
 
     data = options.load_data(args, "train") if args.buffers == "recompute" else None
     network = network_at(model, path, result.t[best], data, batch_size=args.batch_size, precision=args.precision)

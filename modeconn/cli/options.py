@@ -14,7 +14,7 @@ from modeconn.errors import ModeconnError
 if TYPE_CHECKING:
     from torch import nn
 
-    from modeconn.datasets import Images
+    from modeconn.data.datasets import Images
 
     Commands = argparse._SubParsersAction["Parser"]
 
@@ -102,7 +102,7 @@ def add_data(parser: argparse.ArgumentParser, split: bool = True) -> None:
 
 def load_data(args: argparse.Namespace, split: str | None = None) -> Images:
     """The data set that the options name."""
-    from modeconn import datasets
+    from modeconn.data import datasets
 
     return datasets.load(args.data, args.data_root, split or args.split, mean=args.mean, std=args.std, limit=args.limit)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from modeconn.result import PathResult
-    from modeconn.train import Epoch
+    from modeconn.evaluation.result import PathResult
+    from modeconn.training.train import Epoch
 
 
 def on_terminal() -> bool:
@@ -28,7 +28,7 @@ def write_json(content: dict[str, Any], file: str) -> None:
     if file == "-":
         sys.stdout.write(text)
         return
-    from modeconn.state import atomic_write
+    from modeconn.parameters.state import atomic_write
 
     atomic_write(file, lambda stream: stream.write(text.encode()))
 
@@ -45,7 +45,7 @@ def write_figure(draw: Callable[[Axes], object], file: str, surface: bool = Fals
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from modeconn.state import atomic_write
+    from modeconn.parameters.state import atomic_write
 
     # Not pyplot: it would look for a display.
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")

@@ -9,7 +9,7 @@ from modeconn.cli import evaluate, options, output
 from modeconn.errors import ModeconnError
 
 if TYPE_CHECKING:
-    from modeconn.paths import Plane
+    from modeconn.parameters.paths import Plane
 
 POINTS = 25
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
 
 def make_plane(args: argparse.Namespace) -> Plane:
     """The plane that the options say."""
-    from modeconn.paths import Plane
+    from modeconn.parameters.paths import Plane
 
     if args.trajectory:
         plane = Plane.trajectory(args.checkpoints)

@@ -13,7 +13,7 @@ from modeconn.errors import ModeconnError
 if TYPE_CHECKING:
     from torch import nn
 
-    from modeconn.train import Epoch, TrainReport
+    from modeconn.training.train import Epoch, TrainReport
 
 
 def add(commands: options.Commands) -> None:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         raise ModeconnError(f"--out {args.out}: the name must end in .safetensors")
     options.check_outputs({"--out": args.out, "--json": args.json})
 
-    from modeconn.train import train
+    from modeconn.training.train import train
 
     model = new_model(args.model, args.seed, args.device)
     data, test = (options.load_data(args, split) for split in ("train", "test"))

@@ -12,8 +12,8 @@ from modeconn.errors import ModeconnError
 if TYPE_CHECKING:
     from torch import nn
 
-    from modeconn.connect.certificate import Certificate
-    from modeconn.connect.connection import Connection
+    from modeconn.connection.certificate import Certificate
+    from modeconn.connection.connection import Connection
 
 
 def add(commands: options.Commands) -> None:
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> None:
     options.check_outputs({"--plot": args.plot, "--json": args.json}, ends)
     options.check_plot(args.plot)
 
-    from modeconn.connect.connection import Connection
-    from modeconn.connect.verify import verify
+    from modeconn.connection.connection import Connection
+    from modeconn.connection.verification import verify
 
     connection = Connection.load(args.folder)
     model = _model(args, connection)
@@ -87,9 +87,9 @@ def _content(found: Certificate, args: argparse.Namespace) -> dict[str, Any]:
 
 def _plot(connection: Connection, model: nn.Module, data: Any, found: Certificate, file: str) -> None:
     """One more pass, for the curves of the swings and the straight line."""
-    from modeconn.connect import figure
-    from modeconn.evaluate import evaluate
-    from modeconn.paths import Line
+    from modeconn.connection import figure
+    from modeconn.evaluation.evaluator import evaluate
+    from modeconn.parameters.paths import Line
 
     result = connection.evaluate(model, data, progress=False)
     points = connection.path.control_points

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeconn import datasets, models
-from modeconn.connect.chain import Chain
-from modeconn.connect.features import compute_features
-from modeconn.connect.subnetworks import initial
-from modeconn.connect.training import train_subnetworks
+from modeconn import models
+from modeconn.connection.chain import Chain
+from modeconn.connection.features import compute_features
+from modeconn.connection.subnetworks import initial
+from modeconn.connection.training import train_subnetworks
+from modeconn.data import datasets
 from modeconn.experiments.settings import Experiment, Join, Sweep, settings
-from modeconn.train import train
+from modeconn.training.train import train
 
 # Steps of an epoch that is timed, the second of three: the first warms up, and the last measures.
 _STEPS, _EPOCHS = 2, 3

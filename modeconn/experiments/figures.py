@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modeconn.errors import ModeconnError
-from modeconn.state import atomic_write
+from modeconn.parameters.state import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from modeconn.connect.connection import Connection
+    from modeconn.connection.connection import Connection
+    from modeconn.evaluation.result import PathResult
     from modeconn.experiments.tables import Tables
-    from modeconn.result import PathResult
 
 _PANELS = (("train_loss", "training loss"), ("train_error", "training error (%)"),
            ("test_loss", "test loss"), ("test_error", "test error (%)"))  # fmt: skip

@@ -12,21 +12,22 @@ from typing import Any
 
 import torch
 
-from modeconn import datasets, models
-from modeconn.connect.connect import connect
-from modeconn.connect.connection import Connection
-from modeconn.connect.dropout import dropout_stability
-from modeconn.connect.stability import subnetwork_stability
-from modeconn.connect.table import StabilityTable
+from modeconn import models
+from modeconn.connection.connection import Connection
+from modeconn.connection.pipeline import connect
+from modeconn.data import datasets
 from modeconn.errors import ModeconnError
-from modeconn.evaluate import evaluate
+from modeconn.evaluation.evaluator import evaluate
 from modeconn.experiments import figures
 from modeconn.experiments.settings import Experiment, Join, Sweep, settings
 from modeconn.experiments.settings import Solution as SolutionSettings
 from modeconn.experiments.tables import Tables
-from modeconn.paths import Line
-from modeconn.state import atomic_write
-from modeconn.train import train, training_file
+from modeconn.parameters.paths import Line
+from modeconn.parameters.state import atomic_write
+from modeconn.stability.dropout import dropout_stability
+from modeconn.stability.subnetworks import subnetwork_stability
+from modeconn.stability.table import StabilityTable
+from modeconn.training.train import train, training_file
 
 Log = Callable[[str], None]
 File = str | os.PathLike[str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from modeconn.connect.training import Recipe
+from modeconn.connection.training import Recipe
 from modeconn.errors import ModeconnError
 
 # The paper's stop: no training error left.
@@ -15,7 +15,7 @@ _QUICK = Recipe("adamw", lr=2e-3, batch_size=256, epochs=10, schedule="onecycle"
 
 @dataclass(frozen=True)
 class Solution:
-    """How the network of an experiment is trained, to zero training error or to the end (`modeconn.train.train`)."""
+    """How the network of an experiment is trained, to zero training error or to the end (`modeconn.training.train.train`)."""
 
     lr: float
     epochs: int = 200

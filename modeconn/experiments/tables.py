@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from modeconn.connect.table import StabilityTable
+from modeconn.stability.table import StabilityTable
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.graph import Entry, Graph, In, Node
-from modeconn.ops import Take
-from modeconn.paths import Path, blend
-from modeconn.plan.contents import Contents, Cut
-from modeconn.plan.joint import Joint
+from modeconn.capture.graph import Entry, Graph, In, Node
+from modeconn.capture.ops import Take
+from modeconn.parameters.paths import Path, blend
+from modeconn.plan.merging import Joint
 from modeconn.plan.program import (
     Blend,
     Combination,
@@ -35,9 +34,10 @@ from modeconn.plan.program import (
     VaryingStep,
     needed,
 )
-from modeconn.plan.rule import Fit, Mismatch, Rule, Shapes, Support
-from modeconn.plan.rules import rule_for
+from modeconn.plan.rules.base import Fit, Mismatch, Rule, Shapes, Support
+from modeconn.plan.rules.table import rule_for
 from modeconn.plan.units import ALL, Units
+from modeconn.plan.weights import Contents, Cut
 
 # Columns that differ by no more than this are rounding of one number: (1 - t) + t is not exactly 1 for every t.
 _ROUNDING = 8 * float(np.finfo(np.float64).eps)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
-from modeconn.graph import Graph, Node
-from modeconn.paths import blend
+from modeconn.capture.graph import Graph, Node
+from modeconn.parameters.paths import blend
 from modeconn.plan.units import ALL, Units
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from modeconn.graph import Dim, Size
+from modeconn.capture.graph import Dim, Size
 
 # Of a value: the batch axis and what follows from it are `Size`.
 Shape = tuple[Dim, ...]

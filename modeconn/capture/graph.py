@@ -1,0 +1,150 @@
+"""The small graph that a network is captured as: what the planner reads and the backends run.
+
+A graph is a list of nodes in execution order. A node applies one operation to the values of earlier nodes, to *entries*
+(parameters and buffers, by their state-dict names) and to plain Python constants. Its arguments are kept as a template
+with three kinds of leaves, so that a backend can fill in whatever tensors it wants, for any number of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class In:
+    """Leaf: the node's i-th input value."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Leaf: the node's i-th entry (parameter or buffer)."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """Leaf: a size that depends on the number of rows; `of` computes it."""
+
+    of: Callable[[int], int]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Dim = int | Size
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation.
+
+    Attributes:
+        id: its position in the graph.
+        op: the operation's name, which selects its rule (plan/rules/table.py); operations without a rule still run.
+        function: what computes it, called with the filled template.
+        args, kwargs: the template: Python constants, `In`, `Entry` and `Size` leaves, in nested lists and tuples.
+        inputs: ids of the nodes whose values it takes.
+        entries: names of the parameters and buffers it takes.
+        shape: of its value; the batch axis and what follows from it are `Size`.
+        source: the module and line it comes from.
+        batched: whether its value has to do with the input; if not, it is a function of entries alone.
+    """
+
+    id: int
+    op: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    inputs: tuple[int, ...] = ()
+    entries: tuple[str, ...] = ()
+    shape: tuple[Dim, ...] = ()
+    source: str = ""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    batched: bool = True
+    random: bool = False
+
+    def run(self, values: Sequence[Tensor], entries: Sequence[Tensor], rows: int) -> Any:
+        """The node's value from its inputs' values, its entries' tensors and the number of rows."""
+        args = [_fill(leaf, values, entries, rows) for leaf in self.args]
+        if not self.kwargs:
+            return self.function(*args)
+        return self.function(*args, **{key: _fill(leaf, values, entries, rows) for key, leaf in self.kwargs.items()})
+
+    def numbers(self, rows: int = 64) -> float:
+        """How many numbers one row of the value has, on average over a block of rows."""
+        total = math.prod(d.of(rows) if isinstance(d, Size) else d for d in self.shape)
+        return total / rows if self.batched else total
+
+
+def _fill(leaf: Any, values: Sequence[Tensor], entries: Sequence[Tensor], rows: int) -> Any:
+    """A template with tensors for leaves. No closure: one that calls itself would keep the tensors until the next gc."""
+    if isinstance(leaf, In):
+        return values[leaf.index]
+    if isinstance(leaf, Entry):
+        return entries[leaf.index]
+    if isinstance(leaf, Size):
+        return leaf.of(rows)
+    if isinstance(leaf, (list, tuple)):
+        return type(leaf)([_fill(item, values, entries, rows) for item in leaf])
+    return leaf
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured network.
+
+    Attributes:
+        nodes: in execution order; the first are the inputs.
+        output: template of the network's output, with `In(node id)` leaves.
+        constants: entries that are not in the state dict (lifted constants, buffers that are not persistent).
+        fallback: why the network could not be captured and runs as one opaque node; None if it was captured.
+        closed: the parts of it that could not be captured and run as they are, each with its reason.
+        mixes_rows: whether a row's output depends on the other rows of its batch.
+        inputs: what each input is called: None for the only one, else its place or its name.
+    """
+
+    nodes: tuple[Node, ...]
+    output: Any
+    constants: dict[str, Tensor]
+    fallback: str | None = None
+    closed: tuple[str, ...] = ()
+    mixes_rows: bool = False
+    inputs: tuple[Any, ...] = (None,)
+
+    def given(self, inputs: Any) -> list[Tensor]:
+        """The tensors of a batch of inputs, one for each of the graph's input nodes."""
+        return [inputs if key is None else inputs[key] for key in self.inputs]
+
+    @property
+    def tensor_output(self) -> int | None:
+        """The id of the node that is the output, or None where the network returns a tuple, dict or the like."""
+        return self.output.index if isinstance(self.output, In) else None
+
+    def only_logits(self) -> Graph:
+        """The graph whose output is the logits alone, where the output has them; what else it returns is then dead."""
+        logits = None if self.fallback else getattr(self.output, "logits", None)
+        return replace(self, output=logits) if isinstance(logits, In) else self
+
+    def before_log_softmax(self) -> Graph:
+        """The graph whose output is what a last log_softmax over classes [N, C] takes: its cross-entropy is the same."""
+        last = None if self.tensor_output is None else self.nodes[self.tensor_output]
+        if last is None or last.op != "log_softmax" or len(last.shape) != 2 or last.args not in ((In(0), 1), (In(0), -1)):
+            return self
+        return replace(self, output=In(last.inputs[0]))
+
+    def outputs(self) -> list[int]:
+        """Ids of all nodes that the output is made of."""
+        return [leaf.index for leaf in pytree.tree_leaves(self.output) if isinstance(leaf, In)]
+
+    def fill_output(self, values: Mapping[int, Any]) -> Any:
+        """The output's structure with node values in place of its leaves."""
+        return pytree.tree_map(lambda leaf: values[leaf.index] if isinstance(leaf, In) else leaf, self.output)

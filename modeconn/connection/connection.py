@@ -1,0 +1,239 @@
+"""A path that joins two networks, with its certificate: what `connect` returns, saved, loaded, evaluated and drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from modeconn.connection import figure
+from modeconn.connection.certificate import Certificate, plain
+from modeconn.connection.storage import pack, unpack
+from modeconn.connection.structure import KINDS, SWING
+from modeconn.errors import ModeconnError
+from modeconn.evaluation.arguments import positive
+from modeconn.evaluation.evaluator import evaluate
+from modeconn.evaluation.result import PathResult
+from modeconn.parameters import state as states
+from modeconn.parameters.paths import PolyChain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FORMAT = "modeconn.Connection/1"
+CONTENT, BREAKPOINTS = "connection.json", "breakpoints.safetensors"
+
+
+@dataclass(eq=False, repr=False)
+class Connection:
+    """A path between two networks and what is proved of it.
+
+    Attributes:
+        path: the breakpoints; its end points are the two networks, bitwise.
+        kinds: "rewrite", "swing" or "shift" for each segment.
+        certificate: bounds for the training data. test_certificate: for other data, or None.
+        model: the model's spec, such as "mlp:784-245x10-10", or None.
+        details: how it was made: plain values that JSON can hold.
+    """
+
+    path: PolyChain
+    kinds: tuple[str, ...]
+    certificate: Certificate
+    test_certificate: Certificate | None = None
+    model: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.kinds = tuple(self.kinds)
+        unknown = [kind for kind in self.kinds if kind not in KINDS]
+        if unknown or len(self.kinds) != self.path.segments:
+            raise ModeconnError(
+                f"kinds are {len(self.kinds)}{f' with {unknown[0]!r}' if unknown else ''}: expected one for each of the "
+                f"{self.path.segments} segments, of {', '.join(KINDS)}"
+            )
+        self.details = plain(self.details)
+
+    @property
+    def breakpoints(self) -> np.ndarray:
+        """t of the breakpoints, float64 [S + 1]."""
+        return self.path.grid(self.path.segments + 1)
+
+    def points(self, points_per_segment: int = 25) -> np.ndarray:
+        """t values that show the whole path: all breakpoints, and swings in so many steps; elsewhere nothing happens."""
+        count = positive("points_per_segment", points_per_segment) or 1
+        inside = np.arange(1, count) / count
+        swings = [(k + inside) / self.path.segments for k, kind in enumerate(self.kinds) if kind == SWING]
+        return np.sort(np.concatenate([self.breakpoints, *swings]))
+
+    def evaluate(self, model: nn.Module, data: Any, points_per_segment: int = 25, **options: Any) -> PathResult:
+        """Loss and error along the path: at the breakpoints and at evenly spaced points of each swing.
+
+        Args:
+            model: the architecture. data: whatever `modeconn.evaluation.evaluator` takes.
+            points_per_segment: steps of a swing.
+            options: further arguments of `modeconn.evaluation.evaluator`.
+        """
+        return evaluate(model, self.path, data, points=self.points(points_per_segment), **options)
+
+    def plot(self, ax: Axes | None = None, line: PathResult | None = None, result: PathResult | None = None) -> Axes:
+        """Draw loss and error along the path, with the certified bound and the kinds of segments.
+
+        Args:
+            ax: matplotlib axes to draw on; a new figure if None.
+            line: the straight line between the two networks, from `modeconn.evaluation.evaluator`, for comparison.
+            result: what `evaluate` returned. Without it the loss of a swing is drawn as its chord, an upper bound.
+
+        Raises:
+            ModeconnError: where matplotlib is not installed.
+        """
+        return figure.draw(self.certificate, ax, line, result)
+
+    def __str__(self) -> str:
+        certificate = self.certificate
+        numbers = {kind: self.kinds.count(kind) for kind in KINDS if kind in self.kinds}
+        counts = ", ".join(f"{number} {kind}{'' if number == 1 else 's'}" for kind, number in numbers.items())
+        title = f"path of {self.path.segments} segments ({counts})" + (f" for {self.model}" if self.model else "")
+        lines = [title, _bounds(certificate)]
+        if self.test_certificate is not None:
+            lines.append(f"other data: {_bounds(self.test_certificate)}")
+        return "\n".join([*lines, certificate.advice])
+
+    def __repr__(self) -> str:
+        bounds = f"bound={self.certificate.bound:.4g}, error_bound={self.certificate.error_bound:.4g}"
+        return f"Connection({self.path.segments} segments, {bounds})"
+
+    # ----------------------------------------------------------------------------------------------- files
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write connection.json and breakpoints.safetensors into a folder, both or neither.
+
+        Args:
+            folder: a new or empty folder, or one with a connection, which is replaced.
+
+        Raises:
+            ModeconnError: there is something else, or it cannot be written.
+        """
+        target = Path(folder).expanduser()
+        if target.exists() and not (target / CONTENT).is_file() and (not target.is_dir() or any(target.iterdir())):
+            raise ModeconnError(f"{folder}: holds something else than a connection; expected a new or empty folder")
+        target = target.resolve()
+        if not target.parent.is_dir():
+            raise ModeconnError(f"{folder}: cannot be written: there is no folder {target.parent}")
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            temporary.mkdir()
+            self._write(temporary)
+            _exchange(temporary, target)
+        except OSError as error:
+            raise ModeconnError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _write(self, folder: Path) -> None:
+        states.save(pack(self.path.control_points), folder / BREAKPOINTS, {"format": FORMAT})
+        content = {
+            "format": FORMAT,
+            "model": self.model,
+            "breakpoints": self.path.segments + 1,
+            "sha256": _sha256(folder / BREAKPOINTS),
+            "kinds": list(self.kinds),
+            "certificate": self.certificate.to_dict(),
+            "test_certificate": self.test_certificate.to_dict() if self.test_certificate else None,
+            "details": self.details,
+        }
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        states.atomic_write(folder / CONTENT, lambda stream: stream.write(text.encode()))
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str]) -> Connection:
+        """Read what `save` wrote; nothing in it is run, and what it claims is for `verify` to check.
+
+        Raises:
+            ModeconnError: the folder or a file is missing, truncated, of another version, or does not fit together.
+        """
+        where = Path(folder).expanduser()
+        if not where.is_dir():
+            problem = "is a file" if where.exists() else "no such folder"
+            raise ModeconnError(f"{folder}: {problem}; expected a folder with a connection")
+        for name in (CONTENT, BREAKPOINTS):
+            if not (where / name).is_file():
+                raise ModeconnError(f"{folder}: has no {name}; expected a folder that Connection.save wrote")
+        content = _read_json(where / CONTENT)
+        if content.get("format") != FORMAT:
+            raise ModeconnError(f"{where / CONTENT}: format is {content.get('format')!r}, expected {FORMAT!r}")
+        packed = states.load(where / BREAKPOINTS)
+        try:
+            return _connection(content, packed, _sha256(where / BREAKPOINTS))
+        except ModeconnError as error:
+            raise ModeconnError(f"{folder}: {error}") from error
+
+
+def _bounds(certificate: Certificate) -> str:
+    error = f"{100 * certificate.error_bound:.3g} %"
+    return f"loss at most {certificate.bound:.4g}, error at most {error} on {certificate.samples:,} samples"
+
+
+def _connection(content: Mapping[str, Any], packed: states.State, sha256: str) -> Connection:
+    missing = [key for key in ("model", "breakpoints", "sha256", "kinds", "certificate", "details") if key not in content]
+    if missing:
+        raise ModeconnError(f"{CONTENT} has no {missing[0]!r}")
+    count, kinds, model, details = (content[key] for key in ("breakpoints", "kinds", "model", "details"))
+    if not isinstance(count, int) or isinstance(count, bool) or count < 2:
+        raise ModeconnError(f"breakpoints is {count!r}: expected a whole number, at least 2")
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds) or len(kinds) != count - 1:
+        raise ModeconnError(f"kinds is not a list of {count - 1} words, one for each segment")
+    if not isinstance(details, dict) or not (model is None or isinstance(model, str)):
+        raise ModeconnError("model is no text, or details are no table")
+    if content["sha256"] != sha256:
+        raise ModeconnError(f"{BREAKPOINTS} is not the file that {CONTENT} was written with: its SHA-256 differs")
+    certificates = [Certificate.from_dict(content["certificate"])]
+    if content.get("test_certificate") is not None:
+        certificates.append(Certificate.from_dict(content["test_certificate"]))
+    points: Sequence[states.State] = unpack(packed, count)
+    path = PolyChain(points, [f"breakpoint {k}" for k in range(count)])
+    return Connection(path, tuple(kinds), certificates[0], (*certificates, None)[1], model, details)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModeconnError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModeconnError(f"{file}: truncated or damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ModeconnError(f"{file}: holds a {type(content).__name__}, expected a table")
+    return content
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _exchange(new: Path, target: Path) -> None:
+    """Put a complete folder in the place of an older one."""
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    if target.is_dir():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if old.is_dir() and not target.exists():
+                old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,126 @@
+"""Linear readouts of fixed features: a convex problem, solved by L-BFGS instead of being trained."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modeconn.connection.chain import Chain
+from modeconn.connection.subnetworks import Subnetwork, restrict
+from modeconn.connection.trained import Trained
+from modeconn.connection.training import measure
+from modeconn.errors import ModeconnError
+
+# Rows of a pass: features may be a memory map.
+_ROWS = 8192
+# Pairs of steps and gradients that L-BFGS remembers.
+_HISTORY = 20
+# Of the weights on features scaled to mean square 1. Where the features can be separated there is no minimum without it.
+WEIGHT_DECAY = 1e-7
+
+
+class _Reached(Exception):
+    """The loss to stop at was met at a point of the line search."""
+
+
+def fit_readout(
+    chain: Chain,
+    start: Subnetwork,
+    h: Tensor,
+    labels: Tensor,
+    *,
+    iterations: int = 300,
+    stop_loss: float | None = None,
+    weight_decay: float = WEIGHT_DECAY,
+) -> Trained:
+    """The linear readout of the smallest mean cross-entropy + weight_decay / 2 · ‖W · rms(h)‖².
+
+    The problem is convex: L-BFGS finds the same minimum from any start. Each feature is scaled to a root mean square of 1
+    first, since the convergence hangs on how evenly they are spread. The products are in the features' precision, the loss, the
+    gradient's sums and the steps in float64.
+
+    Args:
+        start: a subnetwork of one layer; where the search begins.
+        h: h_l [N, n_l, …], all units or the kept ones.
+        labels: int64 [N].
+        iterations: at most so many steps.
+        stop_loss: finished once the mean cross-entropy is at most this.
+
+    Raises:
+        ModeconnError: a subnetwork of more than one layer, or a readout that is no linear layer.
+    """
+    if len(start.weights) != 1 or chain.layer(start.entry + 1).kind != "linear":
+        raise ModeconnError(f"the subnetwork at entry layer {start.entry} is no linear readout")
+    began = time.perf_counter()
+    layer = chain.layer(start.entry + 1)
+    whole = h.shape[1] == chain.widths[start.entry] * layer.block
+    problem = _Problem(restrict(chain, start.entry, h, start.kept) if whole else h, labels, weight_decay, stop_loss)
+    weight, bias = start.weights[0].double(), start.biases[0]
+    problem.begin(weight, None if bias is None else bias.double())
+    optimizer = torch.optim.LBFGS(
+        problem.parameters, max_iter=iterations, max_eval=2 * iterations, history_size=_HISTORY, tolerance_grad=1e-8,
+        tolerance_change=1e-12, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+    try:
+        if iterations:
+            optimizer.step(problem)
+    except _Reached:
+        pass
+    weight, bias = problem.readout()
+    found = replace(start, weights=(weight.to(h),), biases=(None if bias is None else bias.to(h),))
+    loss, error = measure(chain, found, h, labels)
+    steps = int(optimizer.state[problem.parameters[0]].get("n_iter", 0))
+    reached = stop_loss is not None and loss <= stop_loss
+    return Trained(found, loss, error, steps, time.perf_counter() - began, reached)
+
+
+class _Problem:
+    """The objective and its gradient, with the readout's weights on scaled features as parameters."""
+
+    def __init__(self, h: Tensor, labels: Tensor, weight_decay: float, stop_loss: float | None) -> None:
+        self.h, self.labels, self.weight_decay, self.stop_loss = h.flatten(1), labels, weight_decay, stop_loss
+        squares = torch.zeros(self.h.shape[1], dtype=torch.float64, device=h.device)
+        for rows in self.h.split(_ROWS):
+            squares += rows.square().sum(0, dtype=torch.float64)
+        rms = (squares / max(1, len(h))).sqrt()
+        self.rms = torch.where(rms > 0, rms, torch.ones_like(rms))  # a feature that is always 0 stays out of the readout
+        self.parameters: list[Tensor] = []
+
+    def begin(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.parameters = [weight * self.rms, *([] if bias is None else [bias.clone()])]
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def readout(self) -> tuple[Tensor, Tensor | None]:
+        return self.parameters[0] / self.rms, self.parameters[1] if len(self.parameters) > 1 else None
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        weight, bias = self.readout()
+        columns, shift = weight.t().to(self.h), None if bias is None else bias.to(self.h)
+        gradient, sums = torch.zeros_like(weight), torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+        loss = 0.0
+        for rows, labels in zip(self.h.split(_ROWS), self.labels.split(_ROWS)):
+            logits = rows @ columns if shift is None else torch.addmm(shift, rows, columns)
+            logarithms = F.log_softmax(logits.double(), 1)
+            loss -= float(logarithms.gather(1, labels[:, None]).sum())
+            slopes = logarithms.exp()
+            slopes[torch.arange(len(labels), device=labels.device), labels] -= 1.0
+            gradient += slopes.t().to(rows) @ rows
+            sums += slopes.sum(0)
+        samples = len(self.labels)
+        loss /= samples
+        if self.stop_loss is not None and loss <= self.stop_loss:
+            raise _Reached
+        scaled = self.parameters[0]
+        for parameter, slope in zip(
+            self.parameters, (gradient / self.rms / samples + self.weight_decay * scaled, sums / samples)
+        ):
+            parameter.grad = slope
+        objective = loss + 0.5 * self.weight_decay * float(scaled.square().sum())
+        return objective if math.isfinite(objective) else math.inf

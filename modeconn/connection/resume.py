@@ -1,0 +1,119 @@
+"""The fits of a search, kept in a folder: the same search goes on from there and finds the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeconn.connection.features import Features
+from modeconn.connection.subnetworks import Subnetwork
+from modeconn.connection.trained import Trained, pack, unpack
+from modeconn.errors import ModeconnError
+from modeconn.parameters import state as states
+
+_SETTINGS = "search.json"
+# What the features sum up to may differ in rounding between machines.
+_TOLERANCE = 1e-5
+
+
+class Fits:
+    """The fits of one search, in the order in which they are made.
+
+    What a search does next depends on its settings and on the fits before alone. So a search that is begun again does the
+    same fits; those that are finished in the folder are read.
+
+    Args:
+        folder: a folder, made if it is not there; None to keep nothing.
+        settings: all that decides what the search does; the folder must hold a search with the same.
+
+    Raises:
+        ModeconnError: the folder holds something else, or a search with other settings or data.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+        self.folder, self.number = None if folder is None else Path(folder), 0
+        if self.folder is not None:
+            _claim(self.folder, json.loads(json.dumps(settings)))
+
+    def next(self, starts: Sequence[Subnetwork], fit: Callable[[Path | None], list[Trained]]) -> list[Trained]:
+        """The next fit.
+
+        Args:
+            starts: the subnetworks to begin with.
+            fit: does it; it is given a file for what is unfinished.
+        """
+        if self.folder is None:
+            return fit(None)
+        file = self.folder / f"fit-{self.number:03}.safetensors"
+        self.number += 1
+        if file.exists():
+            return _read(file, starts)
+        results = fit(file.with_suffix(".training"))
+        tensors, records = pack("fit", results)
+        states.save(tensors, file, {"fit": json.dumps(records)})
+        return results
+
+
+def search_settings(
+    ends: Mapping[str, Mapping[str, Tensor]], features: Mapping[str, Features], units: Mapping[int, Tensor], **settings: Any
+) -> dict[str, Any]:
+    """What decides a search: the networks bit for bit, labels, what the features sum up to, the kept units, and more."""
+    weights = hashlib.sha256()
+    for end in ends.values():
+        for key in sorted(end):
+            weights.update(key.encode())
+            weights.update(end[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    labels = hashlib.sha256(next(iter(features.values())).labels.cpu().numpy().tobytes())
+    kept = hashlib.sha256(json.dumps([u.tolist() for u in units.values()]).encode())
+    top = max(units)
+    sums = [float(each.entry(top).double().sum()) for each in features.values()]
+    return {
+        "networks": weights.hexdigest(), "labels": labels.hexdigest(), "kept": kept.hexdigest(), "features": sums, **settings
+    }  # fmt: skip
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    file = folder / _SETTINGS
+    if not file.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ModeconnError(f"{folder} is there already and holds no search: name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(settings, indent=1)
+        states.atomic_write(file, lambda stream: stream.write(text.encode()))
+        return
+    try:
+        before = json.loads(file.read_text())
+        sums = zip(before["features"], settings["features"], strict=True)
+        same = all(math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=1e-6) for a, b in sums)
+        others = sorted(key for key in {*before, *settings} - {"features"} if before.get(key) != settings.get(key))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModeconnError(f"{file} does not describe a search: remove {folder} to start anew") from error
+    if others or not same:
+        raise ModeconnError(
+            f"{folder} holds the search of another connection, with other {', '.join(others or ['data'])}: remove it to start "
+            "anew, or name another folder"
+        )
+
+
+def _read(file: Path, starts: Sequence[Subnetwork]) -> list[Trained]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as saved:
+            tensors = {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
+            records = json.loads((saved.metadata() or {})["fit"])
+        found = unpack("fit", tensors, records, starts)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise ModeconnError(f"{file} is no finished fit: remove it to do it again ({error})") from error
+    results = [each for each in found if each is not None]
+    if len(results) != len(starts):
+        raise ModeconnError(f"{file} holds {len(results)} subnetworks, not {len(starts)}: remove it to do them again")
+    return results

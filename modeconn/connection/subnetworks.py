@@ -1,0 +1,162 @@
+"""Subnetworks: what maps the features of an entry layer, restricted to kept units, to the outputs (theory: S_l on I_l)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from modeconn.connection.chain import Chain, Layer
+from modeconn.errors import ModeconnError
+
+
+@dataclass(frozen=True)
+class Subnetwork:
+    """A network on the kept units of one entry layer of a chain.
+
+    Attributes:
+        entry: l, the layer whose features it reads; 0 is the input.
+        kept: I_l, the units that it reads, int64 [k], rising.
+        weights: of layers l+1, l+2, …; the last is the readout [C, …]. The layers in between are followed by the chain's own
+            steps (activation, pooling, …) without norms.
+        biases: of the same layers; None where the chain's layer has none.
+    """
+
+    entry: int
+    kept: Tensor
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Units of its hidden layers: m_{l,l+1}, …"""
+        return tuple(len(weight) for weight in self.weights[:-1])
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        return sum(tensor.numel() for tensor in (*self.weights, *self.biases) if tensor is not None)
+
+    def to(self, like: Tensor) -> Subnetwork:
+        """The same with another tensor's dtype and device."""
+        biases = tuple(None if bias is None else bias.to(like) for bias in self.biases)
+        return replace(self, kept=self.kept.to(like.device), weights=tuple(w.to(like) for w in self.weights), biases=biases)
+
+
+def full_depth(chain: Chain, sub: Subnetwork) -> bool:
+    """Whether its readout is the chain's own last layer."""
+    return sub.entry + len(sub.weights) == chain.length
+
+
+def restrict(chain: Chain, entry: int, h: Tensor, kept: Tensor) -> Tensor:
+    """h_l with the kept units alone: [N, k, …], or [N, k · block] where channels have been flattened."""
+    layer = chain.layer(entry + 1)
+    if len(kept) == chain.widths[entry]:
+        return h
+    return layer.select(h, kept)
+
+
+def outputs(chain: Chain, sub: Subnetwork, h: Tensor) -> Tensor:
+    """Logits [N, C] of a subnetwork from h_l [N, n_l, …] of all units."""
+    return outputs_of_kept(chain, sub, restrict(chain, sub.entry, h, sub.kept))
+
+
+def outputs_of_kept(chain: Chain, sub: Subnetwork, h: Tensor) -> Tensor:
+    """Logits [N, C] of a subnetwork from the kept features alone."""
+    last = len(sub.weights) - 1
+    for index, (weight, bias) in enumerate(zip(sub.weights, sub.biases)):
+        layer = chain.layer(sub.entry + 1 + index)
+        h = layer.map(h, weight, bias) if index == last else layer.apply(h, weight, bias)
+    return h
+
+
+def check_entry(chain: Chain, entry: int) -> None:
+    """Raise a ModeconnError unless there is such an entry layer."""
+    if not 0 <= entry < chain.length:
+        raise ModeconnError(f"entry layer {entry}: {chain.name} has entry layers 0 to {chain.length - 1}")
+
+
+def initial(chain: Chain, entry: int, kept: Tensor, widths: Sequence[int], generator: torch.Generator) -> Subnetwork:
+    """New weights: normal with variance 2 / fan-in (He et al. 2015), zero biases.
+
+    Args:
+        entry: the entry layer l.
+        kept: I_l.
+        widths: units of the hidden layers l+1, l+2, …; as many as layers are wanted before the readout. The readout's layer
+            must be linear.
+        generator: a CPU generator.
+    """
+    check_entry(chain, entry)
+    readout = entry + 1 + len(widths)
+    if readout > chain.length or chain.layer(readout).kind != "linear":
+        raise ModeconnError(
+            f"a subnetwork at entry layer {entry} with {len(widths)} hidden layers would have its readout at layer {readout} "
+            f"of {chain.length}: it must be a linear layer of the chain"
+        )
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    before = len(kept)
+    for index, units in enumerate((*widths, chain.classes)):
+        layer = chain.layer(entry + 1 + index)
+        shape = _shape(layer, units, before)
+        weights.append(torch.randn(shape, generator=generator) * math.sqrt(2.0 / math.prod(shape[1:])))
+        biases.append(None if layer.bias is None else torch.zeros(units))
+        before = units
+    return Subnetwork(entry, kept, tuple(weights), tuple(biases))
+
+
+def _shape(layer: Layer, units: int, before: int) -> tuple[int, ...]:
+    if layer.kind == "linear":
+        return (units, before * layer.block)
+    return (units, before, *layer.kernel)
+
+
+def why_not_carried(chain: Chain, readout: int) -> str | None:
+    """Why logits that a layer of the chain gives cannot be carried to the top by identity, None if they can.
+
+    Args:
+        readout: the layer that gives the logits, from 1 to L.
+    """
+    for layer in chain.layers[readout - 1 : -1]:
+        if layer.kind != "linear" or (layer.index > readout and layer.block != 1):
+            return f"layer {layer.index} ({layer.weight}) is not a plain linear layer"
+        if layer.activation != "relu":
+            return f"layer {layer.index} ({layer.weight}) has the activation {layer.activation}: identity passes ReLU alone"
+        odd = [step.op for step in layer.steps if step.op not in ("relu", "batch_norm")]
+        if odd:
+            return f"layer {layer.index} ({layer.weight}) is followed by {odd[0]}"
+    return None
+
+
+def carry(chain: Chain, sub: Subnetwork) -> Subnetwork:
+    """A head as a full-depth subnetwork: its logits z go up as (ReLU(z), ReLU(-z)), 2C units a layer, and come out as z.
+
+    Exact for every input: non-negative values pass a ReLU unchanged.
+
+    Raises:
+        ModeconnError: a layer above is no linear layer with ReLU.
+    """
+    if full_depth(chain, sub):
+        return sub
+    readout = sub.entry + len(sub.weights)
+    reason = why_not_carried(chain, readout)
+    if reason is not None:
+        raise ModeconnError(f"the head at entry layer {sub.entry} cannot be carried to the top by identity: {reason}")
+    weight, bias = sub.weights[-1], sub.biases[-1]
+    eye = torch.eye(chain.classes, dtype=weight.dtype, device=weight.device)
+    weights = [*sub.weights[:-1], torch.cat([weight, -weight])]
+    biases = [*sub.biases[:-1], None if bias is None else torch.cat([bias, -bias])]
+    for layer in chain.layers[readout:]:
+        last = layer.index == chain.length
+        weights.append(torch.cat([eye, -eye], 1) if last else torch.eye(2 * chain.classes).to(weight))
+        biases.append(None if layer.bias is None else weight.new_zeros(len(weights[-1])))
+    return Subnetwork(sub.entry, sub.kept, tuple(weights), tuple(biases))
+
+
+def kept_units(units: int, kept: float | int, generator: torch.Generator) -> Tensor:
+    """Units drawn at random to be kept, rising: a fraction of them (rounded, at least one), or a number."""
+    count = kept if isinstance(kept, int) else round(kept * units)
+    return torch.randperm(units, generator=generator)[: max(1, min(units, count))].sort().values

@@ -1,0 +1,342 @@
+"""Training of subnetworks on fixed features, many at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from modeconn.connection.chain import Chain
+from modeconn.connection.stack import Rows, Stack
+from modeconn.connection.subnetworks import Subnetwork
+from modeconn.connection.trained import Trained, pack, unpack
+from modeconn.errors import ModeconnError
+from modeconn.parameters import state as states
+
+Progress = Callable[[int, int], None]
+
+SECONDS_BETWEEN_SAVES = 5.0
+# The exact loss needs a pass of its own: it is measured where the loss seen while training is within this factor of the stop.
+_NEAR = 3.0
+# Rows of a pass that measures.
+_ROWS = 1000
+_BETAS = (0.9, 0.99)
+# The exact error, likewise: where the error seen while training is at most this much above the stop.
+_NEAR_ERROR = 0.005
+_SCHEDULES = ("constant", "cosine", "onecycle", "halve")
+# Epochs between two halvings of the learning rate, as the paper does for VGG.
+_HALVING = 10
+_OPTIMIZERS = ("adamw", "sgd")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How subnetworks are trained.
+
+    Attributes:
+        optimizer: "adamw" (β = 0.9, 0.99), or "sgd" with Nesterov momentum as in the paper.
+        schedule: of the learning rate: "constant", "cosine" down to 0, "onecycle" (up over the first fifth, then down), or
+            "halve" (half as large after every 10 epochs).
+        stop_loss, stop_error: a subnetwork is finished once its loss (error) over all training data is at most this.
+    """
+
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    momentum: float = 0.95
+    weight_decay: float = 0.0
+    batch_size: int = 128
+    epochs: int = 20
+    schedule: str = "cosine"
+    stop_loss: float | None = None
+    stop_error: float | None = None
+
+    def check(self) -> None:
+        """Raise a ModeconnError for a setting out of range."""
+        if self.optimizer not in _OPTIMIZERS:
+            raise ModeconnError(f"optimizer is {self.optimizer!r}: expected one of {', '.join(_OPTIMIZERS)}")
+        if self.schedule not in _SCHEDULES:
+            raise ModeconnError(f"schedule is {self.schedule!r}: expected one of {', '.join(_SCHEDULES)}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ModeconnError(f"lr is {self.lr}: expected a positive number")
+        if self.epochs < 0 or self.batch_size < 1:
+            raise ModeconnError(f"epochs is {self.epochs} and batch_size {self.batch_size}: expected at least 0 and 1")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of one of so many steps."""
+        if self.schedule == "constant":
+            return self.lr
+        at = step / max(1, steps)
+        if self.schedule == "halve":
+            return self.lr * 0.5 ** (step * self.epochs // max(1, steps) // _HALVING)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * at))
+        if at < 0.2:
+            return self.lr * (0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * at / 0.2)))
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (at - 0.2) / 0.8))
+
+
+def measure(chain: Chain, sub: Subnetwork, h: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy and error of a subnetwork over h_l [N, …] (all units, or the kept ones), summed in float64."""
+    ((loss, error),) = _measured(Stack(chain, [sub]), Rows(chain, [sub], [h], budget=0), labels)
+    return loss, error
+
+
+def train_subnetworks(
+    chain: Chain,
+    starts: Sequence[Subnetwork],
+    features: Sequence[Tensor],
+    labels: Tensor,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> list[Trained]:
+    """Train subnetworks of equal shape together, each as if it were alone.
+
+    Args:
+        starts: the weights to begin with.
+        features: h_l [N, n_l, …] for each of them, all units or the kept ones; the same tensor where several read one network.
+        labels: int64 [N].
+        recipe: the same for all; a subnetwork that is finished leaves the others.
+        seed: of the order of the samples, which is the same for all of them.
+        progress: called with (epochs done, epochs).
+        checkpoint: a file that keeps an unfinished training; if it is there, the training goes on from it and gives bitwise
+            what one without interruption gives. It is removed at the end.
+
+    Returns:
+        for each start its best weights among the epochs whose exact loss was measured: those near the stop, and the last ones.
+        A subnetwork whose loss is no longer finite leaves with loss inf and the weights that it began with.
+
+    Raises:
+        ModeconnError: no subnetworks, shapes that do not stack, labels or settings out of range, a checkpoint of another
+            training.
+    """
+    recipe.check()
+    if not starts:
+        raise ModeconnError("there are no subnetworks to train")
+    samples = len(labels)
+    if len(features) != len(starts) or any(len(h) != samples for h in features):
+        raise ModeconnError(
+            f"{len(starts)} subnetworks, features of {[len(h) for h in features]} rows and {samples} labels: expected as many "
+            "features as subnetworks and as many rows as labels"
+        )
+    if not samples:
+        raise ModeconnError("there are no samples to train on")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= chain.classes:
+        raise ModeconnError(f"labels run from {low} to {high}, but {chain.name} has {chain.classes} outputs")
+    run = _Training(chain, starts, features, labels, recipe, seed)
+    file = None if checkpoint is None else Path(checkpoint)
+    if file is not None and file.exists():
+        run.load(file)
+    saved = time.perf_counter()
+    while run.active and run.epoch < recipe.epochs:
+        run.run_epoch()
+        if file is not None and time.perf_counter() - saved >= SECONDS_BETWEEN_SAVES:
+            run.save(file)
+            saved = time.perf_counter()
+        if progress is not None:
+            progress(run.epoch, recipe.epochs)
+    run.finish()
+    if file is not None:
+        file.unlink(missing_ok=True)
+    return [result for result in run.results if result is not None]
+
+
+class _Training:
+    """The state of a training after some epoch."""
+
+    def __init__(
+        self, chain: Chain, starts: Sequence[Subnetwork], features: Sequence[Tensor], labels: Tensor, recipe: Recipe, seed: int
+    ) -> None:
+        self.chain, self.starts, self.labels, self.recipe, self.seed = chain, list(starts), labels, recipe, seed
+        like = features[0]
+        self.stack = Stack(chain, [sub.to(like) for sub in starts])
+        self.rows = Rows(chain, starts, features)
+        self.optimizer = self._optimizer()
+        self.epoch = 0
+        self.active = list(range(len(starts)))  # which start each place of the stack is
+        self.best: list[Trained | None] = [None] * len(starts)
+        self.results: list[Trained | None] = [None] * len(starts)
+        self.seconds = [0.0] * len(starts)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        recipe, parameters = self.recipe, self.stack.parameters
+        if recipe.optimizer == "sgd":
+            return torch.optim.SGD(
+                parameters, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
+                weight_decay=recipe.weight_decay, fused=True,
+            )  # fmt: skip
+        return torch.optim.AdamW(parameters, lr=recipe.lr, betas=_BETAS, weight_decay=recipe.weight_decay, fused=True)
+
+    def run_epoch(self) -> None:
+        began = time.perf_counter()
+        seed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0]) >> 1
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed)).to(self.labels.device)
+        batches = order.split(self.recipe.batch_size)
+        steps = self.recipe.epochs * len(batches)
+        seen = torch.zeros(2, len(self.stack), dtype=torch.float64, device=self.labels.device)
+        for number, rows in enumerate(batches):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.rate(self.epoch * len(batches) + number, steps)
+            logits, wanted = self.stack.logits(self.rows.batch(rows)), self.labels[rows]
+            losses = _losses(logits, wanted)
+            self.optimizer.zero_grad()
+            losses.mean(1).sum().backward()
+            self.optimizer.step()
+            seen[0] += losses.detach().sum(1)
+            if self.recipe.stop_error is not None:
+                seen[1] += (logits.detach().argmax(2) != wanted).sum(1)
+        self.epoch += 1
+        spent = time.perf_counter() - began
+        for start in self.active:
+            self.seconds[start] += spent / len(self.active)
+        losses_seen, errors_seen = (seen / len(self.labels)).tolist()
+        self._review(losses_seen, errors_seen)
+
+    def _near(self, loss: float, error: float) -> bool:
+        """Whether the exact numbers can matter, given those seen while training."""
+        recipe = self.recipe
+        return (
+            self.epoch > recipe.epochs - max(1, recipe.epochs // 10)
+            or (recipe.stop_loss is not None and loss <= _NEAR * recipe.stop_loss)
+            or (recipe.stop_error is not None and error <= recipe.stop_error + _NEAR_ERROR)
+        )
+
+    def _review(self, seen: Sequence[float], errors: Sequence[float]) -> None:
+        """Measure what may be finished, keep the best weights, and let go of what is finished."""
+        finished = []
+        near = [self._near(*pair) for pair in zip(seen, errors)]
+        if any(near):
+            for d, (loss, error) in enumerate(_measured(self.stack, self.rows, self.labels)):
+                start, before = self.active[d], self.best[self.active[d]]
+                if not (near[d] and math.isfinite(loss)):
+                    continue  # whether another is near must not matter
+                reached = self._reached(loss, error)
+                if reached or before is None or loss < before.loss:
+                    sub = self.stack.subnetwork(d, self.starts[start])
+                    self.best[start] = Trained(sub, loss, error, self.epoch, self.seconds[start], reached)
+                    if reached:
+                        finished.append(d)
+        finished += [d for d, loss in enumerate(seen) if not math.isfinite(loss) and d not in finished]
+        if finished and self.epoch < self.recipe.epochs:
+            self._leave(finished)
+
+    def _reached(self, loss: float, error: float) -> bool:
+        recipe = self.recipe
+        return (recipe.stop_loss is not None and loss <= recipe.stop_loss) or (
+            recipe.stop_error is not None and error <= recipe.stop_error
+        )
+
+    def _leave(self, finished: Sequence[int]) -> None:
+        stay = [d for d in range(len(self.active)) if d not in finished]
+        for d in finished:
+            self._conclude(self.active[d])
+        self.active = [self.active[d] for d in stay]
+        if stay:
+            which = torch.tensor(stay, device=self.labels.device)
+            before = [self.optimizer.state.get(p, {}) for p in self.stack.parameters]
+            self.stack.keep(which)
+            self.rows.keep(stay)
+            self.optimizer = self._optimizer()
+            for p, values in zip(self.stack.parameters, before):
+                self.optimizer.state[p] = {
+                    key: value[which].clone() if isinstance(value, Tensor) and value.dim() else value
+                    for key, value in values.items()
+                }
+
+    def _conclude(self, start: int) -> None:
+        best = self.best[start]
+        if best is None:
+            best = Trained(self.starts[start], math.inf, 1.0, self.epoch, 0.0, False)
+        self.results[start] = replace(best, epochs=self.epoch, seconds=self.seconds[start])
+
+    def finish(self) -> None:
+        """Results for all that were still in training."""
+        if self.epoch == 0 and self.active:
+            for start, (loss, error) in zip(self.active, _measured(self.stack, self.rows, self.labels)):
+                self.best[start] = Trained(self.starts[start], loss, error, 0, 0.0, self._reached(loss, error))
+        for start in self.active:
+            self._conclude(start)
+
+    # -- interruption ---------------------------------------------------------------------------------------------
+
+    def _identity(self) -> str:
+        """What makes a training the same: settings, data, subnetworks."""
+        sums = [float(w.double().abs().sum()) for sub in self.starts for w in sub.weights]
+        content = {"recipe": asdict(self.recipe), "seed": self.seed, "rows": len(self.labels), "starts": sums}
+        return json.dumps(content, sort_keys=True)
+
+    def save(self, file: Path) -> None:
+        """Write the state after the last finished epoch."""
+        tensors: dict[str, Tensor] = {}
+        for i, p in enumerate(self.stack.parameters):
+            tensors[f"stack.{i}"] = p.detach().contiguous()
+            for key, value in self.optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{i}.{key}"] = value.contiguous()
+        records: dict[str, list[Any]] = {}
+        for name, found in (("best", self.best), ("results", self.results)):
+            packed, records[name] = pack(name, found)
+            tensors |= packed
+        content = {"epoch": self.epoch, "active": self.active, "seconds": self.seconds, **records}
+        states.save(tensors, file, {"training": self._identity(), "state": json.dumps(content)})
+
+    def load(self, file: Path) -> None:
+        """Go on from a saved state."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, "pt") as saved:
+                metadata, tensors = saved.metadata() or {}, {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModeconnError(f"{file} is no unfinished training: {error}") from error
+        if metadata.get("training") != self._identity():
+            raise ModeconnError(f"{file} holds a training with other settings or data: delete it to start anew")
+        content = json.loads(metadata["state"])
+        self.epoch, self.seconds = content["epoch"], content["seconds"]
+        self.best, self.results = (unpack(name, tensors, content[name], self.starts) for name in ("best", "results"))
+        self.active = content["active"]
+        which = torch.tensor(self.active, dtype=torch.int64, device=self.labels.device)
+        self.stack.keep(which)
+        self.rows.keep(self.active)
+        self.optimizer = self._optimizer()
+        with torch.no_grad():
+            for i, p in enumerate(self.stack.parameters):
+                p.copy_(tensors[f"stack.{i}"])
+                prefix = f"optimizer.{i}."
+                values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                # In the parameter's own layout, or sums would run in another order.
+                self.optimizer.state[p] = {
+                    key: torch.empty_like(p).copy_(value) if value.dim() else value for key, value in values.items()
+                }
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy per subnetwork and sample, [D, B]."""
+    D, B, _ = logits.shape
+    return F.cross_entropy(logits.flatten(0, 1), labels.repeat(D), reduction="none").view(D, B)
+
+
+def _measured(stack: Stack, rows: Rows, labels: Tensor) -> list[tuple[float, float]]:
+    """Mean loss and error of each subnetwork over all samples."""
+    loss = torch.zeros(len(stack), dtype=torch.float64, device=labels.device)
+    wrong = torch.zeros_like(loss)
+    with torch.no_grad():
+        for start in range(0, len(labels), _ROWS):
+            block = slice(start, start + _ROWS)
+            logits, wanted = stack.logits(rows.batch(block)), labels[block]
+            loss += _losses(logits, wanted).sum(1, dtype=torch.float64)
+            wrong += (logits.argmax(2) != wanted).sum(1)
+    return list(zip((loss / len(labels)).tolist(), (wrong / len(labels)).tolist()))

@@ -1,0 +1,223 @@
+"""Batch-norm statistics recomputed from the data, for all points of a path in one pass.
+
+Between two networks the blend of their norms' running statistics is not what the network in between has: its activations
+are other ones. Re-estimating them point by point, as Garipov et al. 2018 do (`update_bn`), costs a pass per point. Here
+every norm of the captured graph is replaced by one that normalises by the statistics of the batch, as in training, and
+hands them out; that graph is planned like any other, and run for all points at once (backends/native/statistics.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modeconn.backends.native.statistics import BatchStatistics, make_statistics
+from modeconn.capture.export import capture, prepare
+from modeconn.capture.graph import Entry, Graph, In, Node
+from modeconn.capture.opaque import Names, Opaque, eval_mode
+from modeconn.data.batches import Batch, as_batches
+from modeconn.data.inputs import Inputs, moved, rows
+from modeconn.errors import ModeconnError
+from modeconn.evaluation.arguments import device_of, dtype_of
+from modeconn.evaluation.resume import Stage, Unfinished
+from modeconn.parameters.paths import Path, Points
+from modeconn.parameters.state import State
+from modeconn.plan.planner import make_program
+from modeconn.plan.program import Program
+
+# Rows of a batch, and so of each estimate, where the caller does not say.
+BATCH_SIZE = 128
+
+
+class Recomputed(NamedTuple):
+    """The statistics of norms along a path.
+
+    Attributes:
+        tables: per name of a running mean or variance its values [T, channels]; empty for a network without batch norm.
+        backend: what computed them, "native" where any of it ran in the engine; "" where there were none.
+    """
+
+    tables: dict[str, Tensor]
+    backend: str
+
+
+def recompute(
+    graph: Graph, path: Path, points: np.ndarray, batches: Iterable[Batch], *, dtype: torch.dtype,
+    device: torch.device, stage: Stage, backend: str = "auto", limit: int | None = None,
+    seen: Callable[[int], None] = lambda count: None,
+) -> Recomputed:  # fmt: skip
+    """The running statistics of every batch norm at every point, from one pass over the data.
+
+    What PyTorch gives after `reset_running_stats()` with `momentum=None` and a pass in training mode: the mean, over the
+    batches, of the batch's mean and of its unbiased variance, while each norm normalises by the batch's own statistics.
+    Everything else (dropout, say) stays in evaluation mode.
+
+    Args:
+        graph: the captured model.
+        points: the distinct points in rising order.
+        batches: the training data, in its order.
+        stage: the pass, of which some batches may be done already.
+        backend: "auto" or "native": in the C++ engine, where it knows the network.
+        limit: only so many batches.
+        seen: called with the rows of each batch that is done.
+
+    Raises:
+        ModeconnError: a batch from which no variance can be estimated.
+    """
+    training, names = training_graph(graph)
+    if not names:
+        return Recomputed({}, "")
+    program = make_program(training, path, points, dtype=dtype, device=device, frozen=frozenset())
+    engine = make_statistics(backend, program, dtype, device)
+    sums = {name: total.to(device) for name, total in stage.sums.items()}
+    count = 0
+    for number, (inputs, _) in enumerate(batches):
+        if number == limit:
+            break
+        x, count = moved(inputs, dtype, device), number + 1
+        try:
+            if not stage.has(x):
+                _add(program, engine, x, names, sums)
+                stage.done(sums)
+        except ModeconnError:
+            raise
+        except ValueError as error:
+            raise ModeconnError(
+                f'buffers="recompute": batch {number} has {rows(inputs)} rows, and a norm cannot estimate a variance from it '
+                f"({str(error).splitlines()[0]}): choose a batch_size that leaves no such batch"
+            ) from error
+        seen(rows(inputs))
+    used = Counter(name for pair in names for name in pair)  # more than once where a norm is called more than once
+    return Recomputed({name: (total / (count * used[name])).to(dtype) for name, total in sums.items()}, engine.name)
+
+
+def network_at(
+    model: nn.Module, path: Path, t: Points, data: Any = None, *, batch_size: int | None = None, precision: str = "float32"
+) -> State:
+    """The network at one point of a path, as a state dict.
+
+    Args:
+        model: the architecture; it is left as it was.
+        data: re-estimate the norms' running statistics from these, as `recompute` does; None to blend them with the weights.
+        batch_size: rows of a batch of the data.
+        precision: of the estimates' computation.
+    """
+    state = path.at(t)
+    if data is None:
+        return state
+    points = path.points([t] if path.dim == 1 and np.ndim(t) == 0 else t)
+    dtype, device = dtype_of(precision), device_of(None, path)
+    runner = prepare(model, dtype, device)
+    stream = iter(as_batches(data, batch_size or BATCH_SIZE))
+    with eval_mode(runner), torch.no_grad(), Unfinished(None, {}).stage("statistics") as stage:
+        first = next(stream)
+        graph = capture(runner, moved(first[0], dtype, device))
+        batches = itertools.chain([first], stream)
+        found, _ = recompute(graph, path, points, batches, dtype=dtype, device=device, stage=stage)
+    return state | {name: table[0].to(state[name].dtype) for name, table in found.items()}
+
+
+def placeholders(graph: Graph, path: Path, points: int) -> dict[str, Tensor]:
+    """Statistics that are different at every point, for a plan without data."""
+    _, names = training_graph(graph)
+    start = path.control_points[0]
+    known = {name: start.get(name, graph.constants.get(name)) for pair in names for name in pair}
+    return {
+        name: torch.arange(1.0, points + 1).view(-1, *[1] * like.dim()).expand(points, *like.shape)
+        for name, like in known.items()
+        if like is not None
+    }
+
+
+def _add(program: Program, engine: BatchStatistics, x: Inputs, names: list[Names], sums: dict[str, Tensor]) -> None:
+    """Add the statistics of a batch at every point to the sums."""
+    values = engine.shared(x)
+    for segment in program.segments:
+        for pair, statistics in zip(names, engine.statistics(segment, values, rows(x)), strict=True):
+            for name, value in zip(pair, statistics, strict=True):
+                if name not in sums:
+                    shape = len(program.points), *value.shape[1:]
+                    sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
+                sums[name][segment.rows] += value
+
+
+def training_graph(graph: Graph) -> tuple[Graph, list[Names]]:
+    """The graph whose output is, per batch norm, the mean and the unbiased variance of its input over the batch."""
+    nodes: list[Node] = []
+    place: dict[int, int] = {}
+    names: list[Names] = []
+    found: list[tuple[In, In]] = []
+    for node in graph.nodes:
+        inputs = tuple(place[i] for i in node.inputs)
+        pair = _running(node)
+        if isinstance(node.function, Opaque) and node.function.statistics():
+            place[node.id] = len(nodes)
+            names += _closed(nodes, node, inputs, found)
+            continue
+        if pair is None:
+            nodes.append(replace(node, id=len(nodes), inputs=inputs))
+            place[node.id] = nodes[-1].id
+            continue
+        weight, bias = ((leaf.index if isinstance(leaf, Entry) else None) for leaf in node.args[3:5])
+        entries = [node.entries[i] for i in (weight, bias) if i is not None]
+        leaves = [None if i is None else Entry(entries.index(node.entries[i])) for i in (weight, bias)]
+        joint = len(nodes)
+        nodes.append(Node(
+            joint, "batch_norm_training", normalised, (In(0), *leaves, node.args[5]), inputs, tuple(entries),
+            node.shape, node.source,
+        ))  # fmt: skip
+        for part, shape in enumerate((node.shape, node.shape[1:2], node.shape[1:2])):
+            nodes.append(Node(len(nodes), "getitem", _part, (In(0), part), (joint,), (), shape, node.source))
+        place[node.id] = joint + 1
+        names.append(pair)
+        found.append((In(joint + 2), In(joint + 3)))
+    return Graph(tuple(nodes), found, graph.constants, mixes_rows=True, inputs=graph.inputs), names
+
+
+def _closed(nodes: list[Node], node: Node, inputs: tuple[int, ...], found: list[tuple[In, In]]) -> list[Names]:
+    """The same for a module that could not be captured: it runs as it is, with its norms in training mode."""
+    part: Opaque = node.function  # type: ignore[assignment]
+    joint = len(nodes)
+    nodes.append(replace(node, id=joint, inputs=inputs, function=part.training))
+    own = dict(zip(part.names, node.entries, strict=True))
+    pairs = part.statistics()
+    for number in range(-2 * len(pairs), 0):
+        nodes.append(Node(len(nodes), "getitem", _part, (In(0), number), (joint,), (), (), node.source))
+    found += [(In(joint + 1 + 2 * i), In(joint + 2 + 2 * i)) for i in range(len(pairs))]
+    return [(own[mean], own[var]) for mean, var in pairs]
+
+
+def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch norm in training mode: its value, and the mean and unbiased variance of the batch, [channels] each."""
+    channels, count = x.shape[1], x.numel() // x.shape[1]
+    if count > 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        # PyTorch's own kernel for this layout loses three digits of the variance in float32: two passes keep them.
+        flat = x.permute(0, 2, 3, 1).reshape(-1, channels)
+        mean = flat.mean(0)
+        var = (flat - mean).square_().mean(0)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var * (count / (count - 1))
+    mean, var = x.new_zeros(channels), x.new_zeros(channels)
+    return F.batch_norm(x, mean, var, weight, bias, training=True, momentum=1.0, eps=eps), mean, var
+
+
+def _part(values: tuple[Tensor, ...], index: int) -> Tensor:
+    return values[index]
+
+
+def _running(node: Node) -> Names | None:
+    """The names of a batch norm's running statistics; None for anything else."""
+    if node.op != "batch_norm" or len(node.inputs) != 1 or node.args[0] != In(0):
+        return None
+    leaves = node.args[1:3]
+    if not all(isinstance(leaf, Entry) for leaf in leaves) or any(isinstance(leaf, In) for leaf in node.args[3:5]):
+        return None
+    mean, var = (node.entries[leaf.index] for leaf in leaves)
+    return mean, var

@@ -1,0 +1,147 @@
+"""What a plan does and saves, for people: `mc.explain`."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from modeconn.capture.graph import Node
+from modeconn.capture.opaque import Opaque
+from modeconn.plan.program import Combination, Form, Program, Segment
+from modeconn.plan.rules.base import UNKNOWN
+from modeconn.plan.rules.table import rule_for
+from modeconn.plan.units import Units
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A plan for evaluating a network along a path; `print` it.
+
+    Attributes:
+        program: the plan itself.
+        naive_flops: arithmetic per sample of a pass per point, over all points that were asked for.
+        flops: arithmetic per sample of this plan, over the same points.
+    """
+
+    program: Program
+
+    @property
+    def naive_flops(self) -> float:
+        return self.program.naive_flops * len(self.program.inverse)
+
+    @property
+    def flops(self) -> float:
+        return self.network_flops + self.point_flops
+
+    @property
+    def network_flops(self) -> float:
+        """The part of `flops` that is done once, whatever the number of points."""
+        return self.program.shared_flops
+
+    @property
+    def point_flops(self) -> float:
+        """The part of `flops` that is done for every point."""
+        return self.program.varying_flops
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain lists and numbers."""
+        program = self.program
+        return {
+            "points": len(program.inverse),
+            "distinct_points": len(program.points),
+            "fallback": program.graph.fallback,
+            "closed": list(program.graph.closed),
+            "flops_per_sample": {
+                "naive": self.naive_flops, "plan": self.flops, "once": self.network_flops, "per_point": self.point_flops,
+            },
+            "segments": [
+                {"segment": s.index, "points": len(s.rows), "active": list(s.active), "flops_per_point": s.flops,
+                 "nodes": self.nodes(s)}
+                for s in program.segments
+            ],
+        }  # fmt: skip
+
+    def nodes(self, segment: Segment) -> list[dict[str, Any]]:
+        """Each node of the network on one segment: its class, the units that are live, and its arithmetic per sample."""
+        rows = []
+        for node in self.program.graph.nodes:
+            if node.op == "input":
+                continue
+            forms = segment.forms.get(node.id, [])
+            each = sum(step.flops for step in segment.steps if step.node.id == node.id)
+            output = segment.outputs.get(node.id)
+            each += output.flops if isinstance(output, Combination) else 0.0
+            # A shared value that other segments take up as well is listed with each of them.
+            once = sum(
+                self.program.shared[value].flops
+                for value in {term.value for f in forms if isinstance(f, Combination) for term in f.terms}
+                if value in self.program.order and self.program.shared[value].node.id == node.id
+            )
+            rows.append({
+                "node": node.id, "op": node.op, "source": node.source, "class": _class(forms), "units": _units(node, forms),
+                "once": once, "per_point": each, "note": _note(node),
+            })  # fmt: skip
+        return rows
+
+    def __str__(self) -> str:
+        program = self.program
+        ratio, once = self.naive_flops / max(self.flops, 1.0), self.network_flops / max(program.naive_flops, 1.0)
+        lines = [
+            f"{_of(len(program.inverse), 'point')} ({len(program.points)} distinct) on {_of(len(program.segments), 'segment')}",
+            f"arithmetic per sample: {_count(self.naive_flops)} by a pass per point, {_count(self.flops)} by this plan",
+            f"  {ratio:.1f} times less: {_count(self.network_flops)} once, or {once:.2f} forward passes",
+            f"  and {_count(self.point_flops)} for the points",
+        ]
+        if program.graph.fallback:
+            lines.append(f"  runs as it is, once per point, since it could not be captured: {program.graph.fallback}")
+        alike: dict[str, list[Segment]] = {}
+        for segment in program.segments:
+            alike.setdefault("\n".join(_table(self.nodes(segment))), []).append(segment)
+        for table, segments in alike.items():
+            names = ", ".join(str(segment.index) for segment in segments)
+            points = sum(len(segment.rows) for segment in segments)
+            lines += [f"segment{'s' if len(segments) > 1 else ''} {names} ({points} points)", table]
+        return "\n".join(lines)
+
+
+def _class(forms: list[Form]) -> str:
+    if not forms:
+        return "dead"
+    if any(not isinstance(form, Combination) for form in forms):
+        return "varying"
+    return "constant" if all(form.constant for form in forms if isinstance(form, Combination)) else "combination"
+
+
+def _units(node: Node, forms: list[Form]) -> str:
+    """live/all along the axes that are cut down, "all" where none is."""
+    if not forms:
+        return "none"
+    live = functools.reduce(Units.union, (form.units for form in forms)).of(node.shape)
+    return " × ".join(f"{len(index)}/{node.shape[axis]}" for axis, index in live.along.items()) or "all"
+
+
+def _note(node: Node) -> str:
+    if isinstance(node.function, Opaque):
+        return f"the module itself, per point: {node.function.reason}"
+    return f"no rule for {node.op}: evaluated as it is" if rule_for(node) is UNKNOWN else ""
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"  {'operation':<22}{'where':<24}{'class':<13}{'units':>14}{'once':>10}{'a point':>10}"]
+    for row in rows:
+        once, each = (_count(row[key]) if row[key] else "-" for key in ("once", "per_point"))
+        line = f"  {row['op'][:21]:<22}{row['source'][:23]:<24}{row['class']:<13}{row['units']:>14}{once:>10}{each:>10}"
+        lines.append(f"{line}  {row['note']}".rstrip())
+    return lines
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def _of(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"

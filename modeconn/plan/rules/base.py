@@ -1,0 +1,104 @@
+"""What the planner asks about an operation, and the answers of one of which nothing is known.
+
+A rule answers three questions about a node:
+
+- *Units.* If only some units of the value are wanted, which units of the inputs does that take, and how are the node's
+  weights, and the sizes among its arguments, cut down to match? Units that nobody wants are dead.
+- *Linearity in the inputs.* With fixed entries, is the value linear in them ("homogeneous"), linear up to an offset
+  ("affine"), or neither ("")?
+- *Linearity in the entries.* With fixed inputs, in which entries taken together is the value homogeneous and linear?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modeconn.capture.graph import Entry, Node
+from modeconn.plan.units import ALL, Shape, Units
+from modeconn.plan.weights import Cut
+
+# (entry, axis, the part to look at) → which indices along the axis have a non-zero weight at any active control point.
+Support = Callable[[int, int, Cut], np.ndarray]
+# (node, inputs that are not fixed) → how the value depends on those, with everything else fixed.
+Linearity = Callable[[Node, frozenset[int]], str]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of a node's inputs and of its entries, whole."""
+
+    inputs: Sequence[Shape]
+    entries: Sequence[Shape]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A node as it is called on parts of its inputs.
+
+    Attributes:
+        units: of its value.
+        cuts: for each entry how it is cut down.
+        args: its arguments, where sizes among them change with the units.
+    """
+
+    units: Units
+    cuts: Sequence[Cut] = ()
+    args: tuple[Any, ...] | None = None
+
+
+class Mismatch(Exception):
+    """The inputs of a joint operation came with different units, or with others than it can take."""
+
+
+class Rule:
+    """The rule of an operation of which nothing is known: non-linear, and it mixes all units.
+
+    That is always right, and never faster.
+
+    Attributes:
+        takes: whether the operation is itself one that takes a part of its input.
+    """
+
+    takes = False
+
+    def __init__(self, linear: str | Linearity = "", entries: Callable[[Node], frozenset[int]] | None = None) -> None:
+        self._linear, self._entries = linear, entries
+
+    def linearity(self, node: Node, moving: frozenset[int]) -> str:
+        """How the value depends on some of the inputs, with the others and the entries fixed."""
+        if not isinstance(self._linear, str):
+            return self._linear(node, moving)
+        return "affine" if self._linear and len(moving) < len(node.inputs) else self._linear
+
+    def linear_entries(self, node: Node) -> frozenset[int]:
+        """Indices of the entries in which the value is jointly homogeneous and linear."""
+        return self._entries(node) if self._entries else frozenset()
+
+    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
+        """The units of each input that the wanted units take. Producers may deliver more, never less."""
+        return [ALL] * len(node.inputs)
+
+    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+        """How the node is called on the units that its inputs have, for at least the wanted ones.
+
+        Raises:
+            Mismatch: on these it cannot be; on exactly what `wants` asked for it can.
+        """
+        return Fit(ALL, [()] * len(node.entries))
+
+
+UNKNOWN = Rule()
+
+
+def entries_at(*positions: int) -> Callable[[Node], frozenset[int]]:
+    """The entries among the arguments at these positions."""
+    return lambda node: frozenset(a.index for p, a in enumerate(node.args) if p in positions and isinstance(a, Entry))
+
+
+def cut_of(units: Units, rank: int) -> Cut:
+    """A tensor's cut for some units."""
+    return tuple(units.get(axis) for axis in range(rank)) if units else ()

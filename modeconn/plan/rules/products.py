@@ -1,0 +1,131 @@
+"""Rules of what multiplies by a weight [out, in, …] or normalises groups: the columns that are zero decide what is live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from modeconn.capture.graph import Node
+from modeconn.plan.rules.base import Fit, Mismatch, Rule, Shapes, Support
+from modeconn.plan.units import Shape, Units, static
+from modeconn.plan.weights import Cut
+
+
+def _by_bias(node: Node, moving: frozenset[int]) -> str:
+    return "affine" if len(node.entries) > 1 else "homogeneous"
+
+
+def _weight_and_bias(node: Node) -> frozenset[int]:
+    return frozenset(range(len(node.entries)))
+
+
+class Product(Rule):
+    """Linear layers and ungrouped convolutions, transposed or not: a weight and maybe a bias [out].
+
+    Args:
+        outputs, inputs: the weight's axes: [out, in, …] where they are 0 and 1.
+        bias_first: whether the bias comes before the weight among the entries.
+        last: whether the features are the last axis, and all others are taken apart; else they are axis 1.
+    """
+
+    def __init__(self, outputs: int = 0, inputs: int = 1, bias_first: bool = False, last: bool = False) -> None:
+        super().__init__(_by_bias, _weight_and_bias)
+        self._outputs, self._inputs, self._weight, self._last = outputs, inputs, int(bias_first), last
+
+    def _axis(self, node: Node) -> int:
+        return len(node.shape) - 1 if self._last else 1
+
+    def _cut(self, rows: np.ndarray | None, columns: np.ndarray | None) -> Cut:
+        return (rows, columns) if self._outputs == 0 else (columns, rows)
+
+    def _beside(self, node: Node, units: Units) -> dict[int, np.ndarray]:
+        """Units along axes that the layer takes apart."""
+        return units.without(self._axis(node)).along if self._last else {}
+
+    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
+        axis = self._axis(node)
+        live = support(self._weight, self._inputs, self._cut(wanted.get(axis), None))
+        # A layer without any live input still needs an input for its shape: keep one.
+        columns = np.flatnonzero(live) if live.any() else np.zeros(1, np.int64)
+        return [Units({**self._beside(node, wanted), axis: columns})]
+
+    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+        axis = self._axis(node)
+        rows, columns = wanted.get(axis), have[0].get(axis)
+        cuts: list[Cut] = [(rows,)] * len(node.entries)
+        cuts[self._weight] = self._cut(rows, columns)
+        along = self._beside(node, have[0])
+        return Fit(Units(along if rows is None else {**along, axis: rows}), cuts)
+
+
+class Grouped(Rule):
+    """Grouped convolutions: groups of which nothing is wanted are left out, the others are whole.
+
+    Args:
+        transposed: whether the weight is [in, out / groups, …].
+    """
+
+    def __init__(self, transposed: bool = False) -> None:
+        super().__init__(_by_bias, _weight_and_bias)
+        self._transposed = transposed
+
+    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
+        index = wanted.get(1)
+        if index is None:
+            return [Units({})]
+        groups = _touched(index, _size(node.shape, node.args[6]))
+        return [Units({1: _members(groups, _size(shapes.inputs[0], node.args[6]))})]
+
+    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+        index = have[0].get(1)
+        if index is None:
+            return Fit(Units({}), [()] * len(node.entries))
+        groups = _whole(index, _size(shapes.inputs[0], node.args[6]))
+        out = _members(groups, _size(node.shape, node.args[6]))
+        cuts: list[Cut] = [(index if self._transposed else out,), (out,)]
+        return Fit(Units({1: out}), cuts[: len(node.entries)], _replaced(node.args, 6, len(groups)))
+
+
+class GroupNorm(Rule):
+    """Group norm: groups of channels are normalised together, and apart from the others."""
+
+    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
+        index, size = wanted.get(1), _size(node.shape, node.args[1])
+        return [Units({}) if index is None else Units({1: _members(_touched(index, size), size)})]
+
+    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+        index = have[0].get(1)
+        if index is None:
+            return Fit(Units({}), [()] * len(node.entries))
+        groups = _whole(index, _size(node.shape, node.args[1]))
+        return Fit(Units({1: index}), [(index,)] * len(node.entries), _replaced(node.args, 1, len(groups)))
+
+
+def _size(shape: Shape, groups: int) -> int:
+    """How many channels (axis 1) a group has."""
+    return static(shape[1]) // groups
+
+
+def _touched(index: np.ndarray, size: int) -> np.ndarray:
+    """The groups that some channels are of."""
+    return np.unique(index // size)
+
+
+def _members(groups: np.ndarray, size: int) -> np.ndarray:
+    """All channels of some groups."""
+    members: np.ndarray = (groups[:, None] * size + np.arange(size)).reshape(-1)
+    return members
+
+
+def _whole(index: np.ndarray, size: int) -> np.ndarray:
+    """The groups that some channels make up."""
+    groups = _touched(index, size)
+    if not np.array_equal(index, _members(groups, size)):
+        raise Mismatch
+    return groups
+
+
+def _replaced(args: tuple[Any, ...], position: int, value: Any) -> tuple[Any, ...]:
+    return (*args[:position], value, *args[position + 1 :])

@@ -1,0 +1,115 @@
+"""What the control points hold: which tensors are equal, which weights are zero, cut down to the units that count.
+
+The planner asks the same questions of the same tensors for every segment, so the answers are remembered here. Equality is
+decided by content, not by object: two checkpoints that share a layer's values share its work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeconn.parameters.state import State
+
+# Along each axis of a tensor, the kept indices, or None for all of them.
+Cut = tuple["np.ndarray | None", ...]
+
+
+def cut_key(cut: Cut) -> tuple[bytes | None, ...]:
+    """A hashable form of a cut."""
+    return tuple(None if index is None else index.tobytes() for index in cut)
+
+
+class Contents:
+    """The control points' tensors, numbered by content.
+
+    Args:
+        control_points: K state dicts.
+        constants: entries that no control point has.
+        dtype, device: what to compute with; tensors that differ are converted once.
+        by_content: False for tensors that are to be differentiated, or to change while the plan is in use: then a weight
+            that is zero still counts, and only one and the same tensor is equal.
+    """
+
+    def __init__(
+        self, control_points: Sequence[State], constants: State, dtype: torch.dtype, device: torch.device,
+        by_content: bool = True,
+    ) -> None:  # fmt: skip
+        self.by_content = by_content
+        self._points = control_points
+        self._constants = constants
+        self._dtype, self._device = dtype, device
+        self._converted: dict[int, tuple[Tensor, Tensor]] = {}  # id of the source → the source (kept alive), converted
+        self._cuts: dict[tuple[int, tuple[bytes | None, ...]], Tensor] = {}
+        self._numbers: dict[int, tuple[int, Tensor]] = {}  # id of the tensor → its number, and the tensor (kept alive)
+        self._alike: dict[tuple[object, ...], list[Tensor]] = {}  # fingerprint → tensors with different contents
+        self._supports: dict[tuple[int, int], np.ndarray] = {}
+        self._zeros: dict[int, bool] = {}
+
+    def tensor(self, name: str, k: int, cut: Cut = ()) -> Tensor:
+        """Entry `name` of control point k, cut down; the same object for equal contents."""
+        source = self._constants[name] if name in self._constants else self._points[k][name]
+        if id(source) not in self._converted:
+            dtype = self._dtype if source.is_floating_point() else source.dtype
+            given = source.detach() if self.by_content else source
+            self._converted[id(source)] = (source, self.unique(given.to(self._device, dtype)))
+        whole = self._converted[id(source)][1]
+        if all(index is None for index in cut):
+            return whole
+        key = (id(whole), cut_key(cut))
+        if key not in self._cuts:
+            part = whole
+            for axis, index in enumerate(cut):
+                if index is not None:
+                    part = part.index_select(axis, torch.from_numpy(index).to(self._device))
+            self._cuts[key] = self.unique(part)
+        return self._cuts[key]
+
+    def number(self, tensor: Tensor) -> int:
+        """The content's number, of a tensor that came from here."""
+        return self._numbers[id(tensor)][0]
+
+    def is_zero(self, tensor: Tensor) -> bool:
+        """Whether all of the tensor's numbers are zero."""
+        if not self.by_content:
+            return False
+        if id(tensor) not in self._zeros:
+            self._zeros[id(tensor)] = not bool(tensor.any())
+        return self._zeros[id(tensor)]
+
+    def support(self, tensor: Tensor, axis: int) -> np.ndarray:
+        """Which indices along an axis have a non-zero weight anywhere, bool."""
+        if not self.by_content:
+            return np.ones(tensor.shape[axis], bool)
+        key = (id(tensor), axis)
+        if key not in self._supports:
+            others = [d for d in range(tensor.dim()) if d != axis]
+            nonzero = tensor != 0
+            self._supports[key] = (nonzero.any(dim=others) if others else nonzero).cpu().numpy()
+        return self._supports[key]
+
+    def unique(self, tensor: Tensor) -> Tensor:
+        """Number a tensor; returns the one tensor that stands for its content."""
+        if id(tensor) in self._numbers:
+            return self._numbers[id(tensor)][1]
+        if not self.by_content:
+            self._numbers[id(tensor)] = (len(self._numbers), tensor)
+            return tensor
+        fingerprint = (tuple(tensor.shape), tensor.dtype, *_fingerprint(tensor))
+        alike = self._alike.setdefault(fingerprint, [])
+        for other in alike:
+            if torch.equal(tensor, other):
+                return other
+        alike.append(tensor)
+        self._numbers[id(tensor)] = (len(self._numbers), tensor)
+        return tensor
+
+
+def _fingerprint(tensor: Tensor) -> tuple[float, ...]:
+    """Cheap to compute, equal for equal contents."""
+    flat = tensor.contiguous().view(-1)  # the order of the sum must not depend on strides
+    sample = flat[:: max(1, flat.numel() // 16)][:16].double()
+    return (float(flat.sum(dtype=torch.float64)) if tensor.is_floating_point() else 0.0, *sample.tolist())
