@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import modeconn as mc
 from modeconn.capture.export import capture
-from modeconn.evaluation.statistics import normalised, training_graph
+from modeconn.capture.training_mode import normalised, training_graph
 from modeconn.models import build
 from modeconn.plan.planner import make_program
 from naive import clone, mlp, re_estimated
