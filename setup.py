@@ -1,15 +1,16 @@
 """Builds the C++ extension modeconn._native and, where there is nvcc, modeconn._cuda; what is declarative is in pyproject.toml.
 
-What it finds is printed with a ✓ or ✗ (pip shows it with -v). Without a compiler the package installs as pure
-Python and says so; modeconn/_native_missing.txt and _cuda_missing.txt then keep the reasons for run time.
+What it finds is printed with a ✓ or ✗ (pip shows it with -v). Without a compiler the package
+installs as pure Python and says so; modeconn/_native_missing.txt and _cuda_missing.txt then keep
+the reasons for run time.
 
 Environment:
-    MODECONN_NATIVE      auto (default): build where possible; 0: never; 1: a failure to build is an error
-    MODECONN_CUDA        the same for modeconn._cuda
-    MODECONN_CUDA_ARCHS  what to compile it for; by default 80,90a,100; 80,90a in editable installs, to be quicker
-    MODECONN_SANITIZE    for instance "address,undefined": a slow debug build of modeconn._native with these sanitizers
-    CUDA_HOME            where nvcc is; otherwise it is looked for on the PATH
-    CXX, CXXFLAGS        as usual
+    MODECONN_NATIVE      auto (default): build where possible; 0: never; 1: a failure to build is an
+    error MODECONN_CUDA        the same for modeconn._cuda MODECONN_CUDA_ARCHS  what to compile it
+    for; by default 80,90a,100; 80,90a in editable installs, to be quicker MODECONN_SANITIZE    for
+    instance "address,undefined": a slow debug build of modeconn._native with these sanitizers
+    CUDA_HOME            where nvcc is; otherwise it is looked for on the PATH CXX, CXXFLAGS
+    as usual
 """
 
 from __future__ import annotations
@@ -28,11 +29,19 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-# The flags of the instruction sets with sources of their own: csrc/**/<name>/*.cpp and csrc/**/*_<name>.cpp.
-# Never -march=native (a wheel must run elsewhere), nor -ffast-math (NaN and infinity matter).
+# The flags of the instruction sets with sources of their own: csrc/**/<name>/*.cpp and
+# csrc/**/*_<name>.cpp. Never -march=native (a wheel must run elsewhere), nor -ffast-math (NaN and
+# infinity matter).
 X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mprefer-vector-width=512",
+    ],
 }
 X86_PROBES = {
     "avx2": "__m256 f(__m256 a) { return _mm256_fmadd_ps(a, a, a); }\n",
@@ -101,19 +110,26 @@ class Toolchain:
             files = ["-c", str(source), "-o", f"{source}.o"]
             command = [*self.command, "-std=c++17", *flags, *self.includes, *files]
             try:
-                done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+                done = subprocess.run(
+                    command, capture_output=True, text=True, errors="replace", check=False
+                )
             except OSError as error:
                 return f"{command[0]} does not run: {error.strerror}"
             return None if done.returncode == 0 else first_error(done.stderr)
 
     def version(self) -> str:
-        done = subprocess.run([self.command[0], "--version"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [self.command[0], "--version"], capture_output=True, text=True, check=False
+        )
         return (done.stdout.splitlines() or [self.command[0]])[0]
 
     def check(self) -> None:
         """Raise NotBuilt unless this is a C++17 compiler that finds Python's and pybind11's headers."""
         for what, code in (
-            ("no working C++17 compiler", "#include <optional>\nstd::optional<int> f() { return {}; }\n"),
+            (
+                "no working C++17 compiler",
+                "#include <optional>\nstd::optional<int> f() { return {}; }\n",
+            ),
             ("no Python headers (package python3-dev or python3-devel)", "#include <Python.h>\n"),
             ("no usable pybind11 headers", "#include <pybind11/detail/common.h>\n"),
         ):
@@ -151,19 +167,32 @@ class Nvcc:
         top = re.search(r"TOP=(.*)", done.stderr)
         if done.returncode or top is None:
             raise NotBuilt(f"{path} does not work: {first_error(done.stderr)}")
-        folders = [Path(top[1].strip(), *parts) for parts in (["lib64"], ["lib"], ["targets", "x86_64-linux", "lib"])]
-        self.runtime = next((f / "libcudart_static.a" for f in folders if (f / "libcudart_static.a").exists()), None)
+        folders = [
+            Path(top[1].strip(), *parts)
+            for parts in (["lib64"], ["lib"], ["targets", "x86_64-linux", "lib"])
+        ]
+        self.runtime = next(
+            (f / "libcudart_static.a" for f in folders if (f / "libcudart_static.a").exists()), None
+        )
         if self.runtime is None:
             raise NotBuilt(f"{path} has no libcudart_static.a in {', '.join(map(str, folders))}")
         say("✓", f"nvcc: {path}")
 
     def compile(self, source: str, target: Path, architectures: list[str]) -> None:
-        # The newest architecture goes in as PTX too, which later GPUs compile for themselves; not those of one GPU alone (90a).
+        # The newest architecture goes in as PTX too, which later GPUs compile for themselves; not
+        # those of one GPU alone (90a).
         newest = max((a for a in architectures if a.isdigit()), key=int, default="")
         codes = [f"[sm_{a},compute_{a}]" if a == newest else f"sm_{a}" for a in architectures]
-        generate = [f"-gencode=arch=compute_{a},code={code}" for a, code in zip(architectures, codes)]
+        generate = [
+            f"-gencode=arch=compute_{a},code={code}" for a, code in zip(architectures, codes)
+        ]
         flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *generate]
-        done = subprocess.run([*self.command, *flags, "-c", source, "-o", target], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*self.command, *flags, "-c", source, "-o", target],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         print(done.stdout + done.stderr, end="", flush=True)
         if done.returncode:
             raise NotBuilt(f"nvcc failed on {source}: {first_error(done.stderr)}")
@@ -196,7 +225,9 @@ class BuildExtensions(build_ext):
                 self.build_native(ext)
         except NotBuilt as reason:
             if os.environ.get(switch_name(ext.name)) == "1":
-                raise SystemExit(f"{switch_name(ext.name)}=1, but the extension cannot be built: {reason}") from None
+                raise SystemExit(
+                    f"{switch_name(ext.name)}=1, but the extension cannot be built: {reason}"
+                ) from None
             self.leave_out(ext, str(reason))
         else:
             say("✓", f"C++ extension {ext.name}: built")
@@ -230,14 +261,17 @@ class BuildExtensions(build_ext):
             say("✓", f"sanitizers: {sanitizers} (a slow build, for tests)")
         # -iquote, since a header of ours must never stand in for a system header of the same name.
         common = ["-iquotecsrc", *speed, "-pthread", "-Wall", "-Wextra"]
-        common.append("-ffp-contract=fast")  # a multiply-add is one rounding less; nothing else is given up
+        # a multiply-add is one rounding less; nothing else is given up
+        common.append("-ffp-contract=fast")
         version = self.distribution.get_version()
         macros: list[tuple[str, str | None]] = [("MODECONN_VERSION", f'"{version}"')]
         macros += [(f"MODECONN_HAVE_{name.upper()}", None) for name in found]
         macros += [("MODECONN_SANITIZERS", f'"{sanitizers}"')]
 
         def compile_one(source: str) -> list[str]:
-            return self.compile_cpp(source, macros, [*common, *X86_FLAGS.get(instruction_set(Path(source)), [])])
+            return self.compile_cpp(
+                source, macros, [*common, *X86_FLAGS.get(instruction_set(Path(source)), [])]
+            )
 
         sources = [s for s in ext.sources if instruction_set(Path(s)) in ("generic", *found)]
         self.link(ext, in_parallel(compile_one, sources), link)
@@ -249,7 +283,9 @@ class BuildExtensions(build_ext):
 
         def compile_one(source: str) -> list[str]:
             if source.endswith(".cpp"):
-                macros: list[tuple[str, str | None]] = [("MODECONN_CUDA_ARCHS", f'"{",".join(architectures)}"')]
+                macros: list[tuple[str, str | None]] = [
+                    ("MODECONN_CUDA_ARCHS", f'"{",".join(architectures)}"')
+                ]
                 return self.compile_cpp(source, macros, ["-O2", "-Wall", "-Wextra"])
             target = Path(self.build_temp, source).with_suffix(".cu.o")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -257,8 +293,11 @@ class BuildExtensions(build_ext):
             return [str(target)]
 
         objects = in_parallel(compile_one, ext.sources)
-        # The runtime is linked in, and hidden: PyTorch brings one of its own, and a machine without a driver has none.
-        self.link(ext, objects, [str(nvcc.runtime), "-ldl", "-lrt", "-pthread", "-Wl,--exclude-libs,ALL"])
+        # The runtime is linked in, and hidden: PyTorch brings one of its own, and a machine without
+        # a driver has none.
+        self.link(
+            ext, objects, [str(nvcc.runtime), "-ldl", "-lrt", "-pthread", "-Wl,--exclude-libs,ALL"]
+        )
         say("✓", f"CUDA architectures: {', '.join(architectures)}")
 
     def choose_compiler(self) -> None:
@@ -268,11 +307,15 @@ class BuildExtensions(build_ext):
             return
         other = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
         if other is None:
-            raise NotBuilt(f"no C++ compiler: none of {command[0]}, c++, g++, clang++ is on the PATH")
+            raise NotBuilt(
+                f"no C++ compiler: none of {command[0]}, c++, g++, clang++ is on the PATH"
+            )
         self.compiler.set_executable("compiler_so_cxx", [other, *command[1:]])
         self.compiler.set_executable("linker_so_cxx", [other, *self.compiler.linker_so_cxx[1:]])
 
-    def compile_cpp(self, source: str, macros: list[tuple[str, str | None]], flags: list[str]) -> list[str]:
+    def compile_cpp(
+        self, source: str, macros: list[tuple[str, str | None]], flags: list[str]
+    ) -> list[str]:
         try:
             return self.compiler.compile(
                 [source],
@@ -287,7 +330,9 @@ class BuildExtensions(build_ext):
     def link(self, ext: Extension, objects: list[str], flags: list[str]) -> None:
         try:
             target = self.get_ext_fullpath(ext.name)
-            self.compiler.link_shared_object(objects, target, extra_postargs=flags, target_lang="c++")
+            self.compiler.link_shared_object(
+                objects, target, extra_postargs=flags, target_lang="c++"
+            )
         except (BaseError, CCompilerError) as error:
             raise NotBuilt(f"the linker failed, see its messages above ({error})") from error
 
@@ -295,7 +340,10 @@ class BuildExtensions(build_ext):
         """Take an extension out of this build, with what an earlier build left of it."""
         say("✗", f"C++ extension {ext.name}: not built: {problem}")
         if ext.name == NATIVE:
-            say(" ", "modeconn is installed as pure Python and works on PyTorch alone (MODECONN_NATIVE=1 insists)")
+            say(
+                " ",
+                "modeconn is installed as pure Python and works on PyTorch alone (MODECONN_NATIVE=1 insists)",
+            )
         for folder in self.package_folders():
             folder.joinpath(Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
         self.extensions = [other for other in self.extensions if other is not ext]
@@ -318,17 +366,26 @@ class BuildExtensions(build_ext):
 
 def in_parallel(compile_one: Callable[[str], list[str]], sources: list[str]) -> list[str]:
     """The object files of all sources, compiled on all cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     with ThreadPoolExecutor(cores) as pool:
         return [path for paths in pool.map(compile_one, sources) for path in paths]
 
 
 def extension(name: str, sources: list[Path], headers: list[Path]) -> Extension:
     # Relative paths: object files of absolute ones would land outside the build folder.
-    return Extension(name, sources=[p.as_posix() for p in sources], depends=[p.as_posix() for p in headers], language="c++")
+    return Extension(
+        name,
+        sources=[p.as_posix() for p in sources],
+        depends=[p.as_posix() for p in headers],
+        language="c++",
+    )
 
 
-sources = sorted(path for path in Path("csrc").rglob("*.cpp") if not {"cuda", "tests"} & set(path.parts))
+sources = sorted(
+    path for path in Path("csrc").rglob("*.cpp") if not {"cuda", "tests"} & set(path.parts)
+)
 headers = sorted(Path("csrc").rglob("*.h"))
 kernels = sorted(Path("csrc", "cuda").glob("*.cu"))
 extensions = [extension(NATIVE, sources, headers)]

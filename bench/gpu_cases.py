@@ -1,6 +1,7 @@
 """The cases of one part of bench/gpu_check.py, in a process of their own: a line of JSON as one begins and when it is done.
 
-python bench/gpu_cases.py kernels '{"cases": [], "dry": true, "seconds": 30, "machine": []}'     lists them
+python bench/gpu_cases.py kernels '{"cases": [], "dry": true, "seconds": 30, "machine": []}'
+lists them
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Context:
         device: what they run on.
         dry: whether sizes are to be tiny.
         seconds: what all of them may take.
-        machine: bytes per second of "copy", operations per second of each precision, where they were measured.
+        machine: bytes per second of "copy", operations per second of each precision, where they
+            were measured.
     """
 
     device: torch.device
@@ -43,7 +45,9 @@ class Context:
         rates = self.machine
         if "copy" not in rates or precision not in rates:
             return None
-        fastest = max(rates["float32"], rates["tf32"] / 3) if precision == "float32" else rates[precision]
+        fastest = (
+            max(rates["float32"], rates["tf32"] / 3) if precision == "float32" else rates[precision]
+        )
         return 1e3 * max(bytes_ / rates["copy"], flops / fastest)
 
 
@@ -55,7 +59,11 @@ def cases(context: Context) -> dict[str, Case]:
         if device.type != "cuda":
             return {"note": f"no CUDA device, torch {torch.__version__}"}
         found = torch.cuda.get_device_properties(device)
-        triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "none"
+        triton = (
+            importlib.import_module("triton").__version__
+            if importlib.util.find_spec("triton")
+            else "none"
+        )
         return {
             "note": f"{found.name}, {found.total_memory >> 30} GiB, {found.multi_processor_count} multiprocessors, "
             f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton}"
@@ -79,11 +87,19 @@ def cases(context: Context) -> dict[str, Case]:
             with products(precision, device):
                 ms = milliseconds(lambda: a @ b, device)
             rate = 2 * size**3 / ms * 1e3
-            return {"ms": ms, "value": rate, "note": f"{rate / 1e12:.4g} TFLOP/s, {size}³ by PyTorch"}
+            return {
+                "ms": ms,
+                "value": rate,
+                "note": f"{rate / 1e12:.4g} TFLOP/s, {size}³ by PyTorch",
+            }
 
         return run
 
-    return {"device": describe, "copy": copy, **{p: product(p) for p in ("float32", "tf32", "bf16")}}
+    return {
+        "device": describe,
+        "copy": copy,
+        **{p: product(p) for p in ("float32", "tf32", "bf16")},
+    }
 
 
 def say(**line: Any) -> None:
@@ -96,7 +112,9 @@ def main() -> None:
         raise SystemExit("no CUDA device")
     torch.manual_seed(0)
     machine = {r["case"]: r["value"] for r in order["machine"]}
-    context = Context(torch.device("cpu" if order["dry"] else "cuda"), order["dry"], order["seconds"], machine)
+    context = Context(
+        torch.device("cpu" if order["dry"] else "cuda"), order["dry"], order["seconds"], machine
+    )
     found = importlib.import_module(MODULES[part]).cases(context)
     if not order["cases"]:
         for name in found:

@@ -1,12 +1,12 @@
 """What a GPU has to say, in minutes: builds, tests, rates of the machine, kernels against their floors, whole evaluations.
 
-    python bench/gpu_check.py                 all of it, within 340 seconds; JSON to $OUT or bench/results/
-    python bench/gpu_check.py --only kernels,evaluations --out DIR
-    python bench/gpu_check.py --dry-run       the script itself, on a CPU: tiny sizes, Triton's interpreter
+    python bench/gpu_check.py                 all of it, within 340 seconds; JSON to $OUT or
+    bench/results/ python bench/gpu_check.py --only kernels,evaluations --out DIR python
+    bench/gpu_check.py --dry-run       the script itself, on a CPU: tiny sizes, Triton's interpreter
 
-Runs from a checkout, installed or not, with what is there: a part whose packages are missing is left out, and said to be.
-Cases run in a process of their own, which is started anew behind one that crashes or hangs; the table comes last, and the
-exit code is 1 where anything failed.
+Runs from a checkout, installed or not, with what is there: a part whose packages are missing is
+left out, and said to be. Cases run in a process of their own, which is started anew behind one that
+crashes or hangs; the table comes last, and the exit code is 1 where anything failed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Each part's share of the time that is left, in the order in which they run. The build goes on beside the first two.
+# Each part's share of the time that is left, in the order in which they run. The build goes on
+# beside the first two.
 PARTS = {"machine": 0.15, "tests": 0.35, "build": 0.4, "kernels": 0.45, "evaluations": 1.0}
-# A case that has taken longer than this when the time is up has failed; another one was just begun too late.
+# A case that has taken longer than this when the time is up has failed; another one was just begun
+# too late.
 _HANGS = 60.0
-NEEDED = ("torch", "numpy", "triton", "pytest", "hypothesis", "safetensors", "pybind11", "setuptools", "tqdm")
+NEEDED = (
+    "torch",
+    "numpy",
+    "triton",
+    "pytest",
+    "hypothesis",
+    "safetensors",
+    "pybind11",
+    "setuptools",
+    "tqdm",
+)
 
 
 def checkout(folder: Path) -> Path:
@@ -47,8 +59,16 @@ def checkout(folder: Path) -> Path:
 def environment(folder: Path, dry: bool) -> dict[str, str]:
     """The variables of every process that is started."""
     paths = [folder, ROOT / "bench", ROOT / "tests"]
-    more = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1"}
-    more |= {"TRITON_INTERPRET": "1", "MODECONN_TEST_DEVICE": "cpu"} if dry else {"MODECONN_TEST_DEVICE": "cuda"}
+    more = {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "OMP_WAIT_POLICY": "passive",
+        "PYTHONUNBUFFERED": "1",
+    }
+    more |= (
+        {"TRITON_INTERPRET": "1", "MODECONN_TEST_DEVICE": "cpu"}
+        if dry
+        else {"MODECONN_TEST_DEVICE": "cuda"}
+    )
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return {**kept, **more}
 
@@ -57,7 +77,8 @@ class Check:
     """One run: its results so far, and the time that is left.
 
     Attributes:
-        results: what each case gave, in order; "error" says what went wrong, "skipped" why there was nothing to do.
+        results: what each case gave, in order; "error" says what went wrong, "skipped" why there
+            was nothing to do.
     """
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
@@ -104,12 +125,18 @@ class Check:
         """Start to build the C++ extension, and the CUDA one where there is nvcc, in place; not in a dry run."""
         lacking = [name for name in ("setuptools", "pybind11") if name in self.missing]
         if lacking or self.options.dry_run:
-            why = "a dry run builds nothing" if self.options.dry_run else f"{', '.join(lacking)} not installed"
+            why = (
+                "a dry run builds nothing"
+                if self.options.dry_run
+                else f"{', '.join(lacking)} not installed"
+            )
             self.add(part="build", case="csrc", skipped=why)
             return
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         with self.build_log.open("w") as stream:
-            self.building = subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=stream, stderr=subprocess.STDOUT)
+            self.building = subprocess.Popen(
+                command, cwd=ROOT, env=self.env, stdout=stream, stderr=subprocess.STDOUT
+            )
 
     def build(self, seconds: float) -> None:
         """Wait for the build."""
@@ -134,25 +161,46 @@ class Check:
         """The tests marked gpu."""
         lacking = [name for name in ("pytest", "triton") if name in self.missing]
         if lacking:
-            self.add(part="tests", case="pytest -m gpu", skipped=f"{', '.join(lacking)} not installed")
+            self.add(
+                part="tests", case="pytest -m gpu", skipped=f"{', '.join(lacking)} not installed"
+            )
             return
-        options = ["-v", "-m", "gpu", "--tb=line", "--show-capture=no", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+        options = [
+            "-v",
+            "-m",
+            "gpu",
+            "--tb=line",
+            "--show-capture=no",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            str(ROOT),
+        ]
         options += ["-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / "test_gpu.py")]
         if self.options.dry_run:
             options += ["-k", "linear"]
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "pytest", *options], cwd=self.folder, env=self.env, capture_output=True, text=True,
-                timeout=min(seconds, self.left()), check=False,
-            )  # fmt: skip
+                [sys.executable, "-m", "pytest", *options],
+                cwd=self.folder,
+                env=self.env,
+                capture_output=True,
+                text=True,
+                timeout=min(seconds, self.left()),
+                check=False,
+            )
             text, code = done.stdout, done.returncode
         except subprocess.TimeoutExpired as late:
             text, code = _text(late.stdout), -1
         lines = text.strip().splitlines() or ["no output"]
         ended = "its time was up" if code == -1 else lines[-1].strip("= ")
         passed = sum(" PASSED" in line for line in lines)
-        failed = [line for line in lines if line.startswith(("FAILED", "ERROR")) or " FAILED" in line]
-        problem = {} if code == 0 else {"error": "; ".join([ended, f"{passed} passed", *failed])[:2000]}
+        failed = [
+            line for line in lines if line.startswith(("FAILED", "ERROR")) or " FAILED" in line
+        ]
+        problem = (
+            {} if code == 0 else {"error": "; ".join([ended, f"{passed} passed", *failed])[:2000]}
+        )
         self.add(part="tests", case="pytest -m gpu", note=ended, output=text[-6000:], **problem)
 
     def cases(self, part: str, seconds: float) -> None:
@@ -168,10 +216,14 @@ class Check:
             begun = {line["case"] for line in lines if "case" in line}
             for line in lines:
                 if line.get("done"):
-                    self.add(part=part, **{key: value for key, value in line.items() if key != "done"})
+                    self.add(
+                        part=part, **{key: value for key, value in line.items() if key != "done"}
+                    )
             open_ones = begun - {line["case"] for line in lines if line.get("done")}
             for case in open_ones:
-                ran = lines[-1]["at"] - next(line["at"] for line in lines if line.get("case") == case)
+                ran = lines[-1]["at"] - next(
+                    line["at"] for line in lines if line.get("case") == case
+                )
                 cut = ran < _HANGS and time.monotonic() >= until
                 self.add(part=part, case=case, **{"skipped" if cut else "error": _ended(lines)})
             if not begun:
@@ -184,11 +236,18 @@ class Check:
     def worker(self, part: str, cases: list[str], until: float) -> list[dict[str, Any]]:
         """What a process that runs these cases, or lists them, printed; it is ended when its time is up."""
         known = [r for r in self.results if r["part"] == "machine" and "value" in r]
-        order = {"cases": cases, "dry": self.options.dry_run, "seconds": until - time.monotonic() - 3, "machine": known}
+        order = {
+            "cases": cases,
+            "dry": self.options.dry_run,
+            "seconds": until - time.monotonic() - 3,
+            "machine": known,
+        }
         command = [sys.executable, str(ROOT / "bench" / "gpu_cases.py"), part, json.dumps(order)]
         log = self.folder / "worker.log"
         with log.open("w") as stream:
-            process = subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=stream, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=self.env, stdout=stream, stderr=subprocess.STDOUT
+            )
             try:
                 process.wait(max(1.0, until - time.monotonic()))
                 ended = f"exit code {process.returncode}"
@@ -231,11 +290,19 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="DIR", default=os.environ.get("OUT") or str(ROOT / "bench" / "results"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", default=os.environ.get("OUT") or str(ROOT / "bench" / "results")
+    )
     parser.add_argument("--seconds", type=float, default=340.0, help="for everything (default 340)")
-    parser.add_argument("--only", metavar="PART,…", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, with tiny sizes: checks the script")
+    parser.add_argument(
+        "--only", metavar="PART,…", default=",".join(PARTS), help=f"of {', '.join(PARTS)}"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="on a CPU, with tiny sizes: checks the script"
+    )
     options = parser.parse_args()
     wanted = options.only.split(",")
     if set(wanted) - set(PARTS):
@@ -249,16 +316,25 @@ def main() -> int:
             check.attempt(part)
     device = next((r["note"] for r in check.results if r["case"] == "device"), "no device")
     report = {
-        "device": device, "date": started.isoformat(timespec="seconds"), "python": platform.python_version(),
-        "missing": check.missing, "dry_run": options.dry_run, "seconds": options.seconds - check.left(),
+        "device": device,
+        "date": started.isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "missing": check.missing,
+        "dry_run": options.dry_run,
+        "seconds": options.seconds - check.left(),
         "results": check.results,
-    }  # fmt: skip
+    }
     name = "".join(c if c.isalnum() else "-" for c in device.split(",")[0].lower()).strip("-")
-    target = Path(options.out) / f"{started:%Y-%m-%d}-gpu-check-{'dry-run' if options.dry_run else name}.json"
+    target = (
+        Path(options.out)
+        / f"{started:%Y-%m-%d}-gpu-check-{'dry-run' if options.dry_run else name}.json"
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=1), encoding="utf-8")
     failed = [r for r in check.results if "error" in r]
-    print(f"\n{device}, {started:%Y-%m-%d}, {report['seconds']:.0f} s; not installed: {', '.join(check.missing) or 'nothing'}")
+    print(
+        f"\n{device}, {started:%Y-%m-%d}, {report['seconds']:.0f} s; not installed: {', '.join(check.missing) or 'nothing'}"
+    )
     print("\n".join(table(check.results)))
     print(f"{len(failed)} failed; written to {target}")
     return 1 if failed else 0

@@ -1,7 +1,8 @@
 """Whole evaluations of a line: modeconn's backends against a loop, vmap and torch.compile, on the same data on the device.
 
-A pass per point costs the same at every point, so the slow ways are timed on a few points, and all are quoted per point.
-What a backend gives is compared with a float64 pass at three points, on the first rows.
+A pass per point costs the same at every point, so the slow ways are timed on a few points, and all
+are quoted per point. What a backend gives is compared with a float64 pass at three points, on the
+first rows.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Workload:
         self.text = spec.startswith("gpt")
         vocabulary = int(spec.split("vocab=")[1].split(",")[0]) if self.text else 0
         if self.text:
-            self.x = torch.randint(0, vocabulary, (samples, *row), generator=generator).to(self.device)
+            self.x = torch.randint(0, vocabulary, (samples, *row), generator=generator).to(
+                self.device
+            )
             self.y = self.x
         else:
             self.x = torch.randn(samples, *row, generator=generator).to(self.device)
@@ -65,7 +68,13 @@ class Workload:
             self.y = torch.randint(0, classes, (samples,), generator=generator).to(self.device)
         self.loss = "next_token" if self.text else "cross_entropy"
         self.small = name.endswith("rows")
-        self.batch = (SMALL_BATCH_DRY if context.dry else SMALL_BATCH) if self.small else 64 if self.text else BATCH
+        self.batch = (
+            (SMALL_BATCH_DRY if context.dry else SMALL_BATCH)
+            if self.small
+            else 64
+            if self.text
+            else BATCH
+        )
 
     def evaluate(self, points: Any, **options: Any) -> mc.PathResult:
         """By modeconn."""
@@ -79,12 +88,18 @@ class Workload:
         labels = self.y[rows]
         if self.text:
             outputs, labels = outputs[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        return torch.stack([F.cross_entropy(outputs, labels, reduction="sum"), (outputs.argmax(1) != labels).sum()])
+        return torch.stack(
+            [F.cross_entropy(outputs, labels, reduction="sum"), (outputs.argmax(1) != labels).sum()]
+        )
 
     def batches(self) -> list[slice]:
-        return [slice(i, min(i + self.batch, len(self.x))) for i in range(0, len(self.x), self.batch)]
+        return [
+            slice(i, min(i + self.batch, len(self.x))) for i in range(0, len(self.x), self.batch)
+        ]
 
-    def loop(self, network: Callable[[Tensor], Tensor], model: nn.Module) -> Callable[[np.ndarray], list[list[float]]]:
+    def loop(
+        self, network: Callable[[Tensor], Tensor], model: nn.Module
+    ) -> Callable[[np.ndarray], list[list[float]]]:
         """A pass per point: load the weights, run the batches."""
 
         def run(t: np.ndarray) -> list[list[float]]:
@@ -92,7 +107,12 @@ class Workload:
             with torch.inference_mode():
                 for value in t:
                     model.load_state_dict(self.path.at(value))
-                    sums.append(sum(self.total(network(self.x[rows]), rows).double() for rows in self.batches()))
+                    sums.append(
+                        sum(
+                            self.total(network(self.x[rows]), rows).double()
+                            for rows in self.batches()
+                        )
+                    )
             return torch.stack(sums).tolist()  # type: ignore[arg-type, no-any-return]
 
         return run
@@ -101,13 +121,20 @@ class Workload:
         """All points at once, over stacked weights; batches so much the smaller."""
         states = [self.path.at(value) for value in t]
         stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
-        network = vmap(lambda state, inputs: functional_call(self.model, state, (inputs,)), in_dims=(0, None))
+        network = vmap(
+            lambda state, inputs: functional_call(self.model, state, (inputs,)), in_dims=(0, None)
+        )
         sums: Any = 0
         step = max(1, self.batch // len(t))
         with torch.no_grad():
             for i in range(0, len(self.x), step):
                 rows = slice(i, min(i + step, len(self.x)))
-                sums = sums + torch.stack([self.total(one, rows) for one in network(stacked, self.x[rows])]).double()
+                sums = (
+                    sums
+                    + torch.stack(
+                        [self.total(one, rows) for one in network(stacked, self.x[rows])]
+                    ).double()
+                )
         return sums.tolist()  # type: ignore[no-any-return]
 
 
@@ -120,7 +147,9 @@ def cases(context: Context) -> dict[str, Case]:
             made[f"{name}: triton {precision}"] = _ours(context, name, "triton", precision, share)
         made[f"{name}: reference float32"] = _ours(context, name, "reference", "float32", share)
         if name.endswith("rows"):
-            made[f"{name}: triton tf32, CUDA graphs"] = _with_graphs(_ours(context, name, "triton", "tf32", share))
+            made[f"{name}: triton tf32, CUDA graphs"] = _with_graphs(
+                _ours(context, name, "triton", "tf32", share)
+            )
         if name.startswith("MLP") and "245" in name and not context.dry:
             made[f"{name}: cuda tf32"] = _ours(context, name, "cuda", "tf32", share)
         for peer in ("loop", "vmap", "torch.compile"):
@@ -140,13 +169,25 @@ def _ours(context: Context, name: str, backend: str, precision: str, seconds: fl
         started = time.monotonic()
         for points in POINTS[: 1 if context.dry else len(POINTS)]:
             count = 2 if context.dry else points
-            if per_point and (time.monotonic() - started) + 3e-3 * count * min(per_point.values()) > seconds:
+            if (
+                per_point
+                and (time.monotonic() - started) + 3e-3 * count * min(per_point.values()) > seconds
+            ):
                 break  # it would take more than its share
-            ms = wall_milliseconds(lambda count=count: work.evaluate(count, **options), context.device, 1 if context.dry else 2)
+            ms = wall_milliseconds(
+                lambda count=count: work.evaluate(count, **options),
+                context.device,
+                1 if context.dry else 2,
+            )
             per_point[count] = ms / count
         text = ", ".join(f"T {points}: {ms:.4g} ms" for points, ms in per_point.items())
         note = f"{text}; loss {error:.0e}"
-        return {"ms": min(per_point.values()), "per_point_ms": per_point, "loss_error": error, "note": note}
+        return {
+            "ms": min(per_point.values()),
+            "per_point_ms": per_point,
+            "loss_error": error,
+            "note": note,
+        }
 
     return run
 
@@ -183,7 +224,10 @@ def _peer(context: Context, name: str, peer: str) -> Case:
             call = work.loop(torch.compile(model) if peer == "torch.compile" else model, model)
         with products("tf32", context.device):
             call(t[:1] if peer != "vmap" else t)  # warms up, compiles
-            ms = wall_milliseconds(lambda: call(t), context.device, repeats=1 if context.dry else 2) / points
+            ms = (
+                wall_milliseconds(lambda: call(t), context.device, repeats=1 if context.dry else 2)
+                / points
+            )
         return {"ms": ms, "note": f"per point, of {points}"}
 
     return run

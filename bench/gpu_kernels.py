@@ -1,7 +1,8 @@
 """Each kernel by itself: its time against its floor, and its error against float64 on part of its output.
 
-Bytes are those of inputs read once and outputs written once; operations those of the products. The floor takes both at the
-rates measured on the same machine in the same run; for "float32" the better of true products and of three TF32 ones.
+Bytes are those of inputs read once and outputs written once; operations those of the products. The
+floor takes both at the rates measured on the same machine in the same run; for "float32" the better
+of true products and of three TF32 ones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from gpu_cases import Case, Context
 from gpu_timing import milliseconds
 from modeconn.kernels.blended import Blended
 
-# Relative to the largest value: what rounding the operands of a product to 23, 10 or 7 bits may do, ten times over.
+# Relative to the largest value: what rounding the operands of a product to 23, 10 or 7 bits may do,
+# ten times over.
 ALLOWED = {"float32": 2e-5, "tf32": 1e-2, "bf16": 8e-2}
 
 
@@ -40,7 +42,9 @@ def cases(context: Context) -> dict[str, Case]:
     """All kernels at the sizes of the goals; products in each precision."""
     made: dict[str, Case] = {}
     for name, make in WORKS.items():
-        product = name.split()[0] in ("linear", "mlp", "cross_entropy", "conv2d") and "logits" not in name
+        product = (
+            name.split()[0] in ("linear", "mlp", "cross_entropy", "conv2d") and "logits" not in name
+        )
         precisions = ("float32", "bf16") if context.dry else ("float32", "tf32", "bf16")
         for precision in precisions if product else ("float32",):
             options = {"precision": precision} if product else {}
@@ -48,7 +52,9 @@ def cases(context: Context) -> dict[str, Case]:
     return made
 
 
-def _case(context: Context, make: Callable[[_Sizes], Work], precision: str, options: dict[str, Any]) -> Case:
+def _case(
+    context: Context, make: Callable[[_Sizes], Work], precision: str, options: dict[str, Any]
+) -> Case:
     def run() -> dict[str, Any]:
         work = make(_Sizes(context))
         module = importlib.import_module(f"modeconn.kernels.{_FILES.get(work.op, work.op)}")
@@ -56,16 +62,28 @@ def _case(context: Context, make: Callable[[_Sizes], Work], precision: str, opti
         error = _error(make(_Sizes(replace(context, dry=True))), function, reference, options)
         ms = milliseconds(lambda: work.call(function, **options), context.device)
         floor = context.floor(work.bytes, work.flops, precision)
-        result = {"ms": ms, "floor_ms": floor, "bytes": work.bytes, "flops": work.flops, "error_small": error}
-        result["note"] = f"{work.flops / ms / 1e9:.4g} TFLOP/s, {work.bytes / ms / 1e6:.4g} GB/s, error {error:.1e}"
+        result = {
+            "ms": ms,
+            "floor_ms": floor,
+            "bytes": work.bytes,
+            "flops": work.flops,
+            "error_small": error,
+        }
+        result["note"] = (
+            f"{work.flops / ms / 1e9:.4g} TFLOP/s, {work.bytes / ms / 1e6:.4g} GB/s, error {error:.1e}"
+        )
         if not error <= ALLOWED[precision]:  # NaN is none either
-            result["error"] = f"error {error:.2g} against float64, expected at most {ALLOWED[precision]}"
+            result["error"] = (
+                f"error {error:.2g} against float64, expected at most {ALLOWED[precision]}"
+            )
         return result
 
     return run
 
 
-def _error(work: Work, function: Callable[..., Any], reference: Callable[..., Any], options: dict[str, Any]) -> float:
+def _error(
+    work: Work, function: Callable[..., Any], reference: Callable[..., Any], options: dict[str, Any]
+) -> float:
     """The largest error against float64, relative to the largest value; memory that nobody writes is NaN."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -82,7 +100,9 @@ def _wide(value: Any) -> Any:
     if isinstance(value, Blended):
         return Blended(value.tensors.double(), value.coefficients.double())
     if isinstance(value, list):
-        return [replace(layer, weight=_wide(layer.weight), bias=_wide(layer.bias)) for layer in value]
+        return [
+            replace(layer, weight=_wide(layer.weight), bias=_wide(layer.bias)) for layer in value
+        ]
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -104,7 +124,9 @@ class _Sizes:
         return Blended(self.normal(terms, *shape, scale=scale), torch.stack(columns, 1))
 
     def layer(self, points: int, before: int, after: int) -> tuple[Blended, Blended]:
-        return self.blended(points, 2, after, before, scale=(2 / before) ** 0.5), self.blended(points, 2, after, scale=0.1)
+        return self.blended(points, 2, after, before, scale=(2 / before) ** 0.5), self.blended(
+            points, 2, after, scale=0.1
+        )
 
     def labels(self, samples: int, classes: int) -> Tensor:
         return torch.randint(0, classes, (samples,), device=self.device)
@@ -116,9 +138,12 @@ def _linear(width: int) -> Callable[[_Sizes], Work]:
         weight, bias = s.layer(points, width_, width_)
         numbers = points * rows * width_
         return Work(
-            "path_linear", (s.normal(points, rows, width_), weight, bias), {"activation": "relu"},
-            4.0 * (2 * numbers + 2 * width_**2), 2.0 * numbers * width_,
-        )  # fmt: skip
+            "path_linear",
+            (s.normal(points, rows, width_), weight, bias),
+            {"activation": "relu"},
+            4.0 * (2 * numbers + 2 * width_**2),
+            2.0 * numbers * width_,
+        )
 
     return make
 
@@ -140,9 +165,12 @@ def _mlp(s: _Sizes) -> Work:
     layers.append(PathLayer(*s.layer(points, width, 10), "identity", 0.01))
     numbers = depth * width**2 + width * 10
     return Work(
-        "path_mlp", (s.blended(points, 2, rows, width), layers, s.labels(rows, 10)), {"input_activation": "relu"},
-        4.0 * (2 * rows * width + 2 * numbers), 2.0 * points * rows * numbers,
-    )  # fmt: skip
+        "path_mlp",
+        (s.blended(points, 2, rows, width), layers, s.labels(rows, 10)),
+        {"input_activation": "relu"},
+        4.0 * (2 * rows * width + 2 * numbers),
+        2.0 * points * rows * numbers,
+    )
 
 
 def _head(classes: int, width: int) -> Callable[[_Sizes], Work]:
@@ -152,9 +180,12 @@ def _head(classes: int, width: int) -> Callable[[_Sizes], Work]:
         weight, bias = s.layer(points, width_, classes_)
         numbers = points * rows * width_
         return Work(
-            "path_cross_entropy", (s.normal(points, rows, width_), weight, bias, s.labels(rows, classes_)), {},
-            4.0 * (numbers + 2 * width_ * classes_), 2.0 * numbers * classes_,
-        )  # fmt: skip
+            "path_cross_entropy",
+            (s.normal(points, rows, width_), weight, bias, s.labels(rows, classes_)),
+            {},
+            4.0 * (numbers + 2 * width_ * classes_),
+            2.0 * numbers * classes_,
+        )
 
     return make
 
@@ -162,7 +193,13 @@ def _head(classes: int, width: int) -> Callable[[_Sizes], Work]:
 def _logits(s: _Sizes) -> Work:
     points, rows, classes = s(1024, 2), s(60_000, 3), 10
     x = s.blended(points, 2, rows, classes)
-    return Work("path_cross_entropy", (x, None, None, s.labels(rows, classes)), {}, 4.0 * 2 * rows * classes, 0.0)
+    return Work(
+        "path_cross_entropy",
+        (x, None, None, s.labels(rows, classes)),
+        {},
+        4.0 * 2 * rows * classes,
+        0.0,
+    )
 
 
 def _conv(s: _Sizes) -> Work:
@@ -184,7 +221,11 @@ def _layer_norm(s: _Sizes) -> Work:
     points, width = s(8, 2), s(768, 17)
     x = s.normal(points, s(16_384, 3), width)
     return Work(
-        "path_layer_norm", (x, s.blended(points, 2, width), s.blended(points, 2, width), 1e-5), {}, 8.0 * x.numel(), 0.0
+        "path_layer_norm",
+        (x, s.blended(points, 2, width), s.blended(points, 2, width), 1e-5),
+        {},
+        8.0 * x.numel(),
+        0.0,
     )
 
 

@@ -12,11 +12,14 @@ import torch
 _FLUSH_BYTES = 256 << 20
 
 
-def milliseconds(call: Callable[[], Any], device: torch.device, budget: float = 1.0, most: int = 30) -> float:
+def milliseconds(
+    call: Callable[[], Any], device: torch.device, budget: float = 1.0, most: int = 30
+) -> float:
     """The median time of a call.
 
     Args:
-        budget: seconds that the measurement may take, about; at least three calls are timed after one that is not.
+        budget: seconds that the measurement may take, about; at least three calls are timed after
+            one that is not.
         most: calls, at most.
     """
     if device.type != "cuda":  # a dry run: that it runs is all that counts

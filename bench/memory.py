@@ -3,8 +3,8 @@
     python bench/memory.py                    MNIST line, ResNet-20, GPT and recomputed statistics
     python bench/memory.py --few 11 --many 1001 --samples 64
 
-Prints the peak resident memory of both, and what a further point costs. What must grow is the result (8 bytes a metric and
-point) and, with recomputed statistics, 8 bytes a channel and point.
+Prints the peak resident memory of both, and what a further point costs. What must grow is the
+result (8 bytes a metric and point) and, with recomputed statistics, 8 bytes a channel and point.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ CASES = ("mnist", "resnet", "gpt", "recompute")
 
 def peak(case: str, points: int, samples: int) -> int:
     """Peak resident bytes of an evaluation in a fresh process."""
-    command = [sys.executable, __file__, "--case", case, "--many", str(points), "--samples", str(samples)]
+    command = [
+        sys.executable,
+        __file__,
+        "--case",
+        case,
+        "--many",
+        str(points),
+        "--samples",
+        str(samples),
+    ]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -28,15 +37,26 @@ def evaluate(case: str, points: int, samples: int) -> None:
     import modeconn as mc
     import workloads
 
-    make = {"mnist": workloads.mnist_line, "gpt": workloads.gpt_line}.get(case, workloads.resnet_line)
+    make = {"mnist": workloads.mnist_line, "gpt": workloads.gpt_line}.get(
+        case, workloads.resnet_line
+    )
     work = make(samples)
     buffers = "recompute" if case == "recompute" else "start"
-    mc.evaluate(work.model, work.path, (work.x, work.y), points, buffers=buffers, batch_size=min(samples, 64))
+    mc.evaluate(
+        work.model,
+        work.path,
+        (work.x, work.y),
+        points,
+        buffers=buffers,
+        batch_size=min(samples, 64),
+    )
     print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--few", type=int, default=11)
     parser.add_argument("--many", type=int, default=1001)
     parser.add_argument("--samples", type=int, default=8)

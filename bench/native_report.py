@@ -1,11 +1,13 @@
 """The native engine in BLIS's manner, one line per case: GFLOP/s, share of the peaks, residual, verdict.
 
-    python bench/native_report.py [--threads 1] [--isa avx512,avx2] [--repeats 5] [--only TEXT] [--json FILE]
+    python bench/native_report.py [--threads 1] [--isa avx512,avx2] [--repeats 5] [--only TEXT]
+    [--json FILE]
 
-The peaks are those of the same run, interleaved: "fma" is a loop of multiply-adds on registers with the same vectors,
-"torch" the 2048³ float32 product. One thread is timed in processor time, more in wall time; the best of the repeats
-counts. The residual is the largest error of a point's mean loss against float64 on the first rows, and passes where it is
-at most twice plain PyTorch's, plus two rounding errors.
+The peaks are those of the same run, interleaved: "fma" is a loop of multiply-adds on registers with
+the same vectors, "torch" the 2048³ float32 product. One thread is timed in processor time, more in
+wall time; the best of the repeats counts. The residual is the largest error of a point's mean loss
+against float64 on the first rows, and passes where it is at most twice plain PyTorch's, plus two
+rounding errors.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ from modeconn import _native as engine
 from modeconn.parameters.state import atomic_write
 
 PEAK = Path(__file__).resolve().parent.parent / "csrc" / "tests" / "peak.cpp"
-# The line's arithmetic per sample and point on the 784-245x10-10 network: what the last case is compared with.
+# The line's arithmetic per sample and point on the 784-245x10-10 network: what the last case is
+# compared with.
 MNIST_PASS = 1.41e6
-# name: rows, points, widths behind the combined first layer; or channels of 3 × 3 convolutions on 16 × 16 images
+# name: rows, points, widths behind the combined first layer; or channels of 3 × 3 convolutions on
+# 16 × 16 images
 CASES: dict[str, tuple[int, int, list[int]]] = {
     "line 245x9-10, 20000 rows, 5 points": (20000, 5, [245] * 10 + [10]),
     "line 245x9-10, 20000 rows, 1 point": (20000, 1, [245] * 10 + [10]),
@@ -68,20 +72,31 @@ class Case:
     def sums(self, isa: str, threads: int = 1) -> np.ndarray:
         """The engine's sums over the rows, [points, 3]."""
         return engine.chain_sums(
-            self.terms, self.coefficients, self.layers, self.labels, activation="relu", threads=threads, isa=isa
+            self.terms,
+            self.coefficients,
+            self.layers,
+            self.labels,
+            activation="relu",
+            threads=threads,
+            isa=isa,
         )
 
     def first(self, rows: int, points: int) -> Case:
         """A part of the case, for the residual."""
         c = np.ascontiguousarray(self.coefficients[:points])
-        layers = [{**layer, "coefficients": c} if "coefficients" in layer else layer for layer in self.layers]
+        layers = [
+            {**layer, "coefficients": c} if "coefficients" in layer else layer
+            for layer in self.layers
+        ]
         return Case([v[:rows] for v in self.terms], c, layers, self.labels[:rows], 0.0)
 
     def losses(self, dtype: torch.dtype) -> np.ndarray:
         """Mean losses [points] by plain PyTorch."""
 
         def mix(blocks: list[np.ndarray], row: np.ndarray) -> Tensor:
-            return torch.stack([float(c) * torch.from_numpy(block).to(dtype) for c, block in zip(row, blocks)]).sum(0)
+            return torch.stack(
+                [float(c) * torch.from_numpy(block).to(dtype) for c, block in zip(row, blocks)]
+            ).sum(0)
 
         means = []
         for row in self.coefficients:
@@ -90,11 +105,23 @@ class Case:
                 if layer["op"] == "flatten":
                     x = x.flatten(1)
                     continue
-                weight, bias, groups = mix(layer["weights"], row), mix(layer["biases"], row), layer.get("groups", 1)
-                y = F.linear(x, weight, bias) if weight.dim() == 2 else F.conv2d(x, weight, bias, padding=1, groups=groups)
+                weight, bias, groups = (
+                    mix(layer["weights"], row),
+                    mix(layer["biases"], row),
+                    layer.get("groups", 1),
+                )
+                y = (
+                    F.linear(x, weight, bias)
+                    if weight.dim() == 2
+                    else F.conv2d(x, weight, bias, padding=1, groups=groups)
+                )
                 y = y + x if "add" in layer else y
-                x = {"relu": F.relu, "gelu": F.gelu, "identity": lambda v: v}[layer["activation"]](y)
-            means.append(F.cross_entropy(x, torch.from_numpy(self.labels), reduction="none").double().mean())
+                x = {"relu": F.relu, "gelu": F.gelu, "identity": lambda v: v}[layer["activation"]](
+                    y
+                )
+            means.append(
+                F.cross_entropy(x, torch.from_numpy(self.labels), reduction="none").double().mean()
+            )
         return torch.stack(means).numpy()
 
 
@@ -114,8 +141,18 @@ def make(name: str) -> Case:
     for before, after in itertools.pairwise(widths):
         shape = (after, before // groups, 3, 3) if image else (after, before)
         scale = np.float32(np.sqrt(2 / np.prod(shape[1:])))
-        weights, biases = [draw(*shape) * scale for _ in range(2)], [draw(after) * scale for _ in range(2)]
-        layers.append({"op": "conv2d" if image else "linear", "weights": weights, "biases": biases, "coefficients": c})
+        weights, biases = (
+            [draw(*shape) * scale for _ in range(2)],
+            [draw(after) * scale for _ in range(2)],
+        )
+        layers.append(
+            {
+                "op": "conv2d" if image else "linear",
+                "weights": weights,
+                "biases": biases,
+                "coefficients": c,
+            }
+        )
         layers[-1] |= {"activation": "gelu" if name.startswith("gelu") else "relu"}
         layers[-1] |= {"padding": (1, 1), "groups": groups} if image else {}
         if name.startswith("residual") and before == after:
@@ -125,7 +162,13 @@ def make(name: str) -> Case:
         head = [draw(10, widths[-1] * SIDE * SIDE) * np.float32(0.01) for _ in range(2)]
         layers += [
             {"op": "flatten"},
-            {"op": "linear", "weights": head, "biases": [draw(10), draw(10)], "coefficients": c, "activation": "identity"},
+            {
+                "op": "linear",
+                "weights": head,
+                "biases": [draw(10), draw(10)],
+                "coefficients": c,
+                "activation": "identity",
+            },
         ]
     elif layers:
         layers[-1]["activation"] = "identity"
@@ -137,7 +180,11 @@ def make(name: str) -> Case:
 def peaks(isas: list[str]) -> dict[str, Callable[[], float]]:
     """For each instruction set a function that measures its multiply-add peak, GFLOP/s of one thread."""
     found: dict[str, Callable[[], float]] = {}
-    flags = {"avx512": ["-mavx512f", "-DLANES=16"], "avx2": ["-mavx2", "-DLANES=8"], "generic": ["-DLANES=4"]}
+    flags = {
+        "avx512": ["-mavx512f", "-DLANES=16"],
+        "avx2": ["-mavx2", "-DLANES=8"],
+        "generic": ["-DLANES=4"],
+    }
     for isa in isas:
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder, "peak.so")
@@ -162,7 +209,9 @@ def peaks(isas: list[str]) -> dict[str, Callable[[], float]]:
     return found
 
 
-def measure(case: Case, isa: str, peak: Callable[[], float], threads: int, repeats: int) -> dict[str, float]:
+def measure(
+    case: Case, isa: str, peak: Callable[[], float], threads: int, repeats: int
+) -> dict[str, float]:
     """Best rates: ours in GFLOP/s (in runs per second where there is no arithmetic to count), and the peaks."""
     clock = time.process_time if threads == 1 else time.perf_counter
     a = torch.randn(2048, 2048)
@@ -184,12 +233,17 @@ def residual(case: Case, isa: str) -> tuple[float, bool]:
     """The error of the mean losses of a few points and rows against float64, and whether the policy allows it."""
     part = case.first(200, 3)
     exact, plain = part.losses(torch.float64), part.losses(torch.float32)
-    ours, theirs = (np.abs(v - exact).max() / np.abs(exact).max() for v in (part.sums(isa)[:, 0] / len(part.labels), plain))
+    ours, theirs = (
+        np.abs(v - exact).max() / np.abs(exact).max()
+        for v in (part.sums(isa)[:, 0] / len(part.labels), plain)
+    )
     return float(ours), bool(ours <= 2 * theirs + 2 * np.finfo(np.float32).eps)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--isa", default=",".join(isa for isa in engine.isas() if isa != "generic"))
     parser.add_argument("--repeats", type=int, default=5)
@@ -200,23 +254,41 @@ def main() -> None:
     isas = options.isa.split(",")
     peak = peaks(isas)
     report: list[dict[str, Any]] = []
-    print(f"{'case':<56}{'isa':<8}{'GFLOP/s':>9}{'of fma':>8}{'of torch':>10}{'residual':>10}  verdict")
+    print(
+        f"{'case':<56}{'isa':<8}{'GFLOP/s':>9}{'of fma':>8}{'of torch':>10}{'residual':>10}  verdict"
+    )
     for name in [name for name in CASES if options.only in name]:
         case = make(name)
         for isa in isas:
             best = measure(case, isa, peak[isa], options.threads, options.repeats)
             error, good = residual(case, isa)
-            report.append({"case": name, "isa": isa, "threads": options.threads, **best, "residual": error, "pass": good})
+            report.append(
+                {
+                    "case": name,
+                    "isa": isa,
+                    "threads": options.threads,
+                    **best,
+                    "residual": error,
+                    "pass": good,
+                }
+            )
             if case.flops:
                 rate = f"{best['ours']:>9.1f}{best['ours'] / best['fma']:>8.1%}{best['ours'] / best['torch']:>10.0%}"
             else:  # no product: one point's time against a pass of the MNIST network at the peaks
                 point = 1 / best["ours"] / len(case.coefficients)
-                parts = [len(case.labels) * MNIST_PASS / (best[key] * 1e9) / point for key in ("fma", "torch")]
+                parts = [
+                    len(case.labels) * MNIST_PASS / (best[key] * 1e9) / point
+                    for key in ("fma", "torch")
+                ]
                 rate = f"{'1/':>9}{parts[0]:<8.0f}{'1/':>3}{parts[1]:<7.0f}"
-            print(f"{name:<56}{isa:<8}{rate}{error:>10.1e}  {'PASS' if good else 'FAIL'}", flush=True)
+            print(
+                f"{name:<56}{isa:<8}{rate}{error:>10.1e}  {'PASS' if good else 'FAIL'}", flush=True
+            )
     if options.json:
         result = {"machine": machine(), "cases": report}
-        atomic_write(options.json, lambda stream: stream.write(json.dumps(result, indent=1).encode()))
+        atomic_write(
+            options.json, lambda stream: stream.write(json.dumps(result, indent=1).encode())
+        )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,11 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         gate = torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
-        short = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more, self.more)) if self.more else x
+        short = (
+            F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more, self.more))
+            if self.more
+            else x
+        )
         return F.relu(short + y * gate)
 
 
@@ -69,7 +73,9 @@ def _residual(block: type[NormsFirst] | type[Gated]) -> nn.Sequential:
     ]
     blocks = [block(*stage) for stage in stages]
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
-    return nn.Sequential(_conv(3, 16), nn.BatchNorm2d(16), nn.ReLU(), *blocks, nn.BatchNorm2d(64), nn.ReLU(), *head)
+    return nn.Sequential(
+        _conv(3, 16), nn.BatchNorm2d(16), nn.ReLU(), *blocks, nn.BatchNorm2d(64), nn.ReLU(), *head
+    )
 
 
 def pre_resnet20() -> nn.Sequential:

@@ -17,19 +17,36 @@ import workloads
 
 def recompute(options: argparse.Namespace) -> dict[str, Any]:
     """Statistics of all points in two passes over the data, against two passes for each point."""
-    work = workloads.resnet_line(options.samples, "vgg11_bn:width=16" if options.vgg else "resnet20")
+    work = workloads.resnet_line(
+        options.samples, "vgg11_bn:width=16" if options.vgg else "resnet20"
+    )
     ours, few = np.linspace(0, 1, options.points), np.linspace(0, 1, options.peer_points)
     args = (work.model, work.path, work.x, work.y)
-    naive = 2 * mc.explain(work.model, work.path, work.x[:4], options.points).program.naive_flops * len(work.x)
+    naive = (
+        2
+        * mc.explain(work.model, work.path, work.x[:4], options.points).program.naive_flops
+        * len(work.x)
+    )
 
     def two_passes(backend: str) -> Callable[[], Any]:
-        return lambda: mc.evaluate(*args[:2], (work.x, work.y), ours, backend=backend, buffers="recompute")
+        return lambda: mc.evaluate(
+            *args[:2], (work.x, work.y), ours, backend=backend, buffers="recompute"
+        )
 
     contenders: dict[str, Contender] = {
-        f"modeconn ({name})": (two_passes(name), len(ours), naive) for name in backends(work, options, "recompute")
+        f"modeconn ({name})": (two_passes(name), len(ours), naive)
+        for name in backends(work, options, "recompute")
     }
-    contenders["re-estimate and test, per point"] = (functools.partial(peers.re_estimating(False), *args, few), len(few), naive)
-    contenders["the same, channels_last"] = (functools.partial(peers.re_estimating(True), *args, few), len(few), naive)
+    contenders["re-estimate and test, per point"] = (
+        functools.partial(peers.re_estimating(False), *args, few),
+        len(few),
+        naive,
+    )
+    contenders["the same, channels_last"] = (
+        functools.partial(peers.re_estimating(True), *args, few),
+        len(few),
+        naive,
+    )
     return _report(f"{work.name}, statistics recomputed", work, options, contenders, options.points)
 
 
@@ -45,20 +62,31 @@ def plane(options: argparse.Namespace) -> dict[str, Any]:
         return lambda: mc.evaluate(*args[:2], (work.x, work.y), options.points, backend=backend)
 
     contenders: dict[str, Contender] = {
-        f"modeconn ({name})": (one_pass(name), points, plan.flops * len(work.x) / points) for name in backends(work, options)
+        f"modeconn ({name})": (one_pass(name), points, plan.flops * len(work.x) / points)
+        for name in backends(work, options)
     }
-    others = {"DataLoader loop, batch 100": peers.dataloader_loop, "whole tensor at once": peers.whole_tensor}
+    others = {
+        "DataLoader loop, batch 100": peers.dataloader_loop,
+        "whole tensor at once": peers.whole_tensor,
+    }
     others |= {f"functional_call, {rows} rows": peers.functional_chunks(rows) for rows in work.rows}
-    contenders |= {name: (functools.partial(peer, *args, few), len(few), naive) for name, peer in others.items()}
+    contenders |= {
+        name: (functools.partial(peer, *args, few), len(few), naive)
+        for name, peer in others.items()
+    }
     return _report(work.name, work, options, contenders, points)
 
 
-def backends(work: workloads.Workload, options: argparse.Namespace, buffers: str = "interpolate") -> list[str]:
+def backends(
+    work: workloads.Workload, options: argparse.Namespace, buffers: str = "interpolate"
+) -> list[str]:
     """Those of the backends asked for that can run the workload."""
 
     def able(name: str) -> bool:
         try:
-            mc.evaluate(work.model, work.path, (work.x[:64], work.y[:64]), 2, backend=name, buffers=buffers)
+            mc.evaluate(
+                work.model, work.path, (work.x[:64], work.y[:64]), 2, backend=name, buffers=buffers
+            )
         except mc.ModeconnError as error:
             print(f"{name} is left out: {error}")
             return False
@@ -68,8 +96,12 @@ def backends(work: workloads.Workload, options: argparse.Namespace, buffers: str
 
 
 def _report(
-    name: str, work: workloads.Workload, options: argparse.Namespace, contenders: dict[str, Contender], points: int
-) -> dict[str, Any]:  # fmt: skip
+    name: str,
+    work: workloads.Workload,
+    options: argparse.Namespace,
+    contenders: dict[str, Contender],
+    points: int,
+) -> dict[str, Any]:
     report = {"workload": name, "source": work.source, "points": points}
     report |= measured(contenders, options.repeats, options.warm)
     show(report)

@@ -25,7 +25,9 @@ def _finish(rows: list[tuple[Tensor, Tensor]], samples: int) -> tuple[np.ndarray
     return loss, error
 
 
-def dataloader_loop(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def dataloader_loop(
+    model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """For each point load its weights, then go through a DataLoader in batches of 100 (as published evaluations do)."""
     rows = []
     loader = DataLoader(TensorDataset(x, y), batch_size=100)
@@ -41,18 +43,27 @@ def dataloader_loop(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.nd
     return _finish(rows, y.numel())
 
 
-def whole_tensor(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def whole_tensor(
+    model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """For each point load its weights and run the whole data set as one batch (as loss-landscapes does)."""
     rows = []
     with torch.no_grad():
         for value in t:
             model.load_state_dict(path.at(value))
             outputs = model(x)
-            rows.append((F.cross_entropy(outputs, y, reduction="sum"), (outputs.argmax(1) != y).sum().double()))
+            rows.append(
+                (
+                    F.cross_entropy(outputs, y, reduction="sum"),
+                    (outputs.argmax(1) != y).sum().double(),
+                )
+            )
     return _finish(rows, y.numel())
 
 
-def channels_last_loop(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def channels_last_loop(
+    model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """For each point load its weights; model and images in channels-last layout, batches of 128: the best for convolutions."""
     rows = []
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -72,15 +83,22 @@ def channels_last_loop(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np
 def functional_chunks(rows_per_chunk: int) -> Peer:
     """functional_call in chunks of rows that stay in the cache: the best that plain PyTorch does on a CPU."""
 
-    def run(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def run(
+        model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         rows = []
         with torch.no_grad():
             for value in t:
                 state = path.at(value)
-                loss, wrong = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+                loss, wrong = (
+                    torch.zeros((), dtype=torch.float64),
+                    torch.zeros((), dtype=torch.int64),
+                )
                 for start in range(0, len(x), rows_per_chunk):
                     labels = y[start : start + rows_per_chunk]
-                    outputs = functional_call(model, state, (x[start : start + rows_per_chunk],), tie_weights=False)
+                    outputs = functional_call(
+                        model, state, (x[start : start + rows_per_chunk],), tie_weights=False
+                    )
                     loss += F.cross_entropy(outputs, labels, reduction="sum")
                     wrong += (outputs.argmax(1) != labels).sum()
                 rows.append((loss, wrong.double()))
@@ -92,8 +110,13 @@ def functional_chunks(rows_per_chunk: int) -> Peer:
 def vmap_points(points_per_call: int, rows_per_chunk: int) -> Peer:
     """vmap of functional_call over stacked weights: the "model ensembling" recipe of torch.func."""
 
-    def run(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        outputs_of = vmap(lambda state, inputs: functional_call(model, state, (inputs,), tie_weights=False), in_dims=(0, None))
+    def run(
+        model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        outputs_of = vmap(
+            lambda state, inputs: functional_call(model, state, (inputs,), tie_weights=False),
+            in_dims=(0, None),
+        )
         rows = []
         with torch.no_grad():
             for first in range(0, len(t), points_per_call):
@@ -117,13 +140,20 @@ def vmap_points(points_per_call: int, rows_per_chunk: int) -> Peer:
 def re_estimating(channels_last: bool) -> Peer:
     """For each point load its weights, re-estimate the norms' statistics in a pass in training mode, then evaluate.
 
-    The way of Garipov et al. 2018: `update_bn`, then `test`, in batches of 128 and the same data for both.
+    The way of Garipov et al. 2018: `update_bn`, then `test`, in batches of 128 and the same data
+    for both.
     """
 
-    def run(model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def run(
+        model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         model, x = copy.deepcopy(model).to(memory_format=layout), x.contiguous(memory_format=layout)  # type: ignore[call-overload]
-        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        norms = [
+            module
+            for module in model.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
         rows = []
         with torch.no_grad():
             for value in t:
@@ -135,7 +165,10 @@ def re_estimating(channels_last: bool) -> Peer:
                 for inputs in x.split(128):
                     model(inputs)
                 model.eval()
-                loss, wrong = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.int64)
+                loss, wrong = (
+                    torch.zeros((), dtype=torch.float64),
+                    torch.zeros((), dtype=torch.int64),
+                )
                 for inputs, labels in zip(x.split(128), y.split(128)):
                     outputs = model(inputs)
                     loss += F.cross_entropy(outputs, labels, reduction="sum")

@@ -1,20 +1,21 @@
 """The side-by-side table: modeconn against what people do by hand, in one run on one machine.
 
-    python bench/run.py                       the line between two MNIST networks, 101 points, 60,000 samples
-    python bench/run.py --samples 6000 --points 11 --json out.json
-    python bench/run.py --vgg --samples 10000 --points 21     two slim VGG-11 on CIFAR-10
-    python bench/run.py --resnet --samples 2000 --points 21   two ResNet-20 of CIFAR-10's shape
-    python bench/run.py --resnet networks:densenet28 --samples 2000 --points 21      or another of bench/networks.py
-    python bench/run.py --gpt --samples 500 --points 21       two small GPT, random tokens
-    python bench/run.py --recompute --samples 2000 --points 21    batch-norm statistics of all points of the ResNet line
-    python bench/run.py --plane --samples 6000 --points 25    25 × 25 points of a plane through three MNIST networks
-    python bench/run.py --accuracy            also the distance from a float64 pass per point, at every point
-    python bench/run.py --chain               chains whose segments move dead units, or the last layer
+    python bench/run.py                       the line between two MNIST networks, 101 points,
+    60,000 samples python bench/run.py --samples 6000 --points 11 --json out.json python
+    bench/run.py --vgg --samples 10000 --points 21     two slim VGG-11 on CIFAR-10 python
+    bench/run.py --resnet --samples 2000 --points 21   two ResNet-20 of CIFAR-10's shape python
+    bench/run.py --resnet networks:densenet28 --samples 2000 --points 21      or another of
+    bench/networks.py python bench/run.py --gpt --samples 500 --points 21       two small GPT,
+    random tokens python bench/run.py --recompute --samples 2000 --points 21    batch-norm
+    statistics of all points of the ResNet line python bench/run.py --plane --samples 6000 --points
+    25    25 × 25 points of a plane through three MNIST networks python bench/run.py --accuracy
+    also the distance from a float64 pass per point, at every point python bench/run.py --chain
+    chains whose segments move dead units, or the last layer
 
-Contenders take turns, each turn timed on its own; the minimum over the repeats is shown. A pass per point costs the same
-at every point, so the slow peers are timed on a few points and quoted per point. "Peak" is the fastest float32 matrix
-product (2048³, all threads) that PyTorch reaches in the same run; its share is of the arithmetic that the contender's way
-of working needs.
+Contenders take turns, each turn timed on its own; the minimum over the repeats is shown. A pass per
+point costs the same at every point, so the slow peers are timed on a few points and quoted per
+point. "Peak" is the fastest float32 matrix product (2048³, all threads) that PyTorch reaches in the
+same run; its share is of the arithmetic that the contender's way of working needs.
 """
 
 from __future__ import annotations
@@ -63,10 +64,13 @@ def line(options: argparse.Namespace) -> dict[str, Any]:
     able = passes.backends(work, options)
 
     def one_pass(backend: str) -> Callable[[], Any]:
-        return lambda: results.update({backend: mc.evaluate(work.model, work.path, (work.x, work.y), ours, backend=backend)})
+        return lambda: results.update(
+            {backend: mc.evaluate(work.model, work.path, (work.x, work.y), ours, backend=backend)}
+        )
 
     contenders: dict[str, Contender] = {
-        f"modeconn ({name})": (one_pass(name), len(ours), plan.flops * len(work.x) / len(ours)) for name in able
+        f"modeconn ({name})": (one_pass(name), len(ours), plan.flops * len(work.x) / len(ours))
+        for name in able
     }
     convolutional = work.x.dim() == 4
     rows = work.rows
@@ -81,21 +85,27 @@ def line(options: argparse.Namespace) -> dict[str, Any]:
         points = np.linspace(0, 1, 8) if name.startswith("vmap") else few
         contenders[name] = (functools.partial(peer, *args, points), len(points), naive)
     report = {
-        "workload": work.name, "source": work.source, "points": options.points,
+        "workload": work.name,
+        "source": work.source,
+        "points": options.points,
         **measured(contenders, options.repeats, options.warm),
-    }  # fmt: skip
+    }
     show(report)
     if options.accuracy:
         report["accuracy"] = accuracy(work, results, options)
     return report
 
 
-def accuracy(work: workloads.Workload, results: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+def accuracy(
+    work: workloads.Workload, results: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
     """Distances of the losses from a float64 pass per point, at every point."""
     t = np.linspace(0, 1, options.points)
     model = copy.deepcopy(work.model).double()
     points = [{k: v.double() for k, v in point.items()} for point in work.path.control_points]
-    exact, exact_error = peers.functional_chunks(1000)(model, mc.Line(*points), work.x.double(), work.y, t)
+    exact, exact_error = peers.functional_chunks(1000)(
+        model, mc.Line(*points), work.x.double(), work.y, t
+    )
     plain, plain_error = peers.functional_chunks(1000)(work.model, work.path, work.x, work.y, t)
     figures: dict[str, Any] = {"plain float32": _distance(plain, plain_error, exact, exact_error)}
     for name, result in results.items():
@@ -107,8 +117,12 @@ def accuracy(work: workloads.Workload, results: dict[str, Any], options: argpars
     return figures
 
 
-def _distance(loss: np.ndarray, error: np.ndarray, exact: np.ndarray, exact_error: np.ndarray) -> tuple[float, float]:
-    return float(np.abs(loss - exact).max() / np.abs(exact).max()), float(np.abs(error - exact_error).max())
+def _distance(
+    loss: np.ndarray, error: np.ndarray, exact: np.ndarray, exact_error: np.ndarray
+) -> tuple[float, float]:
+    return float(np.abs(loss - exact).max() / np.abs(exact).max()), float(
+        np.abs(error - exact_error).max()
+    )
 
 
 def chain(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -116,11 +130,20 @@ def chain(options: argparse.Namespace) -> list[dict[str, Any]]:
     reports = []
     for backend, kind in itertools.product(options.backends, ("rewrite", "swing")):
         work = workloads.mnist_chain(options.samples, 2, kind)
-        forward, few, many = (seconds(work, points, backend, options.repeats) for points in ([0.0], 21, 2021))
+        forward, few, many = (
+            seconds(work, points, backend, options.repeats) for points in ([0.0], 21, 2021)
+        )
         per_point = max(0.0, many - few) / 2000
-        once = [mc.explain(work.model, work.path, work.x[:4], points).network_flops for points in (21, 2021)]
-        print(f"{work.name} ({backend}): forward pass {1e3 * forward:.0f} ms, a further point {1e6 * per_point:.0f} us")
-        print(f"  = 1/{forward / max(per_point, 1e-9):.0f} of it; the network: {once[0]:.0f} and {once[1]:.0f} FLOP a sample")
+        once = [
+            mc.explain(work.model, work.path, work.x[:4], points).network_flops
+            for points in (21, 2021)
+        ]
+        print(
+            f"{work.name} ({backend}): forward pass {1e3 * forward:.0f} ms, a further point {1e6 * per_point:.0f} us"
+        )
+        print(
+            f"  = 1/{forward / max(per_point, 1e-9):.0f} of it; the network: {once[0]:.0f} and {once[1]:.0f} FLOP a sample"
+        )
         reports.append(
             {
                 "workload": work.name,
@@ -136,29 +159,57 @@ def chain(options: argparse.Namespace) -> list[dict[str, Any]]:
 def seconds(work: workloads.Workload, points: Any, backend: str, repeats: int) -> float:
     """The least time of an evaluation."""
     return min(
-        timed(lambda: mc.evaluate(work.model, work.path, (work.x, work.y), points, backend=backend)) for _ in range(repeats)
+        timed(lambda: mc.evaluate(work.model, work.path, (work.x, work.y), points, backend=backend))
+        for _ in range(repeats)
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=60_000)
     parser.add_argument("--points", type=int, default=101)
-    parser.add_argument("--peer-points", type=int, default=3, help="points at which a pass per point is timed (default 3)")
+    parser.add_argument(
+        "--peer-points",
+        type=int,
+        default=3,
+        help="points at which a pass per point is timed (default 3)",
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--model", metavar="SPEC", help="two random networks of this kind instead, such as mlp:784-512x3-10")
-    parser.add_argument("--vgg", action="store_true", help="the two slim VGG-11 on CIFAR-10 instead")
     parser.add_argument(
-        "--resnet", nargs="?", const="resnet20", metavar="SPEC",
+        "--model",
+        metavar="SPEC",
+        help="two random networks of this kind instead, such as mlp:784-512x3-10",
+    )
+    parser.add_argument(
+        "--vgg", action="store_true", help="the two slim VGG-11 on CIFAR-10 instead"
+    )
+    parser.add_argument(
+        "--resnet",
+        nargs="?",
+        const="resnet20",
+        metavar="SPEC",
         help="two random networks with norms on CIFAR-10 instead, ResNet-20 or such as networks:pre_resnet20",
-    )  # fmt: skip
+    )
     parser.add_argument("--gpt", action="store_true", help="two small GPT instead")
-    parser.add_argument("--recompute", action="store_true", help="batch-norm statistics recomputed along the ResNet line")
-    parser.add_argument("--plane", action="store_true", help="a plane of --points × --points through three MNIST networks")
+    parser.add_argument(
+        "--recompute",
+        action="store_true",
+        help="batch-norm statistics recomputed along the ResNet line",
+    )
+    parser.add_argument(
+        "--plane",
+        action="store_true",
+        help="a plane of --points × --points through three MNIST networks",
+    )
     parser.add_argument("--backends", nargs="+", default=list(NAMES), choices=("auto", *NAMES))
     parser.add_argument(
-        "--warm", action=argparse.BooleanOptionalAction, default=False, help="run everything once, untimed, first"
+        "--warm",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="run everything once, untimed, first",
     )
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--chain", action="store_true")
@@ -170,7 +221,9 @@ def main() -> None:
     chosen = [run for name, run in kinds.items() if getattr(options, name)]
     report = (chosen or [line])[0](options)
     if options.json:
-        atomic_write(options.json, lambda stream: stream.write(json.dumps(report, indent=1).encode()))
+        atomic_write(
+            options.json, lambda stream: stream.write(json.dumps(report, indent=1).encode())
+        )
 
 
 if __name__ == "__main__":

@@ -34,8 +34,13 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     cpuinfo = Path("/proc/cpuinfo")
     rows = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((row.split(":")[1].strip() for row in rows if row.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    model = next(
+        (row.split(":")[1].strip() for row in rows if row.startswith("model name")),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {
         "cpu": model,
         "isa": torch.backends.cpu.get_cpu_capability(),
@@ -49,7 +54,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def measured(contenders: Mapping[str, Contender], repeats: int, warm: bool = False) -> dict[str, Any]:
+def measured(
+    contenders: Mapping[str, Contender], repeats: int, warm: bool = False
+) -> dict[str, Any]:
     """Seconds per point of each contender, which take turns, and the peak of the same run."""
     for run, _, _ in contenders.values():
         run() if warm else None
@@ -78,4 +85,6 @@ def show(report: dict[str, Any]) -> None:
     for name, value in best.items():
         share = report["flops_per_point"][name] / value / 1e9 / report["peak_gflops"]
         spread = max(report["seconds_per_point"][name]) / value - 1
-        print(f"{name:<30}{1e3 * value:>13.1f}{spread:>8.0%}{value / best[first]:>14.2f}x{share:>9.0%}")
+        print(
+            f"{name:<30}{1e3 * value:>13.1f}{spread:>8.0%}{value / best[first]:>14.2f}x{share:>9.0%}"
+        )

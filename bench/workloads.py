@@ -42,7 +42,9 @@ def mnist_line(samples: int) -> Workload:
     """The line between the two 10 × 245 MNIST networks, over the training set."""
     model, path, networks = _between("mlp:784-245x10-10", "mnist-fcn-10x245")
     x, y, data = _mnist(samples)
-    return Workload(f"MNIST 784-245x10-10, {len(x)} samples, line", model, path, x, y, f"{networks}, {data}")
+    return Workload(
+        f"MNIST 784-245x10-10, {len(x)} samples, line", model, path, x, y, f"{networks}, {data}"
+    )
 
 
 def vgg_line(samples: int) -> Workload:
@@ -79,7 +81,9 @@ class Tokens(nn.Module):
         return logits
 
 
-def gpt_line(samples: int, spec: str = "gpt:vocab=65,context=128,width=128,layers=4,heads=4") -> Workload:
+def gpt_line(
+    samples: int, spec: str = "gpt:vocab=65,context=128,width=128,layers=4,heads=4"
+) -> Workload:
     """The line between two random GPT of nanoGPT's small shape, over random texts of 128 tokens."""
     torch.manual_seed(0)
     model, *ends = (Tokens(build(spec)) for _ in range(3))
@@ -89,8 +93,15 @@ def gpt_line(samples: int, spec: str = "gpt:vocab=65,context=128,width=128,layer
                 nn.init.normal_(parameter, std=0.1)
     texts = torch.randint(0, 65, (samples, 129))
     name = f"{spec}, {samples} texts of 128 tokens, line"
-    return Workload(name, model, mc.Line(*ends), texts[:, :-1], texts[:, 1:].contiguous(), "random networks, random data",
-                    rows=(8, 32, 128))  # fmt: skip
+    return Workload(
+        name,
+        model,
+        mc.Line(*ends),
+        texts[:, :-1],
+        texts[:, 1:].contiguous(),
+        "random networks, random data",
+        rows=(8, 32, 128),
+    )
 
 
 def mnist_plane(samples: int) -> Workload:
@@ -99,7 +110,9 @@ def mnist_plane(samples: int) -> Workload:
     torch.manual_seed(0)
     path = mc.Plane.through(*line.path.control_points, build("mlp:784-245x10-10"))
     name = f"MNIST 784-245x10-10, {len(line.x)} samples, plane"
-    return Workload(name, line.model, path, line.x, line.y, f"{line.source}, the third network random")
+    return Workload(
+        name, line.model, path, line.x, line.y, f"{line.source}, the third network random"
+    )
 
 
 def random_line(spec: str, samples: int) -> Workload:
@@ -108,7 +121,14 @@ def random_line(spec: str, samples: int) -> Workload:
     width = next(p for p in model.parameters()).shape[1]
     torch.manual_seed(0)
     x, y = torch.randn(samples, width), torch.randint(0, 10, (samples,))
-    return Workload(f"{spec}, {samples} samples, line", model, mc.Line(start, end), x, y, "random networks, random data")
+    return Workload(
+        f"{spec}, {samples} samples, line",
+        model,
+        mc.Line(start, end),
+        x,
+        y,
+        "random networks, random data",
+    )
 
 
 def mnist_chain(samples: int, segments: int, kind: str) -> Workload:
@@ -120,7 +140,9 @@ def mnist_chain(samples: int, segments: int, kind: str) -> Workload:
     generator = torch.Generator().manual_seed(0)
     for _ in range(segments):
         point = {key: value.clone() for key, value in points[-1].items()}
-        key, rows = ("18.weight", slice(122, None)) if kind == "rewrite" else ("20.weight", slice(None))
+        key, rows = (
+            ("18.weight", slice(122, None)) if kind == "rewrite" else ("20.weight", slice(None))
+        )
         noise = 0.05 * torch.randn(point[key].shape, generator=generator)
         point[key][rows] += noise[rows] * (1.0 if kind == "rewrite" else (torch.arange(245) < 122))
         points.append(point)
@@ -135,7 +157,11 @@ def _mnist(samples: int) -> tuple[Tensor, Tensor, str]:
             x, y = mc.datasets.load("mnist", root=root).slice(0, samples)
             return x.flatten(1).contiguous(), y, "real data"
     torch.manual_seed(0)
-    return torch.randn(samples, 784), torch.randint(0, 10, (samples,)), "random data of MNIST's shape"
+    return (
+        torch.randn(samples, 784),
+        torch.randint(0, 10, (samples,)),
+        "random data of MNIST's shape",
+    )
 
 
 def _cifar10(samples: int) -> tuple[Tensor, Tensor, str]:
@@ -144,4 +170,8 @@ def _cifar10(samples: int) -> tuple[Tensor, Tensor, str]:
         x, y = mc.datasets.load("cifar10", root=root).slice(0, samples)
         return x, y, "real data"
     torch.manual_seed(0)
-    return torch.randn(samples, 3, 32, 32), torch.randint(0, 10, (samples,)), "random data of CIFAR-10's shape"
+    return (
+        torch.randn(samples, 3, 32, 32),
+        torch.randint(0, 10, (samples,)),
+        "random data of CIFAR-10's shape",
+    )

@@ -50,7 +50,9 @@ def sigmoid(u):
 def tanh(u):
     """By its series where the quotient would cancel."""
     square = u * u
-    series = u + u * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    series = u + u * square * (
+        -1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))
+    )
     small = tl.exp(-2.0 * tl.abs(u))
     quotient = (1.0 - small) / (1.0 + small)
     return tl.where(square < 0.0625, series, tl.where(u < 0, -quotient, quotient))
@@ -96,11 +98,16 @@ def derivative(u, ACTIVATION: tl.constexpr, slope):
     elif ACTIVATION == "tanh":
         d = 4.0 * bell(2.0 * u)
     elif ACTIVATION == "gelu":
-        d = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
+        d = (
+            0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
+            + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
+        )
     elif ACTIVATION == "gelu_tanh":
         y = tanh(0.7978845608028654 * (u + 0.044715 * u * u * u))
         slope_of_tanh = 4.0 * bell(1.5957691216057308 * (u + 0.044715 * u * u * u))
-        d = 0.5 * (1.0 + y) + 0.5 * u * slope_of_tanh * 0.7978845608028654 * (1.0 + 0.134145 * u * u)
+        d = 0.5 * (1.0 + y) + 0.5 * u * slope_of_tanh * 0.7978845608028654 * (
+            1.0 + 0.134145 * u * u
+        )
     elif ACTIVATION == "silu":
         y = sigmoid(u)
         d = y * (1.0 + u * (1.0 - y))

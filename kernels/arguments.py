@@ -34,7 +34,11 @@ class Samples:
     @property
     def shape(self) -> torch.Size:
         """The shape at one point, [N, …]."""
-        return self.values.shape[1:] if self.per_point or self.coefficients is not None else self.values.shape
+        return (
+            self.values.shape[1:]
+            if self.per_point or self.coefficients is not None
+            else self.values.shape
+        )
 
     @property
     def terms(self) -> int:
@@ -43,7 +47,11 @@ class Samples:
 
     def strides(self) -> tuple[int, ...]:
         """Of the points (0 where they share) or the shared values, then of the axes at one point."""
-        return self.values.stride() if self.values.dim() > len(self.shape) else (0, *self.values.stride())
+        return (
+            self.values.stride()
+            if self.values.dim() > len(self.shape)
+            else (0, *self.values.stride())
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +64,9 @@ class PathLayer:
     slope: float = 0.01
 
 
-def samples_of(name: str, x: Tensor | Blended, dim: int, input_activation: str = "identity") -> Samples:
+def samples_of(
+    name: str, x: Tensor | Blended, dim: int, input_activation: str = "identity"
+) -> Samples:
     """Check an input of the samples and bring it into the one form.
 
     Args:
@@ -64,40 +74,59 @@ def samples_of(name: str, x: Tensor | Blended, dim: int, input_activation: str =
         input_activation: of a `Blended`.
 
     Raises:
-        ModeconnError: another number of axes or dtype, or an activation of something that is not blended.
+        ModeconnError: another number of axes or dtype, or an activation of something that is not
+            blended.
     """
     check_activation("input_activation", input_activation)
     values = x.tensors if isinstance(x, Blended) else x
     expected = {dim + 1} if isinstance(x, Blended) else {dim, dim + 1}
     if not isinstance(values, Tensor) or values.dim() not in expected:
         shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ModeconnError(f"{name} has shape {shape}: expected {' or '.join(str(d) for d in sorted(expected))} axes")
+        raise ModeconnError(
+            f"{name} has shape {shape}: expected {' or '.join(str(d) for d in sorted(expected))} axes"
+        )
     if values.dtype not in DTYPES:
-        raise ModeconnError(f"{name} has dtype {values.dtype}: the kernels take {', '.join(map(str, DTYPES))}")
+        raise ModeconnError(
+            f"{name} has dtype {values.dtype}: the kernels take {', '.join(map(str, DTYPES))}"
+        )
     if isinstance(x, Blended):
         return Samples(values, check_blended(name, x).coefficients, x.points, False)
     if input_activation != "identity":
-        raise ModeconnError(f"input_activation is {input_activation!r} and {name} is a tensor: it belongs to a Blended")
+        raise ModeconnError(
+            f"input_activation is {input_activation!r} and {name} is a tensor: it belongs to a Blended"
+        )
     per_point = values.dim() == dim + 1
     return Samples(values, None, len(values) if per_point else None, per_point)
 
 
-def check_blended(name: str, blended: Blended, shape: tuple[int, ...] | None = None, points: int | None = None) -> Blended:
+def check_blended(
+    name: str, blended: Blended, shape: tuple[int, ...] | None = None, points: int | None = None
+) -> Blended:
     """A `Blended` that kernels can read, with contiguous float32 coefficients.
 
     Raises:
         ModeconnError: a dtype, shape at one point or number of points that is not the expected one.
     """
     if not isinstance(blended, Blended):
-        raise ModeconnError(f"{name} is a {type(blended).__name__}: expected a Blended (Blended.fixed for what does not move)")
+        raise ModeconnError(
+            f"{name} is a {type(blended).__name__}: expected a Blended (Blended.fixed for what does not move)"
+        )
     if blended.tensors.dtype not in DTYPES:
-        raise ModeconnError(f"{name} has dtype {blended.tensors.dtype}: the kernels take {', '.join(map(str, DTYPES))}")
+        raise ModeconnError(
+            f"{name} has dtype {blended.tensors.dtype}: the kernels take {', '.join(map(str, DTYPES))}"
+        )
     if shape is not None and tuple(blended.shape) != shape:
-        raise ModeconnError(f"{name} has shape {list(blended.shape)} at one point: expected {list(shape)}")
+        raise ModeconnError(
+            f"{name} has shape {list(blended.shape)} at one point: expected {list(shape)}"
+        )
     if points is not None and blended.points != points:
-        raise ModeconnError(f"{name} has {blended.points} points: expected {points}, as the first weight has")
+        raise ModeconnError(
+            f"{name} has {blended.points} points: expected {points}, as the first weight has"
+        )
     if blended.coefficients.requires_grad:
-        raise ModeconnError(f"the coefficients of {name} require a gradient, which the kernels do not compute: detach them")
+        raise ModeconnError(
+            f"the coefficients of {name} require a gradient, which the kernels do not compute: detach them"
+        )
     return Blended(blended.tensors, blended.coefficients.float().contiguous())
 
 
@@ -113,15 +142,23 @@ def check_layer(name: str, layer: PathLayer, depth: int, first: Blended | None =
     points = first.points if isinstance(first, Blended) else None
     weight = check_blended(f"{name}weight", layer.weight, None, points)
     if len(weight.shape) != 2 or weight.shape[1] != depth:
-        raise ModeconnError(f"{name}weight has shape {list(weight.shape)} at one point: expected [out, in] with in = {depth}")
-    bias = None if layer.bias is None else check_blended(f"{name}bias", layer.bias, (weight.shape[0],), weight.points)
+        raise ModeconnError(
+            f"{name}weight has shape {list(weight.shape)} at one point: expected [out, in] with in = {depth}"
+        )
+    bias = (
+        None
+        if layer.bias is None
+        else check_blended(f"{name}bias", layer.bias, (weight.shape[0],), weight.points)
+    )
     return PathLayer(weight, bias, layer.activation, layer.slope)
 
 
 def check_points(x: Samples, weight: Blended) -> int:
     """T, the same of an input and a weight."""
     if x.points not in (None, weight.points):
-        raise ModeconnError(f"x has {x.points} points and the weight {weight.points}: expected as many")
+        raise ModeconnError(
+            f"x has {x.points} points and the weight {weight.points}: expected as many"
+        )
     return weight.points
 
 
@@ -139,17 +176,33 @@ def check_same_device(**tensors: Tensor | None) -> None:
     """
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
-        raise ModeconnError(f"tensors are on several devices: {', '.join(f'{n} on {d}' for n, d in devices.items())}")
+        raise ModeconnError(
+            f"tensors are on several devices: {', '.join(f'{n} on {d}' for n, d in devices.items())}"
+        )
     name, device = next(iter(devices.items()))
     if device.type != ("cpu" if INTERPRETED else "cuda"):
-        where = "the CPU (TRITON_INTERPRET is set)" if INTERPRETED else "CUDA devices (on the CPU with TRITON_INTERPRET=1)"
+        where = (
+            "the CPU (TRITON_INTERPRET is set)"
+            if INTERPRETED
+            else "CUDA devices (on the CPU with TRITON_INTERPRET=1)"
+        )
         raise ModeconnError(f"{name} is on {device}: the kernels run on {where}")
 
 
 def check_targets(targets: Tensor, samples: int) -> Tensor:
     """Class labels [N], contiguous. Their values are not looked at: a label that is no class gives a loss of NaN."""
     integers = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
-    if not isinstance(targets, Tensor) or targets.shape != (samples,) or targets.dtype not in integers:
-        given = f"{list(targets.shape)} and dtype {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
-        raise ModeconnError(f"targets have shape {given}: expected integers [{samples}], one class per sample")
+    if (
+        not isinstance(targets, Tensor)
+        or targets.shape != (samples,)
+        or targets.dtype not in integers
+    ):
+        given = (
+            f"{list(targets.shape)} and dtype {targets.dtype}"
+            if isinstance(targets, Tensor)
+            else type(targets).__name__
+        )
+        raise ModeconnError(
+            f"targets have shape {given}: expected integers [{samples}], one class per sample"
+        )
     return targets.contiguous()

@@ -14,8 +14,8 @@ from modeconn.errors import ModeconnError
 class Blended:
     """K tensors of one shape and their coefficients at T points.
 
-    Coefficients that are 0 leave their tensor out, so that what is not finite in it does not matter, and a lone coefficient
-    of 1 keeps every bit.
+    Coefficients that are 0 leave their tensor out, so that what is not finite in it does not
+    matter, and a lone coefficient of 1 keeps every bit.
 
     Args:
         tensors: [K, …], the control points' weights, or shared values of the samples.
@@ -36,7 +36,9 @@ class Blended:
                 "[K, …]"
             )
         if coefficients.device != tensors.device:
-            raise ModeconnError(f"coefficients are on {coefficients.device}, tensors on {tensors.device}: expected one device")
+            raise ModeconnError(
+                f"coefficients are on {coefficients.device}, tensors on {tensors.device}: expected one device"
+            )
 
     @classmethod
     def fixed(cls, tensor: Tensor, points: int) -> Blended:

@@ -1,8 +1,9 @@
 """Gradients of the summed loss of a chain of layers, by recomputation: some points at a time are run again and differentiated.
 
-With z the logits of a sample and l its label, ∂loss/∂z_c = softmax(z)_c − [c = l]. For the greatest logit this is formed as
-−S / (1 + S) where it is the label's, S being the sum of the others' exp(z_c − z_max): the digits of a small loss are kept.
-A tile of rows passes over the classes twice, and the logits are replaced by their gradients.
+With z the logits of a sample and l its label, ∂loss/∂z_c = softmax(z)_c − [c = l]. For the greatest
+logit this is formed as −S / (1 + S) where it is the label's, S being the sum of the others' exp(z_c
+− z_max): the digits of a small loss are kept. A tile of rows passes over the classes twice, and the
+logits are replaced by their gradients.
 """
 
 from __future__ import annotations
@@ -28,9 +29,17 @@ RECOMPUTED_BYTES = 1 << 30
 
 @triton.jit
 def _logits_gradient_kernel(
-    z, targets, grad, rows, classes, row_tiles, z_point, z_row, ROWS: tl.constexpr,
+    z,
+    targets,
+    grad,
+    rows,
+    classes,
+    row_tiles,
+    z_point,
+    z_row,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):  # fmt: skip
+):
     pid = tl.program_id(0)
     t = (pid // row_tiles).to(tl.int64)
     row = pid % row_tiles * ROWS + tl.arange(0, ROWS)
@@ -39,8 +48,12 @@ def _logits_gradient_kernel(
     greatest, first, others, own = head_start(ROWS)
     for start in range(0, classes, COLUMNS):
         c = start + tl.arange(0, COLUMNS)
-        value = tl.load(places + c[None, :], mask=(row < rows)[:, None] & (c < classes)[None, :], other=0.0)
-        greatest, first, others, own = head_update(value, c, classes, label, greatest, first, others, own)
+        value = tl.load(
+            places + c[None, :], mask=(row < rows)[:, None] & (c < classes)[None, :], other=0.0
+        )
+        greatest, first, others, own = head_update(
+            value, c, classes, label, greatest, first, others, own
+        )
     scale = tl.load(grad + t)
     usual = tl.abs(greatest) < float("inf")
     for start in range(0, classes, COLUMNS):
@@ -51,7 +64,9 @@ def _logits_gradient_kernel(
         share = tl.where(c[None, :] == label[:, None], share - 1.0, share)
         confident = (c[None, :] == first[:, None]) & (first == label)[:, None]
         share = tl.where(confident, -(others / (1.0 + others))[:, None], share)
-        tl.store(places + c[None, :], scale * tl.where(usual[:, None], share, float("nan")), mask=mask)
+        tl.store(
+            places + c[None, :], scale * tl.where(usual[:, None], share, float("nan")), mask=mask
+        )
 
 
 def logits_to_gradient(z: Tensor, targets: Tensor, grad: Tensor) -> None:
@@ -63,13 +78,30 @@ def logits_to_gradient(z: Tensor, targets: Tensor, grad: Tensor) -> None:
     block = max(1, 4096 // columns)
     row_tiles = triton.cdiv(rows, block)
     launch(
-        _logits_gradient_kernel, points * row_tiles, z, z=z, targets=targets, grad=grad, rows=rows, classes=classes,
-        row_tiles=row_tiles, z_point=z.stride(0), z_row=z.stride(1), ROWS=block, COLUMNS=columns, num_warps=4,
-    )  # fmt: skip
+        _logits_gradient_kernel,
+        points * row_tiles,
+        z,
+        z=z,
+        targets=targets,
+        grad=grad,
+        rows=rows,
+        classes=classes,
+        row_tiles=row_tiles,
+        z_point=z.stride(0),
+        z_row=z.stride(1),
+        ROWS=block,
+        COLUMNS=columns,
+        num_warps=4,
+    )
 
 
 def chain_gradients(
-    x: Samples, layers: Sequence[PathLayer], targets: Tensor, grad: Tensor, options: Options, needs_x: bool
+    x: Samples,
+    layers: Sequence[PathLayer],
+    targets: Tensor,
+    grad: Tensor,
+    options: Options,
+    needs_x: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients of Σ_t grad[t] · (summed loss at t).
 
@@ -77,12 +109,20 @@ def chain_gradients(
         grad: [T].
 
     Returns:
-        That of x's values, if needed, and those of the layers' weights' and biases' tensors, None where none is needed.
+        That of x's values, if needed, and those of the layers' weights' and biases' tensors, None
+            where none is needed.
     """
     grad = grad.float()
     tensors = [blended.tensors for blended in _blended(layers)]
-    of_x = torch.zeros(x.values.shape, dtype=torch.float32, device=x.values.device) if needs_x else None
-    sums = [torch.zeros(v.shape, dtype=torch.float32, device=v.device) if v.requires_grad else None for v in tensors]
+    of_x = (
+        torch.zeros(x.values.shape, dtype=torch.float32, device=x.values.device)
+        if needs_x
+        else None
+    )
+    sums = [
+        torch.zeros(v.shape, dtype=torch.float32, device=v.device) if v.requires_grad else None
+        for v in tensors
+    ]
     widths = [x.shape[-1], *(layer.weight.shape[0] for layer in layers)]
     per_point = 3 * 4 * x.shape[0] * sum(padded(width) for width in widths)
     for part in chunks(len(grad), per_point, RECOMPUTED_BYTES):
@@ -92,10 +132,18 @@ def chain_gradients(
             if of_x is not None:
                 _add_given(dz, x, part, of_x, options)
             continue
-        leaf = (x.values[part] if x.per_point else x.values).detach().float().requires_grad_(needs_x)
+        leaf = (
+            (x.values[part] if x.per_point else x.values).detach().float().requires_grad_(needs_x)
+        )
         leaves = [v.detach().requires_grad_(v.requires_grad) for v in tensors]
         with torch.enable_grad():
-            z = _run(leaf if x.coefficients is None else Blended(leaf, x.coefficients[part]), layers, leaves, part, options)
+            z = _run(
+                leaf if x.coefficients is None else Blended(leaf, x.coefficients[part]),
+                layers,
+                leaves,
+                part,
+                options,
+            )
         dz = z.detach().contiguous().clone()
         logits_to_gradient(dz, targets, grad[part])
         wanted = [v for v in (leaf, *leaves) if v.requires_grad]
@@ -105,14 +153,20 @@ def chain_gradients(
         for total in sums:
             if total is not None:
                 total += next(found)
-    return None if of_x is None else of_x.to(x.values), [None if s is None else s.to(v) for s, v in zip(sums, tensors)]
+    return None if of_x is None else of_x.to(x.values), [
+        None if s is None else s.to(v) for s, v in zip(sums, tensors)
+    ]
 
 
 def _blended(layers: Sequence[PathLayer]) -> list[Blended]:
-    return [blended for layer in layers for blended in (layer.weight, layer.bias) if blended is not None]
+    return [
+        blended for layer in layers for blended in (layer.weight, layer.bias) if blended is not None
+    ]
 
 
-def _run(x: Any, layers: Sequence[PathLayer], leaves: list[Tensor], part: slice, options: Options) -> Tensor:
+def _run(
+    x: Any, layers: Sequence[PathLayer], leaves: list[Tensor], part: slice, options: Options
+) -> Tensor:
     """The logits of some points, by a layer at a time."""
     left = iter(leaves)
 
@@ -130,7 +184,11 @@ def _run(x: Any, layers: Sequence[PathLayer], leaves: list[Tensor], part: slice,
 def _given(x: Samples, part: slice, options: Options) -> Tensor:
     """Logits that are given, as a copy [t, N, C] in float32."""
     if x.coefficients is None:
-        return (x.values[part] if x.per_point else x.values[None]).float().clone(memory_format=torch.contiguous_format)
+        return (
+            (x.values[part] if x.per_point else x.values[None])
+            .float()
+            .clone(memory_format=torch.contiguous_format)
+        )
     z = torch.empty((part.stop - part.start, *x.shape), dtype=torch.float32, device=x.values.device)
     form(Blended(x.values, x.coefficients), part, z)
     return act(z, options.input_activation, options.input_slope)
@@ -141,11 +199,29 @@ def _add_given(dz: Tensor, x: Samples, part: slice, total: Tensor, options: Opti
     if x.coefficients is None:
         (total[part] if x.per_point else total[None]).add_(dz)
     else:
-        linear_gradients.add_shared(dz, x, part.start, total, options.input_activation, options.input_slope)
+        linear_gradients.add_shared(
+            dz, x, part.start, total, options.input_activation, options.input_slope
+        )
 
 
 def aot_cases() -> list[AotCase]:
     """The gradient of 1000 classes' logits."""
-    signature = {"z": "*fp32:16", "targets": "*i64:16", "grad": "*fp32", "z_point": "i32", "z_row": "i32"}
+    signature = {
+        "z": "*fp32:16",
+        "targets": "*i64:16",
+        "grad": "*fp32",
+        "z_point": "i32",
+        "z_row": "i32",
+    }
     signature |= dict.fromkeys(("rows", "classes", "row_tiles"), "i32")
-    return [AotCase("logits' gradient", _logits_gradient_kernel, signature, {"ROWS": 4, "COLUMNS": 1024}, 4, 3, False)]
+    return [
+        AotCase(
+            "logits' gradient",
+            _logits_gradient_kernel,
+            signature,
+            {"ROWS": 4, "COLUMNS": 1024},
+            4,
+            3,
+            False,
+        )
+    ]

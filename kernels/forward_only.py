@@ -16,4 +16,6 @@ def refuse_gradients(op: str, **tensors: Tensor | None) -> None:
     """
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ModeconnError(f"{name} requires a gradient, which {op} does not compute: detach it, or use {op}_reference")
+            raise ModeconnError(
+                f"{name} requires a gradient, which {op} does not compute: detach it, or use {op}_reference"
+            )

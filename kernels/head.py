@@ -1,12 +1,14 @@
 """The head on tiles of logits: cross-entropy, error and top-5 error, with one pass over the classes.
 
-A row's state is its greatest logit m and the class of it, the others' Σ exp(x_c − m), and the label's logit x_l:
+A row's state is its greatest logit m and the class of it, the others' Σ exp(x_c − m), and the
+label's logit x_l:
 
     loss = log1p(Σ_{c ≠ argmax} exp(x_c − m)) + (m − x_l)
 
-so that losses far below the rounding error of 1 keep their digits. The prediction is the first maximum, and NaN counts as the
-maximum. A top-5 error has at least five classes ranked above its label: greater, or equal with a smaller index.
-A greatest logit that is not finite gives NaN, a label at −inf infinity, a label that is no class NaN.
+so that losses far below the rounding error of 1 keep their digits. The prediction is the first
+maximum, and NaN counts as the maximum. A top-5 error has at least five classes ranked above its
+label: greater, or equal with a smaller index. A greatest logit that is not finite gives NaN, a
+label at −inf infinity, a label that is no class NaN.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ _NO_CLASS = tl.constexpr(2**31 - 1)
 
 def head_reference(logits: Tensor, targets: Tensor, top5: bool = False) -> Tensor:
     """Sums over samples of loss, errors, top-5 errors of logits [T, N, C], in their dtype [T, 3]; the loss differentiable."""
-    greatest, first = logits.detach().max(-1, keepdim=True)  # NaN is greatest, and the first of equals is taken
+    # NaN is greatest, and the first of equals is taken
+    greatest, first = logits.detach().max(-1, keepdim=True)
     own = logits.gather(-1, targets.expand(logits.shape[:-1])[..., None])
     classes = torch.arange(logits.shape[-1], device=logits.device)
     greatest = logits.gather(-1, first)
     others = (logits - greatest).exp().masked_fill(classes == first, 0)
-    loss = (others.sum(-1).log1p() + (greatest - own)[..., 0]).masked_fill(~greatest[..., 0].isfinite(), float("nan"))
+    loss = (others.sum(-1).log1p() + (greatest - own)[..., 0]).masked_fill(
+        ~greatest[..., 0].isfinite(), float("nan")
+    )
     above = (logits > own) | (logits.isnan() & ~own.isnan())
     above |= ((logits == own) | (logits.isnan() & own.isnan())) & (classes < targets[:, None])
     ranked = above.sum(-1) >= 5 if top5 else torch.zeros_like(loss)
@@ -46,7 +51,12 @@ def log1p(s):
 def head_start(ROWS: tl.constexpr):
     """The state before any class: greatest logit, its class, the sum of the others, the label's logit."""
     lowest = tl.full((ROWS,), float("-inf"), tl.float32)
-    return lowest, tl.zeros((ROWS,), tl.int32), tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), float("nan"), tl.float32)
+    return (
+        lowest,
+        tl.zeros((ROWS,), tl.int32),
+        tl.zeros((ROWS,), tl.float32),
+        tl.full((ROWS,), float("nan"), tl.float32),
+    )
 
 
 @triton.jit
@@ -61,7 +71,8 @@ def head_update(z, c, classes, label, greatest, first, others, own):
     has_nan = first_nan < _NO_CLASS
     here = tl.where(has_nan, first_nan, tl.min(tl.where(z == top[:, None], c, _NO_CLASS), 1))
     top = tl.where(has_nan, float("nan"), top)
-    # Equal values are a difference of 0, infinite ones too: a tile of −inf may yet be followed by something finite.
+    # Equal values are a difference of 0, infinite ones too: a tile of −inf may yet be followed by
+    # something finite.
     power = tl.exp(tl.where(z == top[:, None], 0.0, z - top[:, None]))
     rest = tl.sum(tl.where(inside & (c != here[:, None]), power, 0.0), 1)
     better = (top > greatest) | (has_nan & (greatest == greatest))

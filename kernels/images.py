@@ -21,7 +21,11 @@ def channels_first(x: Tensor) -> Tensor:
 
 def checked_pair(op: str, name: str, value: Pair, least: int) -> Pair:
     """Two integers, each at least `least`."""
-    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(type(v) is int and v >= least for v in value)):
+    if not (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(type(v) is int and v >= least for v in value)
+    ):
         raise ModeconnError(f"{op}: {name} is {value!r}: expected two integers of at least {least}")
     return value[0], value[1]
 

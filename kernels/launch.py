@@ -16,23 +16,38 @@ try:
     import triton
     import triton.language as tl
 except ModuleNotFoundError as missing:
-    raise ModeconnError("the GPU kernels need Triton, which is not installed: pip install triton (Linux)") from missing
+    raise ModeconnError(
+        "the GPU kernels need Triton, which is not installed: pip install triton (Linux)"
+    ) from missing
 
 __all__ = [
-    "INTERPRETED", "PRECISIONS", "AotCase", "blackwell", "chunks", "dot_precision", "launch", "multiply", "padded", "tl",
-    "triton", "tuned",
-]  # fmt: skip
+    "INTERPRETED",
+    "PRECISIONS",
+    "AotCase",
+    "blackwell",
+    "chunks",
+    "dot_precision",
+    "launch",
+    "multiply",
+    "padded",
+    "tl",
+    "triton",
+    "tuned",
+]
 
-# Whether kernels run in Triton's interpreter, on the CPU: the environment said so when Triton was first imported.
+# Whether kernels run in Triton's interpreter, on the CPU: the environment said so when Triton was
+# first imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# What stands behind a precision's name in tl.dot. Three tf32 products carry 21 bits of each operand, so their error stays
-# below that of adding up more than about fifty products in float32, at 2.5 times the rate of the CUDA cores; "ieee" is
-# exact products on CUDA cores. Which is right for "float32" is the one choice that a GPU can still overrule.
+# What stands behind a precision's name in tl.dot. Three tf32 products carry 21 bits of each
+# operand, so their error stays below that of adding up more than about fifty products in float32,
+# at 2.5 times the rate of the CUDA cores; "ieee" is exact products on CUDA cores. Which is right
+# for "float32" is the one choice that a GPU can still overrule.
 PRECISIONS = {"float32": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
 
 if INTERPRETED:
-    # Twice as fast without the search for integer overflow, and NumPy's warnings are about values that may be infinite.
+    # Twice as fast without the search for integer overflow, and NumPy's warnings are about values
+    # that may be infinite.
     import numpy as np
     from triton.runtime import interpreter
 
@@ -48,7 +63,8 @@ class AotCase:
     Attributes:
         name: what it is, for people.
         kernel: the jitted function.
-        signature: the Triton type of each argument at run time, ":16" behind it where it is divisible by 16.
+        signature: the Triton type of each argument at run time, ":16" behind it where it is
+            divisible by 16.
         constexprs: the others.
         tensor_cores: whether the machine code must use them.
         archs: those that it is the default of, as compute capabilities.
@@ -88,7 +104,12 @@ def dot_precision(precision: str) -> str:
 
 
 def launch(
-    kernel: Any, programs: int | Callable[[dict[str, Any]], int], on: Tensor, /, *arguments: Any, **options: Any
+    kernel: Any,
+    programs: int | Callable[[dict[str, Any]], int],
+    on: Tensor,
+    /,
+    *arguments: Any,
+    **options: Any,
 ) -> None:
     """Start a kernel on the device of a tensor.
 
@@ -96,7 +117,10 @@ def launch(
         programs: how many, at least one; or a function of the configuration.
     """
     grid = (lambda meta: (programs(meta),)) if callable(programs) else (programs,)
-    with torch.cuda.device_of(on), np.errstate(all="ignore") if INTERPRETED else contextlib.nullcontext():
+    with (
+        torch.cuda.device_of(on),
+        np.errstate(all="ignore") if INTERPRETED else contextlib.nullcontext(),
+    ):
         kernel[grid](*arguments, **options)
 
 
@@ -108,9 +132,12 @@ def blackwell(device: torch.device) -> bool:
 def tuned(configs: list[Any], key: list[str]) -> Callable[[Any], Any]:
     """Chooses among a kernel's few configurations by measuring on the GPU, once per key; the first without one.
 
-    They differ in nothing that changes the order of a sum, so the choice changes no bit of the result.
+    They differ in nothing that changes the order of a sum, so the choice changes no bit of the
+    result.
     """
-    return lambda kernel: kernel if INTERPRETED else triton.autotune(configs, key=key, cache_results=True)(kernel)
+    return lambda kernel: (
+        kernel if INTERPRETED else triton.autotune(configs, key=key, cache_results=True)(kernel)
+    )
 
 
 def padded(width: int, multiple: int = 16) -> int:

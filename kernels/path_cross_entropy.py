@@ -1,14 +1,17 @@
 """The last layer and the loss at many points, summed over the samples: no [T, N, classes] array is stored.
 
-    z[t, n] = x[t, n] W(t)ᵀ + b(t), or the logits as they are given;   sums over n of loss, errors, top-5 errors (head.py)
+    z[t, n] = x[t, n] W(t)ᵀ + b(t), or the logits as they are given;   sums over n of loss, errors,
+    top-5 errors (head.py)
 
-Floor: 2 T N depth classes operations, x read once (per point, or once in all), 24 bytes written per point and row tile. With
-few classes it is bound by reading x (predicted, as for path_linear.py); with a vocabulary by the products.
+Floor: 2 T N depth classes operations, x read once (per point, or once in all), 24 bytes written per
+point and row tile. With few classes it is bound by reading x (predicted, as for path_linear.py);
+with a vocabulary by the products.
 
-Layout: a program takes a tile of rows of one point through all tiles of classes, keeping one state per row. Programs are
-ordered as in path_linear.py, and the weights formed or blended by the same choice. Ranks need the label's logit first, so for
-top-5 errors of more classes than fit one tile the logits are made twice. Each program writes its sums; they are added in
-float64 in a fixed order. The gradient makes the logits of some points again (chain_gradients.py).
+Layout: a program takes a tile of rows of one point through all tiles of classes, keeping one state
+per row. Programs are ordered as in path_linear.py, and the weights formed or blended by the same
+choice. Ranks need the label's logit first, so for top-5 errors of more classes than fit one tile
+the logits are made twice. Each program writes its sums; they are added in float64 in a fixed order.
+The gradient makes the logits of some points again (chain_gradients.py).
 """
 
 from __future__ import annotations
@@ -33,8 +36,24 @@ from modeconn.kernels.blended import Blended
 from modeconn.kernels.chain_gradients import chain_gradients
 from modeconn.kernels.form import formed
 from modeconn.kernels.head import head_rank, head_reference, head_start, head_store, head_update
-from modeconn.kernels.launch import PRECISIONS, AotCase, blackwell, chunks, dot_precision, launch, padded, tl, triton
-from modeconn.kernels.path_linear import BLOCK_K, FORMED_BYTES, Options, blends_in_prologue, path_linear_reference
+from modeconn.kernels.launch import (
+    PRECISIONS,
+    AotCase,
+    blackwell,
+    chunks,
+    dot_precision,
+    launch,
+    padded,
+    tl,
+    triton,
+)
+from modeconn.kernels.path_linear import (
+    BLOCK_K,
+    FORMED_BYTES,
+    Options,
+    blends_in_prologue,
+    path_linear_reference,
+)
 from modeconn.kernels.tiles import (
     aligned,
     aot_arguments,
@@ -61,7 +80,9 @@ def path_cross_entropy_reference(
 ) -> Tensor:
     """`path_cross_entropy` in plain PyTorch, in any dtype and differentiable: what the kernel is judged by."""
     if weight is not None:
-        z = path_linear_reference(x, weight, bias, input_activation=input_activation, input_slope=input_slope)
+        z = path_linear_reference(
+            x, weight, bias, input_activation=input_activation, input_slope=input_slope
+        )
     elif isinstance(x, Blended):
         z = act(x.formed(), input_activation, input_slope)
     else:
@@ -71,36 +92,135 @@ def path_cross_entropy_reference(
 
 @triton.jit
 def _logits(
-    x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias, bias_coefficients, b_term,
-    b_unit, row, c, t, rows, units, depth, read_depth, input_slope, INPUT_ACTIVATION: tl.constexpr, X_TERMS: tl.constexpr,
-    X_PADDED: tl.constexpr, W_TERMS: tl.constexpr, B_TERMS: tl.constexpr, GIVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    x_coefficients,
+    x_stride,
+    x_row,
+    x_depth,
+    w,
+    w_coefficients,
+    w_stride,
+    w_unit,
+    w_depth,
+    bias,
+    bias_coefficients,
+    b_term,
+    b_unit,
+    row,
+    c,
+    t,
+    rows,
+    units,
+    depth,
+    read_depth,
+    input_slope,
+    INPUT_ACTIVATION: tl.constexpr,
+    X_TERMS: tl.constexpr,
+    X_PADDED: tl.constexpr,
+    W_TERMS: tl.constexpr,
+    B_TERMS: tl.constexpr,
+    GIVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     if GIVEN:
         x_rows = x + row.to(tl.int64)[:, None] * x_row
         if X_TERMS == 0:
             x_rows += t.to(tl.int64) * x_stride
         z = load_samples(
-            x_rows, x_coefficients, x_stride, x_depth, row, c, t, rows, depth, read_depth, INPUT_ACTIVATION, input_slope,
-            X_TERMS, X_PADDED,
-        ).to(tl.float32)  # fmt: skip
+            x_rows,
+            x_coefficients,
+            x_stride,
+            x_depth,
+            row,
+            c,
+            t,
+            rows,
+            depth,
+            read_depth,
+            INPUT_ACTIVATION,
+            input_slope,
+            X_TERMS,
+            X_PADDED,
+        ).to(tl.float32)
     else:
         z = linear_tile(
-            x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias, bias_coefficients,
-            b_term, b_unit, row, c, t, rows, units, depth, read_depth, input_slope, INPUT_ACTIVATION, X_TERMS, X_PADDED,
-            W_TERMS, B_TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+            x,
+            x_coefficients,
+            x_stride,
+            x_row,
+            x_depth,
+            w,
+            w_coefficients,
+            w_stride,
+            w_unit,
+            w_depth,
+            bias,
+            bias_coefficients,
+            b_term,
+            b_unit,
+            row,
+            c,
+            t,
+            rows,
+            units,
+            depth,
+            read_depth,
+            input_slope,
+            INPUT_ACTIVATION,
+            X_TERMS,
+            X_PADDED,
+            W_TERMS,
+            B_TERMS,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
     return z
 
 
 @triton.jit
 def _cross_entropy_kernel(
-    x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias, bias_coefficients, b_term,
-    b_unit, targets, sums, points, rows, units, depth, read_depth, row_tiles, group_rows, input_slope,
-    INPUT_ACTIVATION: tl.constexpr, X_TERMS: tl.constexpr, X_PADDED: tl.constexpr, W_TERMS: tl.constexpr, B_TERMS: tl.constexpr,
-    GIVEN: tl.constexpr, TOP5: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    x_coefficients,
+    x_stride,
+    x_row,
+    x_depth,
+    w,
+    w_coefficients,
+    w_stride,
+    w_unit,
+    w_depth,
+    bias,
+    bias_coefficients,
+    b_term,
+    b_unit,
+    targets,
+    sums,
+    points,
+    rows,
+    units,
+    depth,
+    read_depth,
+    row_tiles,
+    group_rows,
+    input_slope,
+    INPUT_ACTIVATION: tl.constexpr,
+    X_TERMS: tl.constexpr,
+    X_PADDED: tl.constexpr,
+    W_TERMS: tl.constexpr,
+    B_TERMS: tl.constexpr,
+    GIVEN: tl.constexpr,
+    TOP5: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     t, row_tile, _ = tile_of_program(points, rows, 1, group_rows, BLOCK_M)
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     label = tl.load(targets + row, mask=row < rows, other=0).to(tl.int32)
@@ -109,28 +229,117 @@ def _cross_entropy_kernel(
     rank = tl.zeros((BLOCK_M,), tl.int32)
     if ONE_TILE:
         z = _logits(
-            x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias, bias_coefficients,
-            b_term, b_unit, row, c, t, rows, units, depth, read_depth, input_slope, INPUT_ACTIVATION, X_TERMS, X_PADDED,
-            W_TERMS, B_TERMS, GIVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+            x,
+            x_coefficients,
+            x_stride,
+            x_row,
+            x_depth,
+            w,
+            w_coefficients,
+            w_stride,
+            w_unit,
+            w_depth,
+            bias,
+            bias_coefficients,
+            b_term,
+            b_unit,
+            row,
+            c,
+            t,
+            rows,
+            units,
+            depth,
+            read_depth,
+            input_slope,
+            INPUT_ACTIVATION,
+            X_TERMS,
+            X_PADDED,
+            W_TERMS,
+            B_TERMS,
+            GIVEN,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
         greatest, first, others, own = head_update(z, c, units, label, greatest, first, others, own)
         if TOP5:
             rank += head_rank(z, c, units, label, own)
     else:
         for start in range(0, units, BLOCK_N):
             z = _logits(
-                x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias,
-                bias_coefficients, b_term, b_unit, row, start + c, t, rows, units, depth, read_depth, input_slope,
-                INPUT_ACTIVATION, X_TERMS, X_PADDED, W_TERMS, B_TERMS, GIVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            greatest, first, others, own = head_update(z, start + c, units, label, greatest, first, others, own)
+                x,
+                x_coefficients,
+                x_stride,
+                x_row,
+                x_depth,
+                w,
+                w_coefficients,
+                w_stride,
+                w_unit,
+                w_depth,
+                bias,
+                bias_coefficients,
+                b_term,
+                b_unit,
+                row,
+                start + c,
+                t,
+                rows,
+                units,
+                depth,
+                read_depth,
+                input_slope,
+                INPUT_ACTIVATION,
+                X_TERMS,
+                X_PADDED,
+                W_TERMS,
+                B_TERMS,
+                GIVEN,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+            greatest, first, others, own = head_update(
+                z, start + c, units, label, greatest, first, others, own
+            )
         if TOP5:
             for start in range(0, units, BLOCK_N):
                 z = _logits(
-                    x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias,
-                    bias_coefficients, b_term, b_unit, row, start + c, t, rows, units, depth, read_depth, input_slope,
-                    INPUT_ACTIVATION, X_TERMS, X_PADDED, W_TERMS, B_TERMS, GIVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
+                    x,
+                    x_coefficients,
+                    x_stride,
+                    x_row,
+                    x_depth,
+                    w,
+                    w_coefficients,
+                    w_stride,
+                    w_unit,
+                    w_depth,
+                    bias,
+                    bias_coefficients,
+                    b_term,
+                    b_unit,
+                    row,
+                    start + c,
+                    t,
+                    rows,
+                    units,
+                    depth,
+                    read_depth,
+                    input_slope,
+                    INPUT_ACTIVATION,
+                    X_TERMS,
+                    X_PADDED,
+                    W_TERMS,
+                    B_TERMS,
+                    GIVEN,
+                    PRECISION,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                )
                 rank += head_rank(z, start + c, units, label, own)
     place = sums + (t.to(tl.int64) * row_tiles + row_tile) * 3
     head_store(place, row, rows, label, greatest, first, others, own, rank, TOP5)
@@ -140,22 +349,30 @@ def blocks(classes: int, given: bool) -> triton.Config:
     """The configuration: all classes in one tile where registers hold it, else tiles of 128."""
     if given:
         columns = min(1024, triton.next_power_of_2(max(16, classes)))
-        return triton.Config({"BLOCK_M": max(1, 4096 // columns), "BLOCK_N": columns}, num_warps=4, num_stages=2)
+        return triton.Config(
+            {"BLOCK_M": max(1, 4096 // columns), "BLOCK_N": columns}, num_warps=4, num_stages=2
+        )
     columns = min(128, triton.next_power_of_2(max(32, classes)))
-    return triton.Config({"BLOCK_M": 64, "BLOCK_N": columns}, num_warps=8, num_stages=3)  # four warps spill on sm_80
+    # four warps spill on sm_80
+    return triton.Config({"BLOCK_M": 64, "BLOCK_N": columns}, num_warps=8, num_stages=3)
 
 
-def _in_one_tile(config: triton.Config, classes: int, given: bool, top5: bool, device: torch.device) -> bool:
+def _in_one_tile(
+    config: triton.Config, classes: int, given: bool, top5: bool, device: torch.device
+) -> bool:
     """Whether the logits are made once, in a single tile; otherwise tile by tile, and once more for the top five.
 
-    One tile of a product is worth it for the top five alone, and does not compile for Blackwell (Triton 3.7).
+    One tile of a product is worth it for the top five alone, and does not compile for Blackwell
+    (Triton 3.7).
     """
     if classes > config.kwargs["BLOCK_N"]:
         return False
     return given or (top5 and not blackwell(device))
 
 
-def _sums(x: Samples, layer: PathLayer | None, targets: Tensor, points: int, top5: bool, options: Options) -> Tensor:
+def _sums(
+    x: Samples, layer: PathLayer | None, targets: Tensor, points: int, top5: bool, options: Options
+) -> Tensor:
     rows, classes = x.shape[0], x.shape[1] if layer is None else layer.weight.shape[0]
     if points == 0 or rows == 0:
         return torch.zeros((points, 3), dtype=torch.float64, device=x.values.device)
@@ -163,28 +380,52 @@ def _sums(x: Samples, layer: PathLayer | None, targets: Tensor, points: int, top
     row_tiles = triton.cdiv(rows, config.kwargs["BLOCK_M"])
     sums = torch.empty((points, row_tiles, 3), dtype=torch.float64, device=x.values.device)
     x = aligned(x)
-    common = {"targets": targets, "units": classes, "row_tiles": row_tiles, "group_rows": rows_of_a_group(x), "TOP5": top5}
-    common |= {"input_slope": options.input_slope, "INPUT_ACTIVATION": options.input_activation, "GIVEN": layer is None}
-    common |= {"PRECISION": dot_precision(options.precision), "BLOCK_K": BLOCK_K, **config.all_kwargs()}
+    common = {
+        "targets": targets,
+        "units": classes,
+        "row_tiles": row_tiles,
+        "group_rows": rows_of_a_group(x),
+        "TOP5": top5,
+    }
+    common |= {
+        "input_slope": options.input_slope,
+        "INPUT_ACTIVATION": options.input_activation,
+        "GIVEN": layer is None,
+    }
+    common |= {
+        "PRECISION": dot_precision(options.precision),
+        "BLOCK_K": BLOCK_K,
+        **config.all_kwargs(),
+    }
     common["ONE_TILE"] = _in_one_tile(config, classes, layer is None, top5, x.values.device)
 
     def run(part: slice, weights: dict[str, Any]) -> None:
         count = part.stop - part.start
         launch(
-            _cross_entropy_kernel, count * row_tiles, sums, **samples_arguments(x, part.start), **weights, sums=sums[part],
-            points=count, **common,
-        )  # fmt: skip
+            _cross_entropy_kernel,
+            count * row_tiles,
+            sums,
+            **samples_arguments(x, part.start),
+            **weights,
+            sums=sums[part],
+            points=count,
+            **common,
+        )
 
     everything = slice(0, points)
     if layer is None:
         nothing = dict.fromkeys(("w", "w_coefficients", "bias", "bias_coefficients"), x.values)
-        nothing |= dict.fromkeys(("w_stride", "w_unit", "w_depth", "b_term", "b_unit", "W_TERMS", "B_TERMS"), 0)
+        nothing |= dict.fromkeys(
+            ("w_stride", "w_unit", "w_depth", "b_term", "b_unit", "W_TERMS", "B_TERMS"), 0
+        )
         run(everything, nothing)
     elif blends_in_prologue(row_tiles, len(layer.weight.tensors)):
         run(everything, blended_arguments(layer.weight) | bias_arguments(layer.bias, layer.weight))
     else:
         dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-        for part in chunks(points, padded(layer.weight.shape.numel()) * dtype.itemsize, FORMED_BYTES):
+        for part in chunks(
+            points, padded(layer.weight.shape.numel()) * dtype.itemsize, FORMED_BYTES
+        ):
             weights = formed_arguments(formed(layer.weight, part, dtype))
             run(part, weights | bias_arguments(layer.bias, layer.weight, part.start))
     return sums.sum(1)
@@ -193,9 +434,17 @@ def _sums(x: Samples, layer: PathLayer | None, targets: Tensor, points: int, top
 class _PathCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, weights: Tensor | None, biases: Tensor | None, x: Samples, layer: PathLayer | None,
-        targets: Tensor, points: int, top5: bool, options: Options,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        values: Tensor,
+        weights: Tensor | None,
+        biases: Tensor | None,
+        x: Samples,
+        layer: PathLayer | None,
+        targets: Tensor,
+        points: int,
+        top5: bool,
+        options: Options,
+    ) -> Tensor:
         ctx.inputs = (x, [] if layer is None else [layer], targets, options)
         ctx.save_for_backward(values, weights, biases)
         return _sums(x, layer, targets, points, top5, options)
@@ -205,7 +454,9 @@ class _PathCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.saved_tensors  # raises if something was changed in place
         x, layers, targets, options = ctx.inputs
-        of_x, of_tensors = chain_gradients(x, layers, targets, grad[:, 0], options, ctx.needs_input_grad[0])
+        of_x, of_tensors = chain_gradients(
+            x, layers, targets, grad[:, 0], options, ctx.needs_input_grad[0]
+        )
         of_weight, of_bias = [*of_tensors, None, None][:2]
         return of_x, of_weight, of_bias, None, None, None, None, None, None
 
@@ -224,27 +475,34 @@ def path_cross_entropy(
     """Sums over the samples of cross-entropy, errors and top-5 errors at T points; the loss is differentiable.
 
     Args:
-        x: the last layer's input [N, in], [T, N, in], or a `Blended` of [J, N, in] of which `input_activation` is taken; with
-            weight=None the logits [N, classes] (one point), [T, N, classes] or a `Blended` of [J, N, classes].
-        weight, bias: [K, classes, in] and [K, classes] with their coefficients [T, K]; the bias may be None.
+        x: the last layer's input [N, in], [T, N, in], or a `Blended` of [J, N, in] of which
+            `input_activation` is taken; with weight=None the logits [N, classes] (one point), [T,
+            N, classes] or a `Blended` of [J, N, classes].
+        weight, bias: [K, classes, in] and [K, classes] with their coefficients [T, K]; the bias may
+            be None.
         targets: integers [N], each a class; another label gives a loss of NaN.
         input_slope: of leaky_relu as `input_activation`.
         top5: whether to count top-5 errors; else their column is 0.
         precision: "float32", "tf32" or "bf16" (operands of the products; sums are float32).
 
     Returns:
-        Float64 [T, 3]; gradients of its first column go to x and to the weight's and bias's tensors.
+        Float64 [T, 3]; gradients of its first column go to x and to the weight's and bias's
+            tensors.
 
     Raises:
         ModeconnError: shapes, dtypes, devices or names that do not fit.
     """
     samples = samples_of("x", x, 2, input_activation)
     targets = check_targets(targets, samples.shape[0])
-    options = Options(input_activation=input_activation, input_slope=input_slope, precision=precision)
+    options = Options(
+        input_activation=input_activation, input_slope=input_slope, precision=precision
+    )
     dot_precision(precision)
     if weight is None:
         if bias is not None:
-            raise ModeconnError("bias is given and weight is None: x holds the logits already, which take no bias")
+            raise ModeconnError(
+                "bias is given and weight is None: x holds the logits already, which take no bias"
+            )
         layer, points = None, 1 if samples.points is None else samples.points
         classes, tensors = samples.shape[1], (None, None)
     else:
@@ -254,7 +512,9 @@ def path_cross_entropy(
     if classes == 0:
         raise ModeconnError("there are 0 classes: expected one at least")
     check_same_device(x=samples.values, targets=targets, weight=tensors[0], bias=tensors[1])
-    return _PathCrossEntropy.apply(samples.values, *tensors, samples, layer, targets, points, top5, options)
+    return _PathCrossEntropy.apply(
+        samples.values, *tensors, samples, layer, targets, points, top5, options
+    )
 
 
 def aot_cases() -> list[AotCase]:
@@ -268,11 +528,22 @@ def aot_cases() -> list[AotCase]:
             for precision in PRECISIONS.values() if not given else ["tf32x3"]:
                 signature, constants = aot_arguments(precision, given)
                 constants |= {"GIVEN": given, "TOP5": classes > 10}
-                constants["ONE_TILE"] = _in_one_tile(config, classes, given, classes > 10, torch.device("cpu"))
+                constants["ONE_TILE"] = _in_one_tile(
+                    config, classes, given, classes > 10, torch.device("cpu")
+                )
                 if given:
                     constants |= {"W_TERMS": 0, "B_TERMS": 0}
                 what = f"path_cross_entropy {'of combined logits' if given else precision} {classes} classes"
                 how = constants | config.kwargs
                 launch_with = (config.num_warps, config.num_stages)
-                cases.append(AotCase(what, _cross_entropy_kernel, signature | common, how, *launch_with, not given))
+                cases.append(
+                    AotCase(
+                        what,
+                        _cross_entropy_kernel,
+                        signature | common,
+                        how,
+                        *launch_with,
+                        not given,
+                    )
+                )
     return cases

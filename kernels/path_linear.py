@@ -1,21 +1,25 @@
 """A linear layer at many points: y[t, n] = act(x[t, n] W(t)ᵀ + b(t)), with W(t) = Σ_k c[t, k] W_k.
 
-Floor of a layer of `depth` inputs and `units` outputs: 2 T N depth units operations; bytes: x once (per point, or once in all
-if it is shared), 4 T N units written, the K control points once. Predicted for H100/H200-class GPUs (no measurement yet):
-"float32" is bound by its three tf32 products (about 1/3 of 495 TFLOP/s), "tf32" by filling the tiles from L2 (128×128 tiles
-of float32 use each byte for 32 operations), "bf16" with values of float32 by the memory that [T, N, units] takes.
+Floor of a layer of `depth` inputs and `units` outputs: 2 T N depth units operations; bytes: x once
+(per point, or once in all if it is shared), 4 T N units written, the K control points once.
+Predicted for H100/H200-class GPUs (no measurement yet): "float32" is bound by its three tf32
+products (about 1/3 of 495 TFLOP/s), "tf32" by filling the tiles from L2 (128×128 tiles of float32
+use each byte for 32 operations), "bf16" with values of float32 by the memory that [T, N, units]
+takes.
 
 W(t) is never stored for all t. There are two ways, and `blends_in_prologue` chooses:
-  in the prologue  each tile of the K control points is read and combined right before its product, once per tile of rows;
-  formed           a small kernel writes W(t) for a chunk of points, padded to 16, that the product then reads.
+  in the prologue  each tile of the K control points is read and combined right before its product,
+  once per tile of rows; formed           a small kernel writes W(t) for a chunk of points, padded
+  to 16, that the product then reads.
 
-Layout: a program makes a tile [BLOCK_M rows, BLOCK_N units] of one point. Programs are ordered (group of rows, point, row
-tile, unit tile), unit tiles fastest. With one x per point all rows are one group: the tiles of one point follow each other
-and share its weights in L2. With a shared x a group's rows stay in L2 while all points pass. Every tile is as long as every
-other, so a persistent grid has nothing to balance. A `Blended` x, act(Σ_j c[t, j] v_j), is combined as it is read.
+Layout: a program makes a tile [BLOCK_M rows, BLOCK_N units] of one point. Programs are ordered
+(group of rows, point, row tile, unit tile), unit tiles fastest. With one x per point all rows are
+one group: the tiles of one point follow each other and share its weights in L2. With a shared x a
+group's rows stay in L2 while all points pass. Every tile is as long as every other, so a persistent
+grid has nothing to balance. A `Blended` x, act(Σ_j c[t, j] v_j), is combined as it is read.
 
-Rows of the output start on multiples of 16 values (a view of padded storage if units > 32): then the next layer reads
-16 bytes at a time, copied in the background.
+Rows of the output start on multiples of 16 values (a view of padded storage if units > 32): then
+the next layer reads 16 bytes at a time, copied in the background.
 """
 
 from __future__ import annotations
@@ -28,10 +32,27 @@ from torch import Tensor
 
 from modeconn.kernels import linear_gradients
 from modeconn.kernels.activations import act, activate, derivative_from_output
-from modeconn.kernels.arguments import PathLayer, Samples, check_layer, check_points, check_same_device, samples_of
+from modeconn.kernels.arguments import (
+    PathLayer,
+    Samples,
+    check_layer,
+    check_points,
+    check_same_device,
+    samples_of,
+)
 from modeconn.kernels.blended import Blended
 from modeconn.kernels.form import formed
-from modeconn.kernels.launch import PRECISIONS, AotCase, chunks, dot_precision, launch, padded, tl, triton, tuned
+from modeconn.kernels.launch import (
+    PRECISIONS,
+    AotCase,
+    chunks,
+    dot_precision,
+    launch,
+    padded,
+    tl,
+    triton,
+    tuned,
+)
 from modeconn.kernels.tiles import (
     aligned,
     aot_arguments,
@@ -87,31 +108,95 @@ def path_linear_reference(
 def blends_in_prologue(row_tiles: int, terms: int) -> bool:
     """Which of the two ways costs less.
 
-    Counted in reads of W from L2 per point, that and writing it to memory being about equal: blending reads K matrices per
-    row tile; forming reads K and writes one, of which each row tile then reads one.
+    Counted in reads of W from L2 per point, that and writing it to memory being about equal:
+    blending reads K matrices per row tile; forming reads K and writes one, of which each row tile
+    then reads one.
     """
     return row_tiles * terms <= terms + 1 + row_tiles
 
 
 @triton.jit
 def _jitted(
-    x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias, bias_coefficients, b_term,
-    b_unit, out, out_point, out_row, points, rows, units, depth, read_depth, out_units, group_rows, slope, input_slope,
-    ACTIVATION: tl.constexpr, INPUT_ACTIVATION: tl.constexpr, X_TERMS: tl.constexpr, X_PADDED: tl.constexpr,
-    W_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x,
+    x_coefficients,
+    x_stride,
+    x_row,
+    x_depth,
+    w,
+    w_coefficients,
+    w_stride,
+    w_unit,
+    w_depth,
+    bias,
+    bias_coefficients,
+    b_term,
+    b_unit,
+    out,
+    out_point,
+    out_row,
+    points,
+    rows,
+    units,
+    depth,
+    read_depth,
+    out_units,
+    group_rows,
+    slope,
+    input_slope,
+    ACTIVATION: tl.constexpr,
+    INPUT_ACTIVATION: tl.constexpr,
+    X_TERMS: tl.constexpr,
+    X_PADDED: tl.constexpr,
+    W_TERMS: tl.constexpr,
+    B_TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    t, row_tile, unit_tile = tile_of_program(points, rows, tl.cdiv(units, BLOCK_N), group_rows, BLOCK_M)
+):
+    t, row_tile, unit_tile = tile_of_program(
+        points, rows, tl.cdiv(units, BLOCK_N), group_rows, BLOCK_M
+    )
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     unit = unit_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     total = linear_tile(
-        x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias, bias_coefficients,
-        b_term, b_unit, row, unit, t, rows, units, depth, read_depth, input_slope, INPUT_ACTIVATION, X_TERMS, X_PADDED, W_TERMS,
-        B_TERMS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+        x,
+        x_coefficients,
+        x_stride,
+        x_row,
+        x_depth,
+        w,
+        w_coefficients,
+        w_stride,
+        w_unit,
+        w_depth,
+        bias,
+        bias_coefficients,
+        b_term,
+        b_unit,
+        row,
+        unit,
+        t,
+        rows,
+        units,
+        depth,
+        read_depth,
+        input_slope,
+        INPUT_ACTIVATION,
+        X_TERMS,
+        X_PADDED,
+        W_TERMS,
+        B_TERMS,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     y = activate(total, ACTIVATION, slope)
     target = out + t.to(tl.int64) * out_point + row.to(tl.int64)[:, None] * out_row + unit[None, :]
-    tl.store(target, y.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (unit < out_units)[None, :])
+    tl.store(
+        target, y.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (unit < out_units)[None, :]
+    )
 
 
 _linear_kernel = tuned(CONFIGS, key=["units", "depth", "X_TERMS", "W_TERMS", "PRECISION"])(_jitted)
@@ -124,16 +209,36 @@ def default_blocks(rows: int, units: int, dot: str) -> triton.Config:
     return MIDDLE if dot == "tf32x3" else LARGE
 
 
-def product(x: Samples, weight: Blended, bias: Blended | None, out: Tensor, options: Options, transposed: bool = False) -> None:
+def product(
+    x: Samples,
+    weight: Blended,
+    bias: Blended | None,
+    out: Tensor,
+    options: Options,
+    transposed: bool = False,
+) -> None:
     """Write act(x W(t)ᵀ + b(t)) of all points into out [T, N, units], of `new_rows`; transposed: act(x W(t) + b(t))."""
     points, rows, units = out.shape
     if out.numel() == 0:
         return
     x = aligned(x)
     blocks = default_blocks(rows, units, dot_precision(options.precision))
-    common = {"out_point": out.stride(0), "out_row": out.stride(1), "out_units": min(padded(units), out.stride(1))}
-    common |= {"units": units, "group_rows": rows_of_a_group(x), "slope": options.slope, "input_slope": options.input_slope}
-    common |= {"ACTIVATION": options.activation, "INPUT_ACTIVATION": options.input_activation, "BLOCK_K": BLOCK_K}
+    common = {
+        "out_point": out.stride(0),
+        "out_row": out.stride(1),
+        "out_units": min(padded(units), out.stride(1)),
+    }
+    common |= {
+        "units": units,
+        "group_rows": rows_of_a_group(x),
+        "slope": options.slope,
+        "input_slope": options.input_slope,
+    }
+    common |= {
+        "ACTIVATION": options.activation,
+        "INPUT_ACTIVATION": options.input_activation,
+        "BLOCK_K": BLOCK_K,
+    }
     common["PRECISION"] = dot_precision(options.precision)
     if not isinstance(_linear_kernel, triton.runtime.Autotuner):
         common |= blocks.all_kwargs()
@@ -141,12 +246,22 @@ def product(x: Samples, weight: Blended, bias: Blended | None, out: Tensor, opti
     def run(part: slice, weights: dict[str, Any]) -> None:
         count = part.stop - part.start
         launch(
-            _linear_kernel, lambda meta: count * triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(units, meta["BLOCK_N"]), out,
-            **samples_arguments(x, part.start), **weights, **bias_arguments(bias, weight, part.start), out=out[part],
-            points=count, **common,
-        )  # fmt: skip
+            _linear_kernel,
+            lambda meta: (
+                count * triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(units, meta["BLOCK_N"])
+            ),
+            out,
+            **samples_arguments(x, part.start),
+            **weights,
+            **bias_arguments(bias, weight, part.start),
+            out=out[part],
+            points=count,
+            **common,
+        )
 
-    if not transposed and blends_in_prologue(triton.cdiv(rows, blocks.kwargs["BLOCK_M"]), len(weight.tensors)):
+    if not transposed and blends_in_prologue(
+        triton.cdiv(rows, blocks.kwargs["BLOCK_M"]), len(weight.tensors)
+    ):
         run(slice(0, points), blended_arguments(weight))
         return
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
@@ -157,15 +272,23 @@ def product(x: Samples, weight: Blended, bias: Blended | None, out: Tensor, opti
 def new_rows(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Uninitialised [points, rows, width]; rows of more than 32 values start on multiples of 16."""
     points, rows, width = shape
-    return torch.empty((points, rows, padded(width) if width > 32 else width), dtype=dtype, device=like.device)[..., :width]
+    return torch.empty(
+        (points, rows, padded(width) if width > 32 else width), dtype=dtype, device=like.device
+    )[..., :width]
 
 
 class _PathLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, weights: Tensor, biases: Tensor | None, x: Samples, weight: Blended, bias: Blended | None,
+        ctx: Any,
+        values: Tensor,
+        weights: Tensor,
+        biases: Tensor | None,
+        x: Samples,
+        weight: Blended,
+        bias: Blended | None,
         options: Options,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         out = new_rows((weight.points, x.shape[0], weight.shape[0]), values, values.dtype)
         product(x, weight, bias, out, options)
         ctx.inputs, ctx.options = (x, weight, bias), options
@@ -178,18 +301,35 @@ class _PathLinear(torch.autograd.Function):
         _, _, _, y = ctx.saved_tensors  # raises if something was changed in place
         (x, weight, bias), options = ctx.inputs, ctx.options
         if grad.numel() == 0:
-            zeros = [torch.zeros_like(v) if need else None for v, need in zip(ctx.saved_tensors[:3], ctx.needs_input_grad)]
+            zeros = [
+                torch.zeros_like(v) if need else None
+                for v, need in zip(ctx.saved_tensors[:3], ctx.needs_input_grad)
+            ]
             return (*zeros, None, None, None, None)
         if not derivative_from_output(options.activation, options.slope):
             y = new_rows(grad.shape, grad)
             product(x, weight, bias, y, replace(options, activation="identity"))
-        g = linear_gradients.through_activation(grad, y, new_rows(grad.shape, grad), options.activation, options.slope)
+        g = linear_gradients.through_activation(
+            grad, y, new_rows(grad.shape, grad), options.activation, options.slope
+        )
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         how = (options.input_activation, options.input_slope)
         of_x = _input_gradient(g, x, weight, options).to(x.values) if needs_x else None
-        of_weight = linear_gradients.weight_gradient(g, x, weight, options.precision, *how) if needs_weight else None
+        of_weight = (
+            linear_gradients.weight_gradient(g, x, weight, options.precision, *how)
+            if needs_weight
+            else None
+        )
         of_bias = linear_gradients.bias_gradient(g, bias).to(bias.tensors) if needs_bias else None
-        return of_x, None if of_weight is None else of_weight.to(weight.tensors), of_bias, None, None, None, None
+        return (
+            of_x,
+            None if of_weight is None else of_weight.to(weight.tensors),
+            of_bias,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _input_gradient(g: Tensor, x: Samples, weight: Blended, options: Options) -> Tensor:
@@ -203,7 +343,9 @@ def _input_gradient(g: Tensor, x: Samples, weight: Blended, options: Options) ->
         out = new_rows((part.stop - part.start, *x.shape), g)
         at = Blended(weight.tensors, weight.coefficients[part])
         product(samples_of("g", g[part], 2), at, None, out, plain, transposed=True)
-        linear_gradients.add_shared(out, x, part.start, total, options.input_activation, options.input_slope)
+        linear_gradients.add_shared(
+            out, x, part.start, total, options.input_activation, options.input_slope
+        )
     return total
 
 
@@ -221,7 +363,8 @@ def path_linear(
     """A linear layer at the T points of its weight; differentiable in x, the weight's and the bias's tensors.
 
     Args:
-        x: [N, in], [T, N, in], or a `Blended` of J values [J, N, in], of which `input_activation` is taken.
+        x: [N, in], [T, N, in], or a `Blended` of J values [J, N, in], of which `input_activation`
+            is taken.
         weight, bias: [K, out, in] and [K, out] with their coefficients [T, K].
         activation, slope: taken of the result; the slope is that of leaky_relu.
         input_slope: the same for `input_activation`.
@@ -237,7 +380,9 @@ def path_linear(
     layer = check_layer("", PathLayer(weight, bias, activation, slope), samples.shape[1])
     check_points(samples, layer.weight)
     weight, bias = layer.weight, layer.bias
-    check_same_device(x=samples.values, weight=weight.tensors, bias=None if bias is None else bias.tensors)
+    check_same_device(
+        x=samples.values, weight=weight.tensors, bias=None if bias is None else bias.tensors
+    )
     dot_precision(precision)
     options = Options(activation, slope, input_activation, input_slope, precision)
     biases = None if bias is None else bias.tensors
@@ -257,7 +402,12 @@ def aot_cases() -> list[AotCase]:
                 signature |= dict.fromkeys(("out_point", "out_row", "out_units"), "i32:16")
                 constants |= {"ACTIVATION": "relu", **config.kwargs}
                 tile = f"{config.kwargs['BLOCK_M']}x{config.kwargs['BLOCK_N']}"
-                name, launch_with = f"path_linear {precision} {tile}", (config.num_warps, config.num_stages)
+                name, launch_with = (
+                    f"path_linear {precision} {tile}",
+                    (config.num_warps, config.num_stages),
+                )
                 name += " blended" if blends else ""
-                cases.append(AotCase(name, _jitted, signature, constants, *launch_with, precision != "ieee"))
+                cases.append(
+                    AotCase(name, _jitted, signature, constants, *launch_with, precision != "ieee")
+                )
     return cases

@@ -1,21 +1,24 @@
 """Norms at every point of a path: over the last axis, and over all but the channels.
 
-    layer norm   y = (x − mean) / √(var + eps) · w(t) + b(t)            mean and biased variance of the last axis
-    RMS norm     y = x / √(mean of x² + eps) · w(t)
-    batch norm   y = act((x − mean(t)) / √(var(t) + eps) · w(t) + b(t))   mean and biased variance of all but the channels
+    layer norm   y = (x − mean) / √(var + eps) · w(t) + b(t)            mean and biased variance of
+    the last axis RMS norm     y = x / √(mean of x² + eps) · w(t) batch norm   y = act((x − mean(t))
+    / √(var(t) + eps) · w(t) + b(t))   mean and biased variance of all but the channels
 
-Floor: some ten operations and 8 bytes a value, 4 of them written; a batch norm reads its values twice, 12 bytes; statistics
-alone read 4. Prediction: bound by memory on any GPU; 6·10¹¹ values a second at an H200's 4.8 TB/s. Weights are vectors,
-[T, width], formed beforehand: the values are N times as many.
+Floor: some ten operations and 8 bytes a value, 4 of them written; a batch norm reads its values
+twice, 12 bytes; statistics alone read 4. Prediction: bound by memory on any GPU; 6·10¹¹ values a
+second at an H200's 4.8 TB/s. Weights are vectors, [T, width], formed beforehand: the values are N
+times as many.
 
-Rows: a program normalises a block of whole rows of one point; a row longer than a block goes by in pieces and is read a second
-time, from the caches. The mean is two floats, so that one far from zero costs no digits. The programs of all points of a block
-of rows follow each other, so that rows that the points share come from memory once.
+Rows: a program normalises a block of whole rows of one point; a row longer than a block goes by in
+pieces and is read a second time, from the caches. The mean is two floats, so that one far from zero
+costs no digits. The programs of all points of a block of rows follow each other, so that rows that
+the points share come from memory once.
 
-Statistics: a program takes ROWS rows of a block of channels of one point and adds up, in float64, the values less the
-channel's first one, and their squares. A mean far from zero so costs no digits, and equal values have a variance of exactly
-0. The order of the sums is always the same, hence so are the bits. Datacenter GPUs have the float64 rate for it: three
-operations per 4 bytes.
+Statistics: a program takes ROWS rows of a block of channels of one point and adds up, in float64,
+the values less the channel's first one, and their squares. A mean far from zero so costs no digits,
+and equal values have a variance of exactly
+0. The order of the sums is always the same, hence so are the bits. Datacenter GPUs have the float64
+rate for it: three operations per 4 bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +31,12 @@ from torch.nn import functional as F
 
 from modeconn.errors import ModeconnError
 from modeconn.kernels.activations import act, activate
-from modeconn.kernels.arguments import check_activation, check_blended, check_same_device, samples_of
+from modeconn.kernels.arguments import (
+    check_activation,
+    check_blended,
+    check_same_device,
+    samples_of,
+)
 from modeconn.kernels.blended import Blended
 from modeconn.kernels.forward_only import refuse_gradients
 from modeconn.kernels.launch import AotCase, launch, tl, triton
@@ -43,9 +51,21 @@ CHANNELS = 64
 
 @triton.jit
 def _row_norm_kernel(
-    x, weight, bias, out, points, rows, width, x_stride, eps,
-    CENTRED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    out,
+    points,
+    rows,
+    width,
+    x_stride,
+    eps,
+    CENTRED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     t = (tl.program_id(0) % points).to(tl.int64)
     row = (tl.program_id(0) // points).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     source = x + t * x_stride + row * width
@@ -64,7 +84,9 @@ def _row_norm_kernel(
             delta = middle.to(tl.float64) + rest.to(tl.float64) - mean
             mean += delta * (count / (start + count))
             delta_32 = delta.to(tl.float32)
-            squares += tl.sum(off * off, 1) + delta_32 * delta_32 * (count * start / (start + count))
+            squares += tl.sum(off * off, 1) + delta_32 * delta_32 * (
+                count * start / (start + count)
+            )
         else:
             squares += tl.sum(value * value, 1)
     spread = 1.0 / tl.sqrt(squares / width + eps)
@@ -85,9 +107,21 @@ def _row_norm_kernel(
 
 @triton.jit
 def _sums_kernel(
-    x, sums, squares, rows, inner, channels, parts, x_point, x_sample, x_inner, x_channel,
-    ROWS: tl.constexpr, LANES: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x,
+    sums,
+    squares,
+    rows,
+    inner,
+    channels,
+    parts,
+    x_point,
+    x_sample,
+    x_inner,
+    x_channel,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     blocks = tl.cdiv(channels, BLOCK_C)
     channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(0) // blocks  # of all parts of all points
@@ -111,7 +145,17 @@ def _sums_kernel(
 
 @triton.jit
 def _affine_kernel(
-    x, mean, scale, shift, out, rows, channels, slope, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    mean,
+    scale,
+    shift,
+    out,
+    rows,
+    channels,
+    slope,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     blocks = tl.cdiv(channels, BLOCK_C)
     channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -124,12 +168,19 @@ def _affine_kernel(
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     middle = tl.load(mean + t * channels + channel, mask=kept, other=0.0)[None, :]
     by = tl.load(scale + t * channels + channel, mask=kept, other=0.0)[None, :]
-    value = (value - middle) * by + tl.load(shift + t * channels + channel, mask=kept, other=0.0)[None, :]
+    value = (value - middle) * by + tl.load(shift + t * channels + channel, mask=kept, other=0.0)[
+        None, :
+    ]
     tl.store(out + place, activate(value, ACTIVATION, slope).to(out.dtype.element_ty), mask=inside)
 
 
 def path_layer_norm(
-    x: Tensor, weight: Blended | None, bias: Blended | None = None, eps: float = 1e-5, *, shared: bool = False
+    x: Tensor,
+    weight: Blended | None,
+    bias: Blended | None = None,
+    eps: float = 1e-5,
+    *,
+    shared: bool = False,
 ) -> Tensor:
     """A layer norm over the last axis at T points.
 
@@ -146,12 +197,16 @@ def path_layer_norm(
     return _row_norm("path_layer_norm", x, weight, bias, eps, shared)
 
 
-def path_rms_norm(x: Tensor, weight: Blended | None, eps: float = 1e-6, *, shared: bool = False) -> Tensor:
+def path_rms_norm(
+    x: Tensor, weight: Blended | None, eps: float = 1e-6, *, shared: bool = False
+) -> Tensor:
     """A root-mean-square norm over the last axis at T points; arguments as of `path_layer_norm`."""
     return _row_norm("path_rms_norm", x, weight, None, eps, shared)
 
 
-def _row_norm(op: str, x: Tensor, weight: Blended | None, bias: Blended | None, eps: float, shared: bool) -> Tensor:
+def _row_norm(
+    op: str, x: Tensor, weight: Blended | None, bias: Blended | None, eps: float, shared: bool
+) -> Tensor:
     samples_of("x", x, x.dim())
     given = {"weight": weight, "bias": bias}
     moving = [blended for blended in given.values() if blended is not None]
@@ -163,18 +218,33 @@ def _row_norm(op: str, x: Tensor, weight: Blended | None, bias: Blended | None, 
     points = moving[0].points if shared else len(x)
     width = x.shape[-1]
     vectors = _vectors(op, given, (width,), points, x)
-    out = torch.empty((points, *(x.shape if shared else x.shape[1:])), dtype=x.dtype, device=x.device)
+    out = torch.empty(
+        (points, *(x.shape if shared else x.shape[1:])), dtype=x.dtype, device=x.device
+    )
     if out.numel():
         x = x.contiguous()
         rows = out.numel() // points // width
         piece = min(ELEMENTS, triton.next_power_of_2(width))
         block = ELEMENTS // piece
         launch(
-            _row_norm_kernel, points * triton.cdiv(rows, block), out, x=x, weight=out if vectors[0] is None else vectors[0],
-            bias=out if vectors[1] is None else vectors[1], out=out, points=points, rows=rows, width=width,
-            x_stride=0 if shared else x.stride(0), eps=eps, CENTRED=op == "path_layer_norm", HAS_WEIGHT=vectors[0] is not None,
-            HAS_BIAS=vectors[1] is not None, BLOCK_M=block, BLOCK_N=piece,
-        )  # fmt: skip
+            _row_norm_kernel,
+            points * triton.cdiv(rows, block),
+            out,
+            x=x,
+            weight=out if vectors[0] is None else vectors[0],
+            bias=out if vectors[1] is None else vectors[1],
+            out=out,
+            points=points,
+            rows=rows,
+            width=width,
+            x_stride=0 if shared else x.stride(0),
+            eps=eps,
+            CENTRED=op == "path_layer_norm",
+            HAS_WEIGHT=vectors[0] is not None,
+            HAS_BIAS=vectors[1] is not None,
+            BLOCK_M=block,
+            BLOCK_N=piece,
+        )
     return out
 
 
@@ -188,7 +258,8 @@ def path_batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         float64 [T, C] each; without values NaN, and with one value a variance of NaN.
 
     Raises:
-        ModeconnError: a dtype or device that the kernels do not take, or an x that needs a gradient.
+        ModeconnError: a dtype or device that the kernels do not take, or an x that needs a
+            gradient.
     """
     _check_channels("path_batch_statistics", x)
     mean, squares, count = _moments(x)
@@ -212,11 +283,12 @@ def path_batch_norm(
         activation, slope: taken of the result; the slope is that of leaky_relu.
 
     Returns:
-        [T, N, C, …] of x's dtype, channels last in memory; mean and unbiased variance, float64 [T, C].
+        [T, N, C, …] of x's dtype, channels last in memory; mean and unbiased variance, float64 [T,
+            C].
 
     Raises:
-        ModeconnError: shapes, dtypes or devices that do not fit, fewer than two values per channel, or a tensor that needs a
-            gradient.
+        ModeconnError: shapes, dtypes or devices that do not fit, fewer than two values per channel,
+            or a tensor that needs a gradient.
     """
     check_activation("activation", activation)
     _check_channels("path_batch_norm", x)
@@ -224,7 +296,9 @@ def path_batch_norm(
     vectors = _vectors("path_batch_norm", {"weight": weight, "bias": bias}, (channels,), points, x)
     mean, squares, count = _moments(x)
     if count < 2:
-        raise ModeconnError(f"path_batch_norm: x has shape {list(x.shape)}: expected at least two values per channel")
+        raise ModeconnError(
+            f"path_batch_norm: x has shape {list(x.shape)}: expected at least two values per channel"
+        )
     scale = (squares / count + eps).rsqrt() * (1.0 if vectors[0] is None else vectors[0])
     rounded = mean.float()
     shift = (rounded - mean) * scale + (0.0 if vectors[1] is None else vectors[1])
@@ -234,10 +308,21 @@ def path_batch_norm(
         block_c = min(CHANNELS, triton.next_power_of_2(channels))
         block_m = ELEMENTS // block_c
         launch(
-            _affine_kernel, points * triton.cdiv(count, block_m) * triton.cdiv(channels, block_c), out, x=source, mean=rounded,
-            scale=scale.float(), shift=shift.float(), out=out, rows=count, channels=channels, slope=slope,
-            ACTIVATION=activation, BLOCK_M=block_m, BLOCK_C=block_c,
-        )  # fmt: skip
+            _affine_kernel,
+            points * triton.cdiv(count, block_m) * triton.cdiv(channels, block_c),
+            out,
+            x=source,
+            mean=rounded,
+            scale=scale.float(),
+            shift=shift.float(),
+            out=out,
+            rows=count,
+            channels=channels,
+            slope=slope,
+            ACTIVATION=activation,
+            BLOCK_M=block_m,
+            BLOCK_C=block_c,
+        )
     return out.movedim(-1, 2), mean, squares / (count - 1)
 
 
@@ -251,9 +336,24 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, int]:
     if sums.numel():
         block_c = min(CHANNELS, triton.next_power_of_2(channels))
         launch(
-            _sums_kernel, points * parts * triton.cdiv(channels, block_c), flat, flat, sums, squares, rows, inner, channels,
-            parts, flat.stride(0), flat.stride(1), flat.stride(3), flat.stride(2), ROWS=ROWS, LANES=LANES, BLOCK_C=block_c,
-        )  # fmt: skip
+            _sums_kernel,
+            points * parts * triton.cdiv(channels, block_c),
+            flat,
+            flat,
+            sums,
+            squares,
+            rows,
+            inner,
+            channels,
+            parts,
+            flat.stride(0),
+            flat.stride(1),
+            flat.stride(3),
+            flat.stride(2),
+            ROWS=ROWS,
+            LANES=LANES,
+            BLOCK_C=block_c,
+        )
     off = sums.sum(1) / rows  # of the mean from the first value; NaN without values
     mean = flat[:, 0, :, 0] + off if rows else off
     return mean, (squares.sum(1) - rows * off * off).clamp(min=0), rows
@@ -267,26 +367,43 @@ def _check_channels(op: str, x: Tensor) -> None:
     refuse_gradients(op, x=x)
 
 
-def _vectors(op: str, given: dict[str, Blended | None], shape: tuple[int, ...], points: int, x: Tensor) -> list[Tensor | None]:
+def _vectors(
+    op: str, given: dict[str, Blended | None], shape: tuple[int, ...], points: int, x: Tensor
+) -> list[Tensor | None]:
     """The weight and the bias at all points, float32 [T, width], once everything is checked."""
-    checked = {name: None if b is None else check_blended(name, b, shape, points) for name, b in given.items()}
+    checked = {
+        name: None if b is None else check_blended(name, b, shape, points)
+        for name, b in given.items()
+    }
     tensors = {name: None if b is None else b.tensors for name, b in checked.items()}
     check_same_device(x=x, **tensors)
     refuse_gradients(op, x=x, **tensors)
-    return [None if b is None else Blended(b.tensors.float(), b.coefficients).formed() for b in checked.values()]
+    return [
+        None if b is None else Blended(b.tensors.float(), b.coefficients).formed()
+        for b in checked.values()
+    ]
 
 
 def path_layer_norm_reference(
-    x: Tensor, weight: Blended | None, bias: Blended | None = None, eps: float = 1e-5, *, shared: bool = False
+    x: Tensor,
+    weight: Blended | None,
+    bias: Blended | None = None,
+    eps: float = 1e-5,
+    *,
+    shared: bool = False,
 ) -> Tensor:
     """`path_layer_norm` in plain PyTorch, in any dtype and differentiable: what the kernel is judged by."""
     parts = _at_points(x, weight, bias, shared)
     return torch.stack([F.layer_norm(v, v.shape[-1:], w, b, eps) for v, w, b in parts])
 
 
-def path_rms_norm_reference(x: Tensor, weight: Blended | None, eps: float = 1e-6, *, shared: bool = False) -> Tensor:
+def path_rms_norm_reference(
+    x: Tensor, weight: Blended | None, eps: float = 1e-6, *, shared: bool = False
+) -> Tensor:
     """`path_rms_norm` in plain PyTorch."""
-    return torch.stack([F.rms_norm(v, v.shape[-1:], w, eps) for v, w, _ in _at_points(x, weight, None, shared)])
+    return torch.stack(
+        [F.rms_norm(v, v.shape[-1:], w, eps) for v, w, _ in _at_points(x, weight, None, shared)]
+    )
 
 
 def path_batch_statistics_reference(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,7 +422,10 @@ def path_batch_norm_reference(
     slope: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`path_batch_norm` in plain PyTorch."""
-    y = [F.batch_norm(v, None, None, w, b, training=True, eps=eps) for v, w, b in _at_points(x, weight, bias, False)]
+    y = [
+        F.batch_norm(v, None, None, w, b, training=True, eps=eps)
+        for v, w, b in _at_points(x, weight, bias, False)
+    ]
     return act(torch.stack(y), activation, slope), *path_batch_statistics_reference(x)
 
 
@@ -321,14 +441,27 @@ def _at_points(
 def aot_cases() -> list[AotCase]:
     """Rows of 768, in one piece, and of 8192, in two; statistics and batch norms of 64 channels."""
     vectors = ("weight", "bias", "mean", "scale", "shift", "x", "out")
-    sizes = ("points", "rows", "width", "x_stride", "inner", "channels", "parts", "x_point", "x_sample", "x_inner")
+    sizes = (
+        "points",
+        "rows",
+        "width",
+        "x_stride",
+        "inner",
+        "channels",
+        "parts",
+        "x_point",
+        "x_sample",
+        "x_inner",
+    )
     types = dict.fromkeys(vectors, "*fp32:16") | dict.fromkeys(sizes, "i32:16")
     types |= dict.fromkeys(("sums", "squares"), "*fp64:16")
     types |= {"eps": "fp32", "slope": "fp32", "points": "i32"}
 
     def case(name: str, kernel: Any, **constants: Any) -> AotCase:
         wanted = [argument for argument in kernel.arg_names if argument not in constants]
-        return AotCase(name, kernel, {argument: types[argument] for argument in wanted}, constants, 4, 3, False)
+        return AotCase(
+            name, kernel, {argument: types[argument] for argument in wanted}, constants, 4, 3, False
+        )
 
     rows = {"HAS_WEIGHT": True, "BLOCK_M": 4, "BLOCK_N": 1024}
     long = {"HAS_WEIGHT": True, "BLOCK_M": 1, "BLOCK_N": ELEMENTS}
@@ -336,6 +469,14 @@ def aot_cases() -> list[AotCase]:
         case("layer norm", _row_norm_kernel, CENTRED=True, HAS_BIAS=True, **rows),
         case("layer norm of long rows", _row_norm_kernel, CENTRED=True, HAS_BIAS=True, **long),
         case("RMS norm", _row_norm_kernel, CENTRED=False, HAS_BIAS=False, **rows),
-        case("batch statistics", _sums_kernel, x_channel=1, ROWS=ROWS, LANES=LANES, BLOCK_C=CHANNELS),
-        case("batch norm", _affine_kernel, ACTIVATION="relu", BLOCK_M=ELEMENTS // CHANNELS, BLOCK_C=CHANNELS),
+        case(
+            "batch statistics", _sums_kernel, x_channel=1, ROWS=ROWS, LANES=LANES, BLOCK_C=CHANNELS
+        ),
+        case(
+            "batch norm",
+            _affine_kernel,
+            ACTIVATION="relu",
+            BLOCK_M=ELEMENTS // CHANNELS,
+            BLOCK_C=CHANNELS,
+        ),
     ]

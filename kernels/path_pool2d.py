@@ -2,12 +2,13 @@
 
     out[t, n, c, i, j] = max or mean over (di, dj) of x[t, n, c, i·sh − ph + di, j·sw − pw + dj]
 
-Floor: every value is read once and every output written once, 4·(H·W + H'·W') bytes per channel of an image; one comparison
-or addition per tap. Windows that overlap meet in the caches. Prediction: bound by memory on any GPU; at an H200's 4.8 TB/s a
-2×2 pooling takes in 10¹² values a second.
+Floor: every value is read once and every output written once, 4·(H·W + H'·W') bytes per channel of
+an image; one comparison or addition per tap. Windows that overlap meet in the caches. Prediction:
+bound by memory on any GPU; at an H200's 4.8 TB/s a 2×2 pooling takes in 10¹² values a second.
 
-A program takes a block of output pixels, of any images and points, by a block of channels, which lie side by side. Padding
-never is the maximum and counts in the mean; NaN always is the maximum (PyTorch's defaults).
+A program takes a block of output pixels, of any images and points, by a block of channels, which
+lie side by side. Padding never is the maximum and counts in the mean; NaN always is the maximum
+(PyTorch's defaults).
 """
 
 from __future__ import annotations
@@ -29,10 +30,24 @@ CHANNELS = 64
 
 @triton.jit
 def _pool2d_kernel(
-    x, out, pixels, height, width, out_height, out_width, channels,
-    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    MAX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x,
+    out,
+    pixels,
+    height,
+    width,
+    out_height,
+    out_width,
+    channels,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    MAX: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     blocks = tl.cdiv(channels, BLOCK_C)
     pixel = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -48,7 +63,9 @@ def _pool2d_kernel(
             inside = (top + di >= 0) & (top + di < height) & (left + dj >= 0) & (left + dj < width)
             address = source + ((top + di) * width + left + dj) * channels
             value = tl.load(
-                address[:, None] + channel[None, :], mask=wanted & inside[:, None], other=float("-inf") if MAX else 0.0
+                address[:, None] + channel[None, :],
+                mask=wanted & inside[:, None],
+                other=float("-inf") if MAX else 0.0,
             )
             value = value.to(tl.float32)
             if MAX:
@@ -57,7 +74,11 @@ def _pool2d_kernel(
                 total += value
     if not MAX:
         total = total / (KH * KW)
-    tl.store(out + pixel[:, None] * channels + channel[None, :], total.to(out.dtype.element_ty), mask=wanted)
+    tl.store(
+        out + pixel[:, None] * channels + channel[None, :],
+        total.to(out.dtype.element_ty),
+        mask=wanted,
+    )
 
 
 def path_pool2d(x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair = (0, 0)) -> Tensor:
@@ -85,15 +106,30 @@ def path_pool2d(x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair 
         block_c = min(CHANNELS, triton.next_power_of_2(channels))
         block_p = ELEMENTS // block_c
         launch(
-            _pool2d_kernel, triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c), out, source, out, pixels,
-            *x.shape[3:], height, width, channels, *kernel, *stride, *padding, MAX=kind == "max", BLOCK_P=block_p,
+            _pool2d_kernel,
+            triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),
+            out,
+            source,
+            out,
+            pixels,
+            *x.shape[3:],
+            height,
+            width,
+            channels,
+            *kernel,
+            *stride,
+            *padding,
+            MAX=kind == "max",
+            BLOCK_P=block_p,
             BLOCK_C=block_c,
-        )  # fmt: skip
+        )
     pooled: Tensor = channels_first(out)
     return pooled
 
 
-def _checked(x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair) -> tuple[Pair, Pair, Pair]:
+def _checked(
+    x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair
+) -> tuple[Pair, Pair, Pair]:
     samples_of("x", x, 4)
     if x.dim() != 5:
         raise ModeconnError(f"path_pool2d: x has shape {list(x.shape)}: expected [T, N, C, H, W]")
@@ -105,11 +141,15 @@ def _checked(x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair) ->
     stride = checked_pair("path_pool2d", "stride", stride, 1)
     padding = checked_pair("path_pool2d", "padding", padding, 0)
     if any(2 * p > k for p, k in zip(padding, kernel)):
-        raise ModeconnError(f"path_pool2d: padding is {list(padding)}: expected at most half the kernel {list(kernel)}")
+        raise ModeconnError(
+            f"path_pool2d: padding is {list(padding)}: expected at most half the kernel {list(kernel)}"
+        )
     return kernel, stride, padding
 
 
-def path_pool2d_reference(x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair = (0, 0)) -> Tensor:
+def path_pool2d_reference(
+    x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair = (0, 0)
+) -> Tensor:
     """The same in plain PyTorch, in any dtype."""
     pool = F.max_pool2d if kind == "max" else F.avg_pool2d
     pooled: Tensor = pool(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2])
@@ -120,7 +160,25 @@ def aot_cases() -> list[AotCase]:
     """2×2 windows of 64 channels."""
     sizes = ("pixels", "height", "width", "out_height", "out_width", "channels")
     signature = {"x": "*fp32:16", "out": "*fp32:16", **dict.fromkeys(sizes, "i32:16")}
-    constants = {"KH": 2, "KW": 2, "SH": 2, "SW": 2, "PH": 0, "PW": 0, "BLOCK_P": ELEMENTS // CHANNELS, "BLOCK_C": CHANNELS}
+    constants = {
+        "KH": 2,
+        "KW": 2,
+        "SH": 2,
+        "SW": 2,
+        "PH": 0,
+        "PW": 0,
+        "BLOCK_P": ELEMENTS // CHANNELS,
+        "BLOCK_C": CHANNELS,
+    }
     return [
-        AotCase(f"{kind} pool", _pool2d_kernel, signature, {**constants, "MAX": kind == "max"}, 4, 3, False) for kind in KINDS
+        AotCase(
+            f"{kind} pool",
+            _pool2d_kernel,
+            signature,
+            {**constants, "MAX": kind == "max"},
+            4,
+            3,
+            False,
+        )
+        for kind in KINDS
     ]

@@ -50,14 +50,28 @@ def tile_of_program(points, rows, unit_tiles, group_rows, BLOCK_M: tl.constexpr)
 
 @triton.jit
 def load_samples(
-    x, x_coefficients, x_term, x_depth, row, k, t, rows, depth, read_depth, ACTIVATION: tl.constexpr, slope,
-    TERMS: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
+    x,
+    x_coefficients,
+    x_term,
+    x_depth,
+    row,
+    k,
+    t,
+    rows,
+    depth,
+    read_depth,
+    ACTIVATION: tl.constexpr,
+    slope,
+    TERMS: tl.constexpr,
+    PADDED: tl.constexpr,
+):
     """A tile [rows, k] of x; `x` points at its rows. What is read beyond the depth becomes 0."""
     mask = (row < rows)[:, None] & (k < read_depth)[None, :]
     pointers = x + k[None, :] * x_depth
     if TERMS > 0:
-        value = activate(blend(pointers, x_coefficients + t * TERMS, x_term, mask, TERMS), ACTIVATION, slope)
+        value = activate(
+            blend(pointers, x_coefficients + t * TERMS, x_term, mask, TERMS), ACTIVATION, slope
+        )
     else:
         value = tl.load(pointers, mask=mask, other=0.0)
     if PADDED:
@@ -66,7 +80,9 @@ def load_samples(
 
 
 @triton.jit
-def load_weight(w, w_coefficients, w_term, w_depth, unit, k, t, units, read_depth, TERMS: tl.constexpr):
+def load_weight(
+    w, w_coefficients, w_term, w_depth, unit, k, t, units, read_depth, TERMS: tl.constexpr
+):
     """A tile [k, units] of W(t)ᵀ; `w` points at its rows."""
     mask = (k < read_depth)[:, None] & (unit < units)[None, :]
     pointers = w + k[:, None] * w_depth
@@ -79,11 +95,38 @@ def load_weight(w, w_coefficients, w_term, w_depth, unit, k, t, units, read_dept
 
 @triton.jit
 def linear_tile(
-    x, x_coefficients, x_stride, x_row, x_depth, w, w_coefficients, w_stride, w_unit, w_depth, bias, bias_coefficients, b_term,
-    b_unit, row, unit, t, rows, units, depth, read_depth, input_slope, INPUT_ACTIVATION: tl.constexpr, X_TERMS: tl.constexpr,
-    X_PADDED: tl.constexpr, W_TERMS: tl.constexpr, B_TERMS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    x_coefficients,
+    x_stride,
+    x_row,
+    x_depth,
+    w,
+    w_coefficients,
+    w_stride,
+    w_unit,
+    w_depth,
+    bias,
+    bias_coefficients,
+    b_term,
+    b_unit,
+    row,
+    unit,
+    t,
+    rows,
+    units,
+    depth,
+    read_depth,
+    input_slope,
+    INPUT_ACTIVATION: tl.constexpr,
+    X_TERMS: tl.constexpr,
+    X_PADDED: tl.constexpr,
+    W_TERMS: tl.constexpr,
+    B_TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """A tile [rows, units] of x W(t)ᵀ + b(t) in float32. Strides: x_stride of the points, or of the terms if there are any."""
     x_rows = x + row.to(tl.int64)[:, None] * x_row
     if X_TERMS == 0:
@@ -95,14 +138,30 @@ def linear_tile(
     for start in range(0, depth, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         a = load_samples(
-            x_rows, x_coefficients, x_stride, x_depth, row, k, t, rows, depth, read_depth, INPUT_ACTIVATION, input_slope,
-            X_TERMS, X_PADDED,
-        )  # fmt: skip
-        b = load_weight(w_rows, w_coefficients, w_stride, w_depth, unit, k, t, units, read_depth, W_TERMS)
+            x_rows,
+            x_coefficients,
+            x_stride,
+            x_depth,
+            row,
+            k,
+            t,
+            rows,
+            depth,
+            read_depth,
+            INPUT_ACTIVATION,
+            input_slope,
+            X_TERMS,
+            X_PADDED,
+        )
+        b = load_weight(
+            w_rows, w_coefficients, w_stride, w_depth, unit, k, t, units, read_depth, W_TERMS
+        )
         total = multiply(a, b, total, PRECISION)
     if B_TERMS > 0:
         pointers = bias + unit * b_unit
-        total += blend(pointers, bias_coefficients + t * B_TERMS, b_term, unit < units, B_TERMS)[None, :]
+        total += blend(pointers, bias_coefficients + t * B_TERMS, b_term, unit < units, B_TERMS)[
+            None, :
+        ]
     return total
 
 
@@ -117,7 +176,8 @@ def aligned(x: Samples) -> Samples:
 def samples_arguments(x: Samples, begin: int = 0) -> dict[str, Any]:
     """An input [N, depth] as `linear_tile` takes it, from a point on.
 
-    Rows are read up to a multiple of 16 values, which copies 16 bytes at a time, where memory does not end before.
+    Rows are read up to a multiple of 16 values, which copies 16 bytes at a time, where memory does
+    not end before.
     """
     depth = x.shape[-1]
     read = padded(depth)
@@ -127,9 +187,15 @@ def samples_arguments(x: Samples, begin: int = 0) -> dict[str, Any]:
     return {
         "x": x.values[begin:] if x.per_point else x.values,
         "x_coefficients": x.values if x.coefficients is None else x.coefficients[begin:],
-        "x_stride": stride, "x_row": row, "x_depth": column, "X_TERMS": x.terms,
-        "rows": x.shape[0], "depth": depth, "read_depth": read, "X_PADDED": read > depth,
-    }  # fmt: skip
+        "x_stride": stride,
+        "x_row": row,
+        "x_depth": column,
+        "X_TERMS": x.terms,
+        "rows": x.shape[0],
+        "depth": depth,
+        "read_depth": read,
+        "X_PADDED": read > depth,
+    }
 
 
 def rows_of_a_group(x: Samples) -> int:
@@ -143,11 +209,20 @@ def rows_of_a_group(x: Samples) -> int:
 def bias_arguments(bias: Blended | None, weight: Blended, begin: int = 0) -> dict[str, Any]:
     """A bias [units], or none, as `linear_tile` takes it."""
     if bias is None:
-        return {"bias": weight.tensors, "bias_coefficients": weight.coefficients, "b_term": 0, "b_unit": 0, "B_TERMS": 0}
+        return {
+            "bias": weight.tensors,
+            "bias_coefficients": weight.coefficients,
+            "b_term": 0,
+            "b_unit": 0,
+            "B_TERMS": 0,
+        }
     return {
-        "bias": bias.tensors, "bias_coefficients": bias.coefficients[begin:], "b_term": bias.tensors.stride(0),
-        "b_unit": bias.tensors.stride(1), "B_TERMS": len(bias.tensors),
-    }  # fmt: skip
+        "bias": bias.tensors,
+        "bias_coefficients": bias.coefficients[begin:],
+        "b_term": bias.tensors.stride(0),
+        "b_unit": bias.tensors.stride(1),
+        "B_TERMS": len(bias.tensors),
+    }
 
 
 def blended_arguments(weight: Blended, begin: int = 0) -> dict[str, Any]:
@@ -155,7 +230,11 @@ def blended_arguments(weight: Blended, begin: int = 0) -> dict[str, Any]:
     tensors = weight.tensors
     if tensors.stride(2) != 1 or not (tensors.shape[2] % 16 == 0 and tensors.stride(1) % 16 == 0):
         tensors = F.pad(tensors, (0, padded(tensors.shape[2]) - tensors.shape[2])).contiguous()
-    return {**_strides(tensors), "w_coefficients": weight.coefficients[begin:], "W_TERMS": len(tensors)}
+    return {
+        **_strides(tensors),
+        "w_coefficients": weight.coefficients[begin:],
+        "W_TERMS": len(tensors),
+    }
 
 
 def formed_arguments(weights: Tensor) -> dict[str, Any]:
@@ -172,15 +251,36 @@ def _readable(values: Tensor, width: int) -> bool:
     if any(stride % 16 for stride in values.stride()[:-1]) or values.data_ptr() % 16:
         return False
     last = sum((size - 1) * stride for size, stride in zip(values.shape[:-1], values.stride()[:-1]))
-    return values.storage_offset() + last + width <= values.untyped_storage().nbytes() // values.element_size()
+    return (
+        values.storage_offset() + last + width
+        <= values.untyped_storage().nbytes() // values.element_size()
+    )
 
 
 def aot_arguments(precision: str, blends: bool) -> tuple[dict[str, str], dict[str, Any]]:
     """The signature and constants that `linear_tile` stands for: padded rows, two terms each where something is blended."""
     weights = "*bf16:16" if precision == "bf16" and not blends else "*fp32:16"
-    signature = {"x": "*fp32:16", "x_coefficients": "*fp32:16", "w": weights, "w_coefficients": "*fp32:16"}
-    signature |= {"bias": "*fp32:16", "bias_coefficients": "*fp32:16", "b_term": "i32", "depth": "i32", "input_slope": "fp32"}
+    signature = {
+        "x": "*fp32:16",
+        "x_coefficients": "*fp32:16",
+        "w": weights,
+        "w_coefficients": "*fp32:16",
+    }
+    signature |= {
+        "bias": "*fp32:16",
+        "bias_coefficients": "*fp32:16",
+        "b_term": "i32",
+        "depth": "i32",
+        "input_slope": "fp32",
+    }
     signature |= dict.fromkeys(("x_stride", "x_row", "w_stride", "w_unit", "read_depth"), "i32:16")
-    constants: dict[str, Any] = {"x_depth": 1, "w_depth": 1, "b_unit": 1, "B_TERMS": 2, "X_PADDED": True, "BLOCK_K": 32}
+    constants: dict[str, Any] = {
+        "x_depth": 1,
+        "w_depth": 1,
+        "b_unit": 1,
+        "B_TERMS": 2,
+        "X_PADDED": True,
+        "BLOCK_K": 32,
+    }
     constants |= {"X_TERMS": 2 * blends, "W_TERMS": 2 * blends, "PRECISION": precision}
     return signature, constants | {"INPUT_ACTIVATION": "relu" if blends else "identity"}

@@ -23,11 +23,12 @@ class Head:
     """Sums of per-sample numbers, in float64, so that results are exact means whatever the batches.
 
     Args:
-        loss: "cross_entropy" (class labels, per sample or per token or pixel; those that are -100 are left out, as in
-            PyTorch), "next_token" (the same for texts [N, length] whose labels are the texts themselves: the outputs at each
-            place are for the token after it), "mse", "bce" (logits), or a callable (outputs, targets) → losses [N].
-        metrics: "loss", "error", "top5_error", "perplexity" (exp of the mean loss), or callables (outputs, targets) → [N];
-            None for loss and, where the loss has one, error.
+        loss: "cross_entropy" (class labels, per sample or per token or pixel; those that are -100
+            are left out, as in PyTorch), "next_token" (the same for texts [N, length] whose labels
+            are the texts themselves: the outputs at each place are for the token after it), "mse",
+            "bce" (logits), or a callable (outputs, targets) → losses [N].
+        metrics: "loss", "error", "top5_error", "perplexity" (exp of the mean loss), or callables
+            (outputs, targets) → [N]; None for loss and, where the loss has one, error.
 
     Attributes:
         names: of the sums, in order.
@@ -35,7 +36,9 @@ class Head:
 
     def __init__(self, loss: str | PerSample, metrics: Sequence[str | PerSample] | None) -> None:
         if not callable(loss) and loss not in _LOSSES:
-            raise ModeconnError(f"loss is {loss!r}: expected one of {', '.join(_LOSSES)}, or a callable")
+            raise ModeconnError(
+                f"loss is {loss!r}: expected one of {', '.join(_LOSSES)}, or a callable"
+            )
         if metrics is None:
             metrics = ("loss", "error") if loss in (*_LABELLED, "bce") else ("loss",)
         if isinstance(metrics, str) or callable(metrics):
@@ -44,17 +47,27 @@ class Head:
         self.names: list[str] = []
         self._custom: dict[str, PerSample] = {}
         for metric in metrics:
-            name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+            name = (
+                metric
+                if isinstance(metric, str)
+                else getattr(metric, "__name__", type(metric).__name__)
+            )
             if isinstance(metric, str) and metric not in _METRICS:
-                raise ModeconnError(f"metric {metric!r} is unknown: expected one of {', '.join(_METRICS)}, or a callable")
+                raise ModeconnError(
+                    f"metric {metric!r} is unknown: expected one of {', '.join(_METRICS)}, or a callable"
+                )
             if metric in ("error", "top5_error") and loss == "mse":
-                raise ModeconnError(f'metric {metric!r} is for classes, and loss="mse" has none: ask for metrics=("loss",)')
+                raise ModeconnError(
+                    f'metric {metric!r} is for classes, and loss="mse" has none: ask for metrics=("loss",)'
+                )
             if metric == "perplexity" and loss not in _LABELLED:
                 raise ModeconnError(
                     f'metric "perplexity" is that of class labels: expected loss to be {" or ".join(_LABELLED)}'
                 )
             if metric == "top5_error" and loss == "bce":
-                raise ModeconnError('metric "top5_error" is for class labels, and loss="bce" has none')
+                raise ModeconnError(
+                    'metric "top5_error" is for class labels, and loss="bce" has none'
+                )
             if name in self.names:
                 raise ModeconnError(f"metric {name!r} is asked for twice")
             if callable(metric):
@@ -66,7 +79,11 @@ class Head:
     @property
     def fused(self) -> bool:
         """The same for a backend that has the sums of all losses of samples."""
-        return self.loss in ("cross_entropy", "mse", "bce") and not self._custom and "perplexity" not in self.names
+        return (
+            self.loss in ("cross_entropy", "mse", "bce")
+            and not self._custom
+            and "perplexity" not in self.names
+        )
 
     @property
     def builtin(self) -> bool:
@@ -89,7 +106,9 @@ class Head:
         Raises:
             ModeconnError: the targets do not fit the outputs.
         """
-        labelled = self.loss in _LABELLED or (callable(self.loss) and {"error", "top5_error"} & set(self.names))
+        labelled = self.loss in _LABELLED or (
+            callable(self.loss) and {"error", "top5_error"} & set(self.names)
+        )
         if callable(self.loss) and not labelled:
             return targets
         outputs = logits_of(outputs)
@@ -100,9 +119,16 @@ class Head:
             )
         if labelled:
             if "top5_error" in self.names and outputs.shape[-1] < 6:
-                raise ModeconnError(f'metric "top5_error" needs more than 5 classes, the model has {outputs.shape[-1]}')
-            return _next(outputs, targets) if self.loss == "next_token" else _labels(outputs, targets)
-        if not targets.is_floating_point() or targets.shape[1:].numel() != outputs.shape[1:].numel():
+                raise ModeconnError(
+                    f'metric "top5_error" needs more than 5 classes, the model has {outputs.shape[-1]}'
+                )
+            return (
+                _next(outputs, targets) if self.loss == "next_token" else _labels(outputs, targets)
+            )
+        if (
+            not targets.is_floating_point()
+            or targets.shape[1:].numel() != outputs.shape[1:].numel()
+        ):
             raise ModeconnError(
                 f"targets have shape {list(targets.shape)} and dtype {targets.dtype}: loss={self.loss!r} expects floating "
                 f"point of the outputs' shape {['N', *outputs.shape[1:]]}"
@@ -119,9 +145,15 @@ class Head:
         Args:
             targets: as `fit` returned them.
         """
-        labels = targets if targets.dim() == 1 or self.loss not in _LABELLED else targets[targets != IGNORED]
+        labels = (
+            targets
+            if targets.dim() == 1 or self.loss not in _LABELLED
+            else targets[targets != IGNORED]
+        )
         of = {name: len(targets) if name in self._custom else len(labels) for name in self.names}
-        return torch.tensor([of[name] for name in self.names], dtype=torch.float64, device=targets.device)
+        return torch.tensor(
+            [of[name] for name in self.names], dtype=torch.float64, device=targets.device
+        )
 
     def finish(self, means: np.ndarray) -> dict[str, np.ndarray]:
         """The results by name, from the means [points, len(names)]."""
@@ -133,9 +165,14 @@ class Head:
 
     def sums(self, outputs: Any, targets: Tensor) -> Tensor:
         """Sums over the samples of every metric, float64 [len(names)]; the perplexity's is that of the loss."""
-        values: dict[str, Tensor] = {name: custom(outputs, targets) for name, custom in self._custom.items()}
+        values: dict[str, Tensor] = {
+            name: custom(outputs, targets) for name, custom in self._custom.items()
+        }
         if self._custom or callable(self.loss):
-            checked = {**values, **({"loss": self.loss(outputs, targets)} if callable(self.loss) else {})}
+            checked = {
+                **values,
+                **({"loss": self.loss(outputs, targets)} if callable(self.loss) else {}),
+            }
             for name, value in checked.items():
                 _check_per_sample(name, value, len(targets))
             values = checked
@@ -194,7 +231,12 @@ def _class_axis(outputs: Tensor, labels: Tensor) -> int | None:
 
 def _next(outputs: Tensor, targets: Tensor) -> Tensor:
     """The labels of texts, [N, length - 1]: the tokens but the first."""
-    if outputs.dim() != 3 or targets.dim() != 2 or outputs.shape[1] != targets.shape[1] or targets.shape[1] < 2:
+    if (
+        outputs.dim() != 3
+        or targets.dim() != 2
+        or outputs.shape[1] != targets.shape[1]
+        or targets.shape[1] < 2
+    ):
         raise ModeconnError(
             f'outputs have shape {["N", *outputs.shape[1:]]} and targets {list(targets.shape)}: loss="next_token" needs '
             "[N, length, vocabulary] and [N, length], of two tokens at least"
@@ -231,13 +273,15 @@ def _labels(outputs: Tensor, targets: Tensor) -> Tensor:
 def _cross_entropy(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """-log softmax(logits)[label] and whether the label is not the first maximum, sharing the shifted logits.
 
-    The shift by the maximum keeps the loss of a confident network accurate: log(1 + tiny) is not formed from large numbers.
+    The shift by the maximum keeps the loss of a confident network accurate: log(1 + tiny) is not
+    formed from large numbers.
     """
     shifted = logits - logits.amax(1, keepdim=True)
     own = shifted.gather(1, labels[:, None]).squeeze(1)
     loss = shifted.exp().sum(1).log() - own
-    # argmax over a short axis is slow; with one maximum per sample the label is right where its shifted logit is zero.
-    # On a GPU it is not, and asking for the count would be to wait for the device.
+    # argmax over a short axis is slow; with one maximum per sample the label is right where its
+    # shifted logit is zero. On a GPU it is not, and asking for the count would be to wait for the
+    # device.
     if labels.device.type == "cpu" and int((shifted == 0).sum()) == len(labels):
         wrong = own != 0
     else:
@@ -255,7 +299,11 @@ def _top5_error(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _mse(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    return {"loss": (outputs - targets).square().flatten(1).mean(1) if outputs.dim() > 1 else (outputs - targets).square()}
+    return {
+        "loss": (outputs - targets).square().flatten(1).mean(1)
+        if outputs.dim() > 1
+        else (outputs - targets).square()
+    }
 
 
 def _bce(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:

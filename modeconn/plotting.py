@@ -29,7 +29,9 @@ def new_axes(surface: bool = False) -> Axes:
     try:
         import matplotlib.pyplot as pyplot
     except ImportError:
-        raise ModeconnError("plot() needs matplotlib, which is not installed: pip install matplotlib") from None
+        raise ModeconnError(
+            "plot() needs matplotlib, which is not installed: pip install matplotlib"
+        ) from None
     space = {"projection": "3d"} if surface else None
     return pyplot.subplots(figsize=(7.2, 4.4), layout="constrained", subplot_kw=space)[1]
 
@@ -46,9 +48,13 @@ def draw_curve(
     order = np.argsort(t, kind="stable")
     t, values = t[order], values[order]
     marker = "o" if len(t) <= FEW else ""
-    lines = ax.plot(t, values, marker=marker, color=LOSS_COLOUR, linewidth=2, label=metric, zorder=3)
+    lines = ax.plot(
+        t, values, marker=marker, color=LOSS_COLOUR, linewidth=2, label=metric, zorder=3
+    )
     if ends is not None:
-        lines += ax.plot([0, 1], ends, "--", color=LOSS_COLOUR, linewidth=1, alpha=0.7, label="straight line")
+        lines += ax.plot(
+            [0, 1], ends, "--", color=LOSS_COLOUR, linewidth=1, alpha=0.7, label="straight line"
+        )
         _annotate_barrier(ax, t, values, metric, ends)
     for bad in t[~np.isfinite(values)]:
         ax.axvline(bad, color="0.85", linewidth=3, zorder=0)
@@ -87,7 +93,12 @@ def _annotate_barrier(ax: Axes, t: np.ndarray, values: np.ndarray, metric: str, 
         ha="right" if left else "left",
         va="center",
         color="0.25",
-        bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+        bbox={
+            "boxstyle": "round,pad=0.2",
+            "facecolor": "white",
+            "edgecolor": "none",
+            "alpha": 0.85,
+        },
         zorder=4,
     )
 
@@ -97,7 +108,9 @@ def _draw_errors(ax: Axes, errors: Mapping[str, np.ndarray], t: np.ndarray) -> l
     lines: list[Line2D] = []
     for index, (name, column) in enumerate(errors.items()):
         colour = ERROR_COLOURS[index % len(ERROR_COLOURS)]
-        lines += right.plot(t, 100 * column, color=colour, linewidth=1.5, label=name.replace("_", "-"))
+        lines += right.plot(
+            t, 100 * column, color=colour, linewidth=1.5, label=name.replace("_", "-")
+        )
     right.set_ylabel("error (%)", color=ERROR_COLOURS[0])
     right.tick_params(axis="y", labelcolor=ERROR_COLOURS[0])
     right.spines["top"].set_visible(False)
@@ -123,7 +136,12 @@ def _set_limits(ax: Axes, values: np.ndarray, entries: int) -> None:
 
 
 def draw_plane(
-    ax: Axes, t: np.ndarray, values: np.ndarray, metric: str, marks: Sequence[Sequence[float]], joined: bool = False
+    ax: Axes,
+    t: np.ndarray,
+    values: np.ndarray,
+    metric: str,
+    marks: Sequence[Sequence[float]],
+    joined: bool = False,
 ) -> None:
     """Draw filled contours of ``values [T]`` over ``t [T, 2]``, a full grid or scattered, and mark points, joined or not."""
     finite = np.isfinite(values)
@@ -137,14 +155,18 @@ def draw_plane(
         x, y, z = grid
         filled = ax.contourf(x, y, np.ma.masked_invalid(z), levels=levels, **colours)
     elif np.linalg.matrix_rank(t[finite] - t[finite][0]) == 2:
-        filled = ax.tricontourf(t[finite, 0], t[finite, 1], values[finite], levels=levels, **colours)
+        filled = ax.tricontourf(
+            t[finite, 0], t[finite, 1], values[finite], levels=levels, **colours
+        )
     else:  # all on one line: no area to fill
         filled = ax.scatter(t[finite, 0], t[finite, 1], c=values[finite], **colours)
     ax.figure.colorbar(filled, ax=ax, label=metric, format="%.3g")
     if joined:
         ax.plot(*zip(*marks), color="white", linewidth=1.2, alpha=0.8)
     for index, (x_mark, y_mark) in enumerate(marks):
-        ax.plot(x_mark, y_mark, "o", color="white", markeredgecolor="black", markersize=7, clip_on=False)
+        ax.plot(
+            x_mark, y_mark, "o", color="white", markeredgecolor="black", markersize=7, clip_on=False
+        )
         ax.annotate(
             f"{index + 1}",
             (x_mark, y_mark),
@@ -152,35 +174,58 @@ def draw_plane(
             textcoords="offset points",
             color="white",
             fontweight="bold",
-            bbox={"boxstyle": "round,pad=0.15", "facecolor": "black", "edgecolor": "none", "alpha": 0.55},
+            bbox={
+                "boxstyle": "round,pad=0.15",
+                "facecolor": "black",
+                "edgecolor": "none",
+                "alpha": 0.55,
+            },
         )
     ax.set_xlabel("first coordinate of t")
     ax.set_ylabel("second coordinate of t")
 
 
-def draw_surface(ax: Any, t: np.ndarray, values: np.ndarray, metric: str, marks: Sequence[Sequence[float]]) -> None:
+def draw_surface(
+    ax: Any, t: np.ndarray, values: np.ndarray, metric: str, marks: Sequence[Sequence[float]]
+) -> None:
     """Draw ``values [T]`` over ``t [T, 2]`` as a surface on axes in three dimensions, and drop lines onto it at marks.
 
-    Where the values span more than a factor of 30, the heights are their logarithms, as the labels say.
+    Where the values span more than a factor of 30, the heights are their logarithms, as the labels
+    say.
     """
     if not hasattr(ax, "plot_surface"):
         raise ModeconnError('a surface needs axes in three dimensions: made with projection="3d"')
     finite = np.isfinite(values)
     if not finite.any() or np.linalg.matrix_rank(t[finite] - t[finite][0]) < 2:
-        raise ModeconnError(f"metric {metric!r} has no finite values that span a plane: there is no surface to draw")
+        raise ModeconnError(
+            f"metric {metric!r} has no finite values that span a plane: there is no surface to draw"
+        )
     logarithmic = _levels(values[finite])[1] is not None
-    heights = np.log10(values, where=values > 0, out=np.full(len(values), np.nan)) if logarithmic else values
+    heights = (
+        np.log10(values, where=values > 0, out=np.full(len(values), np.nan))
+        if logarithmic
+        else values
+    )
     grid = as_grid(t, np.where(np.isfinite(heights), heights, np.nan))
     if grid is not None:
         x, y, z = grid
         low, high = np.nanmin(z), np.nanmax(z)
-        ax.plot_surface(*np.meshgrid(x, y), z, cmap="viridis", vmin=low, vmax=high, rcount=len(y), ccount=len(x))
+        ax.plot_surface(
+            *np.meshgrid(x, y), z, cmap="viridis", vmin=low, vmax=high, rcount=len(y), ccount=len(x)
+        )
     else:
         ax.plot_trisurf(t[finite, 0], t[finite, 1], heights[finite], cmap="viridis")
     top = float(np.nanmax(heights[finite]))
     for index, (x_mark, y_mark) in enumerate(marks):
         nearest = ((t[finite] - (x_mark, y_mark)) ** 2).sum(1).argmin()
-        ax.plot([x_mark] * 2, [y_mark] * 2, [heights[finite][nearest], top], color="black", linewidth=1, zorder=5)
+        ax.plot(
+            [x_mark] * 2,
+            [y_mark] * 2,
+            [heights[finite][nearest], top],
+            color="black",
+            linewidth=1,
+            zorder=5,
+        )
         ax.text(x_mark, y_mark, top, f"{index + 1}", fontweight="bold", zorder=6)
     ax.set_xlabel("first coordinate of t")
     ax.set_ylabel("second coordinate of t")
@@ -201,14 +246,20 @@ def as_grid(t: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
     """``x [X]``, ``y [Y]``, ``values [Y, X]`` where ``t [T, 2]`` is a full grid in any order, else None."""
     x, column = np.unique(t[:, 0], return_inverse=True)
     y, row = np.unique(t[:, 1], return_inverse=True)
-    if min(len(x), len(y)) < 2 or len(x) * len(y) != len(t) or len(np.unique(row * len(x) + column)) != len(t):
+    if (
+        min(len(x), len(y)) < 2
+        or len(x) * len(y) != len(t)
+        or len(np.unique(row * len(x) + column)) != len(t)
+    ):
         return None
     grid = np.empty((len(y), len(x)))
     grid[row, column] = values
     return x, y, grid
 
 
-def text_curve(t: np.ndarray, values: np.ndarray, metric: str, ends: Ends | None, width: int, height: int) -> str:
+def text_curve(
+    t: np.ndarray, values: np.ndarray, metric: str, ends: Ends | None, width: int, height: int
+) -> str:
     """``values [T]`` against ``t [T]`` as a Braille curve with axes, `width` × `height` characters."""
     order = np.argsort(t, kind="stable")
     t, values = t[order], values[order]
@@ -270,7 +321,9 @@ def _bounds(finite: np.ndarray) -> Ends:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _horizontal_axis(margin: int, columns: int, extent: Ends, bad: Container[int] = ()) -> list[str]:
+def _horizontal_axis(
+    margin: int, columns: int, extent: Ends, bad: Container[int] = ()
+) -> list[str]:
     """The line under a picture with five ticks and a × in each bad column, and the ticks' labels."""
     first, last = extent
     ticks = [round(part / 4 * (columns - 1)) for part in range(5)]
@@ -304,7 +357,11 @@ def text_plane(t: np.ndarray, values: np.ndarray, metric: str, width: int, heigh
         for column in range(columns):
             place = np.array([column / (columns - 1), 1 - row / (rows - 1)])
             value = values[((scaled - place) ** 2).sum(axis=1).argmin()]
-            part = (float(scale(value)) - bottom) / ((top - bottom) or 1.0) if math.isfinite(value) else math.nan
+            part = (
+                (float(scale(value)) - bottom) / ((top - bottom) or 1.0)
+                if math.isfinite(value)
+                else math.nan
+            )
             body += SHADES[round(part * (len(SHADES) - 1))] if math.isfinite(part) else "!"
         lines.append(f"{label:>{margin}} {'┤' if label else '│'}{body}".rstrip())
     return "\n".join([*lines, *_horizontal_axis(margin, columns, _extent(t[:, 0]))])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-# Before anything imports triton (its decorators read the variable once) or starts an OpenMP pool (spinning
-# threads take milliseconds per parallel region when other processes hold the cores).
+# Before anything imports triton (its decorators read the variable once) or starts an OpenMP pool
+# (spinning threads take milliseconds per parallel region when other processes hold the cores).
 # MODECONN_TEST_DEVICE=cuda: kernels are compiled, and the tests marked gpu run on CUDA tensors.
 if os.environ.get("MODECONN_TEST_DEVICE", "cpu") != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -36,8 +36,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 torch.set_num_threads(min(4, torch.get_num_threads()))  # small tests gain nothing from more
 
 if hypothesis is not None:  # the tests of kernels do without it
-    # No deadline and no check for slow draws: a busy machine is not a failure. In CI the examples never change.
-    _profile = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow], "print_blob": True}
+    # No deadline and no check for slow draws: a busy machine is not a failure. In CI the examples
+    # never change.
+    _profile = {
+        "deadline": None,
+        "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+        "print_blob": True,
+    }
     hypothesis.settings.register_profile("local", **_profile)
     hypothesis.settings.register_profile("always-the-same", derandomize=True, **_profile)
     hypothesis.settings.load_profile("always-the-same" if os.environ.get("CI") else "local")
@@ -51,7 +56,9 @@ def shared() -> Path:
     if named and not folder.is_dir():
         pytest.fail(f"MODECONN_SHARED is {named!r}: not a folder")
     if not folder.is_dir():
-        pytest.skip(f"the real data and networks are not here: no folder {folder} (MODECONN_SHARED names another)")
+        pytest.skip(
+            f"the real data and networks are not here: no folder {folder} (MODECONN_SHARED names another)"
+        )
     return folder
 
 
@@ -60,10 +67,13 @@ def _unpacked(shared: Path, name: str) -> Path:
     target = ROOT / ".cache" / "data" / name
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed when it is complete, so that an interrupted run leaves nothing that looks finished.
+        # Renamed when it is complete, so that an interrupted run leaves nothing that looks
+        # finished.
         partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{name}-"))
         try:
-            subprocess.run([sys.executable, shared / "data" / "unpack.py", partial, name], check=True)
+            subprocess.run(
+                [sys.executable, shared / "data" / "unpack.py", partial, name], check=True
+            )
             partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

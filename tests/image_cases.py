@@ -17,7 +17,9 @@ def reference(case, dtype):
 
     outputs = []
     for t in range(len(case["coefficients"])):
-        x = ACTIVATIONS[case["activation"]](combine([tensor(v) for v in case["terms"]], case["coefficients"][t].tolist()))
+        x = ACTIVATIONS[case["activation"]](
+            combine([tensor(v) for v in case["terms"]], case["coefficients"][t].tolist())
+        )
         for layer in case["layers"]:
             op = layer.get("op", "linear")
             if op == "flatten":
@@ -27,12 +29,25 @@ def reference(case, dtype):
             elif op == "avg_pool2d":
                 x = F.avg_pool2d(x, layer["kernel"], layer.get("stride"), layer.get("padding", 0))
             else:
-                w = combine([tensor(v) for v in layer["weights"]], layer["coefficients"][t].tolist())
+                w = combine(
+                    [tensor(v) for v in layer["weights"]], layer["coefficients"][t].tolist()
+                )
                 cb = layer.get("bias_coefficients", layer["coefficients"])[t].tolist()
-                b = combine([tensor(v) for v in layer["biases"]], cb) if layer.get("biases") else None
-                x = F.linear(x, w, b) if op == "linear" else F.conv2d(x, w, b, layer.get("stride", 1), layer.get("padding", 0))
+                b = (
+                    combine([tensor(v) for v in layer["biases"]], cb)
+                    if layer.get("biases")
+                    else None
+                )
+                x = (
+                    F.linear(x, w, b)
+                    if op == "linear"
+                    else F.conv2d(x, w, b, layer.get("stride", 1), layer.get("padding", 0))
+                )
                 if "scale" in layer:
-                    scale, shift = (tensor(layer[key][t]).reshape(-1, *[1] * (x.ndim - 2)) for key in ("scale", "shift"))
+                    scale, shift = (
+                        tensor(layer[key][t]).reshape(-1, *[1] * (x.ndim - 2))
+                        for key in ("scale", "shift")
+                    )
                     x = x * scale + shift
                 x = ACTIVATIONS[layer.get("activation", "identity")](x)
         outputs.append(x.flatten(1))
@@ -62,7 +77,9 @@ class Maker:
         store[:, pad and 1 : n + (pad and 1)] = self.draw(rows, n, scale=scale)
         size = store.itemsize
         strides = [int(np.prod(rest[i + 1 :])) * size for i in range(len(rest))]
-        return np.lib.stride_tricks.as_strided(store[:, pad and 1 :], (rows, *rest), ((n + pad) * size, *strides))
+        return np.lib.stride_tricks.as_strided(
+            store[:, pad and 1 :], (rows, *rest), ((n + pad) * size, *strides)
+        )
 
     def mix(self, k):
         c = self.rng.standard_normal((self.points, k))
@@ -70,12 +87,24 @@ class Maker:
         return c
 
     def conv(
-        self, out, kernel=(3, 3), stride=(1, 1), padding=(0, 0), activation="relu", blocks=2, bias=True, pad=0, norm=False
+        self,
+        out,
+        kernel=(3, 3),
+        stride=(1, 1),
+        padding=(0, 0),
+        activation="relu",
+        blocks=2,
+        bias=True,
+        pad=0,
+        norm=False,
     ):
         scale = (self.channels * kernel[0] * kernel[1]) ** -0.5
         layer = {
             "op": "conv2d",
-            "weights": [self.strided(out, self.channels, *kernel, pad=pad, scale=scale) for _ in range(blocks)],
+            "weights": [
+                self.strided(out, self.channels, *kernel, pad=pad, scale=scale)
+                for _ in range(blocks)
+            ],
             "biases": [self.draw(out) for _ in range(blocks)] if bias else None,
             "coefficients": self.mix(blocks),
             "stride": stride,
@@ -84,7 +113,10 @@ class Maker:
             "slope": 0.125,
         }
         if norm:
-            layer.update(scale=self.rng.standard_normal((self.points, out)), shift=self.rng.standard_normal((self.points, out)))
+            layer.update(
+                scale=self.rng.standard_normal((self.points, out)),
+                shift=self.rng.standard_normal((self.points, out)),
+            )
         return self.add(out, layer)
 
     def pool(self, op, kernel, **options):
@@ -97,7 +129,9 @@ class Maker:
         return self.add(
             out,
             {
-                "weights": [self.draw(out, self.channels, scale=self.channels**-0.5) for _ in range(blocks)],
+                "weights": [
+                    self.draw(out, self.channels, scale=self.channels**-0.5) for _ in range(blocks)
+                ],
                 "biases": [self.draw(out) for _ in range(blocks)],
                 "coefficients": self.mix(blocks),
                 "activation": activation,

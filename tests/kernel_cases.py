@@ -45,7 +45,9 @@ def copied(value: Any, dtype: torch.dtype = torch.float64) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(copied(item, dtype) for item in value)
     if isinstance(value, PathLayer):
-        return PathLayer(copied(value.weight, dtype), copied(value.bias, dtype), value.activation, value.slope)
+        return PathLayer(
+            copied(value.weight, dtype), copied(value.bias, dtype), value.activation, value.slope
+        )
     if isinstance(value, Blended):
         return Blended(copied(value.tensors, dtype), value.coefficients.to(dtype))
     if isinstance(value, Tensor) and value.is_floating_point():
@@ -53,10 +55,19 @@ def copied(value: Any, dtype: torch.dtype = torch.float64) -> Any:
     return value
 
 
-def compare(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], arguments: tuple, **options: Any) -> None:
+def compare(
+    kernel: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    arguments: tuple,
+    **options: Any,
+) -> None:
     """A kernel's values and gradients against the reference in float64, as close as the reference in float32 is."""
     results = []
-    for function, dtype in ((kernel, torch.float32), (reference, torch.float32), (reference, torch.float64)):
+    for function, dtype in (
+        (kernel, torch.float32),
+        (reference, torch.float32),
+        (reference, torch.float64),
+    ):
         given = [copied(argument, dtype) for argument in arguments]
         for leaf in leaves(given):
             leaf.requires_grad_()
@@ -66,4 +77,6 @@ def compare(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], arg
         grads = torch.autograd.grad(loss, leaves(given), torch.randn(loss.shape).to(loss.dtype))
         results.append([out.detach(), *grads])
     for index, (got, plain, exact) in enumerate(zip(*results)):
-        assert_within_policy("values" if index == 0 else f"gradient {index}", got, plain, exact, torch.float32)
+        assert_within_policy(
+            "values" if index == 0 else f"gradient {index}", got, plain, exact, torch.float32
+        )

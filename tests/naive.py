@@ -14,30 +14,49 @@ from modeconn.parameters.paths import Path
 
 
 def pass_per_point(
-    model: nn.Module, path: Path, x: Tensor | dict[str, Tensor], y: Tensor, t: np.ndarray, dtype: torch.dtype
+    model: nn.Module,
+    path: Path,
+    x: Tensor | dict[str, Tensor],
+    y: Tensor,
+    t: np.ndarray,
+    dtype: torch.dtype,
 ) -> dict[str, np.ndarray]:
     """Mean cross-entropy and error at each t, by plain PyTorch at a precision; of tokens, where outputs and y have them."""
     network = copy.deepcopy(model).to(dtype).eval()
     rows = []
     for row in path.coefficients(t):
         state = {
-            key: sum(c * point[key].to(dtype) for c, point in zip(row.tolist(), path.control_points))
+            key: sum(
+                c * point[key].to(dtype) for c, point in zip(row.tolist(), path.control_points)
+            )
             if value.is_floating_point()
             else value
             for key, value in path.control_points[0].items()
         }
         network.load_state_dict(state)
         with torch.no_grad():
-            outputs = network(**x) if isinstance(x, dict) else network(x.to(dtype) if x.is_floating_point() else x)
+            outputs = (
+                network(**x)
+                if isinstance(x, dict)
+                else network(x.to(dtype) if x.is_floating_point() else x)
+            )
         rows.append(loss_and_error(outputs, y))
     loss, error = np.array(rows).T
     return {"loss": loss, "error": error}
 
 
 def re_estimated(
-    model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray, dtype: torch.dtype, *, batch_size: int,
-    batches: int | None = None, train: Tensor | None = None,
-) -> dict[str, np.ndarray]:  # fmt: skip
+    model: nn.Module,
+    path: Path,
+    x: Tensor,
+    y: Tensor,
+    t: np.ndarray,
+    dtype: torch.dtype,
+    *,
+    batch_size: int,
+    batches: int | None = None,
+    train: Tensor | None = None,
+) -> dict[str, np.ndarray]:
     """The same with batch norms: at each t reset their statistics, a pass in training mode, a pass for the numbers."""
     rows = []
     for t_value in t:

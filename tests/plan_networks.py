@@ -43,7 +43,9 @@ class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.inner, self.last = nn.Linear(9, 12), nn.Linear(12, 12), nn.Linear(12, 5)
-        self.middle = Function(lambda m, x: m.inner(x) if float(x.sum()) > -1e30 else x, inner=self.inner)
+        self.middle = Function(
+            lambda m, x: m.inner(x) if float(x.sum()) > -1e30 else x, inner=self.inner
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(torch.relu(self.middle(torch.relu(self.first(x)))))
@@ -58,7 +60,9 @@ class Constants(nn.Module):
         self.register_buffer("scale", torch.linspace(0.5, 1.5, 12), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(torch.tanh(self.into(x)) * self.scale) * torch.tensor([1.0, 2.0, 0.5, 1.0, 1.0])
+        return self.out(torch.tanh(self.into(x)) * self.scale) * torch.tensor(
+            [1.0, 2.0, 0.5, 1.0, 1.0]
+        )
 
 
 def rows(width: int, count: int = 7) -> Callable[[torch.Generator], Tensor]:
@@ -74,7 +78,9 @@ def tokens(vocabulary: int, length: int, count: int = 5) -> Callable[[torch.Gene
 
 
 def mlp(activation: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(nn.Linear(9, 14), activation, nn.Linear(14, 12), activation, nn.Linear(12, 5))
+    return lambda: nn.Sequential(
+        nn.Linear(9, 14), activation, nn.Linear(14, 12), activation, nn.Linear(12, 5)
+    )
 
 
 def residual_block(m: Any, x: Tensor) -> Tensor:
@@ -118,28 +124,45 @@ CASES: dict[str, Case] = {
     **{
         f"mlp_{name}": Case(mlp(activation), rows(9))
         for name, activation in {
-            "relu": nn.ReLU(), "gelu": nn.GELU(), "leaky": nn.LeakyReLU(0.2), "elu": nn.ELU(), "softplus": nn.Softplus(),
-            "hardswish": nn.Hardswish(), "mish": nn.Mish(), "prelu": nn.PReLU(), "log_sigmoid": nn.LogSigmoid(),
+            "relu": nn.ReLU(),
+            "gelu": nn.GELU(),
+            "leaky": nn.LeakyReLU(0.2),
+            "elu": nn.ELU(),
+            "softplus": nn.Softplus(),
+            "hardswish": nn.Hardswish(),
+            "mish": nn.Mish(),
+            "prelu": nn.PReLU(),
+            "log_sigmoid": nn.LogSigmoid(),
         }.items()
     },
     "mlp_layer_norm": Case(
-        lambda: nn.Sequential(nn.Linear(9, 12), nn.LayerNorm(12), nn.SiLU(), nn.Linear(12, 5)), rows(9)
+        lambda: nn.Sequential(nn.Linear(9, 12), nn.LayerNorm(12), nn.SiLU(), nn.Linear(12, 5)),
+        rows(9),
     ),
     "mlp_batch_norm": Case(
-        lambda: nn.Sequential(nn.Linear(9, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 5)), rows(9)
+        lambda: nn.Sequential(nn.Linear(9, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 5)),
+        rows(9),
     ),
     "mlp_log_softmax": Case(
-        lambda: nn.Sequential(nn.Linear(9, 12), nn.ReLU6(), nn.Linear(12, 5), nn.LogSoftmax(1)), rows(9)
+        lambda: nn.Sequential(nn.Linear(9, 12), nn.ReLU6(), nn.Linear(12, 5), nn.LogSoftmax(1)),
+        rows(9),
     ),
     "mlp_residual": Case(
         lambda: Function(
             lambda m, x: m.head(F.relu(m.into(x)) + m.again(F.relu(m.into(x)))),
-            into=nn.Linear(9, 12), again=nn.Linear(12, 12), head=nn.Linear(12, 5),
+            into=nn.Linear(9, 12),
+            again=nn.Linear(12, 12),
+            head=nn.Linear(12, 5),
         ),
         rows(9),
     ),
     "mlp_two_outputs": Case(
-        lambda: Function(lambda m, x: (m.a(torch.relu(m.into(x))), m.b(x)), into=nn.Linear(9, 8), a=nn.Linear(8, 5), b=nn.Linear(9, 2)),
+        lambda: Function(
+            lambda m, x: (m.a(torch.relu(m.into(x))), m.b(x)),
+            into=nn.Linear(9, 8),
+            a=nn.Linear(8, 5),
+            b=nn.Linear(9, 2),
+        ),
         rows(9),
     ),
     "branches": Case(Branches, rows(9)),
@@ -151,64 +174,112 @@ CASES: dict[str, Case] = {
     "gpt": Case(lambda: build("gpt:vocab=11,context=8,width=12,layers=1,heads=3"), tokens(11, 8)),
     "residual_block": Case(
         lambda: Function(
-            residual_block, stem=nn.Conv2d(3, 4, 3, padding=1), first=nn.Conv2d(4, 6, 3, 2, 1), norm1=nn.BatchNorm2d(6),
-            second=nn.Conv2d(6, 6, 3, padding=1), norm2=nn.BatchNorm2d(6), short=nn.Conv2d(4, 6, 1, 2), head=nn.Linear(6, 5),
+            residual_block,
+            stem=nn.Conv2d(3, 4, 3, padding=1),
+            first=nn.Conv2d(4, 6, 3, 2, 1),
+            norm1=nn.BatchNorm2d(6),
+            second=nn.Conv2d(6, 6, 3, padding=1),
+            norm2=nn.BatchNorm2d(6),
+            short=nn.Conv2d(4, 6, 1, 2),
+            head=nn.Linear(6, 5),
         ),
         images(3, 8),
     ),
     "pre_activation": Case(
         lambda: Function(
-            pre_activation, stem=nn.Conv2d(3, 4, 3, padding=1), norm1=nn.BatchNorm2d(4), first=nn.Conv2d(4, 4, 3, padding=1),
-            norm2=nn.BatchNorm2d(4), head=nn.Linear(4, 5),
+            pre_activation,
+            stem=nn.Conv2d(3, 4, 3, padding=1),
+            norm1=nn.BatchNorm2d(4),
+            first=nn.Conv2d(4, 4, 3, padding=1),
+            norm2=nn.BatchNorm2d(4),
+            head=nn.Linear(4, 5),
         ),
         images(3, 8),
     ),
     "dense": Case(
         lambda: Function(
-            dense, stem=nn.Conv2d(3, 4, 3, padding=1), norm1=nn.BatchNorm2d(4), first=nn.Conv2d(4, 2, 3, padding=1),
-            norm2=nn.BatchNorm2d(6), head=nn.Linear(96, 5),
+            dense,
+            stem=nn.Conv2d(3, 4, 3, padding=1),
+            norm1=nn.BatchNorm2d(4),
+            first=nn.Conv2d(4, 2, 3, padding=1),
+            norm2=nn.BatchNorm2d(6),
+            head=nn.Linear(96, 5),
         ),
         images(3, 8),
     ),
     "gated": Case(
         lambda: Function(
-            gated, stem=nn.Conv2d(3, 4, 3, padding=1), down=nn.Conv2d(4, 2, 1), up=nn.Conv2d(2, 4, 1), head=nn.Linear(4, 5)
+            gated,
+            stem=nn.Conv2d(3, 4, 3, padding=1),
+            down=nn.Conv2d(4, 2, 1),
+            up=nn.Conv2d(2, 4, 1),
+            head=nn.Linear(4, 5),
         ),
         images(3, 8),
     ),
     "padded_shortcut": Case(
-        lambda: Function(padded_shortcut, stem=nn.Conv2d(3, 4, 3, padding=1), first=nn.Conv2d(4, 6, 3, 2, 1), head=nn.Linear(96, 5)),
+        lambda: Function(
+            padded_shortcut,
+            stem=nn.Conv2d(3, 4, 3, padding=1),
+            first=nn.Conv2d(4, 6, 3, 2, 1),
+            head=nn.Linear(96, 5),
+        ),
         images(3, 8),
     ),
     "grouped": Case(
         lambda: nn.Sequential(
-            nn.Conv2d(4, 8, 3, groups=2), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8, dilation=2),
-            nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(8, 5),
+            nn.Conv2d(4, 8, 3, groups=2),
+            nn.GroupNorm(2, 8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, groups=8, dilation=2),
+            nn.MaxPool2d(2, ceil_mode=True),
+            nn.Flatten(),
+            nn.Linear(8, 5),
         ),
         images(4, 8),
     ),
     "transposed": Case(
         lambda: nn.Sequential(
-            nn.ConvTranspose2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(36, 5)
+            nn.ConvTranspose2d(3, 4, 3, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3),
+            nn.AvgPool2d(3),
+            nn.Flatten(),
+            nn.Linear(36, 5),
         ),
         images(3, 5),
     ),
     "sequences": Case(
-        lambda: nn.Sequential(nn.Conv1d(3, 6, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(18, 5)),
+        lambda: nn.Sequential(
+            nn.Conv1d(3, 6, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(18, 5)
+        ),
         lambda generator: torch.randn(5, 3, 8, generator=generator),
     ),
     "attention": Case(
-        lambda: Function(attention, qkv=nn.Linear(8, 24), out=nn.Linear(8, 8), norm=nn.LayerNorm(8), head=nn.Linear(8, 5)),
+        lambda: Function(
+            attention,
+            qkv=nn.Linear(8, 24),
+            out=nn.Linear(8, 8),
+            norm=nn.LayerNorm(8),
+            head=nn.Linear(8, 5),
+        ),
         lambda generator: torch.randn(5, 6, 8, generator=generator),
     ),
     "embedding": Case(
-        lambda: Function(lambda m, x: m.head(m.table(x).mean(1)), table=nn.Embedding(11, 8), head=nn.Linear(8, 5)), tokens(11, 6)
+        lambda: Function(
+            lambda m, x: m.head(m.table(x).mean(1)), table=nn.Embedding(11, 8), head=nn.Linear(8, 5)
+        ),
+        tokens(11, 6),
     ),
     "lstm": Case(
-        lambda: Function(lambda m, x: m.head(m.cell(x)[0][:, -1]), cell=nn.LSTM(4, 6, batch_first=True), head=nn.Linear(6, 5)),
+        lambda: Function(
+            lambda m, x: m.head(m.cell(x)[0][:, -1]),
+            cell=nn.LSTM(4, 6, batch_first=True),
+            head=nn.Linear(6, 5),
+        ),
         lambda generator: torch.randn(5, 3, 4, generator=generator),
     ),
-}  # fmt: skip
+}
 
 
 def networks(case: Case, count: int = 3) -> list[nn.Module]:
@@ -230,7 +301,9 @@ def networks(case: Case, count: int = 3) -> list[nn.Module]:
 def dead_units(network: nn.Module) -> dict[str, Tensor]:
     """The network's state with every second column of its last weight zero, and with its first layer's first unit zero."""
     state = {name: value.clone() for name, value in network.state_dict().items()}
-    weights = [name for name, value in state.items() if value.is_floating_point() and value.dim() >= 2]
+    weights = [
+        name for name, value in state.items() if value.is_floating_point() and value.dim() >= 2
+    ]
     state[weights[-1]][:, ::2] = 0
     state[weights[0]][:1] = 0
     return state

@@ -44,7 +44,11 @@ def plan_text(program: Program, names: Names) -> Iterator[str]:
         for index, step in enumerate(segment.steps):
             entries = ", ".join(_entry(entry, names) for entry in step.entries)
             inputs = [f"s{i}" if isinstance(i, int) else _sum(i) for i in step.inputs]
-            what = f"sum {_sum(step.combine)}" if step.combine is not None else _called(step.node, inputs)
+            what = (
+                f"sum {_sum(step.combine)}"
+                if step.combine is not None
+                else _called(step.node, inputs)
+            )
             yield f"  s{index} = {what} weights({entries}){_units(step.units)} {step.flops:.6g} flops"
         for node, form in segment.outputs.items():
             yield f"  output {node}: {f's{form.step}' if isinstance(form, Varying) else _sum(form)}"
@@ -78,7 +82,11 @@ def _layer(layer: Layer, names: Names) -> str:
 def _called(node: Any, inputs: Sequence[str]) -> str:
     args = ", ".join(_leaf(leaf, inputs) for leaf in node.args)
     kwargs = "".join(f", {key}={_leaf(leaf, inputs)}" for key, leaf in node.kwargs.items())
-    function = f" { ({a: i.tolist() for a, i in node.function.along.items()}) }" if isinstance(node.function, Take) else ""
+    function = (
+        f" { ({a: i.tolist() for a, i in node.function.along.items()}) }"
+        if isinstance(node.function, Take)
+        else ""
+    )
     return f"{node.op}{function}({args}{kwargs}) -> [{', '.join(map(str, node.shape))}]"
 
 
@@ -96,7 +104,9 @@ def _leaf(leaf: Any, inputs: Sequence[str]) -> str:
 
 def _entry(entry: Any, names: Names) -> str:
     if isinstance(entry, Blend):
-        return " + ".join(f"{_values(c)}*{names.of(t)}" for c, t in zip(entry.columns, entry.tensors))
+        return " + ".join(
+            f"{_values(c)}*{names.of(t)}" for c, t in zip(entry.columns, entry.tensors)
+        )
     return f"table {names.of(entry.table)}" if isinstance(entry, PerPoint) else names.of(entry)
 
 
@@ -105,7 +115,11 @@ def _sum(form: Combination) -> str:
 
 
 def _units(units: Units) -> str:
-    return f" units { ({axis: index.tolist() for axis, index in units.along.items()}) }" if units else ""
+    return (
+        f" units { ({axis: index.tolist() for axis, index in units.along.items()}) }"
+        if units
+        else ""
+    )
 
 
 def _values(column: np.ndarray) -> str:

@@ -31,10 +31,20 @@ def two(make: Any, **options: Any) -> list[nn.Module]:
     return nets
 
 
-def outputs_at(model: nn.Module, path: Any, t: float, *args: Any, dtype: torch.dtype = torch.float64, **kwargs: Any) -> Any:
+def outputs_at(
+    model: nn.Module,
+    path: Any,
+    t: float,
+    *args: Any,
+    dtype: torch.dtype = torch.float64,
+    **kwargs: Any,
+) -> Any:
     network = copy.deepcopy(model).to(dtype).eval()
     state = {
-        key: sum(c * point[key].to(dtype) for c, point in zip(path.coefficients([t])[0].tolist(), path.control_points))
+        key: sum(
+            c * point[key].to(dtype)
+            for c, point in zip(path.coefficients([t])[0].tolist(), path.control_points)
+        )
         if value.is_floating_point()
         else value
         for key, value in path.control_points[0].items()
@@ -44,7 +54,7 @@ def outputs_at(model: nn.Module, path: Any, t: float, *args: Any, dtype: torch.d
         return network(*args, **kwargs)
 
 
-# -- tokens -------------------------------------------------------------------------------------------------------------
+# -- tokens ----------------------------------------------------------------------------------------
 
 
 def gpt(**changes: Any) -> nn.Module:
@@ -55,10 +65,20 @@ def gpt(**changes: Any) -> nn.Module:
 def test_a_language_model_counts_tokens():
     a, b = two(gpt)
     path = mc.Line(a, b)
-    labels = TOKENS.roll(-1, 1).masked_fill(torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(1)) < 0.3, -100)
+    labels = TOKENS.roll(-1, 1).masked_fill(
+        torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(1)) < 0.3, -100
+    )
     metrics = ("loss", "error", "perplexity")
     for batch_size in (None, 2):
-        got = mc.evaluate(a, path, (TOKENS, labels), 21, metrics=metrics, precision="float64", batch_size=batch_size)
+        got = mc.evaluate(
+            a,
+            path,
+            (TOKENS, labels),
+            21,
+            metrics=metrics,
+            precision="float64",
+            batch_size=batch_size,
+        )
         for i in (0, 7, 20):
             logits = outputs_at(a, path, got.t[i], TOKENS)
             expected = F.cross_entropy(logits.reshape(-1, 11), labels.reshape(-1)).item()
@@ -76,7 +96,9 @@ def test_texts_that_are_their_own_labels():
     got = mc.evaluate(a, path, (TOKENS, texts), 3, loss="next_token", precision="float64")
     for t, loss in zip(got.t, got.loss):
         logits = outputs_at(a, path, t, TOKENS)[:, :-1]
-        assert loss == pytest.approx(F.cross_entropy(logits.reshape(-1, 11), texts[:, 1:].reshape(-1)).item(), rel=1e-10)
+        assert loss == pytest.approx(
+            F.cross_entropy(logits.reshape(-1, 11), texts[:, 1:].reshape(-1)).item(), rel=1e-10
+        )
 
 
 def test_tied_weights():
@@ -108,7 +130,9 @@ def test_an_embedding_alone_that_moves_is_a_combination():
     assert [row["class"] for row in plan.nodes(segment)] == ["combination"] * 3
     assert [row["units"] for row in plan.nodes(segment)] == ["3/5", "3/5", "all"]
     got = mc.evaluate(a, path, (TOKENS, y), 5)
-    plain, exact = (pass_per_point(a, path, TOKENS, y, got.t, dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (
+        pass_per_point(a, path, TOKENS, y, got.t, dtype) for dtype in (torch.float32, torch.float64)
+    )
     assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
 
 
@@ -130,8 +154,16 @@ def test_pixels_have_labels():
         (r"label 11 is out of range: the model has 11 classes, 0 to 10, and -100", TOKENS + 1, {}),
         (r"outputs have shape \['N', 6, 11\] and targets \[7\]", TOKENS[:, 0], {}),
         (r"outputs have shape \['N', 6, 11\] and targets \[7, 5\]", TOKENS[:, 1:], {}),
-        (r'loss="next_token" needs \[N, length, vocabulary\]', TOKENS[:, 1:], {"loss": "next_token"}),
-        ('"perplexity" is that of class labels', TOKENS, {"loss": "mse", "metrics": ("perplexity",)}),
+        (
+            r'loss="next_token" needs \[N, length, vocabulary\]',
+            TOKENS[:, 1:],
+            {"loss": "next_token"},
+        ),
+        (
+            '"perplexity" is that of class labels',
+            TOKENS,
+            {"loss": "mse", "metrics": ("perplexity",)},
+        ),
     ],
 )
 def test_labels_that_do_not_fit(says, labels, options):
@@ -141,7 +173,7 @@ def test_labels_that_do_not_fit(says, labels, options):
     assert "\n" not in str(caught.value)
 
 
-# -- inputs and outputs -------------------------------------------------------------------------------------------------
+# -- inputs and outputs ----------------------------------------------------------------------------
 
 
 class TwoTowers(nn.Module):
@@ -157,7 +189,9 @@ class TwoTowers(nn.Module):
 
 
 def own_loss(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs["scores"], targets, reduction="none") + 0.1 * outputs["hidden"].square().mean(1)
+    return F.cross_entropy(outputs["scores"], targets, reduction="none") + 0.1 * outputs[
+        "hidden"
+    ].square().mean(1)
 
 
 LEFT, RIGHT, LABELS = torch.randn(30, 4), torch.randn(30, 3), torch.arange(30) % 5
@@ -169,9 +203,17 @@ LEFT, RIGHT, LABELS = torch.randn(30, 4), torch.randn(30, 3), torch.arange(30) %
         ((RIGHT, LEFT), LABELS),
         ({"a": LEFT, "b": RIGHT}, LABELS),
         {"a": LEFT.numpy(), "b": RIGHT.numpy(), "labels": LABELS.numpy()},
-        [({"a": LEFT[:9], "b": RIGHT[:9]}, LABELS[:9]), ({"a": LEFT[9:], "b": RIGHT[9:]}, LABELS[9:])],
-        [{"b": RIGHT[i : i + 4], "a": LEFT[i : i + 4], "labels": LABELS[i : i + 4]} for i in range(0, 30, 4)],
-        torch.utils.data.DataLoader([((r, x), y) for r, x, y in zip(RIGHT, LEFT, LABELS)], batch_size=7),
+        [
+            ({"a": LEFT[:9], "b": RIGHT[:9]}, LABELS[:9]),
+            ({"a": LEFT[9:], "b": RIGHT[9:]}, LABELS[9:]),
+        ],
+        [
+            {"b": RIGHT[i : i + 4], "a": LEFT[i : i + 4], "labels": LABELS[i : i + 4]}
+            for i in range(0, 30, 4)
+        ],
+        torch.utils.data.DataLoader(
+            [((r, x), y) for r, x, y in zip(RIGHT, LEFT, LABELS)], batch_size=7
+        ),
     ],
     ids=["tuple", "dict", "one dict", "batches", "batches of one dict", "loader"],
 )
@@ -184,10 +226,14 @@ def test_several_inputs_and_outputs(data, captured):
     first, second = two(TwoTowers if captured else DataDependent)
     path = mc.Line(first, second)
     if captured:
-        got = mc.evaluate(first, path, data, [0.3, 1.0], loss=own_loss, precision="float64", batch_size=8)
+        got = mc.evaluate(
+            first, path, data, [0.3, 1.0], loss=own_loss, precision="float64", batch_size=8
+        )
     else:
         with pytest.warns(UserWarning, match="could not be captured"):
-            got = mc.evaluate(first, path, data, [0.3, 1.0], loss=own_loss, precision="float64", batch_size=8)
+            got = mc.evaluate(
+                first, path, data, [0.3, 1.0], loss=own_loss, precision="float64", batch_size=8
+            )
     for t, loss in zip(got.t, got.loss):
         outputs = outputs_at(first, path, t, RIGHT.double(), LEFT.double())
         assert loss == pytest.approx(own_loss(outputs, LABELS).mean().item(), rel=1e-7)
@@ -233,6 +279,8 @@ def test_half_precision_is_computed_in_float32(dtype):
     path = mc.Line(first, second)
     x, y = torch.randn(20, 6), torch.arange(20) % 4
     got = mc.evaluate(first, path, (x, y), [0.0, 0.37, 1.0])
-    plain, exact = (pass_per_point(first, path, x, y, got.t, d) for d in (torch.float32, torch.float64))
+    plain, exact = (
+        pass_per_point(first, path, x, y, got.t, d) for d in (torch.float32, torch.float64)
+    )
     assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
     assert first.layer.weight.dtype == dtype and first.mask.dtype == dtype

@@ -80,19 +80,36 @@ def test_operations_keep_their_names():
     )
     got = ops(model, torch.randn(3, 2, 8))
     # max_pool1d has no high-level form of its own in every version of PyTorch
-    assert [op for op in got if op in ("input", "conv1d", "batch_norm", "relu", "flatten", "linear")] == [
-        "input", "conv1d", "batch_norm", "relu", "flatten", "linear",
-    ]  # fmt: skip
-    assert {"conv2d", "group_norm", "batch_norm", "relu", "add", "layer_norm", "cat", "mul", "linear"} <= set(
-        ops(Functional(), torch.randn(2, 2, 8, 8))
-    )
+    assert [
+        op for op in got if op in ("input", "conv1d", "batch_norm", "relu", "flatten", "linear")
+    ] == [
+        "input",
+        "conv1d",
+        "batch_norm",
+        "relu",
+        "flatten",
+        "linear",
+    ]
+    assert {
+        "conv2d",
+        "group_norm",
+        "batch_norm",
+        "relu",
+        "add",
+        "layer_norm",
+        "cat",
+        "mul",
+        "linear",
+    } <= set(ops(Functional(), torch.randn(2, 2, 8, 8)))
 
 
 def test_a_sample_of_one_row_will_do():
     assert capture(nn.Linear(4, 3), torch.randn(1, 4)).fallback is None
 
 
-@pytest.mark.parametrize("model, x", [(DataDependent(), torch.randn(6, 4)), (FixedBatch(), torch.randn(4, 6))])
+@pytest.mark.parametrize(
+    "model, x", [(DataDependent(), torch.randn(6, 4)), (FixedBatch(), torch.randn(4, 6))]
+)
 def test_what_cannot_be_captured_falls_back_and_says_why(model, x, capfd):
     graph = capture(model, x)
     assert graph.fallback is not None and "torch.export" in graph.fallback

@@ -56,13 +56,18 @@ def test_every_kind_of_segment_is_recognised_and_holds(kind, seed):
     for k, expected in enumerate(KINDS):
         found = structure(w.chain, w.points[k], w.points[k + 1])
         assert found.kind == expected, f"segment {k}"
-        assert set(found.moved) == {key for key in w.points[k] if not torch.equal(w.points[k][key], w.points[k + 1][key])}
+        assert set(found.moved) == {
+            key for key in w.points[k] if not torch.equal(w.points[k][key], w.points[k + 1][key])
+        }
         inside = {
-            key: torch.lerp(v, w.points[k + 1][key], 0.3) if v.is_floating_point() else v for key, v in w.points[k].items()
+            key: torch.lerp(v, w.points[k + 1][key], 0.3) if v.is_floating_point() else v
+            for key, v in w.points[k].items()
         }
         outputs = [w.chain.run(state, w.x) for state in (w.points[k], inside, w.points[k + 1])]
         if expected == "swing":
-            torch.testing.assert_close(outputs[1], torch.lerp(outputs[0], outputs[2], 0.3), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                outputs[1], torch.lerp(outputs[0], outputs[2], 0.3), rtol=1e-12, atol=1e-12
+            )
             assert not torch.allclose(outputs[0], outputs[2])
         else:
             torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-12, atol=1e-12)
@@ -77,7 +82,8 @@ def test_a_moved_live_unit_is_never_missed(data):
     k = data.draw(st.sampled_from([k for k, name in enumerate(KINDS) if name != "swing"]))
     layer = data.draw(st.sampled_from(w.chain.layers[:-1]))
     key = data.draw(st.sampled_from(layer.incoming()))
-    # Live where a change of its rows changes the outputs: B in the middle of the walk, A elsewhere, both in the shift.
+    # Live where a change of its rows changes the outputs: B in the middle of the walk, A elsewhere,
+    # both in the shift.
     a, b = parts(w.chain, layer.index)[:2]
     unit = int(data.draw(st.sampled_from(list(b if k in (2, 3) else a))))
     stop = {name: value.clone() for name, value in w.points[k + 1].items()}
@@ -99,7 +105,8 @@ def test_a_shift_needs_equal_twins():
     first, second = w.chain.layers[0], w.chain.layers[1]
     assert structure(w.chain, w.points[3], w.points[4]).kind == "shift"
     a, b = (int(units[0]) for units in parts(w.chain, 1)[:2])
-    for key in first.incoming():  # another row, bias or norm entry: at the start, at the end, at both
+    # another row, bias or norm entry: at the start, at the end, at both
+    for key in first.incoming():
         for where in ({3}, {4}, {3, 4}):
             ends = [changed(w, k, key, a, 0.125) if k in where else w.points[k] for k in (3, 4)]
             with pytest.raises(ModeconnError, match="live unit"):
@@ -119,13 +126,16 @@ def test_a_shift_within_a_class_of_many_is_exact():
     start["2.weight"][:] = weights
     stop = start | {"2.weight": start["2.weight"].clone(), "0.bias": start["0.bias"].clone()}
     stop["2.weight"][0] = weights.flip(0)
-    assert structure(w.chain, start, stop).kind == "swing"  # the output layer alone: nothing more to show
+    # the output layer alone: nothing more to show
+    assert structure(w.chain, start, stop).kind == "swing"
     deep = walk(mlp(3, 4, 4, 2), (3,))
     start = {key: value.clone() for key, value in deep.points[0].items()}
     start["0.weight"][:], start["0.bias"][:] = start["0.weight"][:1].clone(), 0.5
     start["2.weight"][:] = weights
     start["4.weight"][:] = 1
-    stop = start | {"2.weight": torch.stack([weights, weights.flip(0), weights.roll(1), weights.roll(2)])}
+    stop = start | {
+        "2.weight": torch.stack([weights, weights.flip(0), weights.roll(1), weights.roll(2)])
+    }
     assert structure(deep.chain, start, stop).kind == "shift"
     stop["2.weight"][0, 0] += 2.0**-20
     with pytest.raises(ModeconnError, match="live unit"):
@@ -141,7 +151,10 @@ def test_dead_through_a_dead_unit_above():
     stop = {key: value.clone() for key, value in start.items()}
     stop["2.weight"][1:], stop["0.weight"][2:], stop["0.bias"][3] = 5, -7, 9
     found = structure(w.chain, start, stop)
-    assert (found.kind, found.text) == ("rewrite", "only dead units move: 2 of layer 1, 3 of layer 2")
+    assert (found.kind, found.text) == (
+        "rewrite",
+        "only dead units move: 2 of layer 1, 3 of layer 2",
+    )
     stop["4.weight"][1, 3] = 1e-30
     with pytest.raises(ModeconnError, match=r"layer 3 \(4.weight\): 1 live unit moves: 1"):
         structure(w.chain, start, stop)
@@ -173,7 +186,10 @@ def test_negative_zero_is_no_change_of_the_function():
     zeros = {key: torch.where(value == 0, -value, value) for key, value in w.points[0].items()}
     assert structure(w.chain, w.points[0], zeros).moved == ()
     for k, kind in enumerate(KINDS):
-        ends = [w.points[k], {key: torch.where(v == 0, -0.0 * v, v) for key, v in w.points[k + 1].items()}]
+        ends = [
+            w.points[k],
+            {key: torch.where(v == 0, -0.0 * v, v) for key, v in w.points[k + 1].items()},
+        ]
         assert structure(w.chain, *ends).kind == kind
 
 
@@ -188,14 +204,19 @@ def test_weights_that_are_not_finite(bad):
 def test_a_variance_below_zero_is_refused_even_in_a_dead_unit():
     w = walk_of("conv")
     key = w.chain.layers[0].norm.var
-    with pytest.raises(ModeconnError, match=r"1\.running_var holds -1: a variance cannot be negative"):
+    with pytest.raises(
+        ModeconnError, match=r"1\.running_var holds -1: a variance cannot be negative"
+    ):
         structure(w.chain, w.points[0], w.points[0] | {key: torch.tensor([1.0, 1, 1, 1, 1, -1])})
 
 
 def test_a_dead_unit_that_overflows_is_found():
     """A weight of zero times infinity is no number: the plain network gives NaN where the engine leaves the unit out."""
     w = walk_of("relu")
-    points = [point | {"0.weight": point["0.weight"].clone(), "2.weight": point["2.weight"].clone()} for point in w.points[:2]]
+    points = [
+        point | {"0.weight": point["0.weight"].clone(), "2.weight": point["2.weight"].clone()}
+        for point in w.points[:2]
+    ]
     points[1]["0.weight"][4] = 1e30
     points[1]["2.weight"][4] = 1e30
     w = dataclasses.replace(w, points=points)
@@ -212,8 +233,13 @@ def test_numbers_at_breakpoints_agree_with_plain_passes(made):
     certificate = connection.certificate
     assert tuple(segment.kind for segment in certificate.segments) == KINDS == connection.kinds
     t = connection.breakpoints
-    plain_pass, exact = (pass_per_point(w.model, w.path, *w.data, t, dtype) for dtype in (torch.float32, torch.float64))
-    assert_within_policy("losses", certificate.losses, plain_pass["loss"], exact["loss"], torch.float32)
+    plain_pass, exact = (
+        pass_per_point(w.model, w.path, *w.data, t, dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_within_policy(
+        "losses", certificate.losses, plain_pass["loss"], exact["loss"], torch.float32
+    )
     np.testing.assert_allclose(certificate.errors, plain_pass["error"], atol=1e-12)
     assert certificate.bound == max(certificate.losses)
     assert certificate.samples == len(w.y)
@@ -232,7 +258,9 @@ def test_nothing_on_the_path_exceeds_the_bounds(kind, seed):
         inside = (t >= segment.start) & (t <= segment.end)
         assert sampled["loss"][inside].max() <= segment.max_loss * (1 + 1e-12), k
         assert sampled["error"][inside].max() <= segment.max_error + 1e-12, k
-        at = pass_per_point(w.model, w.path, *w.data, np.array([segment.max_error_at]), torch.float64)
+        at = pass_per_point(
+            w.model, w.path, *w.data, np.array([segment.max_error_at]), torch.float64
+        )
         assert at["error"][0] == pytest.approx(segment.max_error, abs=1e-12), k
 
 
@@ -241,7 +269,9 @@ def test_the_error_inside_a_swing_can_exceed_both_ends():
     rises = 0
     for seed in range(6):
         w = walk_of("relu", seed)
-        rises += sum(s.max_error > max(s.errors) for s in certify(w.model, w.chain, w.path, w.data).segments)
+        rises += sum(
+            s.max_error > max(s.errors) for s in certify(w.model, w.chain, w.path, w.data).segments
+        )
     assert rises > 0
 
 
@@ -257,7 +287,9 @@ def test_one_pass_whatever_the_batches(made):
         assert certificate.errors == connection.certificate.errors
         assert certificate.digest == connection.certificate.digest
     calls = []
-    certify(w.model, w.chain, w.path, w.data, batch_size=25, progress=lambda *done: calls.append(done))
+    certify(
+        w.model, w.chain, w.path, w.data, batch_size=25, progress=lambda *done: calls.append(done)
+    )
     assert calls == [(25, 60), (50, 60), (60, 60)]
 
 
@@ -280,7 +312,9 @@ def test_meant_kinds_are_checked():
     w = walk_of("relu")
     assert certify(w.model, w.chain, w.path, w.data, kinds=KINDS)
     wrong = ["rewrite"] * len(KINDS)
-    with pytest.raises(ModeconnError, match="segment 1 is said to be a rewrite, and its weights say swing"):
+    with pytest.raises(
+        ModeconnError, match="segment 1 is said to be a rewrite, and its weights say swing"
+    ):
         certify(w.model, w.chain, w.path, w.data, kinds=wrong)
     with pytest.raises(ModeconnError, match="got 2, expected one for each of the 6 segments"):
         certify(w.model, w.chain, w.path, w.data, kinds=wrong[:2])
@@ -289,7 +323,9 @@ def test_meant_kinds_are_checked():
 def test_a_straight_line_is_not_certified():
     w = walk_of("conv")
     w = dataclasses.replace(w, points=[w.points[0], w.points[-1]])
-    with pytest.raises(ModeconnError, match=r"segment 0 \(of 0 to 0\) is not certified: .*live units move: "):
+    with pytest.raises(
+        ModeconnError, match=r"segment 0 \(of 0 to 0\) is not certified: .*live units move: "
+    ):
         certify(w.model, w.chain, w.path, w.data)
 
 
@@ -300,7 +336,7 @@ def certificate_of(losses: list[float], target: float | None = None) -> Certific
     segments = [
         Segment("swing", k, k + 1, ("w",), (losses[k], losses[k + 1]), (0.0, 0.0), 0.0, k, "")
         for k in range(len(losses) - 1)
-    ]  # fmt: skip
+    ]
     return Certificate.of(segments, None, 10, "", target)
 
 
@@ -324,14 +360,20 @@ def test_outcomes_name_what_makes_the_bound(losses, target, outcome, worst):
     label = ["a", "breakpoint 1", "b"][worst]
     assert certificate.advice.startswith(outcome.value)
     assert f"at breakpoint {worst} ({label})" in certificate.advice
-    assert (f"target {target:.4g}" in certificate.advice) if target else ("target" not in certificate.advice)
+    assert (
+        (f"target {target:.4g}" in certificate.advice)
+        if target
+        else ("target" not in certificate.advice)
+    )
     (row,) = [line for line in str(certificate).splitlines() if line.endswith("<- bound")]
     assert label in row
 
 
 def test_weights_too_large_for_a_loss_are_undecided():
     w = walk_of("relu")
-    large = [point | {key: point[key] * 1e37 for key in ("4.weight", "6.weight")} for point in w.points]
+    large = [
+        point | {key: point[key] * 1e37 for key in ("4.weight", "6.weight")} for point in w.points
+    ]
     w = dataclasses.replace(w, points=large)
     certificate = certify(w.model, w.chain, w.path, w.data)
     assert certificate.outcome is Outcome.UNDECIDED
@@ -341,7 +383,10 @@ def test_weights_too_large_for_a_loss_are_undecided():
 def test_a_certificate_survives_json(made):
     _, connection = made
     certificate = connection.certificate
-    assert Certificate.from_dict(json.loads(json.dumps(certificate.to_dict(), allow_nan=False))) == certificate
+    assert (
+        Certificate.from_dict(json.loads(json.dumps(certificate.to_dict(), allow_nan=False)))
+        == certificate
+    )
     odd = certificate_of([1.0, math.nan, math.inf])
     again = Certificate.from_dict(json.loads(json.dumps(odd.to_dict(), allow_nan=False)))
     assert str(again) == str(odd)
@@ -368,7 +413,10 @@ def test_a_certificate_survives_json(made):
 def test_what_is_no_certificate(made, change, message):
     content = made[1].certificate.to_dict() | change
     if "segments" in change:
-        content |= {name: content[name][: len(change["segments"]) + 1] for name in ("losses", "errors", "labels")}
+        content |= {
+            name: content[name][: len(change["segments"]) + 1]
+            for name in ("losses", "errors", "labels")
+        }
     with pytest.raises(ModeconnError, match=message):
         Certificate.from_dict(content)
 
@@ -421,7 +469,9 @@ def lower_loss(c: Certificate) -> Certificate:
     """A consistent lie: a lower loss at the worst breakpoint, and everything that follows from it."""
     losses = list(c.losses)
     losses[c.worst] *= 0.99
-    segments = [dataclasses.replace(s, losses=tuple(losses[k : k + 2])) for k, s in enumerate(c.segments)]
+    segments = [
+        dataclasses.replace(s, losses=tuple(losses[k : k + 2])) for k, s in enumerate(c.segments)
+    ]
     return Certificate.of(segments, c.labels, c.samples, c.digest)
 
 
@@ -429,7 +479,9 @@ def lower_error(c: Certificate) -> Certificate:
     errors = list(c.errors)
     errors[2] -= 1 / c.samples
     segments = [
-        dataclasses.replace(s, errors=tuple(errors[k : k + 2]), max_error=max(*errors[k : k + 2], s.max_error))
+        dataclasses.replace(
+            s, errors=tuple(errors[k : k + 2]), max_error=max(*errors[k : k + 2], s.max_error)
+        )
         for k, s in enumerate(c.segments)
     ]
     return Certificate.of(segments, c.labels, c.samples, c.digest)
@@ -447,18 +499,33 @@ def dropped(c: Certificate) -> Certificate:
 
 LIES = {
     "bound": (lambda c: dataclasses.replace(c, bound=c.bound * 0.9), "the certificate's bound is"),
-    "error bound": (lambda c: dataclasses.replace(c, error_bound=0.0), "the certificate's error bound is"),
-    "one loss": (lambda c: dataclasses.replace(c, losses=(0.0, *c.losses[1:])), "segment 0 says other losses"),
+    "error bound": (
+        lambda c: dataclasses.replace(c, error_bound=0.0),
+        "the certificate's error bound is",
+    ),
+    "one loss": (
+        lambda c: dataclasses.replace(c, losses=(0.0, *c.losses[1:])),
+        "segment 0 says other losses",
+    ),
     "a consistent loss": (lower_loss, r"the loss at breakpoint \d is said to be"),
     "a consistent error": (lower_error, "the error at breakpoint 2 is said to be"),
     "an error's peak": (lower_peak, "the largest error of segment 1 is said to be"),
-    "an error below its ends": (lambda c: fitted(c, 1, max_error=0.0), "segment 1: largest error 0 is below"),
+    "an error below its ends": (
+        lambda c: fitted(c, 1, max_error=0.0),
+        "segment 1: largest error 0 is below",
+    ),
     "NaN": (lambda c: dataclasses.replace(c, bound=math.nan), "bound is nan"),
     "a dropped segment": (dropped, "has 5 segments, the path 6"),
     "a dropped loss": (lambda c: dataclasses.replace(c, losses=c.losses[1:]), "6 losses, 7 errors"),
     "a kind": (lambda c: fitted(c, 1, kind="rewrite"), "segment 1 is said to be a rewrite"),
-    "constant by dead units": (lambda c: fitted(c, 3, kind="rewrite"), "segment 3 is said to be a rewrite"),
-    "a swing of dead units": (lambda c: fitted(c, 0, kind="swing"), "segment 0 is said to be a swing"),
+    "constant by dead units": (
+        lambda c: fitted(c, 3, kind="rewrite"),
+        "segment 3 is said to be a rewrite",
+    ),
+    "a swing of dead units": (
+        lambda c: fitted(c, 0, kind="swing"),
+        "segment 0 is said to be a swing",
+    ),
     "what moved": (lambda c: fitted(c, 0, moved=("0.bias",)), "segment 0 is said to move 0.bias"),
     "where": (lambda c: fitted(c, 0, end=0.5), "segment 0 is said to go from t = 0 to 0.5"),
     "samples": (lambda c: dataclasses.replace(c, samples=61), "says 61 samples, the data have 60"),
@@ -482,16 +549,24 @@ def test_a_false_certificate_is_found(peaked, lie):
     w, connection = peaked
     change, message = LIES[lie]
     with pytest.raises(FalseCertificate, match=message):
-        verify(w.model, dataclasses.replace(connection, certificate=change(connection.certificate)), w.data)
+        verify(
+            w.model,
+            dataclasses.replace(connection, certificate=change(connection.certificate)),
+            w.data,
+        )
 
 
 def test_a_changed_digest_makes_the_data_others(peaked):
     w, connection = peaked
     certificate = dataclasses.replace(connection.certificate, digest="0" * 64)
-    assert not verify(w.model, dataclasses.replace(connection, certificate=certificate), w.data).same_data
+    assert not verify(
+        w.model, dataclasses.replace(connection, certificate=certificate), w.data
+    ).same_data
 
 
-def with_points(w: Walk, connection: Connection, points: list[dict[str, torch.Tensor]]) -> Connection:
+def with_points(
+    w: Walk, connection: Connection, points: list[dict[str, torch.Tensor]]
+) -> Connection:
     changed = dataclasses.replace(w, points=points)
     return dataclasses.replace(connection, path=changed.path)
 
@@ -502,7 +577,9 @@ def test_changed_weights_are_found(made):
     layer = w.chain.layers[1]
     points = list(w.points)
     points[1] = changed(w, 1, layer.weight, 0, 1e-3)
-    with pytest.raises(FalseCertificate, match=r"segment 0 .* is not certified: .*layer 2 .*1 live unit moves: 0"):
+    with pytest.raises(
+        FalseCertificate, match=r"segment 0 .* is not certified: .*layer 2 .*1 live unit moves: 0"
+    ):
         verify(w.model, with_points(w, connection, points), w.data)
     points[1] = changed(w, 1, w.chain.layers[-1].weight, 0, 1e-1)
     with pytest.raises(FalseCertificate, match=r"segment 0 .* is not certified"):
@@ -519,11 +596,16 @@ def test_swapped_or_other_ends_are_found(made):
     with pytest.raises(FalseCertificate, match="is not certified"):
         verify(w.model, with_points(w, connection, points), w.data)
     back = with_points(w, dataclasses.replace(connection, kinds=KINDS[::-1]), w.points[::-1])
-    with pytest.raises(FalseCertificate, match="segment 0 is said to be a rewrite, and its weights say swing"):
+    with pytest.raises(
+        FalseCertificate, match="segment 0 is said to be a rewrite, and its weights say swing"
+    ):
         verify(w.model, back, w.data)
     with pytest.raises(FalseCertificate, match=r"does not end in b: \d+ of \d+ entries differ"):
         verify(w.model, connection, w.data, b=w.points[0])
-    zeros = {key: torch.where(v == 0, -v, v) if v.is_floating_point() else v for key, v in w.points[0].items()}
+    zeros = {
+        key: torch.where(v == 0, -v, v) if v.is_floating_point() else v
+        for key, v in w.points[0].items()
+    }
     with pytest.raises(FalseCertificate, match="does not end in a: "):  # equal numbers, other bits
         verify(w.model, connection, w.data, a=zeros)
 

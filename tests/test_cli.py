@@ -45,10 +45,27 @@ def folder(tmp_path_factory) -> Path:
             "--seed",
             str(seed),
         ]
-        assert main(["train", "--model", SPEC, *arguments, "--quiet", "--out", f"{folder}/{name}.safetensors"]) == 0
+        assert (
+            main(
+                [
+                    "train",
+                    "--model",
+                    SPEC,
+                    *arguments,
+                    "--quiet",
+                    "--out",
+                    f"{folder}/{name}.safetensors",
+                ]
+            )
+            == 0
+        )
     good = state.load(folder / "a.safetensors")
     torch.save({"state_dict": good}, folder / "a.pt")
-    state.save({**good, "0.bias": good["0.bias"] * float("nan")}, folder / "nan.safetensors", {"model": SPEC})
+    state.save(
+        {**good, "0.bias": good["0.bias"] * float("nan")},
+        folder / "nan.safetensors",
+        {"model": SPEC},
+    )
     state.save(good, folder / "factory.safetensors", {"model": "torch.nn:Identity"})
     state.save({key: value.half() for key, value in good.items()}, folder / "half.safetensors")
     state.save(models.build("mlp:64-17-10").state_dict(), folder / "wider.safetensors")
@@ -90,7 +107,9 @@ def plain_loss(parameters: dict[str, torch.Tensor], split: str = "train") -> flo
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "explain", "plane", "mix", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "evaluate", "explain", "plane", "mix", "inspect"]
+)
 def test_help_ends_with_an_example(command, capsys):
     assert run(command, "--help") == 0
     text = capsys.readouterr().out
@@ -121,9 +140,17 @@ def test_every_option_has_a_help_text():
 
 
 def test_evaluate_writes_what_the_library_computes(here: Path, capsys):
-    assert run(*LINE, "--points", "5", "--save", "r.npz", "--json", "r.json", "--plot", "r.png") == 0
+    assert (
+        run(*LINE, "--points", "5", "--save", "r.npz", "--json", "r.json", "--plot", "r.png") == 0
+    )
     saved = PathResult.load("r.npz")
-    expected = evaluate(models.build(SPEC), Line("a.safetensors", "b.safetensors"), images(), points=5, progress=False)
+    expected = evaluate(
+        models.build(SPEC),
+        Line("a.safetensors", "b.safetensors"),
+        images(),
+        points=5,
+        progress=False,
+    )
     np.testing.assert_array_equal(saved.t, [0, 0.25, 0.5, 0.75, 1])
     np.testing.assert_allclose(saved.loss, expected.loss, rtol=1e-6)
     np.testing.assert_array_equal(saved.error, expected.error)
@@ -150,7 +177,21 @@ def test_evaluate_writes_what_the_library_computes(here: Path, capsys):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_evaluate_agrees_with_a_plain_pass(here: Path, split):
-    assert run(*LINE, "--at", "0,0.3,1", "--split", split, "--precision", "float64", "--save", "r.npz", "-q") == 0
+    assert (
+        run(
+            *LINE,
+            "--at",
+            "0,0.3,1",
+            "--split",
+            split,
+            "--precision",
+            "float64",
+            "--save",
+            "r.npz",
+            "-q",
+        )
+        == 0
+    )
     result = PathResult.load("r.npz")
     path = Line("a.safetensors", "b.safetensors")
     for t, loss in zip(result.t, result.loss, strict=True):
@@ -205,11 +246,28 @@ def test_evaluate_recomputes_the_statistics(tmp_path: Path, monkeypatch):
         sys.modules.pop("norms_for_test", None)
     for name, net in zip("ab", nets):
         state.save(state.load(net), tmp_path / f"{name}.safetensors")
-    options = ("--model", "norms_for_test:make", "--points", "3", "--buffers", "recompute", "--split", "test", "--quiet")
+    options = (
+        "--model",
+        "norms_for_test:make",
+        "--points",
+        "3",
+        "--buffers",
+        "recompute",
+        "--split",
+        "test",
+        "--quiet",
+    )
     assert run(*LINE, *options, "--save", "out.json") == 0
     sys.modules.pop("norms_for_test", None)
     got = PathResult.load("out.json")
-    expected = evaluate(nets[0], Line(*nets), images("test"), points=3, buffers="recompute", recompute_data=images("train"))
+    expected = evaluate(
+        nets[0],
+        Line(*nets),
+        images("test"),
+        points=3,
+        buffers="recompute",
+        recompute_data=images("train"),
+    )
     np.testing.assert_array_equal(got.loss, expected.loss)
     assert got.passes == 2
 
@@ -248,7 +306,19 @@ def test_quiet_prints_nothing_and_json_on_stdout_stands_alone(here: Path, capsys
 def test_a_loss_that_is_not_finite_is_reported(here: Path, capsys):
     huge = {key: value * 1e30 for key, value in state.load("b.safetensors").items()}
     state.save(huge, "huge.safetensors")
-    assert run("evaluate", "a.safetensors", "huge.safetensors", *DATA, "--at", "0,0.5,1", "--json", "r.json") == 0
+    assert (
+        run(
+            "evaluate",
+            "a.safetensors",
+            "huge.safetensors",
+            *DATA,
+            "--at",
+            "0,0.5,1",
+            "--json",
+            "r.json",
+        )
+        == 0
+    )
     printed = capsys.readouterr()
     assert "modeconn: warning: loss is not finite at t = 0.5" in printed.err
     assert "× where not finite" in printed.out
@@ -259,7 +329,19 @@ def test_a_loss_that_is_not_finite_is_reported(here: Path, capsys):
 
 
 def test_explain_prints_the_plan(here: Path, capsys):
-    assert run("explain", "a.safetensors", "b.safetensors", *DATA, "--points", "11", "--json", "plan.json") == 0
+    assert (
+        run(
+            "explain",
+            "a.safetensors",
+            "b.safetensors",
+            *DATA,
+            "--points",
+            "11",
+            "--json",
+            "plan.json",
+        )
+        == 0
+    )
     assert capsys.readouterr().out.strip()
     assert json.loads(Path("plan.json").read_text())
     assert run("explain", "a.safetensors", "b.safetensors", *DATA, "--json", "-") == 0
@@ -277,7 +359,9 @@ def test_inspect_lists_entries_and_metadata(here: Path, capsys):
     assert content["numbers"] == 64 * 16 + 16 + 16 * 10 + 10
     assert content["entries"]["2.weight"]["shape"] == [10, 16]
     weight = state.load("a.safetensors")["2.weight"].double()
-    assert content["entries"]["2.weight"]["rms"] == pytest.approx(float(weight.square().mean().sqrt()))
+    assert content["entries"]["2.weight"]["rms"] == pytest.approx(
+        float(weight.square().mean().sqrt())
+    )
     assert content["metadata"]["seed"] == "0"
 
 
@@ -363,7 +447,10 @@ TRAIN = ("train", "--model", SPEC, *DATA, "--lr", "0.05")
 
 
 def test_train_prints_epochs_and_the_result(here: Path, capsys):
-    assert run(*TRAIN, "--epochs", "2", "--seed", "7", "--out", "new.safetensors", "--json", "t.json") == 0
+    assert (
+        run(*TRAIN, "--epochs", "2", "--seed", "7", "--out", "new.safetensors", "--json", "t.json")
+        == 0
+    )
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "epoch 1/2  loss " in printed.out
@@ -380,7 +467,9 @@ def test_train_prints_epochs_and_the_result(here: Path, capsys):
 
 def test_train_with_the_same_seed_gives_the_same_file(here: Path):
     for name, seed in (("one", "1"), ("two", "1"), ("other", "2")):
-        assert run(*TRAIN, "--epochs", "2", "--seed", seed, "--out", f"{name}.safetensors", "-q") == 0
+        assert (
+            run(*TRAIN, "--epochs", "2", "--seed", seed, "--out", f"{name}.safetensors", "-q") == 0
+        )
     one, two, other = (state.load(f"{name}.safetensors") for name in ("one", "two", "other"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not torch.equal(one["0.weight"], other["0.weight"])
@@ -390,7 +479,14 @@ def started(folder: Path, *arguments: str, encoding: str = "utf-8") -> subproces
     """The command in a process of its own, with its output piped."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": encoding}
     command = [sys.executable, "-u", "-m", "modeconn", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_ctrl_c_saves_the_training_and_resume_completes_it(here: Path):
@@ -402,7 +498,9 @@ def test_ctrl_c_saves_the_training_and_resume_completes_it(here: Path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert err.count("\n") == 1
-    assert err.startswith("modeconn: interrupted; t.safetensors.training keeps the training up to epoch ")
+    assert err.startswith(
+        "modeconn: interrupted; t.safetensors.training keeps the training up to epoch "
+    )
     assert "\x1b" not in out + err
     assert "\r" not in out + err
     assert not Path("t.safetensors").exists()
@@ -438,16 +536,28 @@ BAD = [
     ((*LINE, "--pointz", "3"), "unrecognized arguments: --pointz"),
     (("evaluate", *AB), "the following arguments are required: --data"),
     # which checkpoints
-    (("evaluate", "a.safetensors", *DATA), "a line goes through 2 checkpoints, got 1: a.safetensors"),
-    (("evaluate", *AB, "c.safetensors", "--path", "line", *DATA), "a line goes through 2 checkpoints, got 3"),
+    (
+        ("evaluate", "a.safetensors", *DATA),
+        "a line goes through 2 checkpoints, got 1: a.safetensors",
+    ),
+    (
+        ("evaluate", *AB, "c.safetensors", "--path", "line", *DATA),
+        "a line goes through 2 checkpoints, got 3",
+    ),
     (("evaluate", *AB, "--path", "plane", *DATA), "a plane goes through 3 checkpoints, got 2"),
     (
         ("evaluate", *AB, "c.safetensors", "--path", "plane", "--at", "0,1", *DATA),
         "--at takes points of a curve",
     ),
-    (("evaluate", "a.safetensors", "absent.safetensors", *DATA), "absent.safetensors: no such file"),
+    (
+        ("evaluate", "a.safetensors", "absent.safetensors", *DATA),
+        "absent.safetensors: no such file",
+    ),
     (("evaluate", "a.safetensors", ".", *DATA), ".: a folder, not a checkpoint"),
-    (("evaluate", "a.safetensors", "cut.safetensors", *DATA), "cut.safetensors: truncated or damaged"),
+    (
+        ("evaluate", "a.safetensors", "cut.safetensors", *DATA),
+        "cut.safetensors: truncated or damaged",
+    ),
     (("evaluate", "a.safetensors", "empty.safetensors", *DATA), "empty.safetensors"),
     (
         ("evaluate", "a.safetensors", "pickle.pt", *DATA),
@@ -489,7 +599,10 @@ BAD = [
     ((*LINE, "--plot", "absent/r.png"), "--plot absent/r.png: the folder absent does not exist"),
     ((*LINE, "--save", "r.csv"), "--save r.csv: the name must end in .npz or .json"),
     ((*LINE, "--json", "."), "--json .: is a folder"),
-    ((*LINE, "--json", "a.safetensors"), "--json a.safetensors: would overwrite the input a.safetensors"),
+    (
+        (*LINE, "--json", "a.safetensors"),
+        "--json a.safetensors: would overwrite the input a.safetensors",
+    ),
     ((*LINE, "--json", "r.json", "--save", "r.json"), "would overwrite the file of --save"),
     # the other commands
     (("explain", "a.safetensors", *DATA), "a line goes through 2 checkpoints"),
@@ -511,8 +624,14 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
-def test_bad_input_is_one_clear_line_before_the_work_and_leaves_no_file(here: Path, capsys, arguments, message):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    BAD,
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_clear_line_before_the_work_and_leaves_no_file(
+    here: Path, capsys, arguments, message
+):
     before = sorted(here.rglob("*"))
     assert run(*arguments) == 2
     printed = capsys.readouterr()
@@ -592,7 +711,9 @@ def test_a_terminal_shows_a_bar_and_takes_it_away(here: Path):
         "--out",
         "t.safetensors",
     ]
-    with subprocess.Popen(command, cwd=here, stdout=follower, stderr=follower, close_fds=True) as process:
+    with subprocess.Popen(
+        command, cwd=here, stdout=follower, stderr=follower, close_fds=True
+    ) as process:
         os.close(follower)
         chunks = []
         deadline = time.monotonic() + 60

@@ -44,7 +44,9 @@ def images() -> datasets.Images:
 def test_planes(files, kind, capsys):
     pytest.importorskip("matplotlib")
     given = files[:1] if kind == "random" else files
-    options = {"random": ["--seed", 3, "--norm", "layer"], "trajectory": ["--trajectory"]}.get(kind, [])
+    options = {"random": ["--seed", 3, "--norm", "layer"], "trajectory": ["--trajectory"]}.get(
+        kind, []
+    )
     pictures = ["--plot", "p.png", "--surface", "s.png"]
     assert run("plane", *given, *DATA, "--points", 4, *options, "--save", "r.npz", *pictures) == 0
     text = capsys.readouterr().out
@@ -59,11 +61,30 @@ def test_planes(files, kind, capsys):
     np.testing.assert_array_equal(got.t, expected.t)
     np.testing.assert_allclose(got.loss, expected.loss, rtol=1e-6)
     np.testing.assert_allclose(json.loads(str(got.info["control_points"])), plane.marks)
-    assert Path("p.png").stat().st_size and Path("s.png").stat().st_size and not Path("r.npz.unfinished").exists()
+    assert (
+        Path("p.png").stat().st_size
+        and Path("s.png").stat().st_size
+        and not Path("r.npz.unfinished").exists()
+    )
 
 
 def test_a_part_of_a_plane(files):
-    assert run("plane", *files, *DATA, "--points", 3, "--x=-1,2", "--y", "0.5,0.75", "--json", "r.json", "-q") == 0
+    assert (
+        run(
+            "plane",
+            *files,
+            *DATA,
+            "--points",
+            3,
+            "--x=-1,2",
+            "--y",
+            "0.5,0.75",
+            "--json",
+            "r.json",
+            "-q",
+        )
+        == 0
+    )
     t = np.array(json.loads(Path("r.json").read_text())["t"])
     assert sorted(set(t[:, 0])) == [-1.0, 0.5, 2.0] and sorted(set(t[:, 1])) == [0.5, 0.625, 0.75]
 
@@ -73,7 +94,8 @@ def test_an_interrupted_plane_goes_on(files, monkeypatch, capsys):
     from modeconn.backends.native.backend import NativeBackend
     from modeconn.backends.reference import ReferenceBackend
 
-    monkeypatch.setattr(sys.modules["modeconn.evaluation.evaluator"], "_FLOPS_OF_A_PART", 1)  # parts of 32 rows
+    # parts of 32 rows
+    monkeypatch.setattr(sys.modules["modeconn.evaluation.evaluator"], "_FLOPS_OF_A_PART", 1)
     calls: list[int] = []
 
     def interrupt(original, after):
@@ -93,7 +115,10 @@ def test_an_interrupted_plane_goes_on(files, monkeypatch, capsys):
             monkeypatch.setattr(backend, "sums", interrupt(original, after))
         assert run(*command) == code
         if code:
-            assert "what is done is in r.npz.unfinished" in capsys.readouterr().err and Path("r.npz.unfinished").exists()
+            assert (
+                "what is done is in r.npz.unfinished" in capsys.readouterr().err
+                and Path("r.npz.unfinished").exists()
+            )
     assert calls == [32, 32, 22], "64 of the 150 rows were done"
     expected = evaluate(models.build(SPEC), mc.Plane.through(*files), images(), 3)
     np.testing.assert_allclose(mc.PathResult.load("r.npz").loss, expected.loss, rtol=1e-6)
@@ -112,7 +137,21 @@ def test_an_interrupted_plane_goes_on(files, monkeypatch, capsys):
 )
 def test_mixtures(files, options, sums, capsys):
     Path("w.txt").write_text("0.5 0.25 0.25\n1, 0, 0\n")
-    assert run("mix", *files, *DATA, *options, "--by", "loss", "--out", "best.safetensors", "--save", "r.json") == 0
+    assert (
+        run(
+            "mix",
+            *files,
+            *DATA,
+            *options,
+            "--by",
+            "loss",
+            "--out",
+            "best.safetensors",
+            "--save",
+            "r.json",
+        )
+        == 0
+    )
     result = mc.PathResult.load("r.json")
     assert result.t.shape == (sums, 3)
     best = int(result.loss.argmin())
@@ -120,15 +159,32 @@ def test_mixtures(files, options, sums, capsys):
     x, y = images().slice(0, LIMIT)
     for row in {0, best, sums - 1}:
         model = models.build(SPEC).double()
-        model.load_state_dict({k: v.double() for k, v in mc.Mixture(files).at(result.t[row]).items()})
-        assert result.loss[row] == pytest.approx(torch.nn.functional.cross_entropy(model(x.double()), y).item(), rel=1e-5)
+        model.load_state_dict(
+            {k: v.double() for k, v in mc.Mixture(files).at(result.t[row]).items()}
+        )
+        assert result.loss[row] == pytest.approx(
+            torch.nn.functional.cross_entropy(model(x.double()), y).item(), rel=1e-5
+        )
     written, expected = mc.load("best.safetensors"), mc.Mixture(files).at(result.t[best])
     assert all(torch.equal(written[key], value) for key, value in expected.items())
     assert "a" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_task_arithmetic(files):
-    assert run("mix", *files[:2], "--base", files[2], "--scales=-1,0,1", *DATA, "--json", "r.json", "-q") == 0
+    assert (
+        run(
+            "mix",
+            *files[:2],
+            "--base",
+            files[2],
+            "--scales=-1,0,1",
+            *DATA,
+            "--json",
+            "r.json",
+            "-q",
+        )
+        == 0
+    )
     t = np.array(json.loads(Path("r.json").read_text())["t"])
     assert t.shape == (9, 3) and t[0].tolist() == [-1, -1, 3] and t[4].tolist() == [0, 0, 1]
 
@@ -147,9 +203,31 @@ def test_the_best_is_written_with_its_own_statistics(tmp_path, monkeypatch):
         torch.manual_seed(seed)
         nets = models.build("normed:net")
         state.save(nets.state_dict(), f"{name}.safetensors")
-    options = ("--model", "normed:net", *DATA, "--buffers", "recompute", "--batch-size", 50, "--grid", 2)
+    options = (
+        "--model",
+        "normed:net",
+        *DATA,
+        "--buffers",
+        "recompute",
+        "--batch-size",
+        50,
+        "--grid",
+        2,
+    )
     assert (
-        run("mix", "a.safetensors", "b.safetensors", *options, "--by", "loss", "--out", "m.safetensors", "--save", "r.npz") == 0
+        run(
+            "mix",
+            "a.safetensors",
+            "b.safetensors",
+            *options,
+            "--by",
+            "loss",
+            "--out",
+            "m.safetensors",
+            "--save",
+            "r.npz",
+        )
+        == 0
     )
     result = mc.PathResult.load("r.npz")
     alone = evaluate(model, mc.Mixture(["m.safetensors"]), images(), [[1.0]])
@@ -159,16 +237,37 @@ def test_the_best_is_written_with_its_own_statistics(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "says, arguments",
     [
-        ("a plane goes through 3 checkpoints, or around 1, got 2", ("plane", "a.safetensors", "b.safetensors")),
-        ("a trajectory needs at least 3", ("plane", "a.safetensors", "b.safetensors", "--trajectory")),
+        (
+            "a plane goes through 3 checkpoints, or around 1, got 2",
+            ("plane", "a.safetensors", "b.safetensors"),
+        ),
+        (
+            "a trajectory needs at least 3",
+            ("plane", "a.safetensors", "b.safetensors", "--trajectory"),
+        ),
         ("--x is 1.0,0.0: expected LOW,HIGH", ("plane", "a.safetensors", "--x", "1,0")),
         ("--surface s.txt: the name must end in", ("plane", "a.safetensors", "--surface", "s.txt")),
         ("needs at least 2 checkpoints", ("mix", "a.safetensors")),
-        ("--base and --scales go together", ("mix", "a.safetensors", "b.safetensors", "--scales", "0,1")),
-        ("--by top5_error: expected one of", ("mix", "a.safetensors", "b.safetensors", "--by", "top5_error")),
-        ("--out best.pt: the name must end", ("mix", "a.safetensors", "b.safetensors", "--out", "best.pt")),
-        ("expected a line of 2 numbers", ("mix", "a.safetensors", "b.safetensors", "--weights", "w.txt")),
-        ("would overwrite the input", ("mix", "a.safetensors", "b.safetensors", "--out", "a.safetensors")),
+        (
+            "--base and --scales go together",
+            ("mix", "a.safetensors", "b.safetensors", "--scales", "0,1"),
+        ),
+        (
+            "--by top5_error: expected one of",
+            ("mix", "a.safetensors", "b.safetensors", "--by", "top5_error"),
+        ),
+        (
+            "--out best.pt: the name must end",
+            ("mix", "a.safetensors", "b.safetensors", "--out", "best.pt"),
+        ),
+        (
+            "expected a line of 2 numbers",
+            ("mix", "a.safetensors", "b.safetensors", "--weights", "w.txt"),
+        ),
+        (
+            "would overwrite the input",
+            ("mix", "a.safetensors", "b.safetensors", "--out", "a.safetensors"),
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(files, says, arguments, capsys):

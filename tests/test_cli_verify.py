@@ -78,13 +78,18 @@ def test_json_on_stdout_stands_alone_and_quiet_prints_nothing(capsys):
 @pytest.mark.usefixtures("here")
 def test_other_data_are_said_to_be_others(capsys):
     assert run("c", *DATA, "--split", "test", "--json", "v.json") == 0
-    assert "verified for digits test, which are not the data of the stored certificates" in capsys.readouterr().out
+    assert (
+        "verified for digits test, which are not the data of the stored certificates"
+        in capsys.readouterr().out
+    )
     assert json.loads(Path("v.json").read_text())["same_data"] is False
 
 
 def lie(**changes) -> None:
     connection = Connection.load("c")
-    dataclasses.replace(connection, certificate=dataclasses.replace(connection.certificate, **changes)).save("c")
+    dataclasses.replace(
+        connection, certificate=dataclasses.replace(connection.certificate, **changes)
+    ).save("c")
 
 
 @pytest.mark.usefixtures("here")
@@ -93,7 +98,9 @@ def test_a_false_certificate_ends_in_one_line(capsys):
     assert run("c", *DATA, "--json", "v.json", "--plot", "v.png") == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("modeconn: error: the certificate's bound is 0.5, and the largest of its own values is ")
+    assert printed.err.startswith(
+        "modeconn: error: the certificate's bound is 0.5, and the largest of its own values is "
+    )
     assert printed.err.count("\n") == 1
     assert not Path("v.json").exists()
     assert not Path("v.png").exists()

@@ -20,7 +20,11 @@ class Branch(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer, self.norm, self.sign = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Parameter(torch.tensor(-1.0))
+        self.layer, self.norm, self.sign = (
+            nn.Linear(8, 8),
+            nn.BatchNorm1d(8),
+            nn.Parameter(torch.tensor(-1.0)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.layer(x))
@@ -81,7 +85,12 @@ class Recurrent(nn.Module):
 
 def network(middle: nn.Module, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Sequential(nn.Linear(8, 8), copy.deepcopy(middle)), nn.Linear(8, 3))
+    model = nn.Sequential(
+        nn.Linear(6, 8),
+        nn.ReLU(),
+        nn.Sequential(nn.Linear(8, 8), copy.deepcopy(middle)),
+        nn.Linear(8, 3),
+    )
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     return model
@@ -107,7 +116,9 @@ def test_only_the_part_runs_as_it_is(name):
         torch.testing.assert_close(run(graph, model.state_dict(), X[:rows]), model(X[:rows]))
     path = mc.Line(model, other)
     got = mc.evaluate(model, path, (X, Y), 5)
-    plain, exact = (pass_per_point(model, path, X, Y, got.t, dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (
+        pass_per_point(model, path, X, Y, got.t, dtype) for dtype in (torch.float32, torch.float64)
+    )
     assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
     rows = mc.explain(model, path, X, 5).nodes(mc.explain(model, path, X, 5).program.segments[0])
     assert rows[0]["class"] == "combination", "the first layer is still one"
@@ -116,7 +127,10 @@ def test_only_the_part_runs_as_it_is(name):
 def test_the_part_and_the_line_are_named():
     model, other = (network(PARTS["branch"], seed) for seed in (1, 2))
     path = mc.Line(model, other)
-    with pytest.warns(UserWarning, match=r"part of the model runs as it is.*2\.1 \(Branch\): test_closed_parts\.py:\d+: torch"):
+    with pytest.warns(
+        UserWarning,
+        match=r"part of the model runs as it is.*2\.1 \(Branch\): test_closed_parts\.py:\d+: torch",
+    ):
         result = mc.evaluate(model, path, (X, Y), 3)
     assert "2.1 (Branch)" in result.info["fallback"]
     plan = mc.explain(model, path, X, 3)
@@ -132,14 +146,18 @@ def test_what_is_below_the_part_is_shared():
     plan = mc.explain(model, mc.Line(model, swung), X, 101)
     (segment,) = plan.program.segments
     assert [row["class"] for row in plan.nodes(segment)][-2:] == ["constant", "combination"]
-    assert plan.point_flops == 101 * 2 * 2 * 3, "the closed part runs once, whatever the number of points"
+    assert plan.point_flops == 101 * 2 * 2 * 3, (
+        "the closed part runs once, whatever the number of points"
+    )
 
 
 def test_its_statistics_are_recomputed():
     model, other = (network(PARTS["branch"], seed).double() for seed in (1, 2))
     path, x = mc.Line(model, other), X.double()
     before = clone(model)
-    got = mc.evaluate(model, path, (x, Y), [0.4, 1.0], buffers="recompute", batch_size=20, precision="float64")
+    got = mc.evaluate(
+        model, path, (x, Y), [0.4, 1.0], buffers="recompute", batch_size=20, precision="float64"
+    )
     for t, loss in zip(got.t, got.loss):
         network_at = copy.deepcopy(model)
         network_at.load_state_dict(path.at(t))
@@ -164,7 +182,10 @@ def test_hooks_run_once_and_stay():
     hooks = [dict(module._forward_hooks) for module in model.modules()]
     graph = capture(model, X)
     torch.testing.assert_close(run(graph, model.state_dict(), X), model(X))
-    assert graph.fallback is None and [dict(module._forward_hooks) for module in model.modules()] == hooks
+    assert (
+        graph.fallback is None
+        and [dict(module._forward_hooks) for module in model.modules()] == hooks
+    )
     assert "forward" not in part.__dict__
 
 
@@ -183,7 +204,9 @@ def test_where_the_sizes_do_not_follow_the_next_larger_part_is_closed():
             return x + self.ragged(x).sum(0)
 
     graph = capture(network(Outer(), 1).eval(), X)
-    assert [node.function.path for node in graph.nodes if node.op == "module"] == ["2.1"] and graph.mixes_rows
+    assert [node.function.path for node in graph.nodes if node.op == "module"] == [
+        "2.1"
+    ] and graph.mixes_rows
 
 
 def test_the_networks_own_forward_closes_all_of_it():

@@ -15,7 +15,9 @@ from naive import mlp
 from walk import conv_net
 
 
-def data(samples: int = 60, d: int = 5, classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def data(
+    samples: int = 60, d: int = 5, classes: int = 3, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, d, generator=generator)
     return x, (x @ torch.randn(d, classes, generator=generator)).argmax(1)
@@ -43,7 +45,10 @@ def test_shortage_names_layer_and_units() -> None:
     assert rows[0].shortage == "layer 1 has 8 units, 2 short of m_{0,1} + |I_1| = 4 + 6"
     rows = conditions(model, model, data(), kept=0.25, width=0.75, separability=False).rows
     assert "layer 2 has 8 units, 4 short of m_{0,2} + m_{1,2} = 6 + 6" in rows[0].shortage
-    assert rows[1].shortage == "layer 3 has 8 units, 4 short of m_{1,3} + m_{2,3} = 6 + 6" and rows[2].room
+    assert (
+        rows[1].shortage == "layer 3 has 8 units, 4 short of m_{1,3} + m_{2,3} = 6 + 6"
+        and rows[2].room
+    )
     rows = conditions(model, model, data(), width=0.1, separability=False).rows
     assert not rows[0].room and "layer 1 has too few units" in rows[0].shortage
 
@@ -81,9 +86,18 @@ def test_convolutions_and_selected_entries() -> None:
     x, y = torch.randn(20, 2, 8, 8, generator=generator), torch.arange(20) % 3
     seen = []
     table = conditions(
-        model, model.state_dict(), (x, y), entries=[2, 1, 3], separability=[3], progress=lambda *done: seen.append(done)
+        model,
+        model.state_dict(),
+        (x, y),
+        entries=[2, 1, 3],
+        separability=[3],
+        progress=lambda *done: seen.append(done),
     )
-    assert [(row.entry, row.kept, row.units) for row in table.rows] == [(1, 3, 6), (2, 4, 7), (3, 4, 8)]
+    assert [(row.entry, row.kept, row.units) for row in table.rows] == [
+        (1, 3, 6),
+        (2, 4, 7),
+        (3, 4, 8),
+    ]
     assert [row.reason == "" for row in table.rows] == [True, True, False]
     assert seen == [(1, 3), (2, 3), (3, 3)]
     one = conditions(model, model, (x, y), entries=[3])
@@ -92,7 +106,10 @@ def test_convolutions_and_selected_entries() -> None:
 
 def test_other_seeds_keep_other_units() -> None:
     model = mlp(5, 8, 9, 7, 3)
-    margins = [conditions(model, model, data(), entries=[1], seed=seed).to_dict()["rows"] for seed in (0, 0, 1, 2, 3)]
+    margins = [
+        conditions(model, model, data(), entries=[1], seed=seed).to_dict()["rows"]
+        for seed in (0, 0, 1, 2, 3)
+    ]
     assert margins[0] == margins[1] and any(other != margins[0] for other in margins[2:])
 
 
@@ -108,7 +125,12 @@ def test_table_as_text_frame_and_json() -> None:
     assert content["rows"][3]["root_ratio"] is None
     pytest.importorskip("pandas")
     frame = table.to_frame()
-    assert frame.entry.tolist() == [0, 1, 2, 3] and frame.separable.tolist() == [True, None, None, None]
+    assert frame.entry.tolist() == [0, 1, 2, 3] and frame.separable.tolist() == [
+        True,
+        None,
+        None,
+        None,
+    ]
 
 
 def test_bad_input() -> None:

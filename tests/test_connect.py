@@ -56,7 +56,9 @@ def test_the_bound_holds_at_random_points(pair, connection) -> None:
     assert len(connection.kinds) == 4 * 4 - 1
     for end, network in zip((0, -1), pair):
         weights = network.state_dict()
-        assert all(torch.equal(connection.path.control_points[end][key], weights[key]) for key in weights)
+        assert all(
+            torch.equal(connection.path.control_points[end][key], weights[key]) for key in weights
+        )
     t = np.random.default_rng(0).random(3000)
     for data, proved in ((digits(), certificate), (digits("test"), connection.test_certificate)):
         result = mc.evaluate(pair[0], connection.path, data, points=t)
@@ -69,7 +71,9 @@ def test_the_bound_holds_at_random_points(pair, connection) -> None:
 
 def test_cost_of_the_path_does_not_depend_on_its_points(pair, connection) -> None:
     x = digits()[0][:8]
-    few, many = (mc.explain(pair[0], connection.path, x, points=15 * n + 1).program for n in (10, 1000))
+    few, many = (
+        mc.explain(pair[0], connection.path, x, points=15 * n + 1).program for n in (10, 1000)
+    )
     assert many.shared_flops == few.shared_flops
     assert many.shared_flops <= 8 * many.naive_flops
 
@@ -102,7 +106,9 @@ def test_networks_that_are_no_solutions_make_the_bound() -> None:
     a, b = mlp(64, 40, 40, 10, seed=1), mlp(64, 40, 40, 10, seed=2)
     x, y = digits()
     found = mc.connect(a, a, b, (x.flatten(1), y))
-    assert found.certificate.bound <= 2.1 * max(found.certificate.losses[0], found.certificate.losses[-1])
+    assert found.certificate.bound <= 2.1 * max(
+        found.certificate.losses[0], found.certificate.losses[-1]
+    )
     below = mc.connect(a, a, b, (x.flatten(1), y), target=0.5)
     assert below.certificate.outcome in (Outcome.ENDS, Outcome.ABOVE_ENDS)
     assert "end" in below.certificate.advice
@@ -111,7 +117,9 @@ def test_networks_that_are_no_solutions_make_the_bound() -> None:
 def test_tanh_is_connected_by_trained_subnetworks_and_refused_for_heads() -> None:
     spec = "mlp:64-30-30-10:tanh"
     a, b = trained(spec, 1, 15), trained(spec, 2, 15)
-    with pytest.raises(mc.ModeconnError, match=r'"head" .* tanh: identity passes ReLU alone; use "trained"'):
+    with pytest.raises(
+        mc.ModeconnError, match=r'"head" .* tanh: identity passes ReLU alone; use "trained"'
+    ):
         mc.connect(a, a, b, digits(), subnetworks="head")
     found = mc.connect(a, a, b, digits(), target=0.2)
     assert {record["method"] for record in found.details["found"]} == {"trained"}
@@ -122,7 +130,12 @@ def test_convolutions_with_norms() -> None:
     def net(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         layers = [nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)]
-        layers += [nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()]
+        layers += [
+            nn.Conv2d(8, 12, 3, padding=1, bias=False),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+        ]
         model = nn.Sequential(*layers, nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 10))
         train(model, digits(), lr=0.02, momentum=0.9, batch_size=50, epochs=4, seed=seed)
         return model.eval()
@@ -134,7 +147,9 @@ def test_convolutions_with_norms() -> None:
 
 
 @pytest.mark.parametrize("subnetworks", ["head", "trained"])
-def test_an_interrupted_search_goes_on_to_the_same_connection(pair, tmp_path: Path, monkeypatch, subnetworks: str) -> None:
+def test_an_interrupted_search_goes_on_to_the_same_connection(
+    pair, tmp_path: Path, monkeypatch, subnetworks: str
+) -> None:
     monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
     settings = {"target": 0.02, "subnetworks": subnetworks, "seed": 3}
     whole = mc.connect(pair[0], *pair, digits(), **settings)
@@ -171,8 +186,12 @@ def test_an_interrupted_search_goes_on_to_the_same_connection(pair, tmp_path: Pa
     assert all((folder / name).stat().st_mtime_ns == time for name, time in before.items())
     points = zip(whole.path.control_points, again.path.control_points, strict=True)
     assert all(torch.equal(p[key], q[key]) for p, q in points for key in p)
-    assert [f["epochs"] for f in again.details["found"]] == [f["epochs"] for f in whole.details["found"]]
-    with pytest.raises(mc.ModeconnError, match="holds the search of another connection, with other kept, seed"):
+    assert [f["epochs"] for f in again.details["found"]] == [
+        f["epochs"] for f in whole.details["found"]
+    ]
+    with pytest.raises(
+        mc.ModeconnError, match="holds the search of another connection, with other kept, seed"
+    ):
         mc.connect(pair[0], *pair, digits(), **{**settings, "seed": 4}, folder=folder)
     with pytest.raises(mc.ModeconnError, match="with other networks"):
         mc.connect(pair[0], pair[1], pair[0], digits(), **settings, folder=folder)
@@ -199,7 +218,9 @@ def test_features_are_those_of_the_network(pair, tmp_path: Path) -> None:
         for entry in range(chain.length):
             expected = chain.run(weights, x, 0, entry)
             torch.testing.assert_close(disk.entry(entry), expected)
-            torch.testing.assert_close(memory.entry(entry), expected[:, [1, 5]] if entry == 2 else expected)
+            torch.testing.assert_close(
+                memory.entry(entry), expected[:, [1, 5]] if entry == 2 else expected
+            )
     assert torch.equal(disk.labels, y)
     with pytest.raises(mc.ModeconnError, match="entry layer 4: MLP has entry layers 0 to 3"):
         compute_features(chain, weights, (x, y), [4])
@@ -208,9 +229,14 @@ def test_features_are_those_of_the_network(pair, tmp_path: Path) -> None:
 def test_bad_input_is_named(pair) -> None:
     a, b = pair
     x, y = digits()
-    with pytest.raises(mc.ModeconnError, match="all 1,437 samples have the label 0: expected at least two classes"):
+    with pytest.raises(
+        mc.ModeconnError, match="all 1,437 samples have the label 0: expected at least two classes"
+    ):
         mc.connect(a, a, b, (x[:1437], torch.zeros(1437, dtype=torch.int64)))
-    with pytest.raises(mc.ModeconnError, match=r"subnetworks is 'best': expected one of auto, readout, head, trained"):
+    with pytest.raises(
+        mc.ModeconnError,
+        match=r"subnetworks is 'best': expected one of auto, readout, head, trained",
+    ):
         mc.connect(a, a, b, (x, y), subnetworks="best")
     with pytest.raises(mc.ModeconnError, match=r"kept is 1\.5 for layer 1 of 40 units"):
         mc.connect(a, a, b, (x, y), kept=1.5)
@@ -236,7 +262,20 @@ def test_from_the_command_line(pair, tmp_path: Path, monkeypatch, capsys) -> Non
     for name, network in zip("ab", pair):
         state.save(network.state_dict(), f"{name}.safetensors", {"model": SPEC})
     ends = ("a.safetensors", "b.safetensors")
-    arguments = ["connect", *ends, "--data", "digits", "--target", "0.3", "--out", "c", "--json", "c.json", "--plot", "c.png"]
+    arguments = [
+        "connect",
+        *ends,
+        "--data",
+        "digits",
+        "--target",
+        "0.3",
+        "--out",
+        "c",
+        "--json",
+        "c.json",
+        "--plot",
+        "c.png",
+    ]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "loss at most" in printed

@@ -31,7 +31,10 @@ def made() -> tuple[Walk, Connection]:
     w = walk(conv_net(), (2, 8, 8))
     certificate = certify(w.model, w.chain, w.path, w.data)
     test = certify(w.model, w.chain, w.path, (w.x[:20] * 2, w.y[:20]))
-    details = {"subnetworks": [{"entry": 0, "kept": np.arange(3), "loss": math.inf}], "seconds": 1.5}
+    details = {
+        "subnetworks": [{"entry": 0, "kept": np.arange(3), "loss": math.inf}],
+        "seconds": 1.5,
+    }
     return w, Connection(w.path, KINDS, certificate, test, "mine:net", details)
 
 
@@ -45,11 +48,15 @@ def names_in(folder: Path) -> list[str]:
     return [file.name for file in folder.iterdir()]
 
 
-def assert_same_points(got: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> None:
+def assert_same_points(
+    got: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]
+) -> None:
     assert len(got) == len(expected)
     for one, other in zip(got, expected):
         assert set(one) == set(other)
-        assert all(v.dtype == other[key].dtype and v.shape == other[key].shape for key, v in one.items())
+        assert all(
+            v.dtype == other[key].dtype and v.shape == other[key].shape for key, v in one.items()
+        )
         assert all(bitwise_equal(v, other[key]) for key, v in one.items())
 
 
@@ -61,7 +68,10 @@ def test_a_connection_comes_back_bit_for_bit(made, saved):
     assert again.certificate == connection.certificate
     assert again.test_certificate == connection.test_certificate
     assert again.model == "mine:net"
-    assert again.details == {"subnetworks": [{"entry": 0, "kept": [0, 1, 2], "loss": "inf"}], "seconds": 1.5}
+    assert again.details == {
+        "subnetworks": [{"entry": 0, "kept": [0, 1, 2], "loss": "inf"}],
+        "seconds": 1.5,
+    }
     assert verify(w.model, again, w.data, a=w.points[0], b=w.points[-1]).same_data
     assert sorted(names_in(saved)) == [BREAKPOINTS, CONTENT]
     assert names_in(saved.parent) == ["connection"]
@@ -77,7 +87,11 @@ def random_points(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     shapes = {"w": (5, 4), "b": (5,), "c": (3, 2, 2, 2), "s": ()}
     points = [{key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}]
-    points[0] |= {"n": torch.tensor(3), "m": torch.arange(6).view(2, 3), "d": torch.zeros(3, 3, dtype=torch.float64)}
+    points[0] |= {
+        "n": torch.tensor(3),
+        "m": torch.arange(6).view(2, 3),
+        "d": torch.zeros(3, 3, dtype=torch.float64),
+    }
     for _ in range(draw(st.integers(1, 4))):
         point = dict(points[-1])
         for key in draw(st.lists(st.sampled_from(list(point)), unique=True)):
@@ -111,7 +125,9 @@ def test_forty_breakpoints_cost_a_small_multiple_of_one(tmp_path):
         else:
             for key in ("0", "2", "4", "6"):
                 rows = torch.randperm(256, generator=generator)[:20]
-                point[f"{key}.weight"][rows] = torch.randn(20, point[f"{key}.weight"].shape[1], generator=generator)
+                point[f"{key}.weight"][rows] = torch.randn(
+                    20, point[f"{key}.weight"].shape[1], generator=generator
+                )
                 point[f"{key}.bias"][rows] = 0.5
         points.append(point)
     states.save(points[0], tmp_path / "one.safetensors")
@@ -133,13 +149,18 @@ def content_of(folder: Path) -> dict:
 
 def rewrite(folder: Path, **changes) -> None:
     content = content_of(folder) | changes
-    (folder / CONTENT).write_text(json.dumps({key: value for key, value in content.items() if value != "REMOVED"}))
+    (folder / CONTENT).write_text(
+        json.dumps({key: value for key, value in content.items() if value != "REMOVED"})
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "modeconn.Connection/9"}, "format is 'modeconn.Connection/9', expected 'modeconn.Connection/1'"),
+        (
+            {"format": "modeconn.Connection/9"},
+            "format is 'modeconn.Connection/9', expected 'modeconn.Connection/1'",
+        ),
         ({"format": "REMOVED"}, "format is None"),
         ({"breakpoints": "REMOVED"}, "connection.json has no 'breakpoints'"),
         ({"breakpoints": 1}, "breakpoints is 1"),
@@ -151,7 +172,10 @@ def rewrite(folder: Path, **changes) -> None:
         ({"test_certificate": 3}, "not a certificate"),
         ({"model": 3}, "model is no text"),
         ({"details": []}, "details are no table"),
-        ({"sha256": "0"}, "breakpoints.safetensors is not the file that connection.json was written with"),
+        (
+            {"sha256": "0"},
+            "breakpoints.safetensors is not the file that connection.json was written with",
+        ),
     ],
 )
 def test_a_changed_connection_json(saved, changes, message):
@@ -178,7 +202,10 @@ def test_truncated_and_missing_files(saved, tmp_path):
         (saved / name).unlink()
         with pytest.raises(ModeconnError, match=f"has no {name}"):
             Connection.load(saved)
-    for folder, problem in ((tmp_path / "none", "no such folder"), (tmp_path / "file", "is a file")):
+    for folder, problem in (
+        (tmp_path / "none", "no such folder"),
+        (tmp_path / "file", "is a file"),
+    ):
         (tmp_path / "file").touch()
         with pytest.raises(ModeconnError, match=problem):
             Connection.load(folder)
@@ -200,13 +227,22 @@ ROWS, COLUMNS, VALUES = (f"1/{part}/4.weight" for part in ("rows", "columns", "v
         (lambda p: {COLUMNS: p[COLUMNS] + 4}, "columns go from"),
         (lambda p: {ROWS: p[ROWS].float()}, r"rows are torch.float32"),
         (lambda p: {ROWS: p[ROWS][:2]}, "values have shape"),
-        (lambda p: {VALUES: p[VALUES].double()}, "values are torch.float64, expected torch.float32"),
+        (
+            lambda p: {VALUES: p[VALUES].double()},
+            "values are torch.float64, expected torch.float32",
+        ),
         (lambda p: {COLUMNS: None}, "has rows, which do not fit 4 dimensions"),
         (lambda p: {VALUES: None}, "the values are missing"),
-        (lambda p: {"1/values/new": torch.zeros(2)}, "changes 'new', which the first breakpoint does not have"),
+        (
+            lambda p: {"1/values/new": torch.zeros(2)},
+            "changes 'new', which the first breakpoint does not have",
+        ),
         (lambda p: {"1/power/4.weight": torch.zeros(2)}, "is no part of a path"),
         (lambda p: {"x/values/4.weight": torch.zeros(2)}, "is no part of a path"),
-        (lambda p: {name: None for name in p if name.startswith("0/")}, "the first breakpoint is missing"),
+        (
+            lambda p: {name: None for name in p if name.startswith("0/")},
+            "the first breakpoint is missing",
+        ),
         (lambda p: {VALUES: p[VALUES] * math.nan}, "breakpoint 1: weights must be finite"),
     ],
 )
@@ -325,7 +361,8 @@ def axes():
     return figure.add_subplot()
 
 
-@pytest.mark.filterwarnings("ignore:batch norms")  # of the straight line, whose statistics are interpolated
+# of the straight line, whose statistics are interpolated
+@pytest.mark.filterwarnings("ignore:batch norms")
 @pytest.mark.parametrize("curves", [False, True])
 def test_the_plot_has_bound_line_and_kinds(made, curves):
     w, connection = made
@@ -337,9 +374,13 @@ def test_the_plot_has_bound_line_and_kinds(made, curves):
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     bound = f"{connection.certificate.bound:.3g}"
     assert f"certified bound: loss ≤ {bound}" in labels
-    assert {"rewrite: function constant", "shift: function constant", "swing: loss convex"} <= set(labels)
+    assert {"rewrite: function constant", "shift: function constant", "swing: loss convex"} <= set(
+        labels
+    )
     assert any(label.startswith("straight line: loss") for label in labels) == curves
-    heights = [float(drawn.get_ydata()[0]) for drawn in ax.lines if len(set(drawn.get_ydata())) == 1]
+    heights = [
+        float(drawn.get_ydata()[0]) for drawn in ax.lines if len(set(drawn.get_ydata())) == 1
+    ]
     assert connection.certificate.bound in heights
     ax.figure.canvas.draw()
 
@@ -348,7 +389,9 @@ def test_a_plot_of_losses_that_are_not_finite(made):
     _, connection = made
     c = connection.certificate
     segments = [dataclasses.replace(s, losses=(math.nan, math.inf)) for s in c.segments]
-    odd = dataclasses.replace(connection, certificate=type(c).of(segments, c.labels, c.samples, c.digest))
+    odd = dataclasses.replace(
+        connection, certificate=type(c).of(segments, c.labels, c.samples, c.digest)
+    )
     ax = odd.plot(axes())
     assert not any("bound" in text.get_text() for text in ax.get_legend().get_texts())
     ax.figure.canvas.draw()
@@ -359,6 +402,11 @@ def test_a_loss_over_decades_is_drawn_on_a_log_scale():
     connection = Connection(PolyChain(w.points), KINDS, certify(w.model, w.chain, w.path, w.data))
     assert connection.plot(axes()).get_yscale() == "linear"
     c = connection.certificate
-    segments = [dataclasses.replace(s, losses=(10.0**-k, 10.0 ** -(k + 1))) for k, s in enumerate(c.segments)]
-    steep = dataclasses.replace(connection, certificate=type(c).of(segments, c.labels, c.samples, c.digest))
+    segments = [
+        dataclasses.replace(s, losses=(10.0**-k, 10.0 ** -(k + 1)))
+        for k, s in enumerate(c.segments)
+    ]
+    steep = dataclasses.replace(
+        connection, certificate=type(c).of(segments, c.labels, c.samples, c.digest)
+    )
     assert steep.plot(axes()).get_yscale() == "log"

@@ -22,10 +22,20 @@ def conv_chain(seed: int, norm: bool = True, bias: bool = True) -> nn.Sequential
     """Two convolutions with norms and poolings, flattened (block 4) into three linear layers."""
     torch.manual_seed(seed)
     model = nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1, bias=bias), *[nn.BatchNorm2d(6)] * norm, nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
-        nn.Linear(32, 14), nn.ReLU(), nn.Linear(14, 14, bias=bias), nn.ReLU(), nn.Linear(14, 3),
-    )  # fmt: skip
+        nn.Conv2d(2, 6, 3, padding=1, bias=bias),
+        *[nn.BatchNorm2d(6)] * norm,
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 14),
+        nn.ReLU(),
+        nn.Linear(14, 14, bias=bias),
+        nn.ReLU(),
+        nn.Linear(14, 3),
+    )
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-1, 1)
@@ -34,9 +44,14 @@ def conv_chain(seed: int, norm: bool = True, bias: bool = True) -> nn.Sequential
     return model.double().eval()
 
 
-def subnetworks(chain: Chain, kept: list[Tensor], widths: list[list[int]], seed: int) -> list[Subnetwork]:
+def subnetworks(
+    chain: Chain, kept: list[Tensor], widths: list[list[int]], seed: int
+) -> list[Subnetwork]:
     generator = torch.Generator().manual_seed(seed)
-    subs = [initial(chain, entry, units, m, generator) for entry, (units, m) in enumerate(zip(kept, widths))]
+    subs = [
+        initial(chain, entry, units, m, generator)
+        for entry, (units, m) in enumerate(zip(kept, widths))
+    ]
     for sub in subs:
         for bias in sub.biases:
             if bias is not None:
@@ -47,11 +62,22 @@ def subnetworks(chain: Chain, kept: list[Tensor], widths: list[list[int]], seed:
 def halves(chain: Chain, seed: int = 0) -> tuple[list[Tensor], list[list[int]]]:
     """Random halves of the units kept everywhere, full-depth subnetworks in the other half."""
     generator = torch.Generator().manual_seed(seed)
-    kept = [torch.arange(chain.widths[0]), *(kept_units(n, n // 2, generator) for n in chain.widths[1:-1])]
+    kept = [
+        torch.arange(chain.widths[0]),
+        *(kept_units(n, n // 2, generator) for n in chain.widths[1:-1]),
+    ]
     return kept, [[n // 2 for n in chain.widths[entry + 1 : -1]] for entry in range(chain.length)]
 
 
-def check(chain: Chain, model: nn.Module, a: dict, b: dict, steps: list[Step], x: Tensor, expected: dict[str, Tensor]) -> None:
+def check(
+    chain: Chain,
+    model: nn.Module,
+    a: dict,
+    b: dict,
+    steps: list[Step],
+    x: Tensor,
+    expected: dict[str, Tensor],
+) -> None:
     """End points, constant segments, affine segments, and the function at every break point."""
     assert all(torch.equal(steps[0].state[key], a[key]) for key in a)
     assert all(torch.equal(steps[-1].state[key], b[key]) for key in b)
@@ -62,13 +88,20 @@ def check(chain: Chain, model: nn.Module, a: dict, b: dict, steps: list[Step], x
 
     for step in steps:
         if step.label in expected:
-            torch.testing.assert_close(logits(step.state), expected[step.label], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                logits(step.state), expected[step.label], rtol=1e-9, atol=1e-9
+            )
     for before, after in itertools.pairwise(steps):
         first, last = logits(before.state), logits(after.state)
         for t in (0.3, 0.77):
-            state = {k: torch.lerp(v, after.state[k], t) if v.is_floating_point() else v for k, v in before.state.items()}
+            state = {
+                k: torch.lerp(v, after.state[k], t) if v.is_floating_point() else v
+                for k, v in before.state.items()
+            }
             target = torch.lerp(first, last, t) if after.kind == "swing" else first
-            torch.testing.assert_close(logits(state), target, rtol=1e-9, atol=1e-9, msg=f"{after.kind} to {after.label}")
+            torch.testing.assert_close(
+                logits(state), target, rtol=1e-9, atol=1e-9, msg=f"{after.kind} to {after.label}"
+            )
 
 
 def expected(
@@ -84,7 +117,9 @@ def expected(
     }
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv", "conv-no-norm", "conv-no-bias", "vgg11", "vgg11_bn"])
+@pytest.mark.parametrize(
+    "kind", ["mlp", "conv", "conv-no-norm", "conv-no-bias", "vgg11", "vgg11_bn"]
+)
 @pytest.mark.parametrize("shared", [True, False])
 def test_path_of_random_networks(kind: str, shared: bool) -> None:
     torch.manual_seed(0)
@@ -137,14 +172,19 @@ def test_heads_of_any_depth(data: st.DataObject) -> None:
     a, b = map(clone, models)
     chain = Chain.of(models[0], x)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    kept = [torch.arange(5), *(kept_units(n, data.draw(st.integers(6, n - 6)), generator) for n in widths[1:-1])]
+    kept = [
+        torch.arange(5),
+        *(kept_units(n, data.draw(st.integers(6, n - 6)), generator) for n in widths[1:-1]),
+    ]
     subs = {}
     for name in "ab":
         heads = []
         for entry in range(chain.length):
             hidden = data.draw(st.integers(0, chain.length - 1 - entry))
             m = [
-                min(len(kept[p]), widths[p] - len(kept[p])) if i or not entry else widths[p] - len(kept[p])
+                min(len(kept[p]), widths[p] - len(kept[p]))
+                if i or not entry
+                else widths[p] - len(kept[p])
                 for i, p in enumerate(range(entry + 1, entry + 1 + hidden))
             ]
             heads.append(m)
@@ -169,7 +209,9 @@ def test_identity_needs_relu() -> None:
     model = mlp(6, 12, 12, 4, activation=nn.Tanh)
     chain = Chain.of(model, torch.randn(4, 6))
     head = initial(chain, 0, torch.arange(6), [5], torch.Generator().manual_seed(0))
-    with pytest.raises(ModeconnError, match=r"entry layer 0 cannot be carried .* tanh: identity passes ReLU alone"):
+    with pytest.raises(
+        ModeconnError, match=r"entry layer 0 cannot be carried .* tanh: identity passes ReLU alone"
+    ):
         carry(chain, head)
     # A full-depth subnetwork of a tanh network needs no carrying: the path holds.
     test_model = model.double()
@@ -187,7 +229,9 @@ def test_no_room_is_said_with_layer_and_number() -> None:
     kept = [torch.arange(6), torch.arange(7), torch.arange(5)]
     subs = subnetworks(chain, kept, [[5, 4], [6], []], 0)
     state = {key: torch.zeros(()) for key in ()}
-    with pytest.raises(ModeconnError, match=r"layer 1 has 10 units, 2 short of m_\{0,1\} \+ \|I_1\| = 5 \+ 7"):
+    with pytest.raises(
+        ModeconnError, match=r"layer 1 has 10 units, 2 short of m_\{0,1\} \+ \|I_1\| = 5 \+ 7"
+    ):
         breakpoints(chain, state, subs, state, subs)
     assert room(chain, {0: 6, 1: 5, 2: 5}, {0: [5, 5], 1: [6], 2: []}) == []
     assert room(chain, {0: 6, 1: 5, 2: 5}, {0: [5, 6], 1: [6], 2: []}) == [
@@ -196,4 +240,10 @@ def test_no_room_is_said_with_layer_and_number() -> None:
     with pytest.raises(ModeconnError, match="expected 0 to 2"):
         breakpoints(chain, state, subs[1:], state, subs)
     with pytest.raises(ModeconnError, match="keeps 3 of 6 inputs: expected all"):
-        breakpoints(chain, state, subnetworks(chain, [torch.arange(3), *kept[1:]], [[5, 4], [6], []], 0), state, subs)
+        breakpoints(
+            chain,
+            state,
+            subnetworks(chain, [torch.arange(3), *kept[1:]], [[5, 4], [6], []], 0),
+            state,
+            subs,
+        )

@@ -42,10 +42,31 @@ pytestmark = [
 def compile_source(source: Path, target: Path, *flags: str) -> Path:
     """Compile for the emulated device."""
     pybind11 = pytest.importorskip("pybind11")
-    include = [f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-    general = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", '-DMODECONN_CUDA_ARCHS="none"']
+    include = [
+        f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_paths()["include"])
+    ]
+    general = [
+        "-std=c++17",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-gnu-unique",
+        '-DMODECONN_CUDA_ARCHS="none"',
+    ]
     level = "-O0" if source.name == "bindings.cpp" else "-O1"
-    command = [CXX, *general, level, *include, "-Wno-unknown-pragmas", *flags, "-x", "c++", "-c", source, "-o", target]
+    command = [
+        CXX,
+        *general,
+        level,
+        *include,
+        "-Wno-unknown-pragmas",
+        *flags,
+        "-x",
+        "c++",
+        "-c",
+        source,
+        "-o",
+        target,
+    ]
     subprocess.run([str(part) for part in command], check=True)
     return target
 
@@ -65,7 +86,12 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("emulated")
     names = ("bindings.cpp", *SOURCES)
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(names, pool.map(lambda name: compile_source(CSRC / name, folder / f"{name}.o"), names)))
+        return dict(
+            zip(
+                names,
+                pool.map(lambda name: compile_source(CSRC / name, folder / f"{name}.o"), names),
+            )
+        )
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +116,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def problem(rows: int, points: int, count: int, widths: tuple[int, ...], act: str = "relu", seed: int = 0) -> dict[str, Any]:
+def problem(
+    rows: int, points: int, count: int, widths: tuple[int, ...], act: str = "relu", seed: int = 0
+) -> dict[str, Any]:
     """Random arguments of mlp_sums, with coefficients of 0 and 1 among them."""
     g = torch.Generator().manual_seed(seed)
     coefficients = torch.randn(points, count, generator=g, dtype=torch.float64)
@@ -122,33 +150,47 @@ def rounded(x: Tensor, precision: str) -> Tensor:
     """Operands as the tensor cores get them."""
     if precision == "bf16":
         return x.bfloat16().float()
-    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if precision == "tf32" else x
+    return (
+        ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) if precision == "tf32" else x
+    )
 
 
 def plain(p: dict[str, Any], dtype: torch.dtype, precision: str = "float32") -> np.ndarray:
     """The same by PyTorch, one point after the other."""
 
     def blend(tensors: Any, row: Tensor) -> Tensor:
-        return sum(c * t.to(dtype) for c, t in zip(row.tolist(), tensors) if c) + torch.zeros((), dtype=dtype)
+        return sum(c * t.to(dtype) for c, t in zip(row.tolist(), tensors) if c) + torch.zeros(
+            (), dtype=dtype
+        )
 
     act, rows = ACTIVATIONS[p["activation"]], []
     operand = lambda v: rounded(v, precision) if dtype == torch.float32 else v  # noqa: E731
     for t in range(len(p["coefficients"])):
         x = act(blend(p["terms"], p["coefficients"][t]))
         for layer in p["layers"]:
-            w, b = blend(layer.weights, layer.coefficients[t]), blend(layer.biases, layer.bias_coefficients[t])
+            w, b = (
+                blend(layer.weights, layer.coefficients[t]),
+                blend(layer.biases, layer.bias_coefficients[t]),
+            )
             if layer.scale is not None:
-                w, b = layer.scale[t, :, None].to(dtype) * w, (layer.scale[t] * b + layer.shift[t]).to(dtype)
+                w, b = (
+                    layer.scale[t, :, None].to(dtype) * w,
+                    (layer.scale[t] * b + layer.shift[t]).to(dtype),
+                )
             x = ACTIVATIONS[layer.activation](operand(x) @ operand(w).T + b)
         loss = nn.functional.cross_entropy(x, p["labels"], reduction="none")
         own = x.gather(1, p["labels"][:, None])  # of equal logits the first ranks above the others
         above = (x > own) | ((x == own) & (torch.arange(x.shape[1]) < p["labels"][:, None]))
         top5 = (above.sum(1) >= 5).sum() if p["top5"] else 0
-        rows.append([float(loss.double().sum()), float((x.argmax(1) != p["labels"]).sum()), float(top5)])
+        rows.append(
+            [float(loss.double().sum()), float((x.argmax(1) != p["labels"]).sum()), float(top5)]
+        )
     return np.array(rows).reshape(-1, 3)
 
 
-def agrees(p: dict[str, Any], precision: str = "float32", variant: str = "mma", **more: Any) -> None:
+def agrees(
+    p: dict[str, Any], precision: str = "float32", variant: str = "mma", **more: Any
+) -> None:
     got = mlp_sums(**p, precision=precision, variant=variant, **more).numpy()
     near, exact = plain(p, torch.float32, precision), plain(p, torch.float64)
     for i, name in enumerate(("loss", "errors", "top-5 errors")):
@@ -188,7 +230,11 @@ def test_norms_are_folded_in_and_points_go_in_chunks(device):
     p["layers"][0] = CudaLayer(**{**fields, "scale": scale, "shift": shift})
     agrees(p)
     agrees(p, workspace=1)
-    without = {**fields, "biases": torch.zeros(0, 12), "bias_coefficients": torch.zeros(5, 0, dtype=torch.float64)}
+    without = {
+        **fields,
+        "biases": torch.zeros(0, 12),
+        "bias_coefficients": torch.zeros(5, 0, dtype=torch.float64),
+    }
     p["layers"][0] = CudaLayer(**without)
     agrees(p)
 
@@ -203,13 +249,15 @@ def test_many_tiles_add_up_the_same_every_time(device):
 @pytest.mark.parametrize("precision, variant", KINDS)
 def test_what_is_not_finite_stays_so(device, precision, variant):
     p = problem(4, 3, 2, (5, 40, 7))
-    p["layers"][0].weights[1, 3, 2] = float("nan")  # of a control point that the first point leaves out
+    # of a control point that the first point leaves out
+    p["layers"][0].weights[1, 3, 2] = float("nan")
     got = mlp_sums(**p, precision=precision, variant=variant)
     assert got[0].isfinite().all() and got[1:, 0].isnan().all()
     p = problem(4, 2, 1, (5, 40, 7))
     p["layers"][1].biases[0, 2] = float("inf")
     got = mlp_sums(**p, precision=precision, variant=variant)
-    assert got[0, 0].isnan() and not got[1, 0].isfinite()  # the second point's coefficient is negative
+    # the second point's coefficient is negative
+    assert got[0, 0].isnan() and not got[1, 0].isfinite()
 
 
 def test_ties_and_special_logits(device):
@@ -220,7 +268,9 @@ def test_ties_and_special_logits(device):
     x[3, 1], x[4, 0], x[5], x[6, 0] = -inf, 9e30, -inf, inf
     labels = torch.tensor([0, 2, 1, 1, 0, 0, 0])
     ones = torch.ones(1, 1, dtype=torch.float64)
-    each = torch.stack([mlp_sums([x[i : i + 1]], ones, [], labels[i : i + 1], top5=True)[0] for i in range(len(x))])
+    each = torch.stack(
+        [mlp_sums([x[i : i + 1]], ones, [], labels[i : i + 1], top5=True)[0] for i in range(len(x))]
+    )
     loss = nn.functional.cross_entropy(x, labels, reduction="none")
     torch.testing.assert_close(each[:, 0].float(), loss, equal_nan=True)
     assert torch.equal(each[:, 1], (x.argmax(1) != labels).double())
@@ -256,7 +306,9 @@ Y = torch.arange(130) % 10
 def evaluates(model: nn.Module, path: object, points: int) -> None:
     names = ("loss", "error", "top5_error")
     got = mc.evaluate(model, path, (X, Y), points, backend="cuda", metrics=names)
-    near, exact = (pass_per_point(model, path, X, Y, got.t, d) for d in (torch.float32, torch.float64))
+    near, exact = (
+        pass_per_point(model, path, X, Y, got.t, d) for d in (torch.float32, torch.float64)
+    )
     assert got.backend == "cuda"
     for name in ("loss", "error"):
         assert_within_policy(name, got.values[name], near[name], exact[name], torch.float32)
@@ -297,7 +349,9 @@ def test_what_the_backend_cannot_run_is_said_in_one_line(device):
 
 def test_without_a_gpu_or_the_extension_the_reason_is_given(monkeypatch):
     a, b = (mlp(20, 9, 10, seed=k) for k in range(2))
-    with pytest.raises(mc.ModeconnError, match=r'backend "cuda" cannot run this: .*(not available|CUDA device)'):
+    with pytest.raises(
+        mc.ModeconnError, match=r'backend "cuda" cannot run this: .*(not available|CUDA device)'
+    ):
         mc.evaluate(a, mc.Line(a, b), (X, Y), 3, backend="cuda", device="cpu")
     assert mc.evaluate(a, mc.Line(a, b), (X, Y), 3).backend != "cuda"
 
@@ -317,16 +371,21 @@ MUTATIONS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file, before, after, variant", MUTATIONS, ids=lambda v: v[:24] if isinstance(v, str) else None)
+@pytest.mark.parametrize(
+    "file, before, after, variant", MUTATIONS, ids=lambda v: v[:24] if isinstance(v, str) else None
+)
 def test_the_emulation_notices(objects, tmp_path, monkeypatch, file, before, after, variant):
     broken = shutil.copytree(CSRC, tmp_path / "cuda")
     text = (broken / file).read_text(encoding="utf-8")
     assert text.count(before) == 1
     (broken / file).write_text(text.replace(before, after), encoding="utf-8")
     others = [path for name, path in objects.items() if name != "mlp_tf32.cu"]
-    module = link_and_load([*others, compile_source(broken / "mlp_tf32.cu", tmp_path / "mlp.o")], tmp_path / "_cuda.so")
+    module = link_and_load(
+        [*others, compile_source(broken / "mlp_tf32.cu", tmp_path / "mlp.o")], tmp_path / "_cuda.so"
+    )
     monkeypatch.setattr(cuda, "extension", lambda: module)
-    p = problem(40, 2, 1, (95, 95, 95, 95))  # two blocks: the emulation runs their warps in either order
+    # two blocks: the emulation runs their warps in either order
+    p = problem(40, 2, 1, (95, 95, 95, 95))
     with pytest.raises((AssertionError, RuntimeError)):
         agrees(p, "tf32", variant)
 
@@ -334,12 +393,20 @@ def test_the_emulation_notices(objects, tmp_path, monkeypatch, file, before, aft
 @pytest.mark.slow
 def test_the_sanitizer_finds_nothing(objects, tmp_path):
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    mine = [(CSRC / "mlp_tf32.cu", flags), (CSRC / "launch.cu", flags), (CSRC / "tests" / "driver.cpp", flags)]
+    mine = [
+        (CSRC / "mlp_tf32.cu", flags),
+        (CSRC / "launch.cu", flags),
+        (CSRC / "tests" / "driver.cpp", flags),
+    ]
     with ThreadPoolExecutor(2) as pool:
-        made = list(pool.map(lambda s: compile_source(s[0], tmp_path / f"{s[0].name}.o", *s[1]), mine))
+        made = list(
+            pool.map(lambda s: compile_source(s[0], tmp_path / f"{s[0].name}.o", *s[1]), mine)
+        )
     others = [objects[name] for name in ("mlp_float32.cu", "mlp_bf16.cu")]
     program = tmp_path / "driver"
-    subprocess.run([str(part) for part in (CXX, *flags[:1], *made, *others, "-o", program)], check=True)
+    subprocess.run(
+        [str(part) for part in (CXX, *flags[:1], *made, *others, "-o", program)], check=True
+    )
     done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0 and "PASS" in done.stdout, done.stdout + done.stderr
 
@@ -374,7 +441,9 @@ def test_no_kernel_spills_and_all_use_the_tensor_cores(tmp_path, name, products)
     tool = disassembler()
     if tool is None:
         pytest.skip("no cuobjdump: the instructions are not read")
-    sass = subprocess.run([tool, "-sass", target], capture_output=True, text=True, check=True).stdout
+    sass = subprocess.run(
+        [tool, "-sass", target], capture_output=True, text=True, check=True
+    ).stdout
     for kernel in sass.split("Function : ")[1:]:
         wanted = "HGMMA" if "WgmmaProduct" in kernel.split("\n")[0] else "HMMA"
         assert re.search(rf"\b{wanted}\b", kernel) and wanted in products
@@ -382,7 +451,9 @@ def test_no_kernel_spills_and_all_use_the_tensor_cores(tmp_path, name, products)
         assert not re.search(r"\b(LDL|STL)\b", kernel), "registers are kept in memory"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("modeconn._cuda") is None, reason="modeconn._cuda is not built")
+@pytest.mark.skipif(
+    importlib.util.find_spec("modeconn._cuda") is None, reason="modeconn._cuda is not built"
+)
 def test_the_extension_needs_no_cuda_library_and_exports_nothing():
     spec = importlib.util.find_spec("modeconn._cuda")
     assert spec is not None and spec.origin is not None
@@ -390,6 +461,8 @@ def test_the_extension_needs_no_cuda_library_and_exports_nothing():
         pytest.skip("no ldd or nm")
     needed = subprocess.run(["ldd", spec.origin], capture_output=True, text=True, check=True).stdout
     assert "cuda" not in needed.replace(spec.origin, "")
-    names = subprocess.run(["nm", "-D", "--defined-only", spec.origin], capture_output=True, text=True, check=True).stdout
+    names = subprocess.run(
+        ["nm", "-D", "--defined-only", spec.origin], capture_output=True, text=True, check=True
+    ).stdout
     exported = [line.split()[-1] for line in names.splitlines()]
     assert [name for name in exported if "cuda" in name] == ["PyInit__cuda"]

@@ -66,17 +66,28 @@ def mapped(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 def images(folder: Path) -> Images:
     pixels = INPUTS.reshape(N, 1, 2, 3)
-    return Images(pixels, TARGETS, name="x", split="train", classes=[str(i) for i in range(N)], scale=1.0)
+    return Images(
+        pixels, TARGETS, name="x", split="train", classes=[str(i) for i in range(N)], scale=1.0
+    )
 
 
 SOURCES = {
     "tensors": lambda folder: (INPUTS, TARGETS),
     "list of tensors": lambda folder: [INPUTS, TARGETS],
-    "strided tensors": lambda folder: (INPUTS.mT.contiguous().mT, TARGETS.repeat_interleave(2)[::2]),
+    "strided tensors": lambda folder: (
+        INPUTS.mT.contiguous().mT,
+        TARGETS.repeat_interleave(2)[::2],
+    ),
     "arrays": lambda folder: (INPUTS.numpy(), TARGETS.numpy()),
     "tensor and array": lambda folder: (INPUTS, TARGETS.numpy()),
-    "reversed array": lambda folder: (np.flip(np.flip(INPUTS.numpy(), 0).copy(), 0), TARGETS.numpy()),
-    "big-endian array": lambda folder: (INPUTS.numpy().astype(">f4"), TARGETS.numpy().astype(">i8")),
+    "reversed array": lambda folder: (
+        np.flip(np.flip(INPUTS.numpy(), 0).copy(), 0),
+        TARGETS.numpy(),
+    ),
+    "big-endian array": lambda folder: (
+        INPUTS.numpy().astype(">f4"),
+        TARGETS.numpy().astype(">i8"),
+    ),
     "memory maps": stored,
     "views of memory maps": lambda folder: tuple(np.asarray(part)[:] for part in stored(folder)),
     "mapped tensors": mapped,
@@ -93,7 +104,9 @@ SOURCES = {
         (INPUTS[:9].numpy(), TARGETS[:9]),
         (INPUTS[9:], TARGETS[9:].numpy()),
     ],
-    "empty batches between": lambda folder: [(INPUTS[a:b], TARGETS[a:b]) for a, b in ((0, 0), (0, 9), (9, 9), (9, N))],
+    "empty batches between": lambda folder: [
+        (INPUTS[a:b], TARGETS[a:b]) for a, b in ((0, 0), (0, 9), (9, 9), (9, N))
+    ],
     "iterable": lambda folder: Lists(),
     "generator": lambda folder: ((INPUTS[i : i + 3], TARGETS[i : i + 3]) for i in range(0, N, 3)),
 }
@@ -144,13 +157,16 @@ def test_the_sources_batches_make_no_difference(cuts: list[int], size: int, reus
             pair = inputs[start : start + rows], targets[start : start + rows]
             start += rows
             if reuse:
-                pair = tuple(buffer[:rows].copy_(part) for buffer, part in zip(buffers, pair, strict=True))
+                pair = tuple(
+                    buffer[:rows].copy_(part) for buffer, part in zip(buffers, pair, strict=True)
+                )
             yield pair
 
     check_pass(as_batches(pieces(), size), size, inputs, targets)
 
 
-# ------------------------------------------------------------------------------------------- attributes
+# -------------------------------------------------------------------------------------------
+# attributes
 
 
 @pytest.mark.parametrize(
@@ -168,7 +184,9 @@ def test_the_sources_batches_make_no_difference(cuts: list[int], size: int, reus
         ([(INPUTS, TARGETS)], None),
     ],
 )
-def test_samples_are_known_before_the_pass_where_the_source_tells(data: object, samples: int | None):
+def test_samples_are_known_before_the_pass_where_the_source_tells(
+    data: object, samples: int | None
+):
     batches = as_batches(data, 4)
     assert batches.samples == samples
     seen = sum(len(targets) for _, targets in batches)
@@ -197,13 +215,17 @@ def test_order_and_randomness_are_the_users():
     before = torch.get_rng_state()
     check_pass(as_batches(Samples(), 4), 4, INPUTS, TARGETS)
     assert torch.equal(torch.get_rng_state(), before)
-    loader = DataLoader(Samples(), batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(1))
+    loader = DataLoader(
+        Samples(), batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(1)
+    )
     found = torch.cat([targets for _, targets in as_batches(loader, 4)])
     assert not torch.equal(found, TARGETS)
     assert torch.equal(found.sort().values, TARGETS)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.float16, torch.bfloat16, torch.float64, torch.complex64]
+)
 def test_dtype_and_device_stay(dtype: torch.dtype):
     for device in ("cpu", "meta"):
         inputs = INPUTS.to(device, dtype)
@@ -213,10 +235,13 @@ def test_dtype_and_device_stay(dtype: torch.dtype):
                 assert (y.dtype, y.device.type) == (torch.int64, "cpu")
 
 
-# --------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------------------------------------
+# memory
 
 
-@pytest.mark.parametrize("data", [(INPUTS, TARGETS), (INPUTS.numpy(), TARGETS.numpy()), [(INPUTS, TARGETS)]])
+@pytest.mark.parametrize(
+    "data", [(INPUTS, TARGETS), (INPUTS.numpy(), TARGETS.numpy()), [(INPUTS, TARGETS)]]
+)
 def test_full_batches_share_the_sources_memory(data: object):
     for i, (inputs, targets) in zip(range(N // 4), as_batches(data, 4), strict=False):
         assert inputs.data_ptr() == INPUTS[4 * i :].data_ptr()
@@ -252,7 +277,9 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc (Linux)")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc (Linux)"
+)
 @pytest.mark.parametrize("view", [lambda map_: map_, lambda map_: map_[:, 1:], np.asarray])
 def test_a_long_memory_map_does_not_fill_the_memory(tmp_path: Path, view):
     rows, width, size = 1 << 15, 1024, 256  # 128 MiB in batches of 1 MiB
@@ -313,7 +340,8 @@ def test_about_two_of_the_sources_batches_live_at_a_time(rows: int, size: int):
     assert most <= 3
 
 
-# ------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------- bad
+# input
 
 
 @pytest.mark.parametrize(
@@ -382,7 +410,10 @@ class Unfit(Dataset):
         ([{"input_ids": INPUTS, "targets": TARGETS}], ["batch 0 is of type dict"]),
         ([({"ids": [1]}, TARGETS)], ["batch 0: inputs['ids'] of type list"]),
         ([((), TARGETS)], ["batch 0: inputs of type tuple", "a tuple or dict of them"]),
-        ([((INPUTS, INPUTS), TARGETS), (INPUTS, TARGETS)], ["batch 1: rows of inputs are", "expected 0: ["]),
+        (
+            [((INPUTS, INPUTS), TARGETS), (INPUTS, TARGETS)],
+            ["batch 1: rows of inputs are", "expected 0: ["],
+        ),
         ([(INPUTS, TARGETS.tolist())], ["batch 0: targets of type list"]),
         ([(INPUTS[0], 3)], ["batch 0: targets is a single number", "DataLoader(data"]),
         ([(INPUTS[0], torch.tensor(3))], ["targets is a single number"]),

@@ -67,19 +67,43 @@ def fake_cifar10(tmp_path_factory) -> tuple[Path, np.ndarray]:
     return root, write_cifar10(root / "cifar-10-batches-bin")
 
 
-# ------------------------------------------------------------------------------------------ real files
+# ------------------------------------------------------------------------------------------ real
+# files
 
 
 def test_mnist_is_the_published_set(mnist_root: Path):
     train = datasets.load("mnist", mnist_root)
     assert train.inputs.shape == (60_000, 1, 28, 28)
-    assert train.targets.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert train.targets.bincount().tolist() == [
+        5923,
+        6742,
+        5958,
+        6131,
+        5842,
+        5421,
+        5918,
+        6265,
+        5851,
+        5949,
+    ]
     assert train.targets[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     scaled = train.inputs.double() / 255
-    assert (round(float(scaled.mean()), 4), round(float(scaled.std()), 4)) == (0.1307, 0.3081)  # as published
+    # as published
+    assert (round(float(scaled.mean()), 4), round(float(scaled.std()), 4)) == (0.1307, 0.3081)
     test = datasets.load("mnist", mnist_root, "test")
     assert test.inputs.shape == (10_000, 1, 28, 28)
-    assert test.targets.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert test.targets.bincount().tolist() == [
+        980,
+        1135,
+        1032,
+        1010,
+        982,
+        892,
+        958,
+        1028,
+        974,
+        1009,
+    ]
     assert test.targets[:5].tolist() == [7, 2, 1, 0, 4]
 
 
@@ -91,15 +115,21 @@ def test_mnist_packed_is_mnist_unpacked(mnist_root: Path, shared: Path):
         assert torch.equal(plain.targets, packed.targets)
 
 
-def test_the_normalisation_is_the_one_that_the_networks_were_trained_with(mnist_root: Path, shared: Path):
+def test_the_normalisation_is_the_one_that_the_networks_were_trained_with(
+    mnist_root: Path, shared: Path
+):
     """Zero training error, as their description says; another normalisation gives errors."""
     sizes = [784, *[245] * 10, 10]
     layers = [layer for i in range(11) for layer in (nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU())]
     network = nn.Sequential(*layers[:-1])
-    network.load_state_dict(state.load(shared / "checkpoints" / "mnist-fcn-10x245-seed1.safetensors"))
+    network.load_state_dict(
+        state.load(shared / "checkpoints" / "mnist-fcn-10x245-seed1.safetensors")
+    )
 
     def errors(**normalisation: float) -> int:
-        inputs, targets = datasets.load("mnist", mnist_root, limit=6000, **normalisation).slice(0, 6000)
+        inputs, targets = datasets.load("mnist", mnist_root, limit=6000, **normalisation).slice(
+            0, 6000
+        )
         with torch.no_grad():
             return int((network(inputs.flatten(1)).argmax(1) != targets).sum())
 
@@ -119,7 +149,8 @@ def test_cifar10_is_the_published_set(cifar10_root: Path):
     assert inputs.std((0, 2, 3)).tolist() == pytest.approx([1, 1, 1], abs=1e-2)
 
 
-# ---------------------------------------------------------------------------------------------- digits
+# ----------------------------------------------------------------------------------------------
+# digits
 
 
 def test_digits_need_no_files():
@@ -152,12 +183,15 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
         datasets.load("digits")
 
 
-# ------------------------------------------------------------------------------------------- layouts
+# -------------------------------------------------------------------------------------------
+# layouts
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("place", ["MNIST/raw", "raw", ""])
-@pytest.mark.parametrize("form", ["plain", "gz", "both", "dotted", "packed without .gz", "plain with .gz"])
+@pytest.mark.parametrize(
+    "form", ["plain", "gz", "both", "dotted", "packed without .gz", "plain with .gz"]
+)
 def test_every_layout_of_mnist(tmp_path: Path, split: str, place: str, form: str):
     images = write_mnist(tmp_path / place, split)
     for file in (images, images.with_name(images.name.replace("images-idx3", "labels-idx1"))):
@@ -182,12 +216,16 @@ def test_the_environment_names_the_folder_unless_root_does(tmp_path: Path, monke
     write_mnist(tmp_path / "b", seed=2)
     monkeypatch.setenv("MODECONN_DATA", str(tmp_path / "a"))
     assert torch.equal(datasets.load("mnist").inputs[:, 0], torch.as_tensor(pixels(12, 1)))
-    assert torch.equal(datasets.load("mnist", str(tmp_path / "b")).inputs[:, 0], torch.as_tensor(pixels(12, 2)))
+    assert torch.equal(
+        datasets.load("mnist", str(tmp_path / "b")).inputs[:, 0], torch.as_tensor(pixels(12, 2))
+    )
 
 
 def test_fashion_mnist_has_a_folder_of_its_own(tmp_path: Path):
     write_mnist(tmp_path / "MNIST" / "raw", seed=1)
-    with refused("fashion-mnist: no train-images-idx3-ubyte", str(tmp_path / "FashionMNIST" / "raw")):
+    with refused(
+        "fashion-mnist: no train-images-idx3-ubyte", str(tmp_path / "FashionMNIST" / "raw")
+    ):
         datasets.load("fashion-mnist", tmp_path)
     write_mnist(tmp_path / "FashionMNIST" / "raw", seed=2)
     found = datasets.load("fashion-mnist", tmp_path)
@@ -203,11 +241,14 @@ def test_cifar10_in_both_layouts(fake_cifar10):
         assert train.targets.tolist() == records[:, 0].tolist()
         # A record is the label, then the red, the green and the blue plane, each row by row.
         assert train.inputs[123, 2, 4, 5] == records[123, 1 + 2 * 1024 + 4 * 32 + 5]
-        assert torch.equal(train.inputs[40_000:].reshape(10_000, -1), torch.as_tensor(records[40_000:, 1:]))
+        assert torch.equal(
+            train.inputs[40_000:].reshape(10_000, -1), torch.as_tensor(records[40_000:, 1:])
+        )
         assert torch.equal(test.inputs, train.inputs[40_000:])
 
 
-# ---------------------------------------------------------------------------------------- normalisation
+# ----------------------------------------------------------------------------------------
+# normalisation
 
 
 def reference(images: datasets.Images, mean: list[float], std: list[float]) -> torch.Tensor:
@@ -228,7 +269,9 @@ def test_default_normalisations(tmp_path: Path, fake_cifar10):
 
 
 def test_normalisation_can_be_set(fake_cifar10):
-    found = datasets.load("cifar10", fake_cifar10[0], "test", mean=0.5, std=[0.5, 0.25, 1.0], limit=20)
+    found = datasets.load(
+        "cifar10", fake_cifar10[0], "test", mean=0.5, std=[0.5, 0.25, 1.0], limit=20
+    )
     assert torch.equal(found.slice(0, 20)[0], reference(found, [0.5] * 3, [0.5, 0.25, 1.0]))
     assert found.normalization == "(x / 255 - 0.5) / (0.5, 0.25, 1)"
     plain = datasets.load("cifar10", fake_cifar10[0], "test", mean=0, std=1, limit=20)
@@ -256,7 +299,8 @@ def test_options_that_cannot_be_used(fake_cifar10, options: dict, words: list[st
         datasets.load("cifar10", fake_cifar10[0], **{"split": "test", **options})
 
 
-# ---------------------------------------------------------------------------------------------- images
+# ----------------------------------------------------------------------------------------------
+# images
 
 
 def test_images_are_a_dataset(tmp_path: Path):
@@ -288,7 +332,9 @@ def test_reading_leaves_the_pixels_alone(tmp_path: Path):
     before = found.inputs.clone()
     found.slice(0, 12)[0].zero_()
     assert torch.equal(found.inputs, before)
-    floats = datasets.Images(before.float(), labels(12), name="x", split="train", classes=range(10), scale=1.0)
+    floats = datasets.Images(
+        before.float(), labels(12), name="x", split="train", classes=range(10), scale=1.0
+    )
     floats.slice(0, 12)[0].fill_(-1)
     floats[0][0].fill_(-1)
     assert torch.equal(floats.inputs, before.float())
@@ -318,7 +364,8 @@ def test_arrays_that_are_no_images(inputs: torch.Tensor, targets: torch.Tensor, 
         datasets.Images(inputs, targets, name="mine", split="train", classes=range(10))
 
 
-# -------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------- bad
+# input
 
 
 def test_an_unknown_name_lists_the_known():
@@ -398,5 +445,7 @@ def test_the_python_version_of_cifar10_is_refused_with_what_to_do(tmp_path: Path
     for file in ("data_batch_1", "test_batch"):
         (tmp_path / place / file).write_bytes(b"\x80\x02}q\x01.")
     for split in ("train", "test"):
-        with refused(str(tmp_path / place), "run code", "cifar-10-binary.tar.gz", "torchvision's CIFAR10"):
+        with refused(
+            str(tmp_path / place), "run code", "cifar-10-binary.tar.gz", "torchvision's CIFAR10"
+        ):
             datasets.load("cifar10", tmp_path, split)

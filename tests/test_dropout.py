@@ -27,9 +27,17 @@ from walk import conv_net
 def case(kind: str) -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(1)
     if kind == "mlp":
-        return mlp(6, 12, 11, 9, 4, seed=2).double(), torch.randn(70, 6).double(), torch.randint(4, (70,))
+        return (
+            mlp(6, 12, 11, 9, 4, seed=2).double(),
+            torch.randn(70, 6).double(),
+            torch.randint(4, (70,)),
+        )
     if kind == "tanh":
-        return mlp(6, 12, 9, 4, activation=nn.Tanh, seed=2).double(), torch.randn(70, 6).double(), torch.randint(4, (70,))
+        return (
+            mlp(6, 12, 9, 4, activation=nn.Tanh, seed=2).double(),
+            torch.randn(70, 6).double(),
+            torch.randint(4, (70,)),
+        )
     model = conv_net().double().eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -65,13 +73,23 @@ def loss_and_slope(logits: Tensor, y: Tensor, scale: float) -> tuple[float, floa
 def test_against_masked_networks(kind: str, fraction: float) -> None:
     model, x, y = case(kind)
     more, labels = x[:25].flip(0) * 1.1, y[:25]
-    table = dropout_stability(model, model, (x, y), (more, labels), fraction=fraction, draws=3, seed=5, precision="float64")
+    table = dropout_stability(
+        model,
+        model,
+        (x, y),
+        (more, labels),
+        fraction=fraction,
+        draws=3,
+        seed=5,
+        precision="float64",
+    )
     chain = Chain.of(model, x[:2])
     assert len(table) == 3 * chain.length
     for row in table.rows:
         kept = kept_after(chain, row.entry, row.draw, fraction, 5)
         assert {p: len(units) for p, units in kept.items()} == {
-            p: chain.widths[p] - int(chain.widths[p] / fraction) for p in range(row.entry + 1, chain.length)
+            p: chain.widths[p] - int(chain.widths[p] / fraction)
+            for p in range(row.entry + 1, chain.length)
         }
         with torch.no_grad():
             logits, others = (masked_logits(chain, model, each, kept) for each in (x, more))
@@ -79,14 +97,20 @@ def test_against_masked_networks(kind: str, fraction: float) -> None:
         assert row.train_loss == pytest.approx(loss, rel=1e-9, abs=1e-12)
         assert abs(slope) < 1e-8 * max(1, logits.abs().max().item()) or loss <= ENOUGH
         assert row.train_error == ((row.scale * logits).argmax(1) != y).double().mean().item()
-        assert row.test_loss == pytest.approx(F.cross_entropy(row.scale * others, labels).item(), rel=1e-9)
+        assert row.test_loss == pytest.approx(
+            F.cross_entropy(row.scale * others, labels).item(), rel=1e-9
+        )
         assert row.test_error == ((row.scale * others).argmax(1) != labels).double().mean().item()
         grid = [F.cross_entropy(s * logits, y).item() for s in np.linspace(-3, 3, 61)]
         assert row.train_loss <= min(grid) + 1e-12
     with torch.no_grad():
         own = [model(each) for each in (x, more)]
-    expected = [F.cross_entropy(own[0], y).item(), (own[0].argmax(1) != y).double().mean().item(),
-                F.cross_entropy(own[1], labels).item(), (own[1].argmax(1) != labels).double().mean().item()]  # fmt: skip
+    expected = [
+        F.cross_entropy(own[0], y).item(),
+        (own[0].argmax(1) != y).double().mean().item(),
+        F.cross_entropy(own[1], labels).item(),
+        (own[1].argmax(1) != labels).double().mean().item(),
+    ]
     assert dataclasses.astuple(table.original) == pytest.approx(expected)
 
 
@@ -113,16 +137,22 @@ def test_nothing_removed() -> None:
 def test_last_entry_layer_is_the_network_itself() -> None:
     model, x, y = case("mlp")
     rows = dropout_stability(model, model, (x, y), draws=3, entries=[3], precision="float64").rows
-    whole = dropout_stability(model, model, (x, y), draws=3, fraction=100, entries=[3], precision="float64").rows
+    whole = dropout_stability(
+        model, model, (x, y), draws=3, fraction=100, entries=[3], precision="float64"
+    ).rows
     same(rows, whole)
 
 
 def test_draws_do_not_depend_on_what_else_is_asked_for() -> None:
     model, x, y = case("conv")
     everything = dropout_stability(model, model, (x, y), draws=3, seed=7, precision="float64")
-    few = dropout_stability(model, model, (x, y), draws=2, entries=[3, 1], seed=7, precision="float64")
+    few = dropout_stability(
+        model, model, (x, y), draws=2, entries=[3, 1], seed=7, precision="float64"
+    )
     same(few.rows, [row for row in everything.rows if row.entry in (1, 3) and row.draw < 2])
-    other = dropout_stability(model, model, (x, y), draws=2, entries=[3, 1], seed=8, precision="float64")
+    other = dropout_stability(
+        model, model, (x, y), draws=2, entries=[3, 1], seed=8, precision="float64"
+    )
     assert few.column("train_loss", 1).tolist() != other.column("train_loss", 1).tolist()
     assert len(set(everything.column("train_loss", 1))) == 3
 
@@ -134,7 +164,13 @@ def test_many_passes_and_outputs_on_disk(kind: str) -> None:
     arguments = {"draws": 3, "precision": "float64", "batch_size": 16}
     whole = dropout_stability(model, model, (x, y), (x, y), **arguments)
     parts = dropout_stability(
-        model, model, (x, y), (x, y), **arguments, memory_budget=1000, progress=lambda *done: seen.append(done)
+        model,
+        model,
+        (x, y),
+        (x, y),
+        **arguments,
+        memory_budget=1000,
+        progress=lambda *done: seen.append(done),
     )
     same(whole.rows, parts.rows)
     assert whole.original.train_loss == pytest.approx(parts.original.train_loss, rel=1e-12)
@@ -151,9 +187,12 @@ def test_plan_leaves_removed_units_out_and_shares_the_prefix() -> None:
     assert isinstance(plan, Plan)
     program = plan.program
     widths = [
-        step.entries[0].shape for step in (program.shared[i] for i in program.order) if step.node.op == "linear"
-    ]  # fmt: skip
-    # Layer 1 once for all four; then rows of layer 2, and the rest cut down to the kept units on both sides.
+        step.entries[0].shape
+        for step in (program.shared[i] for i in program.order)
+        if step.node.op == "linear"
+    ]
+    # Layer 1 once for all four; then rows of layer 2, and the rest cut down to the kept units on
+    # both sides.
     assert sorted(map(tuple, widths)) == sorted([(12, 6)] + 4 * [(6, 12), (5, 6), (4, 5)])
 
 
@@ -173,7 +212,7 @@ def test_float32_is_close_to_float64() -> None:
     assert single.column("scale") == pytest.approx(double.column("scale"), rel=1e-3, abs=1e-4)
 
 
-# -- the scale ------------------------------------------------------------------------------------------------------
+# -- the scale -------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60)
@@ -187,7 +226,10 @@ def test_scale_is_a_minimum(seed: int, size: float, lean: float) -> None:
     for logits, scale in zip(z, best_scales(chunks).tolist()):
         loss, slope = loss_and_slope(logits, y, scale)
         assert loss <= ENOUGH or abs(slope) <= 1e-7 * size
-        assert loss <= min(loss_and_slope(logits, y, scale * f)[0] for f in (0.5, 0.99, 1.01, 2)) + ENOUGH
+        assert (
+            loss
+            <= min(loss_and_slope(logits, y, scale * f)[0] for f in (0.5, 0.99, 1.01, 2)) + ENOUGH
+        )
 
 
 def test_network_that_is_always_right_gets_a_finite_scale() -> None:
@@ -213,10 +255,12 @@ def test_outputs_that_are_zero_or_not_finite() -> None:
     z = torch.zeros(2, 12, 3, dtype=torch.float64)
     z[1, 3] = torch.inf
     scale = best_scales([(z, y)])
-    assert scale[0] == 1 and losses_and_errors([(z, y)], scale)[0][0].item() == pytest.approx(np.log(3))
+    assert scale[0] == 1 and losses_and_errors([(z, y)], scale)[0][0].item() == pytest.approx(
+        np.log(3)
+    )
 
 
-# -- bad input ------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 def test_bad_input() -> None:
@@ -255,4 +299,6 @@ def test_not_a_chain() -> None:
             return self.b(x + self.a(x).relu())
 
     with pytest.raises(ModeconnError, match="Residual is not a chain of layers"):
-        dropout_stability(Residual(), Residual(), (torch.randn(8, 4), torch.zeros(8, dtype=torch.int64)))
+        dropout_stability(
+            Residual(), Residual(), (torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))
+        )

@@ -39,7 +39,10 @@ def test_every_path_against_float64(nets, kind, precision):
         "bezier": (mc.Bezier([a, b, c]), 21),
         "plane": (mc.Plane.through(a, b, c), 5),
         "random": (mc.Plane.random(a, biases=True), 5),
-        "mixture": (mc.Mixture([a, b, c]), [[1, 0, 0], [0.2, 0.3, 0.5], [0.4, -0.7, 2.0], [0, 0, 0]]),
+        "mixture": (
+            mc.Mixture([a, b, c]),
+            [[1, 0, 0], [0.2, 0.3, 0.5], [0.4, -0.7, 2.0], [0, 0, 0]],
+        ),
     }[kind]
     got = mc.evaluate(a, path, (X, Y), points, precision=precision, backend="reference")
     dtype = getattr(torch, precision)
@@ -56,7 +59,9 @@ def test_odd_shapes(rows, widths):
     x, y = torch.randn(rows, widths[0]), torch.arange(rows) % widths[-1]
     path = mc.Line(a, b)
     got = mc.evaluate(a, path, (x, y), 5)
-    plain, exact = (pass_per_point(a, path, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (
+        pass_per_point(a, path, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64)
+    )
     assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
 
 
@@ -65,26 +70,36 @@ def test_inputs_that_are_not_contiguous(nets):
     wide = torch.randn(130, 40)
     wide[:, ::2] = X
     np.testing.assert_allclose(
-        mc.evaluate(nets[0], path, (wide[:, ::2], Y), 5).loss, mc.evaluate(nets[0], path, (X, Y), 5).loss, rtol=1e-6
+        mc.evaluate(nets[0], path, (wide[:, ::2], Y), 5).loss,
+        mc.evaluate(nets[0], path, (X, Y), 5).loss,
+        rtol=1e-6,
     )
 
 
-@pytest.mark.parametrize("module", [nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.LeakyReLU, nn.ELU], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.LeakyReLU, nn.ELU],
+    ids=lambda m: m.__name__,
+)
 def test_activations(module):
     a, b = (mlp(20, 9, 9, 10, activation=module, seed=k) for k in range(2))
     path = mc.Line(a, b)
     got = mc.evaluate(a, path, (X, Y), 5)
-    plain, exact = (pass_per_point(a, path, X, Y, got.t, dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (
+        pass_per_point(a, path, X, Y, got.t, dtype) for dtype in (torch.float32, torch.float64)
+    )
     assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
 
 
 def test_the_end_points_are_the_given_networks(nets):
     got = mc.evaluate(nets[0], mc.Line(*nets[:2]), (X, Y), 3, batch_size=130)
     for t, net in ((0, nets[0]), (2, nets[1])):
-        assert got.loss[t] == pytest.approx(nn.functional.cross_entropy(net(X).double(), Y).item(), rel=1e-6)
+        assert got.loss[t] == pytest.approx(
+            nn.functional.cross_entropy(net(X).double(), Y).item(), rel=1e-6
+        )
 
 
-# -- invariants ---------------------------------------------------------------------------------------------------------
+# -- invariants ------------------------------------------------------------------------------------
 
 
 def states(seed: int) -> tuple[nn.Sequential, list[dict[str, Tensor]]]:
@@ -97,12 +112,15 @@ def states(seed: int) -> tuple[nn.Sequential, list[dict[str, Tensor]]]:
 def test_reversing_a_path_reverses_its_result(seed, points):
     model, (a, b, c) = states(seed)
     for forth, back in (
-        (mc.Line(a, b), mc.Line(b, a)), (mc.PolyChain([a, b, c]), mc.PolyChain([c, b, a])),
+        (mc.Line(a, b), mc.Line(b, a)),
+        (mc.PolyChain([a, b, c]), mc.PolyChain([c, b, a])),
         (mc.Bezier([a, b, c]), mc.Bezier([c, b, a])),
-    ):  # fmt: skip
+    ):
         t = np.linspace(0, 1, points)
         np.testing.assert_allclose(
-            mc.evaluate(model, forth, (X, Y), t).loss, mc.evaluate(model, back, (X, Y), 1 - t).loss, rtol=2e-6
+            mc.evaluate(model, forth, (X, Y), t).loss,
+            mc.evaluate(model, back, (X, Y), 1 - t).loss,
+            rtol=2e-6,
         )
 
 
@@ -135,7 +153,11 @@ def test_splitting_a_segment_changes_nothing(seed, cut):
     split = mc.PolyChain([a, line.at(cut), b])
     t = np.linspace(0, 1, 9)
     u = np.where(t <= 0.5, 2 * t * cut, cut + (2 * t - 1) * (1 - cut))
-    np.testing.assert_allclose(mc.evaluate(model, split, (X, Y), t).loss, mc.evaluate(model, line, (X, Y), u).loss, rtol=5e-6)
+    np.testing.assert_allclose(
+        mc.evaluate(model, split, (X, Y), t).loss,
+        mc.evaluate(model, line, (X, Y), u).loss,
+        rtol=5e-6,
+    )
 
 
 @settings(max_examples=10)
@@ -167,7 +189,7 @@ def test_the_same_call_gives_the_same_bits(nets):
     np.testing.assert_array_equal(first, second)
 
 
-# -- data, losses, options ----------------------------------------------------------------------------------------------
+# -- data, losses, options -------------------------------------------------------------------------
 
 
 def test_every_kind_of_data_gives_the_same(nets, tmp_path):
@@ -177,9 +199,13 @@ def test_every_kind_of_data_gives_the_same(nets, tmp_path):
     mapped = np.memmap(tmp_path / "x.dat", np.float32, "w+", shape=X.shape)
     mapped[:] = X.numpy()
     for data in (
-        (X.numpy(), Y.numpy()), (mapped, Y), dataset, DataLoader(dataset, batch_size=7),
-        [(X[:50], Y[:50]), (X[50:], Y[50:])], ((X[i : i + 9], Y[i : i + 9]) for i in range(0, 130, 9)),
-    ):  # fmt: skip
+        (X.numpy(), Y.numpy()),
+        (mapped, Y),
+        dataset,
+        DataLoader(dataset, batch_size=7),
+        [(X[:50], Y[:50]), (X[50:], Y[50:])],
+        ((X[i : i + 9], Y[i : i + 9]) for i in range(0, 130, 9)),
+    ):
         got = mc.evaluate(nets[0], path, data, 3)
         np.testing.assert_allclose(got.loss, whole, rtol=2e-6)
         assert (got.samples, got.passes) == (130, 1)
@@ -208,12 +234,16 @@ def test_custom_loss_and_metrics(nets):
         return nn.functional.cross_entropy(outputs, targets, reduction="none", label_smoothing=0.1)
 
     path = mc.Line(*nets[:2])
-    got = mc.evaluate(nets[0], path, (X, Y), 2, loss=smoothed, metrics=("loss", "error", "top5_error", margin))
+    got = mc.evaluate(
+        nets[0], path, (X, Y), 2, loss=smoothed, metrics=("loss", "error", "top5_error", margin)
+    )
     logits = nets[1](X)
     assert set(got.values) == {"loss", "error", "top5_error", "margin"}
     assert got.loss[1] == pytest.approx(smoothed(logits, Y).mean().item(), rel=1e-5)
     assert got.margin[1] == pytest.approx(margin(logits, Y).mean().item(), rel=1e-5)
-    assert got.top5_error[1] == pytest.approx((logits.topk(5).indices != Y[:, None]).all(1).double().mean().item())
+    assert got.top5_error[1] == pytest.approx(
+        (logits.topk(5).indices != Y[:, None]).all(1).double().mean().item()
+    )
 
 
 def test_mse_and_bce(nets):
@@ -223,8 +253,12 @@ def test_mse_and_bce(nets):
     assert got.loss[1] == pytest.approx(nn.functional.mse_loss(nets[1](X), target).item(), rel=1e-5)
     bits = (target > 0.5).float()
     got = mc.evaluate(nets[0], path, (X, bits), 2, loss="bce")
-    assert got.loss[1] == pytest.approx(nn.functional.binary_cross_entropy_with_logits(nets[1](X), bits).item(), rel=1e-5)
-    assert got.error[1] == pytest.approx(((nets[1](X) > 0) != bits.bool()).double().mean().item(), rel=1e-6)
+    assert got.loss[1] == pytest.approx(
+        nn.functional.binary_cross_entropy_with_logits(nets[1](X), bits).item(), rel=1e-5
+    )
+    assert got.error[1] == pytest.approx(
+        ((nets[1](X) > 0) != bits.bool()).double().mean().item(), rel=1e-6
+    )
 
 
 def test_ties_are_decided_as_argmax_does():
@@ -256,7 +290,9 @@ def test_a_module_that_cannot_be_captured_still_runs():
 
     a, b = DataDependent(), DataDependent()
     path = mc.Line(a, b)
-    with pytest.warns(UserWarning, match=r"could not be captured: test_evaluate\.py:\d+: torch\.export"):
+    with pytest.warns(
+        UserWarning, match=r"could not be captured: test_evaluate\.py:\d+: torch\.export"
+    ):
         got = mc.evaluate(a, path, (X, Y), 5)
     exact = pass_per_point(a, path, X, Y, got.t, torch.float64)
     np.testing.assert_allclose(got.loss, exact["loss"], rtol=1e-6)
@@ -265,22 +301,39 @@ def test_a_module_that_cannot_be_captured_still_runs():
 
 @pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
 def test_the_model_is_left_as_it_was(nets):
-    model = nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10)).train()
+    model = nn.Sequential(
+        nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10)
+    ).train()
     before, modes = clone(model), [m.training for m in model.modules()]
-    other = clone(nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10)))
+    other = clone(
+        nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 10))
+    )
     for precision in ("float32", "float64"):
         mc.evaluate(model, mc.Line(model, other), (X, Y), 3, precision=precision)
     assert [m.training for m in model.modules()] == modes
-    assert all(torch.equal(before[k], v) and v.dtype == before[k].dtype for k, v in model.state_dict().items())
+    assert all(
+        torch.equal(before[k], v) and v.dtype == before[k].dtype
+        for k, v in model.state_dict().items()
+    )
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
 def test_progress_reaches_the_end(nets):
     seen: list[tuple[int, int | None]] = []
     mc.evaluate(
-        nets[0], mc.Line(*nets[:2]), (X, Y), 5, batch_size=50, backend="reference", progress=lambda *done: seen.append(done)
+        nets[0],
+        mc.Line(*nets[:2]),
+        (X, Y),
+        5,
+        batch_size=50,
+        backend="reference",
+        progress=lambda *done: seen.append(done),
     )
-    assert seen[-1] == (130, 130) and [d for d, _ in seen] == sorted(d for d, _ in seen) and len(seen) == 15
+    assert (
+        seen[-1] == (130, 130)
+        and [d for d, _ in seen] == sorted(d for d, _ in seen)
+        and len(seen) == 15
+    )
 
 
 def test_losses_that_are_not_finite_are_reported(nets):
@@ -290,7 +343,7 @@ def test_losses_that_are_not_finite_are_reported(nets):
     assert np.isfinite(got.loss).tolist() == [True, False, False]
 
 
-# -- memory -------------------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 PEAK = """
     import resource, sys, numpy as np, torch, modeconn as mc
@@ -304,7 +357,8 @@ PEAK = """
     else:
         x = np.memmap(sys.argv[3], np.float32, "r", shape=(argument, 64))
         mc.evaluate(a, mc.Line(a, b), (x, np.zeros(argument, np.int64)), 2, memory_budget=4 << 20, progress=False)
-    # Pages of a mapped file are the system's to drop; what the process holds itself is the anonymous memory.
+    # Pages of a mapped file are the system's to drop; what the process holds itself is the
+    # anonymous memory.
     own = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, own[0].split()[1])
 """
@@ -332,7 +386,7 @@ def test_a_memory_map_larger_than_the_budget_streams(tmp_path):
     assert own["large"] < own["small"] + 48 * 1024, "kilobytes that the process holds itself"
 
 
-# -- bad input ----------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 def bad(nets: list[nn.Sequential], says: str, **changes: object) -> None:
@@ -369,13 +423,19 @@ def bad(nets: list[nn.Sequential], says: str, **changes: object) -> None:
         ("class labels are integers", {"data": (X, Y.float())}),
         ("expects floating point", {"data": (X, Y), "loss": "mse"}),
         (r"does not run on inputs of shape \['N', 19\]", {"data": (X[:, 1:], Y)}),
-        ("does not run on inputs of shape.*int64", {"data": (torch.ones(5, 20, dtype=torch.int64), Y[:5])}),
+        (
+            "does not run on inputs of shape.*int64",
+            {"data": (torch.ones(5, 20, dtype=torch.int64), Y[:5])},
+        ),
         ("does not match the model Sequential in .*'0.weight' is", {"model": mlp(20, 30, 17, 10)}),
-        ("in 2 entries: '5.weight' is missing", {"model": mlp(20, 33, 17, 10).append(nn.Linear(10, 10))}),
+        (
+            "in 2 entries: '5.weight' is missing",
+            {"model": mlp(20, 33, 17, 10).append(nn.Linear(10, 10))},
+        ),
         ("loss gives \\[\\] for 130 samples", {"loss": nn.functional.cross_entropy}),
         ('for classes, and loss="mse" has none', {"loss": "mse", "metrics": ("error",)}),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_clear_line(nets, says, changes):
     bad(nets, says, **changes)
 
@@ -407,7 +467,9 @@ class Folded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.view(x.size(0), 5, 4)
         if self.transposed:
-            return self.head(torch.relu(self.inner(tokens.transpose(0, 1))).transpose(0, 1).flatten(1))
+            return self.head(
+                torch.relu(self.inner(tokens.transpose(0, 1))).transpose(0, 1).flatten(1)
+            )
         return self.head(torch.relu(self.inner(tokens.reshape(-1, 4))).view(x.size(0), -1))
 
 
@@ -417,7 +479,9 @@ def test_values_whose_first_axis_is_not_the_samples(transposed, rows):
     a, b = Folded(transposed), Folded(transposed)
     x, y, path = torch.randn(rows, 20), torch.arange(rows) % 10, mc.Line(a, b)
     got = mc.evaluate(a, path, (x, y), 5)
-    plain, exact = (pass_per_point(a, path, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (
+        pass_per_point(a, path, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64)
+    )
     assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
     assert not got.info["fallback"]
 
@@ -425,7 +489,10 @@ def test_values_whose_first_axis_is_not_the_samples(transposed, rows):
 def test_what_is_kept_for_a_batch_fits_the_budget():
     torch.manual_seed(0)
     a, b = (
-        nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16 * 16, 10)) for _ in range(2)
+        nn.Sequential(
+            nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16 * 16, 10)
+        )
+        for _ in range(2)
     )
     program = mc.explain(a, mc.Line(a, b), torch.randn(2, 1, 16, 16), 5).program
     engine, budget = ReferenceBackend(program, torch.float32, torch.device("cpu")), 1 << 28

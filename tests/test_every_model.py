@@ -34,22 +34,40 @@ class Tied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.gelu(self.into(x))
-        return self.head(torch.tanh(F.linear(hidden, self.into.weight.t(), self.back.bias))) + 0.5 * self.again(x)
+        return self.head(
+            torch.tanh(F.linear(hidden, self.into.weight.t(), self.back.bias))
+        ) + 0.5 * self.again(x)
 
 
 def gpt2() -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2, use_cache=False, bos_token_id=0, eos_token_id=0
-    ))  # fmt: skip
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=11,
+            n_positions=8,
+            n_embd=8,
+            n_layer=2,
+            n_head=2,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
 
 
 def bert() -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    return transformers.BertForSequenceClassification(transformers.BertConfig(
-        vocab_size=11, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12,
-        max_position_embeddings=8, num_labels=3,
-    ))  # fmt: skip
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            vocab_size=11,
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=12,
+            max_position_embeddings=8,
+            num_labels=3,
+        )
+    )
 
 
 def of_spec(spec: str) -> Callable[[], nn.Module]:
@@ -64,7 +82,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Tensor]] = {
     "vgg11_bn": (of_spec("vgg11_bn:width=3"), IMAGES, torch.arange(9) % 10),
     "resnet20": (of_spec("resnet20:width=3"), IMAGES[:, :, :20, :20], torch.arange(9) % 10),
     "vit": (of_spec("vit:width=12,layers=2,image=32,patch=8"), IMAGES, torch.arange(9) % 10),
-    "gpt": (of_spec("gpt:vocab=11,context=8,width=12,layers=2,heads=3"), TOKENS, TOKENS.roll(-1, 1)),
+    "gpt": (
+        of_spec("gpt:vocab=11,context=8,width=12,layers=2,heads=3"),
+        TOKENS,
+        TOKENS.roll(-1, 1),
+    ),
     "gpt2": (gpt2, TOKENS, TOKENS.roll(-1, 1)),
     "bert": (bert, {"input_ids": TOKENS, "attention_mask": MASK}, torch.arange(7) % 3),
 }
@@ -78,7 +100,9 @@ def drawn(make: Callable[[], nn.Module], count: int) -> list[nn.Module]:
     for seed in range(count):
         torch.manual_seed(seed)
         networks.append(make())
-        transformer = any(isinstance(module, nn.Embedding | nn.LayerNorm) for module in networks[-1].modules())
+        transformer = any(
+            isinstance(module, nn.Embedding | nn.LayerNorm) for module in networks[-1].modules()
+        )
         for module in networks[-1].modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -97,7 +121,10 @@ PATHS: dict[str, Callable[[list[nn.Module]], mc.Line | mc.PolyChain]] = {
 
 
 @pytest.mark.filterwarnings(
-    "ignore:batch norms .* interpolated", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+    "ignore:batch norms .* interpolated",
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore::ResourceWarning",
 )
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_error(name):
@@ -108,12 +135,16 @@ def test_loss_and_error(name):
         plain = exact = None
         for backend in ("reference", "native") if native.available() else ("reference",):
             got = mc.evaluate(networks[0], path, (x, y), 21, backend=backend)
-            assert (got.passes, got.samples, got.backend) == (1, len(y), backend) and not got.info["fallback"]
+            assert (got.passes, got.samples, got.backend) == (1, len(y), backend) and not got.info[
+                "fallback"
+            ]
             if exact is None:
                 plain, exact = (pass_per_point(networks[0], path, x, y, got.t, d) for d in DTYPES)
             for metric in ("loss", "error"):
                 what = f"{metric} of {name} along a {kind} by {backend}"
-                assert_within_policy(what, got.values[metric], plain[metric], exact[metric], torch.float32)
+                assert_within_policy(
+                    what, got.values[metric], plain[metric], exact[metric], torch.float32
+                )
 
 
 @pytest.mark.parametrize("name", NORMS)
@@ -122,15 +153,35 @@ def test_loss_and_error_with_recomputed_statistics(name):
     make, _, _ = CASES[name]
     networks = [network.double() for network in drawn(make, 3)]
     size = 32 if name == "vgg11_bn" else 20
-    x, y = torch.randn(15, 3, size, size, generator=torch.Generator().manual_seed(1)).double(), torch.arange(15) % 10
+    x, y = (
+        torch.randn(15, 3, size, size, generator=torch.Generator().manual_seed(1)).double(),
+        torch.arange(15) % 10,
+    )
     for kind, make_path in PATHS.items():
         path = make_path(networks)
         t = np.linspace(0, 1, 21)
-        plain = {dtype: re_estimated(networks[0], path, x, y, t, dtype, batch_size=8) for dtype in DTYPES}
-        for dtype, backend in ((torch.float64, "reference"), (torch.float64, "auto"), (torch.float32, "auto")):
-            options = {"buffers": "recompute", "batch_size": 8, "precision": str(dtype)[6:], "backend": backend}
+        plain = {
+            dtype: re_estimated(networks[0], path, x, y, t, dtype, batch_size=8) for dtype in DTYPES
+        }
+        for dtype, backend in (
+            (torch.float64, "reference"),
+            (torch.float64, "auto"),
+            (torch.float32, "auto"),
+        ):
+            options = {
+                "buffers": "recompute",
+                "batch_size": 8,
+                "precision": str(dtype)[6:],
+                "backend": backend,
+            }
             got = mc.evaluate(networks[0], path, (x, y), t, **options)
             assert (got.passes, got.samples) == (2, 15)
             for metric in ("loss", "error"):
                 what = f"{metric} of {name} along a {kind} by {backend}"
-                assert_within_policy(what, got.values[metric], plain[dtype][metric], plain[torch.float64][metric], dtype)
+                assert_within_policy(
+                    what,
+                    got.values[metric],
+                    plain[dtype][metric],
+                    plain[torch.float64][metric],
+                    dtype,
+                )

@@ -21,14 +21,18 @@ from policy import assert_within_policy
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def call_per_point(model: nn.Module, path: Path, t: np.ndarray, x: Tensor, dtype: torch.dtype) -> Tensor:
+def call_per_point(
+    model: nn.Module, path: Path, t: np.ndarray, x: Tensor, dtype: torch.dtype
+) -> Tensor:
     """functional_call with the weights of each t, one after the other."""
     network = copy.deepcopy(model).to(dtype).eval()
     x = x.to(dtype) if x.is_floating_point() else x
     outputs = []
     for row in path.coefficients(t):
         state = {
-            key: sum(c * point[key].to(dtype) for c, point in zip(row.tolist(), path.control_points))
+            key: sum(
+                c * point[key].to(dtype) for c, point in zip(row.tolist(), path.control_points)
+            )
             if value.is_floating_point()
             else value
             for key, value in path.control_points[0].items()
@@ -42,7 +46,9 @@ def check(model: nn.Module, path: Path, t: object, x: Tensor, **options: object)
     for precision in ("float64", "float32"):
         dtype = getattr(torch, precision)
         got = forward(model, path, t, x, precision=precision, **options)
-        plain, exact = (call_per_point(model, path, path.points(t), x, d) for d in (dtype, torch.float64))
+        plain, exact = (
+            call_per_point(model, path, path.points(t), x, d) for d in (dtype, torch.float64)
+        )
         assert got.dtype == dtype
         assert_within_policy("outputs", got, plain, exact, dtype)
     return got
@@ -51,9 +57,15 @@ def check(model: nn.Module, path: Path, t: object, x: Tensor, **options: object)
 def conv(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 5),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 6, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    )
 
 
 def chain() -> tuple[nn.Sequential, mc.PolyChain]:
@@ -74,7 +86,11 @@ def chain() -> tuple[nn.Sequential, mc.PolyChain]:
 
 # A network, a path, and inputs.
 KINDS: dict[str, Callable[[], tuple[nn.Module, Path, Tensor]]] = {
-    "mlp": lambda: (mlp(7, 9, 4), mc.Bezier([mlp(7, 9, 4, seed=k) for k in range(3)]), torch.randn(5, 7)),
+    "mlp": lambda: (
+        mlp(7, 9, 4),
+        mc.Bezier([mlp(7, 9, 4, seed=k) for k in range(3)]),
+        torch.randn(5, 7),
+    ),
     "conv": lambda: (conv(0), mc.Line(conv(0), conv(1)), torch.randn(5, 3, 8, 8)),
     "chain": lambda: (*chain(), torch.randn(5, 7)),
 }
@@ -108,7 +124,9 @@ def test_convolutions_and_norms(buffers):
     path = mc.Line(a, b)
     if buffers == "start":
         got = forward(a, path, [0.7], torch.ones(2, 3, 8, 8), buffers="start")
-        b[1].load_state_dict({**b[1].state_dict(), "running_mean": torch.zeros(8), "running_var": torch.ones(8)})
+        b[1].load_state_dict(
+            {**b[1].state_dict(), "running_mean": torch.zeros(8), "running_var": torch.ones(8)}
+        )
         torch.testing.assert_close(got, forward(a, mc.Line(a, b), [0.7], torch.ones(2, 3, 8, 8)))
     else:
         check(a, path, [0.7, 0.0, 0.3, 0.7], torch.randn(9, 3, 8, 8))
@@ -175,7 +193,9 @@ def test_a_module_that_cannot_be_captured():
     x = torch.randn(5, 3)
     with pytest.warns(UserWarning, match="could not be captured"):
         got = forward(a, mc.Line(a, b), [0.5, 0.0], x)
-    torch.testing.assert_close(got, call_per_point(a, mc.Line(a, b), np.array([0.5, 0.0]), x, torch.float32))
+    torch.testing.assert_close(
+        got, call_per_point(a, mc.Line(a, b), np.array([0.5, 0.0]), x, torch.float32)
+    )
 
 
 def test_the_model_is_left_as_it_was():
@@ -184,7 +204,10 @@ def test_the_model_is_left_as_it_was():
     for precision in ("float32", "float64"):
         forward(model, mc.Line(model, other), 3, torch.randn(4, 3, 8, 8), precision=precision)
     assert all(module.training for module in model.modules())
-    assert all(torch.equal(before[k], v) and v.dtype == before[k].dtype for k, v in model.state_dict().items())
+    assert all(
+        torch.equal(before[k], v) and v.dtype == before[k].dtype
+        for k, v in model.state_dict().items()
+    )
 
 
 class Pair(nn.Module):
@@ -205,7 +228,11 @@ class Mean(nn.Linear):
     "model, x, says",
     [
         (Pair(), torch.ones(4, 3), "the model returns tuple, and forward needs one tensor"),
-        (Mean(3, 2), torch.ones(4, 3), r"output has shape \[\] for 2 inputs: expected a row per input"),
+        (
+            Mean(3, 2),
+            torch.ones(4, 3),
+            r"output has shape \[\] for 2 inputs: expected a row per input",
+        ),
         (nn.Linear(3, 2), torch.ones(0, 3), "expected at least one row"),
         (nn.Linear(3, 2), torch.ones(4, 2), r"does not run on inputs of shape \['N', 2\]"),
     ],
@@ -223,13 +250,19 @@ def test_backends_and_what_they_refuse():
     x = torch.randn(9, 7)
     with pytest.raises(mc.ModeconnError, match='"cuda" cannot run this'):
         forward(a, mc.Line(a, b), 3, x, backend="cuda")
-    with pytest.raises(mc.ModeconnError, match='"native" cannot run this: it computes no gradients'):
+    with pytest.raises(
+        mc.ModeconnError, match='"native" cannot run this: it computes no gradients'
+    ):
         forward(a, mc.Line(a, b), 3, x.clone().requires_grad_(), backend="native")
     path = mc.Line(clone(a), clone(b))
     path.control_points[0]["0.weight"].requires_grad_()
-    with pytest.raises(mc.ModeconnError, match='"native" cannot run this: it computes no gradients'):
+    with pytest.raises(
+        mc.ModeconnError, match='"native" cannot run this: it computes no gradients'
+    ):
         Forward(a, path, 3, x, backend="native")
-    with pytest.raises(mc.ModeconnError, match='"triton" cannot run this: its kernels compute in float32'):
+    with pytest.raises(
+        mc.ModeconnError, match='"triton" cannot run this: its kernels compute in float32'
+    ):
         forward(a, mc.Line(clone(a), clone(b)), 3, x, backend="triton", precision="float64")
 
 
@@ -243,7 +276,9 @@ def test_every_backend_gives_these_outputs(kind, backend):
     model, path, x = KINDS[kind]()
     t = np.array([0.9, 0.1, 0.5, 0.1])
     got = forward(model, path, t, x, backend=backend)
-    plain, exact = (call_per_point(model, path, t, x, dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (
+        call_per_point(model, path, t, x, dtype) for dtype in (torch.float32, torch.float64)
+    )
     assert_within_policy("outputs", got, plain, exact, torch.float32)
 
 
@@ -253,14 +288,16 @@ def test_bad_options():
     with pytest.raises(mc.ModeconnError, match=r"shape \['N', 3, 3\].*: expected \['N', 3\]"):
         engine(torch.ones(2, 3, 3))
     for options, says in (
-        ({"buffers": "mean"}, "buffers is 'mean'"), ({"precision": "half"}, "precision is 'half'"),
-        ({"memory_budget": 0}, "memory_budget is 0"), ({"device": "nowhere"}, "device 'nowhere'"),
-    ):  # fmt: skip
+        ({"buffers": "mean"}, "buffers is 'mean'"),
+        ({"precision": "half"}, "precision is 'half'"),
+        ({"memory_budget": 0}, "memory_budget is 0"),
+        ({"device": "nowhere"}, "device 'nowhere'"),
+    ):
         with pytest.raises(mc.ModeconnError, match=says):
             forward(a, mc.Line(a, a), 3, torch.ones(2, 3), **options)
 
 
-# -- gradients ----------------------------------------------------------------------------------------------------------
+# -- gradients -------------------------------------------------------------------------------------
 
 
 def by_autograd(model: nn.Module, path: Path, t: np.ndarray, x: Tensor) -> Tensor:
@@ -269,7 +306,9 @@ def by_autograd(model: nn.Module, path: Path, t: np.ndarray, x: Tensor) -> Tenso
     for row in path.coefficients(t):
         points = path.control_points
         state = {
-            key: sum(c * point[key] for c, point in zip(row.tolist(), points)) if value.is_floating_point() else value
+            key: sum(c * point[key] for c, point in zip(row.tolist(), points))
+            if value.is_floating_point()
+            else value
             for key, value in points[0].items()
         }
         outputs.append(functional_call(model, state, (x,)))
@@ -280,15 +319,27 @@ def by_autograd(model: nn.Module, path: Path, t: np.ndarray, x: Tensor) -> Tenso
 def test_gradients_are_those_of_autograd(kind):
     if kind == "chain":  # with weights that are zero, whose gradients are not
         model, path = chain()
-        model, path = model.double(), mc.PolyChain([{k: v.double() for k, v in point.items()} for point in path.control_points])
+        model, path = (
+            model.double(),
+            mc.PolyChain(
+                [{k: v.double() for k, v in point.items()} for point in path.control_points]
+            ),
+        )
     elif kind == "conv":
         model = conv(0).double().eval()
         path = mc.Bezier([conv(k).double() for k in range(3)])
     else:
         model = mlp(7, 6, 4, seed=0).double()
         path = mc.Line(model, clone(mlp(7, 6, 4, seed=1).double()))
-    x = torch.randn(5, *([3, 8, 8] if kind == "conv" else [7]), dtype=torch.float64, requires_grad=True)
-    moving = [value for point in path.control_points for key, value in point.items() if key.endswith(("weight", "bias"))]
+    x = torch.randn(
+        5, *([3, 8, 8] if kind == "conv" else [7]), dtype=torch.float64, requires_grad=True
+    )
+    moving = [
+        value
+        for point in path.control_points
+        for key, value in point.items()
+        if key.endswith(("weight", "bias"))
+    ]
     if kind == "head":
         moving = [point["2.weight"] for point in path.control_points]
     for value in moving:
@@ -300,8 +351,12 @@ def test_gradients_are_those_of_autograd(kind):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
     weights = torch.randn_like(expected)
     for _ in range(2):  # the plan serves again
-        ours, theirs = (torch.autograd.grad((out * weights).sum(), [x, *moving], allow_unused=True, materialize_grads=True)
-                        for out in (engine(x), by_autograd(model, path, t, x)))  # fmt: skip
+        ours, theirs = (
+            torch.autograd.grad(
+                (out * weights).sum(), [x, *moving], allow_unused=True, materialize_grads=True
+            )
+            for out in (engine(x), by_autograd(model, path, t, x))
+        )
         for a, b in zip(ours, theirs):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
         with torch.no_grad():
@@ -317,7 +372,12 @@ def test_gradients_by_the_kernels(kind):
     model, path, x = KINDS[kind]()
     model.eval()
     x.requires_grad_()
-    moving = [value for point in path.control_points for key, value in point.items() if key.endswith(("weight", "bias"))]
+    moving = [
+        value
+        for point in path.control_points
+        for key, value in point.items()
+        if key.endswith(("weight", "bias"))
+    ]
     for value in moving:
         value.requires_grad_()
     t = np.array([0.0, 0.3, 1.0])
@@ -325,8 +385,12 @@ def test_gradients_by_the_kernels(kind):
     for _ in range(2):  # weights that have changed are read anew
         outputs = engine(x)
         weights = torch.randn_like(outputs)
-        ours, plain = (torch.autograd.grad((out * weights).sum(), [x, *moving], allow_unused=True, materialize_grads=True)
-                       for out in (outputs, by_autograd(model, path, t, x)))  # fmt: skip
+        ours, plain = (
+            torch.autograd.grad(
+                (out * weights).sum(), [x, *moving], allow_unused=True, materialize_grads=True
+            )
+            for out in (outputs, by_autograd(model, path, t, x))
+        )
         for key in ("x", "weights"):
             pick = slice(1) if key == "x" else slice(1, None)
             a, b = (torch.cat([g.flatten() for g in grads[pick]]) for grads in (ours, plain))
@@ -342,6 +406,8 @@ def test_gradients_of_inputs_alone():
     a, b = mlp(7, 6, 4, seed=0), mlp(7, 6, 4, seed=1)
     x = torch.randn(300, 7, requires_grad=True)
     forward(a, mc.Line(a, b), 3, x).sum().backward()
-    (expected,) = torch.autograd.grad(by_autograd(a, mc.Line(a, b), np.array([0.0, 0.5, 1.0]), x).sum(), [x])
+    (expected,) = torch.autograd.grad(
+        by_autograd(a, mc.Line(a, b), np.array([0.0, 0.5, 1.0]), x).sum(), [x]
+    )
     torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
     assert not forward(a, mc.Line(a, b), 3, x.detach()).requires_grad

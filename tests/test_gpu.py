@@ -1,7 +1,8 @@
 """The kernels and the Triton backend as on a GPU: on CUDA tensors where MODECONN_TEST_DEVICE=cuda, else interpreted and tiny.
 
-Every kernel is compared with its reference in float64 at odd sizes and, on a GPU, at large ones; gradients with the
-reference's. Shapes whose products the interpreter cannot do in time are the GPU's alone.
+Every kernel is compared with its reference in float64 at odd sizes and, on a GPU, at large ones;
+gradients with the reference's. Shapes whose products the interpreter cannot do in time are the
+GPU's alone.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Draw:
 
     def blended(self, points: int, terms: int, *shape: int, scale: float = 1.0) -> Blended:
         columns = torch.rand(points, terms, generator=self.generator).to(self.device)
-        return Blended(self.normal(terms, *shape, scale=scale), columns / columns.sum(1, keepdim=True))
+        return Blended(
+            self.normal(terms, *shape, scale=scale), columns / columns.sum(1, keepdim=True)
+        )
 
     def labels(self, count: int, classes: int) -> Tensor:
         return torch.randint(0, classes, (count,), generator=self.generator).to(self.device)
@@ -57,12 +60,20 @@ def op(name: str, file: str = "") -> tuple[Callable[..., Any], Callable[..., Any
     return getattr(module, name), getattr(module, f"{name}_reference")
 
 
-def judge(name: str, arguments: tuple[Any, ...], options: dict[str, Any], precision: str | None = None, file: str = "") -> None:
+def judge(
+    name: str,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    precision: str | None = None,
+    file: str = "",
+) -> None:
     """A kernel's output against its reference in float64."""
     function, reference = op(name, file)
     got = function(*arguments, **options, **({} if precision is None else {"precision": precision}))
     plain = reference(*arguments, **options)
-    exact = reference(*map(copied, arguments), **{key: copied(value) for key, value in options.items()})
+    exact = reference(
+        *map(copied, arguments), **{key: copied(value) for key, value in options.items()}
+    )
     got, plain, exact = (v.detach().double().cpu().numpy() for v in (got, plain, exact))
     if precision in ROUNDED:
         floor = FLOOR[torch.float32] * torch.finfo(torch.float32).eps
@@ -71,7 +82,9 @@ def judge(name: str, arguments: tuple[Any, ...], options: dict[str, Any], precis
         assert_within_policy(name, got, plain, exact, torch.float32)
 
 
-def sizes(device: torch.device, tiny: list[tuple[int, ...]], large: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def sizes(
+    device: torch.device, tiny: list[tuple[int, ...]], large: list[tuple[int, ...]]
+) -> list[tuple[int, ...]]:
     return tiny + large if device.type == "cuda" else tiny
 
 
@@ -79,15 +92,29 @@ def sizes(device: torch.device, tiny: list[tuple[int, ...]], large: list[tuple[i
 @pytest.mark.parametrize("kind", ["shared", "per point", "combined"])
 def test_linear(device, kind, precision):
     draw = Draw(device)
-    large = [(128, 1, 1, 1), (3, 1025, 245, 245), (2, 4099, 1024, 1023), (7, 63, 63, 1025), (2, 60_001, 245, 245)]
+    large = [
+        (128, 1, 1, 1),
+        (3, 1025, 245, 245),
+        (2, 4099, 1024, 1023),
+        (7, 63, 63, 1025),
+        (2, 60_001, 245, 245),
+    ]
     for points, rows, before, after in sizes(device, [(2, 3, 5, 7)], large):
-        weight, bias = draw.blended(points, 2, after, before, scale=before**-0.5), draw.blended(points, 3, after)
+        weight, bias = (
+            draw.blended(points, 2, after, before, scale=before**-0.5),
+            draw.blended(points, 3, after),
+        )
         x: Tensor | Blended = draw.normal(rows, before)
         if kind == "per point":
             x = draw.normal(points, rows, before)
         combined = kind == "combined"
         options = {"activation": "relu", "input_activation": "gelu" if combined else "identity"}
-        judge("path_linear", (draw.blended(points, 2, rows, before) if combined else x, weight, bias), options, precision)
+        judge(
+            "path_linear",
+            (draw.blended(points, 2, rows, before) if combined else x, weight, bias),
+            options,
+            precision,
+        )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -99,46 +126,88 @@ def test_mlp(device, precision):
     for points, rows, width, depth in sizes(device, [(2, 3, 5, 1)], large):
 
         def layer(after: int, activation: str, points: int = points, width: int = width) -> Any:
-            weight, bias = draw.blended(points, 2, after, width, scale=(2 / width) ** 0.5), draw.blended(points, 2, after)
+            weight, bias = (
+                draw.blended(points, 2, after, width, scale=(2 / width) ** 0.5),
+                draw.blended(points, 2, after),
+            )
             return PathLayer(weight, bias, activation, 0.01)
 
         layers = [*(layer(width, "relu") for _ in range(depth)), layer(10, "identity")]
         x = draw.blended(points, 2, rows, width)
-        judge("path_mlp", (x, layers, draw.labels(rows, 10)), {"input_activation": "relu", "top5": True}, precision)
+        judge(
+            "path_mlp",
+            (x, layers, draw.labels(rows, 10)),
+            {"input_activation": "relu", "top5": True},
+            precision,
+        )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_cross_entropy(device, precision):
     draw = Draw(device)
-    for points, rows, width, classes in sizes(device, [(2, 3, 5, 7)], [(3, 1025, 245, 10), (2, 257, 63, 50_257), (1, 1, 1, 1)]):
-        weight, bias = draw.blended(points, 2, classes, width, scale=width**-0.5), draw.blended(points, 2, classes)
+    for points, rows, width, classes in sizes(
+        device, [(2, 3, 5, 7)], [(3, 1025, 245, 10), (2, 257, 63, 50_257), (1, 1, 1, 1)]
+    ):
+        weight, bias = (
+            draw.blended(points, 2, classes, width, scale=width**-0.5),
+            draw.blended(points, 2, classes),
+        )
         labels, top5 = draw.labels(rows, classes), {"top5": True}
-        judge("path_cross_entropy", (draw.normal(points, rows, width), weight, bias, labels), top5, precision)
-        judge("path_cross_entropy", (draw.blended(points, 2, rows, classes), None, None, labels), top5)
+        judge(
+            "path_cross_entropy",
+            (draw.normal(points, rows, width), weight, bias, labels),
+            top5,
+            precision,
+        )
+        judge(
+            "path_cross_entropy", (draw.blended(points, 2, rows, classes), None, None, labels), top5
+        )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_conv2d(device, precision):
     draw = Draw(device)
-    large = [(2, 65, 64, 128, 16, 3, 1), (3, 7, 3, 63, 17, 3, 2), (2, 33, 65, 31, 8, 1, 2), (1, 1, 1, 1, 1, 1, 1)]
-    for points, images, before, after, side, size, stride in sizes(device, [(2, 2, 3, 5, 4, 3, 1)], large):
-        weight = draw.blended(points, 2, after, before, size, size, scale=(before * size * size) ** -0.5)
+    large = [
+        (2, 65, 64, 128, 16, 3, 1),
+        (3, 7, 3, 63, 17, 3, 2),
+        (2, 33, 65, 31, 8, 1, 2),
+        (1, 1, 1, 1, 1, 1, 1),
+    ]
+    for points, images, before, after, side, size, stride in sizes(
+        device, [(2, 2, 3, 5, 4, 3, 1)], large
+    ):
+        weight = draw.blended(
+            points, 2, after, before, size, size, scale=(before * size * size) ** -0.5
+        )
         scale, shift = draw.normal(points, after), draw.normal(points, after)
         out = (side + 2 * (size // 2) - size) // stride + 1
         residual = draw.normal(points, images, after, out, out)
         options = {"scale": scale, "shift": shift, "residual": residual, "activation": "relu"}
         options |= {"stride": (stride, stride), "padding": (size // 2, size // 2)}
-        judge("path_conv2d", (draw.normal(points, images, before, side, side), weight), options, precision)
+        judge(
+            "path_conv2d",
+            (draw.normal(points, images, before, side, side), weight),
+            options,
+            precision,
+        )
 
 
 def test_pooling_and_norms(device):
     draw = Draw(device)
-    for points, images, channels, side in sizes(device, [(2, 2, 3, 5)], [(3, 65, 63, 17), (2, 512, 64, 32)]):
+    for points, images, channels, side in sizes(
+        device, [(2, 2, 3, 5)], [(3, 65, 63, 17), (2, 512, 64, 32)]
+    ):
         x = draw.normal(points, images, channels, side, side)
         for kind in ("max", "avg"):
             judge("path_pool2d", (x, kind, (3, 2), (2, 1), (1, 0)), {})
-    for points, rows, width in sizes(device, [(2, 3, 5)], [(3, 1025, 768), (2, 63, 1025), (2, 3, 1)]):
-        x, weight, bias = draw.normal(points, rows, width), draw.blended(points, 2, width), draw.blended(points, 2, width)
+    for points, rows, width in sizes(
+        device, [(2, 3, 5)], [(3, 1025, 768), (2, 63, 1025), (2, 3, 1)]
+    ):
+        x, weight, bias = (
+            draw.normal(points, rows, width),
+            draw.blended(points, 2, width),
+            draw.blended(points, 2, width),
+        )
         judge("path_layer_norm", (x, weight, bias, 1e-5), {}, file="path_norm")
         judge("path_rms_norm", (x, weight, 1e-6), {}, file="path_norm")
 
@@ -154,7 +223,10 @@ def judge_gradients(name: str, draw: Draw, points: int, rows: int, width: int) -
     from modeconn.kernels.path_mlp import PathLayer
 
     function, reference = op(name)
-    weight, bias = draw.blended(points, 2, 10, width, scale=width**-0.5), draw.blended(points, 2, 10)
+    weight, bias = (
+        draw.blended(points, 2, 10, width, scale=width**-0.5),
+        draw.blended(points, 2, 10),
+    )
     leaves = [draw.normal(points, rows, width), weight.tensors, bias.tensors]
     labels, direction = draw.labels(rows, 10), draw.normal(points, rows, 10)
 
@@ -176,7 +248,15 @@ def judge_gradients(name: str, draw: Draw, points: int, rows: int, width: int) -
 
 
 @pytest.mark.parametrize(
-    "spec", ["mlp:784-245x3-10", "mlp:20-1023x2-10", "vgg11_bn:width=8", "resnet20", "vit", "gpt:vocab=65,context=64"]
+    "spec",
+    [
+        "mlp:784-245x3-10",
+        "mlp:20-1023x2-10",
+        "vgg11_bn:width=8",
+        "resnet20",
+        "vit",
+        "gpt:vocab=65,context=64",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
 def test_whole_evaluations(device, spec):
@@ -189,16 +269,32 @@ def test_whole_evaluations(device, spec):
         x = torch.randint(0, 65, (33, 64), generator=draw.generator).to(device)
         y, loss = x, "next_token"
     else:
-        x = draw.normal(515, int(spec[4:].split("-")[0])) if spec.startswith("mlp") else draw.normal(65, 3, 32, 32)
+        x = (
+            draw.normal(515, int(spec[4:].split("-")[0]))
+            if spec.startswith("mlp")
+            else draw.normal(65, 3, 32, 32)
+        )
         y, loss = draw.labels(len(x), 10), "cross_entropy"
     path = mc.Line(*nets)
     for inputs, targets in (((x, y)), (x.cpu(), y.cpu())):
         got, plain, exact = (
-            mc.evaluate(nets[0], path, (inputs, targets), 17, backend=b, precision=p, loss=loss, device=device, batch_size=200)
+            mc.evaluate(
+                nets[0],
+                path,
+                (inputs, targets),
+                17,
+                backend=b,
+                precision=p,
+                loss=loss,
+                device=device,
+                batch_size=200,
+            )
             for b, p in (("triton", "float32"), ("reference", "float32"), ("reference", "float64"))
         )
         for name in ("loss", "error"):
-            assert_within_policy(name, got.values[name], plain.values[name], exact.values[name], torch.float32)
+            assert_within_policy(
+                name, got.values[name], plain.values[name], exact.values[name], torch.float32
+            )
 
 
 def test_auto_takes_the_kernels(device):
@@ -235,7 +331,11 @@ def test_recorded_work(device, monkeypatch):
     runs = []
     for wanted in ("0", "1"):
         monkeypatch.setenv("MODECONN_CUDA_GRAPHS", wanted)
-        runs.append(mc.evaluate(a, mc.Line(a, b), (x, y), 16, backend="triton", device=device, batch_size=70))
+        runs.append(
+            mc.evaluate(
+                a, mc.Line(a, b), (x, y), 16, backend="triton", device=device, batch_size=70
+            )
+        )
     for name in ("loss", "error"):
         np.testing.assert_allclose(*(run.values[name] for run in runs), rtol=1e-12)
 
@@ -245,7 +345,8 @@ def test_data_that_is_read_twice_goes_to_the_device_once(device):
     cuda = torch.device("cuda")
     for data in ((x, y), ({"a": x, "b": x}, y), ((x, x), y)):
         assert resident(data, torch.device("cpu")) is data
-        assert resident(data, cuda, free=lambda: 4 * 9 * 8) is data  # does not fit in the share of it that it may take
+        # does not fit in the share of it that it may take
+        assert resident(data, cuda, free=lambda: 4 * 9 * 8) is data
         if device.type == "cuda":
             inputs, targets = resident(data, device)
             assert {part.device.type for part in (*leaves(inputs), targets)} == {"cuda"}

@@ -20,18 +20,25 @@ def check(*options: str) -> tuple[int, dict, str]:
     folder = Path(options[options.index("--out") + 1])
     done = subprocess.run(
         ["bash", str(ROOT / "bench" / "gpu_check.sh"), "--dry-run", *options],
-        env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     (file,) = folder.glob("*.json")
     return done.returncode, json.loads(file.read_text()), done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_rates_and_kernels(tmp_path):
-    code, report, output = check("--out", str(tmp_path), "--only", "build,machine,kernels", "--seconds", "200")
+    code, report, output = check(
+        "--out", str(tmp_path), "--only", "build,machine,kernels", "--seconds", "200"
+    )
     assert code == 0, output
     cases = {(r["part"], r["case"]): r for r in report["results"]}
-    assert {"copy", "float32", "tf32", "bf16", "device"} == {case for part, case in cases if part == "machine"}
+    assert {"copy", "float32", "tf32", "bf16", "device"} == {
+        case for part, case in cases if part == "machine"
+    }
     kernels = [r for (part, _), r in cases.items() if part == "kernels"]
     assert len(kernels) > 10
     assert all(r["ms"] > 0 and r["floor_ms"] > 0 for r in kernels)

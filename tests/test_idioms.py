@@ -24,7 +24,9 @@ Y = torch.arange(37) % 10
 class Net(nn.Module):
     """A convolution, what a test puts behind it, and a linear layer, if its width is given."""
 
-    def __init__(self, forward: Callable[[Net, Tensor], Tensor], width: int | None, **parts: nn.Module) -> None:
+    def __init__(
+        self, forward: Callable[[Net, Tensor], Tensor], width: int | None, **parts: nn.Module
+    ) -> None:
         super().__init__()
         self.conv, self.way = nn.Conv2d(3, 6, 3, padding=1), forward
         if width is not None:
@@ -37,7 +39,11 @@ class Net(nn.Module):
         return self.head(y) if hasattr(self, "head") else y
 
 
-def behind(forward: Callable[[Net, Tensor], Tensor], width: int | None = 6, **parts: Callable[[], nn.Module]) -> list[Net]:
+def behind(
+    forward: Callable[[Net, Tensor], Tensor],
+    width: int | None = 6,
+    **parts: Callable[[], nn.Module],
+) -> list[Net]:
     nets = []
     for seed in range(2):
         torch.manual_seed(seed)
@@ -80,31 +86,55 @@ PIXELS = {
 PARTS = {
     "rounded up": (lambda net, x: F.max_pool2d(x.relu(), 2, ceil_mode=True).mean((2, 3)), {}),
     "shortcut": (shortcut, {"down": lambda: nn.Conv2d(6, 12, 3, 2, 1)}),
-    "gate of channels": (lambda net, x: (net.gate(F.adaptive_avg_pool2d(x, 1)).sigmoid() * x.relu()).mean((2, 3)), {
-        "gate": lambda: nn.Conv2d(6, 6, 1)}),
-    "gated": (lambda net, x: (x.tanh() * net.gate(x).sigmoid()).mean((2, 3)), {"gate": lambda: nn.Conv2d(6, 6, 1)}),
+    "gate of channels": (
+        lambda net, x: (net.gate(F.adaptive_avg_pool2d(x, 1)).sigmoid() * x.relu()).mean((2, 3)),
+        {"gate": lambda: nn.Conv2d(6, 6, 1)},
+    ),
+    "gated": (
+        lambda net, x: (x.tanh() * net.gate(x).sigmoid()).mean((2, 3)),
+        {"gate": lambda: nn.Conv2d(6, 6, 1)},
+    ),
     "square": (lambda net, x: (x * x).mean((2, 3)), {}),
     "numbers": (lambda net, x: (1.5 - (0.5 * x.relu() - 2) / 3 + 1).neg().mean((2, 3)), {}),
-    "one entry for all": (lambda net, x: (net.scale.weight * x.relu() + net.scale.bias).mean((2, 3)), {
-        "scale": lambda: nn.BatchNorm1d(1)}),
-    "entries of channels": (lambda net, x: (x.relu() - net.shift[0]).mean((2, 3)) * net.scale.weight, {
-        "scale": lambda: nn.BatchNorm1d(6), "shift": lambda: nn.ParameterList([torch.randn(6, 1, 1)])}),
-    "branch scaled by an entry": (lambda net, x: (x + net.scale.weight * net.more(x.relu())).relu().mean((2, 3)), {
-        "scale": lambda: nn.BatchNorm1d(1), "more": lambda: nn.Conv2d(6, 6, 3, padding=1)}),
-    "group norm": (lambda net, x: net.norm(net.more(x)).relu().mean((2, 3)), {
-        "more": lambda: nn.Conv2d(6, 12, 1), "norm": lambda: nn.GroupNorm(4, 12)}),
-    "group norm without weights": (lambda net, x: net.norm(net.more(x)).mean((2, 3)).tanh(), {
-        "more": lambda: nn.Conv2d(6, 12, 1), "norm": lambda: nn.GroupNorm(3, 12, affine=False)}),
-    "layer norm": (lambda net, x: net.norm(net.more(x.mean((2, 3)))).relu(), {
-        "more": lambda: nn.Linear(6, 12), "norm": lambda: nn.LayerNorm(12, eps=0.1)}),
-    "layer norm without bias": (lambda net, x: net.norm(net.more(x.mean((2, 3)))).relu(), {
-        "more": lambda: nn.Linear(6, 12), "norm": lambda: nn.LayerNorm(12, bias=False)}),
-}  # fmt: skip
+    "one entry for all": (
+        lambda net, x: (net.scale.weight * x.relu() + net.scale.bias).mean((2, 3)),
+        {"scale": lambda: nn.BatchNorm1d(1)},
+    ),
+    "entries of channels": (
+        lambda net, x: (x.relu() - net.shift[0]).mean((2, 3)) * net.scale.weight,
+        {
+            "scale": lambda: nn.BatchNorm1d(6),
+            "shift": lambda: nn.ParameterList([torch.randn(6, 1, 1)]),
+        },
+    ),
+    "branch scaled by an entry": (
+        lambda net, x: (x + net.scale.weight * net.more(x.relu())).relu().mean((2, 3)),
+        {"scale": lambda: nn.BatchNorm1d(1), "more": lambda: nn.Conv2d(6, 6, 3, padding=1)},
+    ),
+    "group norm": (
+        lambda net, x: net.norm(net.more(x)).relu().mean((2, 3)),
+        {"more": lambda: nn.Conv2d(6, 12, 1), "norm": lambda: nn.GroupNorm(4, 12)},
+    ),
+    "group norm without weights": (
+        lambda net, x: net.norm(net.more(x)).mean((2, 3)).tanh(),
+        {"more": lambda: nn.Conv2d(6, 12, 1), "norm": lambda: nn.GroupNorm(3, 12, affine=False)},
+    ),
+    "layer norm": (
+        lambda net, x: net.norm(net.more(x.mean((2, 3)))).relu(),
+        {"more": lambda: nn.Linear(6, 12), "norm": lambda: nn.LayerNorm(12, eps=0.1)},
+    ),
+    "layer norm without bias": (
+        lambda net, x: net.norm(net.more(x.mean((2, 3)))).relu(),
+        {"more": lambda: nn.Linear(6, 12), "norm": lambda: nn.LayerNorm(12, bias=False)},
+    ),
+}
 NETS = {
     **{name: lambda way=way: behind(way, 6 * 72) for name, way in ROWS.items()},
     **{name: lambda way=way: behind(way) for name, way in PIXELS.items()},
     **{
-        name: lambda way=way, parts=parts: behind(way, 12 if "norm" in parts or "down" in parts else 6, **parts)
+        name: lambda way=way, parts=parts: behind(
+            way, 12 if "norm" in parts or "down" in parts else 6, **parts
+        )
         for name, (way, parts) in PARTS.items()
     },
 }
@@ -117,7 +147,10 @@ def test_each_is_one_region_of_the_engine(name, precision):
     a, b = NETS[name]()
     for net in (a, b):
         for norm in net.modules():
-            if isinstance(norm, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d)) and norm.weight is not None:
+            if (
+                isinstance(norm, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d))
+                and norm.weight is not None
+            ):
                 nn.init.normal_(norm.weight)
     path = mc.Line(a, b)
     program = mc.explain(a, path, X, 3).program
@@ -180,13 +213,18 @@ def test_what_looks_alike_is_not_taken_for_it(way):
     a, b = behind(way)
     path = mc.Line(a, b)
     got = mc.evaluate(a, path, (X, Y), 3)
-    np.testing.assert_allclose(got.loss, pass_per_point(a, path, X, Y, got.t, torch.float64)["loss"], rtol=1e-6)
+    np.testing.assert_allclose(
+        got.loss, pass_per_point(a, path, X, Y, got.t, torch.float64)["loss"], rtol=1e-6
+    )
 
 
 def test_plain_chains_have_fewer_activations():
     """Those that kernels for GPUs have."""
     torch.manual_seed(0)
-    a, b = (nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 9), nn.Mish(), nn.Linear(9, 10)) for _ in range(2))
+    a, b = (
+        nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 9), nn.Mish(), nn.Linear(9, 10))
+        for _ in range(2)
+    )
     program = mc.explain(a, mc.Line(a, b), torch.randn(5, 6), 3).program
     assert isinstance(find_region(program, program.segments[0]), Region)
     assert find_chain(program, program.segments[0]) == "mish (2) is nothing that the engine has"
@@ -194,7 +232,11 @@ def test_plain_chains_have_fewer_activations():
 
 @pytest.mark.parametrize("axis", [1, -1])
 def test_log_softmax_before_cross_entropy_is_left_out(axis):
-    a, b = behind(lambda net, x: F.log_softmax(net.out(x.relu().mean((2, 3))), axis), None, out=lambda: nn.Linear(6, 10))
+    a, b = behind(
+        lambda net, x: F.log_softmax(net.out(x.relu().mean((2, 3))), axis),
+        None,
+        out=lambda: nn.Linear(6, 10),
+    )
     path = mc.Line(a, b)
     got = mc.evaluate(a, path, (X, Y), 5)
     exact = pass_per_point(a, path, X, Y, got.t, torch.float64)
@@ -208,8 +250,14 @@ def test_log_softmax_before_cross_entropy_is_left_out(axis):
 
 
 def test_log_softmax_over_other_axes_stays():
-    a, b = behind(lambda net, x: F.log_softmax(net.out(x.relu().mean((2, 3))), 0), None, out=lambda: nn.Linear(6, 10))
+    a, b = behind(
+        lambda net, x: F.log_softmax(net.out(x.relu().mean((2, 3))), 0),
+        None,
+        out=lambda: nn.Linear(6, 10),
+    )
     path = mc.Line(a, b)
     with pytest.warns(UserWarning, match="depend"):
         got = mc.evaluate(a, path, (X, Y), 3, batch_size=37)
-    np.testing.assert_allclose(got.loss, pass_per_point(a, path, X, Y, got.t, torch.float64)["loss"], rtol=1e-6)
+    np.testing.assert_allclose(
+        got.loss, pass_per_point(a, path, X, Y, got.t, torch.float64)["loss"], rtol=1e-6
+    )

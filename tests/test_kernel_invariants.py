@@ -32,12 +32,28 @@ HEADS = {
 
 
 @FEW
-@given(st.sampled_from(KINDS), st.integers(1, 3), SIZES, SIZES, SIZES, st.integers(1, 3), st.integers(0, 1000))
+@given(
+    st.sampled_from(KINDS),
+    st.integers(1, 3),
+    SIZES,
+    SIZES,
+    SIZES,
+    st.integers(1, 3),
+    st.integers(0, 1000),
+)
 def test_path_linear_is_its_reference(kind, points, rows, depth, units, terms, seed):
     torch.manual_seed(seed)
-    x, weight, bias = samples(kind, points, rows, depth), blended(terms, points, units, depth), blended(2, points, units)
+    x, weight, bias = (
+        samples(kind, points, rows, depth),
+        blended(terms, points, units, depth),
+        blended(2, points, units),
+    )
     wide = copied([x, weight, bias])
-    out, plain, exact = path_linear(x, weight, bias), path_linear_reference(x, weight, bias), path_linear_reference(*wide)
+    out, plain, exact = (
+        path_linear(x, weight, bias),
+        path_linear_reference(x, weight, bias),
+        path_linear_reference(*wide),
+    )
     assert_within_policy("y", out, plain, exact, torch.float32)
 
 
@@ -56,10 +72,20 @@ def test_points_are_apart(points, rows, depth, units, seed):
 
 
 @FEW
-@given(st.sampled_from(sorted(HEADS)), st.integers(2, 140), SIZES, st.integers(1, 40), st.integers(0, 1000))
+@given(
+    st.sampled_from(sorted(HEADS)),
+    st.integers(2, 140),
+    SIZES,
+    st.integers(1, 40),
+    st.integers(0, 1000),
+)
 def test_sums_are_sums_over_the_rows(name, rows, depth, classes, seed):
     torch.manual_seed(seed)
-    x, weight, bias = torch.randn(rows, depth), blended(2, 2, classes, depth), blended(2, 2, classes)
+    x, weight, bias = (
+        torch.randn(rows, depth),
+        blended(2, 2, classes, depth),
+        blended(2, 2, classes),
+    )
     labels = torch.randint(0, classes, (rows,))
 
     def sums(part: slice) -> Tensor:
@@ -67,5 +93,8 @@ def test_sums_are_sums_over_the_rows(name, rows, depth, classes, seed):
         return found.detach()
 
     whole, first = sums(slice(None)), rows // 2
-    torch.testing.assert_close(sums(slice(0, first)) + sums(slice(first, rows)), whole, rtol=1e-6, atol=1e-6)
-    assert (whole[:, 1] >= whole[:, 2]).all() and (whole[:, 1] <= rows).all()  # who is not among five is not the first
+    torch.testing.assert_close(
+        sums(slice(0, first)) + sums(slice(first, rows)), whole, rtol=1e-6, atol=1e-6
+    )
+    # who is not among five is not the first
+    assert (whole[:, 1] >= whole[:, 2]).all() and (whole[:, 1] <= rows).all()

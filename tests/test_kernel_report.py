@@ -37,8 +37,17 @@ def test_no_default_configuration_spills_and_tensor_cores_are_used(tmp_path):
     file = tmp_path / "report.json"
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "modeconn.kernels.report", "--archs", *map(str, ARCHS), "--json", file],
-        env={**kept, "TRITON_CACHE_DIR": str(ROOT / ".cache" / "triton")},  # compiled once until a kernel changes
+        [
+            sys.executable,
+            "-m",
+            "modeconn.kernels.report",
+            "--archs",
+            *map(str, ARCHS),
+            "--json",
+            file,
+        ],
+        # compiled once until a kernel changes
+        env={**kept, "TRITON_CACHE_DIR": str(ROOT / ".cache" / "triton")},
         capture_output=True,
         text=True,
         check=False,
@@ -89,7 +98,9 @@ def test_blocks_at_a_time(registers, warps, shared, tensor_memory, arch, expecte
 
 
 def test_problems_are_named():
-    bad = Resources("path_x", "x", 90, 4, 3, 255, 24, 1 << 20, 0, "shared memory", {"FFMA": 9}, True)
+    bad = Resources(
+        "path_x", "x", 90, 4, 3, 255, 24, 1 << 20, 0, "shared memory", {"FFMA": 9}, True
+    )
     assert GOOD.problems == []
     assert bad.problems == [
         "path_x: x on sm_90 spills 24 bytes",
@@ -99,15 +110,24 @@ def test_problems_are_named():
 
 
 def test_what_does_not_compile_is_a_problem_and_a_row():
-    failed = Resources("path_x", "x", 100, 4, 3, 0, 0, 0, 0, "", {}, True, "PassManager::run failed")
+    failed = Resources(
+        "path_x", "x", 100, 4, 3, 0, 0, 0, 0, "", {}, True, "PassManager::run failed"
+    )
     assert failed.problems == ["path_x: x on sm_100 does not compile: PassManager::run failed"]
-    assert "| x | 100 | 4 × 3 | | | | | | does not compile: PassManager::run failed |" in table([failed])
+    assert "| x | 100 | 4 × 3 | | | | | | does not compile: PassManager::run failed |" in table(
+        [failed]
+    )
 
 
 def test_the_table_goes_between_its_marks():
     text = written_into(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", table([GOOD]))
-    assert text.startswith(f"before\n{report.BEGIN}\n| kernel |") and text.endswith(f"\n{report.END}\nafter\n")
-    assert "| x | 80 | 4 × 3 | 96 | 0 | 32.0 | 4 | shared memory | 96 HMMA |" in text and "old" not in text
+    assert text.startswith(f"before\n{report.BEGIN}\n| kernel |") and text.endswith(
+        f"\n{report.END}\nafter\n"
+    )
+    assert (
+        "| x | 80 | 4 × 3 | 96 | 0 | 32.0 | 4 | shared memory | 96 HMMA |" in text
+        and "old" not in text
+    )
     with pytest.raises(ModeconnError, match="no place for the report"):
         written_into("a document without marks", "table")
 

@@ -14,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Who may import whom: a module imports from its own level and lower ones. An entry covers what is below it.
+# Who may import whom: a module imports from its own level and lower ones. An entry covers what is
+# below it.
 LEVELS = {
     "modeconn.errors": 0,
     "modeconn.kernels": 1,
@@ -40,7 +41,10 @@ LEVELS = {
 def modules_of(root: Path) -> dict[str, Path]:
     """Every module of the package in a checkout, by its installed name."""
     found = {}
-    for folder, package in ((root / "modeconn", "modeconn"), (root / "kernels", "modeconn.kernels")):
+    for folder, package in (
+        (root / "modeconn", "modeconn"),
+        (root / "kernels", "modeconn.kernels"),
+    ):
         for path in sorted(folder.rglob("*.py")):
             parts = [package, *path.relative_to(folder).with_suffix("").parts]
             found[".".join(parts).removesuffix(".__init__")] = path
@@ -155,8 +159,14 @@ def test_a_module_below_a_package_stands_at_its_level(package):
         evaluate="",
         state="",
     )
-    assert graph["modeconn.plan.cost"] == {"modeconn.evaluate", "modeconn.plan.liveness", "modeconn.state"}
-    assert upward_edges(graph) == ["modeconn.plan.cost (level 3) imports modeconn.evaluate (level 4)"]
+    assert graph["modeconn.plan.cost"] == {
+        "modeconn.evaluate",
+        "modeconn.plan.liveness",
+        "modeconn.state",
+    }
+    assert upward_edges(graph) == [
+        "modeconn.plan.cost (level 3) imports modeconn.evaluate (level 4)"
+    ]
 
 
 def test_an_import_of_the_public_names_from_inside_is_upward(package):
@@ -165,7 +175,11 @@ def test_an_import_of_the_public_names_from_inside_is_upward(package):
 
 
 def test_a_cycle_is_found(package):
-    graph = package(state="import modeconn.data", data="from . import paths", paths="from modeconn.state import x")
+    graph = package(
+        state="import modeconn.data",
+        data="from . import paths",
+        paths="from modeconn.state import x",
+    )
     assert cycle_in(graph) == ["modeconn.data", "modeconn.paths", "modeconn.state", "modeconn.data"]
 
 
@@ -174,7 +188,16 @@ def test_a_module_without_a_level_is_found():
     assert level_of("modeconn.plan.anything") == LEVELS["modeconn.plan"]
 
 
-HEAVY = ["triton", "matplotlib", "pandas", "sklearn", "safetensors", "tqdm", "torch.export", "torch._dynamo"]
+HEAVY = [
+    "triton",
+    "matplotlib",
+    "pandas",
+    "sklearn",
+    "safetensors",
+    "tqdm",
+    "torch.export",
+    "torch._dynamo",
+]
 IMPORT_COST = f"""
 import sys, time, json
 import torch
@@ -191,10 +214,18 @@ print(json.dumps([heavy, seconds]))
 def test_importing_modeconn_is_cheap(tmp_path):
     """Nothing optional or slow comes with it, and beyond `import torch` it costs 100 ms at most, once it is compiled."""
     compiled = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    compiled["PYTHONPYCACHEPREFIX"] = str(tmp_path)  # as an installation has it, whatever the environment says of caches
+    # as an installation has it, whatever the environment says of caches
+    compiled["PYTHONPYCACHEPREFIX"] = str(tmp_path)
     seconds = []
-    for _ in range(5):  # the least of a few: the limit is on the work, not on what else the machine does
-        done = subprocess.run([sys.executable, "-c", IMPORT_COST], capture_output=True, text=True, check=True, env=compiled)
+    # the least of a few: the limit is on the work, not on what else the machine does
+    for _ in range(5):
+        done = subprocess.run(
+            [sys.executable, "-c", IMPORT_COST],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=compiled,
+        )
         heavy, took = json.loads(done.stdout)
         assert heavy == []
         seconds.append(took)

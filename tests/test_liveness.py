@@ -17,7 +17,10 @@ from naive import clone, pass_per_point
 
 WIDTH, HEADS, TOKENS = 12, 3, 5
 SIZE = WIDTH // HEADS
-X, Y = torch.randn(33, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)), torch.arange(33) % 10
+X, Y = (
+    torch.randn(33, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0)),
+    torch.arange(33) % 10,
+)
 
 
 def split(qkv: Tensor, n: int) -> list[Tensor]:
@@ -52,10 +55,16 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Attention in one of the usual ways of writing it, then the mean over the tokens."""
 
-    def __init__(self, parts: Callable[..., list[Tensor]] = split, attend: Callable[..., Tensor] = fused) -> None:
+    def __init__(
+        self, parts: Callable[..., list[Tensor]] = split, attend: Callable[..., Tensor] = fused
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.qkv, self.out, self.head = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 10)
+        self.qkv, self.out, self.head = (
+            nn.Linear(WIDTH, 3 * WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, 10),
+        )
         self.parts, self.attend = parts, attend
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +91,9 @@ def flops(model: nn.Module, path: mc.Line, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "parts, attend", [(split, causal), (chunked, fused), (unbound, by_hand), (sliced, fused)], ids=lambda f: f.__name__
+    "parts, attend",
+    [(split, causal), (chunked, fused), (unbound, by_hand), (sliced, fused)],
+    ids=lambda f: f.__name__,
 )
 def test_dead_heads(parts, attend):
     """Heads whose columns of the output projection are zero are not computed; those that are live in part are."""
@@ -106,9 +117,14 @@ def test_values_that_move_alone_are_a_combination():
     """Attention is linear in its values; not in its keys, and not where keys move as well."""
     model = Attention()
     state = clone(model)
-    values, keys = (moved(state, "qkv.weight", rows=slice(part * WIDTH, (part + 1) * WIDTH)) for part in (2, 1))
+    values, keys = (
+        moved(state, "qkv.weight", rows=slice(part * WIDTH, (part + 1) * WIDTH)) for part in (2, 1)
+    )
     plan = mc.explain(model, mc.Line(state, values), X, 101)
-    assert {row["class"] for row in plan.nodes(plan.program.segments[0])} <= {"constant", "combination"}
+    assert {row["class"] for row in plan.nodes(plan.program.segments[0])} <= {
+        "constant",
+        "combination",
+    }
     assert plan.point_flops == 101 * 2 * 2 * 10, "two logits a class to combine"
     for other in (values, keys, moved(state, "qkv.bias")):
         agrees(model, mc.Line(state, other), X, Y)
@@ -122,7 +138,11 @@ def test_a_product_of_values_is_linear_in_one_of_them():
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.gate, self.up, self.down = nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8), nn.Linear(8, 10)
+            self.gate, self.up, self.down = (
+                nn.Linear(WIDTH, 8),
+                nn.Linear(WIDTH, 8),
+                nn.Linear(8, 10),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             x = x[:, 0]
@@ -151,7 +171,9 @@ class Masked(nn.Module):
         self.bias = nn.Parameter(torch.randn(4, TOKENS, TOKENS))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(2, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).unflatten(2, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
         if self.kind == "grouped":
             y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         elif self.kind == "rows":
@@ -182,15 +204,21 @@ def test_tokens_that_nobody_reads():
     path = mc.Line(a, b)
     first, last = (nodes(a, path, x, f"encoder.layers.encoder_layer_{i}.mlp.0") for i in (0, 1))
     assert (first, last) == (["varying all"], ["varying 1/17"])
-    assert nodes(a, path, x, "encoder.layers.encoder_layer_1.ln_1") == ["varying all"], "keys and values take all tokens"
+    assert nodes(a, path, x, "encoder.layers.encoder_layer_1.ln_1") == ["varying all"], (
+        "keys and values take all tokens"
+    )
     agrees(a, path, x, torch.arange(9) % 10)
 
 
 def test_heads_among_the_rows_are_not_told_apart():
     """PyTorch's own attention folds heads into the batch: all of them are computed, and only the tokens that are read."""
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, batch_first=True, activation="gelu", norm_first=True)
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), layer, nn.Flatten(), nn.Linear(TOKENS * WIDTH, 10))
+    layer = nn.TransformerEncoderLayer(
+        WIDTH, HEADS, 16, batch_first=True, activation="gelu", norm_first=True
+    )
+    model = nn.Sequential(
+        nn.Linear(WIDTH, WIDTH), layer, nn.Flatten(), nn.Linear(TOKENS * WIDTH, 10)
+    )
     state = clone(model)
     state["1.self_attn.out_proj.weight"][:, :SIZE] = 0
     state["3.weight"][:, WIDTH:] = 0  # the first token alone is read
@@ -213,23 +241,37 @@ def test_causal_attention_counts_from_the_first_query():
         path = mc.Line(model, moved(model.state_dict(), "qkv.weight"))
         agrees(model, path, X, Y)
         plan = mc.explain(model, path, X, 11)
-        (units,) = (row["units"] for row in plan.nodes(plan.program.segments[0]) if "attention" in row["op"])
+        (units,) = (
+            row["units"] for row in plan.nodes(plan.program.segments[0]) if "attention" in row["op"]
+        )
         assert units == ("all" if attend is causal else f"1/{TOKENS}")
 
 
-IMAGES, LABELS = torch.randn(21, 8, 6, 6, generator=torch.Generator().manual_seed(1)), torch.arange(21) % 10
+IMAGES, LABELS = (
+    torch.randn(21, 8, 6, 6, generator=torch.Generator().manual_seed(1)),
+    torch.arange(21) % 10,
+)
 
 
 def behind(*layers: nn.Module, channels: int = 8) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(8, channels, 1), *layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
+        nn.Conv2d(8, channels, 1),
+        *layers,
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels, 10),
     )
 
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.GroupNorm(4, 8), nn.Conv2d(8, 8, 3, padding=1, groups=4), nn.ConvTranspose2d(8, 8, 3, padding=1, groups=4)],
+    [
+        nn.GroupNorm(4, 8),
+        nn.Conv2d(8, 8, 3, padding=1, groups=4),
+        nn.ConvTranspose2d(8, 8, 3, padding=1, groups=4),
+    ],
     ids=["norm", "convolution", "transposed"],
 )
 def test_groups_are_live_or_dead_as_a_whole(layer):
@@ -245,7 +287,12 @@ def test_groups_are_live_or_dead_as_a_whole(layer):
         path = mc.Line(state, moved(state, key))
         assert nodes(model, path, IMAGES, "1")[0].split()[1] == "6/8"
         agrees(model, path, IMAGES, LABELS)
-    assert nodes(model, mc.Line(state, moved(state, "0.weight", rows=slice(7, None))), IMAGES, "1")[0].split()[0] != "constant"
+    assert (
+        nodes(model, mc.Line(state, moved(state, "0.weight", rows=slice(7, None))), IMAGES, "1")[
+            0
+        ].split()[0]
+        != "constant"
+    )
 
 
 @pytest.mark.parametrize("multiplier", [1, 2])
@@ -266,7 +313,11 @@ class Skip(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.stem, self.one, self.two = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.stem, self.one, self.two = (
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1),
+        )
         self.head = nn.Linear(8, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -288,12 +339,16 @@ def test_what_several_ask_for_is_computed_once():
     path = mc.Line(state, other)
     plan = mc.explain(model, path, IMAGES, 11)
     steps = [
-        step.node for step in plan.program.segments[0].steps if step.combine is None and step.node.op in ("conv2d", "relu")
+        step.node
+        for step in plan.program.segments[0].steps
+        if step.combine is None and step.node.op in ("conv2d", "relu")
     ]
     assert [node.op for node in steps] == ["relu", "conv2d", "relu", "conv2d", "relu"], "each once"
     assert nodes(model, path, IMAGES, "two") == ["varying 5/8"]
     agrees(model, path, IMAGES, LABELS)
-    full = mc.explain(model, mc.Line(model, moved(moved(clone(model), "stem.weight"), "two.weight")), IMAGES, 11)
+    full = mc.explain(
+        model, mc.Line(model, moved(moved(clone(model), "stem.weight"), "two.weight")), IMAGES, 11
+    )
     assert plan.flops < full.flops
 
 
@@ -314,7 +369,10 @@ def test_scales_by_hand_and_reductions():
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.scale, self.shift = nn.Parameter(torch.rand(WIDTH)), nn.Parameter(torch.rand(1, TOKENS, WIDTH))
+            self.scale, self.shift = (
+                nn.Parameter(torch.rand(WIDTH)),
+                nn.Parameter(torch.rand(1, TOKENS, WIDTH)),
+            )
             self.inner, self.head = nn.Linear(WIDTH, 8), nn.Linear(8, 10)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -327,7 +385,9 @@ def test_scales_by_hand_and_reductions():
     state["inner.weight"][:, 7:] = 0
     state["head.weight"][:, 3:] = 0  # what is left are units 1, 3 and 5 of `inner`
     path = mc.Line(state, moved(state, "scale"))
-    assert nodes(model, path, X, "inner") == ["combination 4/8"], "one unit is kept of the part that nobody reads"
+    assert nodes(model, path, X, "inner") == ["combination 4/8"], (
+        "one unit is kept of the part that nobody reads"
+    )
     agrees(model, path, X, Y)
     for key in ("shift", "inner.weight", "head.weight"):
         agrees(model, mc.Line(state, moved(state, key)), X, Y)
@@ -359,9 +419,13 @@ def test_gradients_through_heads():
     for value in first.values():
         value.requires_grad_()
     got = mc.forward(model, path, [0.3], x, precision="float64")[0]
-    expected = torch.func.functional_call(model, {key: 0.7 * first[key] + 0.3 * second[key] for key in first}, x)
+    expected = torch.func.functional_call(
+        model, {key: 0.7 * first[key] + 0.3 * second[key] for key in first}, x
+    )
     torch.testing.assert_close(got, expected)
-    ours, theirs = (torch.autograd.grad(out.square().sum(), list(first.values())) for out in (got, expected))
+    ours, theirs = (
+        torch.autograd.grad(out.square().sum(), list(first.values())) for out in (got, expected)
+    )
     torch.testing.assert_close(ours, theirs)
 
 

@@ -32,7 +32,9 @@ def test_a_perceptron_has_the_layers_that_its_name_says(spec, widths, activation
     assert [layer.in_features for layer in linear] + [linear[-1].out_features] == widths
     assert len(between) == len(widths) - 2
     assert all(type(module) is activation for module in between)
-    assert list(model.state_dict()) == [f"{2 * i}.{kind}" for i in range(len(linear)) for kind in ("weight", "bias")]
+    assert list(model.state_dict()) == [
+        f"{2 * i}.{kind}" for i in range(len(linear)) for kind in ("weight", "bias")
+    ]
 
 
 def test_a_perceptron_flattens_its_inputs():
@@ -71,7 +73,10 @@ def test_every_activation_is_one_of_torch(name):
         ("no.such.module:factory", "cannot be imported: ModuleNotFoundError"),
         ("torch.nn:NoSuchName", "cannot be imported: AttributeError"),
         ("math:pi", "is float, expected a function or class"),
-        ("torch.nn:Linear", "is called without arguments, but: missing a required argument: 'in_features'"),
+        (
+            "torch.nn:Linear",
+            "is called without arguments, but: missing a required argument: 'in_features'",
+        ),
         ("collections:OrderedDict", "returned OrderedDict, expected a torch.nn.Module"),
     ],
 )
@@ -89,17 +94,44 @@ def test_vgg11_fits_the_trained_checkpoints(shared):
     model.load_state_dict(mc.load(shared / "checkpoints" / "cifar10-vgg11-w16-seed1.safetensors"))
 
 
-# From torchvision's documentation of each network: the number of parameters, and some of their names and shapes.
+# From torchvision's documentation of each network: the number of parameters, and some of their
+# names and shapes.
 TORCHVISION = [
-    ("vgg11", 132_863_336, {"features.0.weight": [64, 3, 3, 3], "features.18.bias": [512], "classifier.6.bias": [1000]}),
-    ("vgg11_bn", 132_868_840, {"features.1.running_mean": [64], "features.25.weight": [512, 512, 3, 3]}),
-    ("vgg16_bn", 138_365_992, {"features.41.running_var": [512], "classifier.3.weight": [4096, 4096]}),
-    ("resnet18", 11_689_512, {"layer2.0.downsample.0.weight": [128, 64, 1, 1], "fc.weight": [1000, 512]}),
-    ("resnet50", 25_557_032, {"conv1.weight": [64, 3, 7, 7], "layer4.2.conv3.weight": [2048, 512, 1, 1]}),
-]  # fmt: skip
+    (
+        "vgg11",
+        132_863_336,
+        {
+            "features.0.weight": [64, 3, 3, 3],
+            "features.18.bias": [512],
+            "classifier.6.bias": [1000],
+        },
+    ),
+    (
+        "vgg11_bn",
+        132_868_840,
+        {"features.1.running_mean": [64], "features.25.weight": [512, 512, 3, 3]},
+    ),
+    (
+        "vgg16_bn",
+        138_365_992,
+        {"features.41.running_var": [512], "classifier.3.weight": [4096, 4096]},
+    ),
+    (
+        "resnet18",
+        11_689_512,
+        {"layer2.0.downsample.0.weight": [128, 64, 1, 1], "fc.weight": [1000, 512]},
+    ),
+    (
+        "resnet50",
+        25_557_032,
+        {"conv1.weight": [64, 3, 7, 7], "layer4.2.conv3.weight": [2048, 512, 1, 1]},
+    ),
+]
 
 
-@pytest.mark.parametrize(("name", "parameters", "some"), TORCHVISION, ids=[name for name, *_ in TORCHVISION])
+@pytest.mark.parametrize(
+    ("name", "parameters", "some"), TORCHVISION, ids=[name for name, *_ in TORCHVISION]
+)
 def test_networks_of_the_imagenet_form_are_those_of_torchvision(name, parameters, some):
     with torch.device("meta"):
         model = build(f"{name}:form=imagenet")
@@ -118,11 +150,16 @@ def test_the_vision_transformer_has_the_names_of_torchvision():
     layer = "encoder.layers.encoder_layer_11"
     assert sum(p.numel() for p in model.parameters()) == 86_567_656
     assert {
-        "class_token": [1, 1, 768], "conv_proj.weight": [768, 3, 16, 16], "encoder.pos_embedding": [1, 197, 768],
-        f"{layer}.self_attention.in_proj_weight": [2304, 768], f"{layer}.self_attention.out_proj.bias": [768],
-        f"{layer}.mlp.0.weight": [3072, 768], f"{layer}.mlp.3.bias": [768], "encoder.ln.weight": [768],
+        "class_token": [1, 1, 768],
+        "conv_proj.weight": [768, 3, 16, 16],
+        "encoder.pos_embedding": [1, 197, 768],
+        f"{layer}.self_attention.in_proj_weight": [2304, 768],
+        f"{layer}.self_attention.out_proj.bias": [768],
+        f"{layer}.mlp.0.weight": [3072, 768],
+        f"{layer}.mlp.3.bias": [768],
+        "encoder.ln.weight": [768],
         "heads.head.weight": [1000, 768],
-    }.items() <= shapes.items()  # fmt: skip
+    }.items() <= shapes.items()
 
 
 def test_attention_is_that_of_torch():
@@ -177,7 +214,13 @@ def test_networks_run(spec, x, classes):
 
 
 @pytest.mark.parametrize(
-    "spec", ["vit:width=12,layers=1", "gpt:width=12,layers=1,context=8", "resnet20:width=2", "vgg11:width=2"]
+    "spec",
+    [
+        "vit:width=12,layers=1",
+        "gpt:width=12,layers=1,context=8",
+        "resnet20:width=2",
+        "vgg11:width=2",
+    ],
 )
 def test_a_seed_gives_the_weights(spec):
     first, second = build(spec), build(spec)
@@ -192,7 +235,10 @@ def test_a_seed_gives_the_weights(spec):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("vgg11:", "option '' is not known, expected some of width=64, hidden=0, classes=0, form=cifar, channels=3"),
+        (
+            "vgg11:",
+            "option '' is not known, expected some of width=64, hidden=0, classes=0, form=cifar, channels=3",
+        ),
         ("vgg11:wide=16", "option 'wide' is not known"),
         ("vgg11:depth=16", "option 'depth' is not known"),
         ("vgg11:width", "option 'width' has no value, expected such as width=64"),
@@ -222,7 +268,9 @@ def test_a_bad_option_is_one_clear_line(spec, message):
 def test_the_options_of_each_model_are_listed():
     assert models.options("resnet20") == ["width=0", "classes=0", "form=cifar", "channels=3"]
     assert models.options("mlp") == []
-    with pytest.raises(ModeconnError, match="model 'vgg12' is not known: expected mlp or one of vgg11"):
+    with pytest.raises(
+        ModeconnError, match="model 'vgg12' is not known: expected mlp or one of vgg11"
+    ):
         models.options("vgg12")
 
 
@@ -237,7 +285,9 @@ def factories(tmp_path: Path, monkeypatch):
         "    raise RuntimeError('first line\\nsecond line')\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    monkeypatch.setattr(
+        sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))]
+    )
     yield
     sys.modules.pop("mine_for_test", None)
 
@@ -252,14 +302,21 @@ def test_a_factory_is_found_in_the_current_folder():
 
 @pytest.mark.usefixtures("factories")
 def test_a_factory_that_fails_is_named():
-    with pytest.raises(ModeconnError, match="model 'mine_for_test:broken' failed: RuntimeError: first line") as caught:
+    with pytest.raises(
+        ModeconnError, match="model 'mine_for_test:broken' failed: RuntimeError: first line"
+    ) as caught:
         build("mine_for_test:broken")
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
 def test_initialisation_is_he_normal_and_follows_the_seed():
     def drawn(seed: int) -> nn.Module:
-        model = nn.Sequential(nn.Linear(400, 300), nn.BatchNorm1d(300), nn.Conv2d(8, 64, 3), nn.Linear(7, 5, bias=False))
+        model = nn.Sequential(
+            nn.Linear(400, 300),
+            nn.BatchNorm1d(300),
+            nn.Conv2d(8, 64, 3),
+            nn.Linear(7, 5, bias=False),
+        )
         initialise(model, torch.Generator().manual_seed(seed))
         return model
 

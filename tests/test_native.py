@@ -59,7 +59,11 @@ def test_the_extension_is_built_wherever_there_is_a_compiler():
 @linux_only
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are x86-64 instruction sets")
 def test_features_are_what_the_kernel_says():
-    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE).group(1).split()
+    flags = (
+        re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        .group(1)
+        .split()
+    )
     features = native.features()
     names = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
     assert {name: features[name] for name in names} == {name: name in flags for name in names}
@@ -104,9 +108,13 @@ def test_versions():
 
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 10), (63, 10), (7, 1), (3, 1025), (129, 257)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 10), (63, 10), (7, 1), (3, 1025), (129, 257)], ids=str
+)
 def test_logsumexp_agrees_with_float64(shape: tuple[int, int], dtype: torch.dtype):
-    assert_rows_agree(5 * torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0)))
+    assert_rows_agree(
+        5 * torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    )
 
 
 @built
@@ -184,9 +192,13 @@ def test_logsumexp_of_any_matrix(x: np.ndarray):
 @built
 @given(st.integers(1, 40), st.floats(-1e4, 1e4))
 def test_a_shift_of_a_row_shifts_its_result(columns: int, shift: float):
-    x = torch.randn(3, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(columns))
+    x = torch.randn(
+        3, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(columns)
+    )
     moved = native.logsumexp(x + shift) - native.logsumexp(x)
-    torch.testing.assert_close(moved, torch.full((3,), shift, dtype=torch.float64), rtol=1e-14, atol=1e-11)
+    torch.testing.assert_close(
+        moved, torch.full((3,), shift, dtype=torch.float64), rtol=1e-14, atol=1e-11
+    )
 
 
 @built
@@ -207,7 +219,9 @@ def test_logsumexp_releases_the_gil():
     worker.join()
     (start, stop) = calls[0]
     inside = [t for t in ticks if start < t < stop]
-    assert len(inside) >= 5, f"{len(inside)} ticks of another thread during a call of {stop - start:.3f} s"
+    assert len(inside) >= 5, (
+        f"{len(inside)} ticks of another thread during a call of {stop - start:.3f} s"
+    )
 
 
 @built
@@ -216,7 +230,10 @@ def test_logsumexp_releases_the_gil():
     [
         (torch.zeros(3), r"must have 2 dimensions, \[rows, columns\]; its shape is \[3\]"),
         (torch.zeros(2, 3, 4), r"its shape is \[2, 3, 4\]"),
-        (torch.zeros(2, 3, dtype=torch.float16), "must be float32 or float64; its dtype is torch.float16"),
+        (
+            torch.zeros(2, 3, dtype=torch.float16),
+            "must be float32 or float64; its dtype is torch.float16",
+        ),
         (torch.zeros(2, 3, dtype=torch.bfloat16), "its dtype is torch.bfloat16"),
         (torch.zeros(2, 3, dtype=torch.int64), "its dtype is torch.int64"),
         (torch.zeros(2, 3, device="meta"), "must be on the CPU; it is on meta"),
@@ -255,8 +272,16 @@ def test_the_binding_refuses_what_it_cannot_read(x: object, error: type[Exceptio
             "no C++ compiler\n",
             "modeconn._native is not available: no C\\+\\+ compiler$",
         ),
-        (ModuleNotFoundError("x"), None, "it has not been built for this Python; `pip install -e .`"),
-        (ImportError("undefined symbol: f"), None, "it was built but does not load: undefined symbol: f$"),
+        (
+            ModuleNotFoundError("x"),
+            None,
+            "it has not been built for this Python; `pip install -e .`",
+        ),
+        (
+            ImportError("undefined symbol: f"),
+            None,
+            "it was built but does not load: undefined symbol: f$",
+        ),
     ],
     ids=["left out", "never built", "broken"],
 )

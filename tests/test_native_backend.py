@@ -18,13 +18,17 @@ from modeconn.models import build
 from naive import clone, mlp, pass_per_point
 from policy import assert_within_policy
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=f"no C++ extension: {native.reason()}")
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason=f"no C++ extension: {native.reason()}"
+)
 
 X = torch.randn(130, 20, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(130) % 10
 
 
-def agrees(model: nn.Module, path: object, x: Tensor, y: Tensor, points: object, precision: str = "float32") -> None:
+def agrees(
+    model: nn.Module, path: object, x: Tensor, y: Tensor, points: object, precision: str = "float32"
+) -> None:
     got = mc.evaluate(model, path, (x, y), points, backend="native", precision=precision)
     dtype = getattr(torch, precision)
     plain, exact = (pass_per_point(model, path, x, y, got.t, d) for d in (dtype, torch.float64))
@@ -41,13 +45,19 @@ def test_lines(precision, points):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 63, 1025])
-@pytest.mark.parametrize("widths", [(1, 1, 2), (20, 10), (3, 245, 1, 10), (20, 63, 7, 2), (5, 1025, 3)], ids=str)
+@pytest.mark.parametrize(
+    "widths", [(1, 1, 2), (20, 10), (3, 245, 1, 10), (20, 63, 7, 2), (5, 1025, 3)], ids=str
+)
 def test_odd_shapes(rows, widths):
     a, b = (mlp(*widths, seed=k) for k in range(2))
     agrees(a, mc.Line(a, b), torch.randn(rows, widths[0]), torch.arange(rows) % widths[-1], 3)
 
 
-@pytest.mark.parametrize("module", [nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.LeakyReLU], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.LeakyReLU],
+    ids=lambda m: m.__name__,
+)
 def test_activations(module):
     a, b = (mlp(20, 9, 9, 10, activation=module, seed=k) for k in range(2))
     agrees(a, mc.Line(a, b), X, Y, 5)
@@ -90,7 +100,9 @@ def test_dead_units_and_combined_logits():
 
 def test_linear_layers_without_activation_or_bias():
     torch.manual_seed(0)
-    make = lambda: nn.Sequential(nn.Linear(20, 8, bias=False), nn.ReLU(), nn.Dropout(), nn.Linear(8, 8), nn.Linear(8, 10))
+    make = lambda: nn.Sequential(
+        nn.Linear(20, 8, bias=False), nn.ReLU(), nn.Dropout(), nn.Linear(8, 8), nn.Linear(8, 10)
+    )
     a, b = make(), make()
     agrees(a, mc.Line(a, b), X, Y, 5)
 
@@ -100,11 +112,13 @@ def test_top5_and_ties():
     a = mlp(20, 8, 10)
     names = ("loss", "error", "top5_error")
     ours, theirs = (
-        mc.evaluate(a, mc.Line(zero, a), (X, Y), 3, metrics=names, backend=backend) for backend in ("native", "reference")
+        mc.evaluate(a, mc.Line(zero, a), (X, Y), 3, metrics=names, backend=backend)
+        for backend in ("native", "reference")
     )
     np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-6)
     np.testing.assert_array_equal(ours.error, theirs.error)
-    np.testing.assert_array_equal(ours.top5_error[1:], theirs.top5_error[1:])  # ties beyond the first are the backend's choice
+    # ties beyond the first are the backend's choice
+    np.testing.assert_array_equal(ours.top5_error[1:], theirs.top5_error[1:])
 
 
 class Residual(nn.Module):
@@ -119,16 +133,27 @@ class Residual(nn.Module):
 def conv_net(seed: int, pool: nn.Module | None = None, **conv: object) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(2, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(5, 7, (3, 1), **conv), nn.Tanh(),  # type: ignore[arg-type]
-        pool or nn.AvgPool2d(2, 1), nn.Flatten(), nn.Dropout(), nn.LazyLinear(9), nn.ReLU(), nn.Linear(9, 10),
-    )  # fmt: skip
+        nn.Conv2d(2, 5, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(5, 7, (3, 1), **conv),
+        nn.Tanh(),  # type: ignore[arg-type]
+        pool or nn.AvgPool2d(2, 1),
+        nn.Flatten(),
+        nn.Dropout(),
+        nn.LazyLinear(9),
+        nn.ReLU(),
+        nn.Linear(9, 10),
+    )
 
 
 IMAGES = torch.randn(67, 2, 12, 9, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
-    "conv", [{}, {"padding": 1}, {"stride": 2}, {"stride": (1, 2), "padding": (2, 1)}, {"bias": False}], ids=str
+    "conv",
+    [{}, {"padding": 1}, {"stride": 2}, {"stride": (1, 2), "padding": (2, 1)}, {"bias": False}],
+    ids=str,
 )
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_convolutions(conv, precision):
@@ -152,10 +177,19 @@ def test_dead_channels():
 def norm_net(seed: int, **norm: object) -> nn.Sequential:
     torch.manual_seed(seed)
     model = nn.Sequential(
-        nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5, **norm), nn.ReLU(), nn.MaxPool2d(2),  # type: ignore[arg-type]
-        nn.Conv2d(5, 7, 3, bias=False), nn.BatchNorm2d(7), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(7, 9), nn.BatchNorm1d(9), nn.Linear(9, 10),
-    )  # fmt: skip
+        nn.Conv2d(2, 5, 3, padding=1),
+        nn.BatchNorm2d(5, **norm),
+        nn.ReLU(),
+        nn.MaxPool2d(2),  # type: ignore[arg-type]
+        nn.Conv2d(5, 7, 3, bias=False),
+        nn.BatchNorm2d(7),
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(7, 9),
+        nn.BatchNorm1d(9),
+        nn.Linear(9, 10),
+    )
     model(IMAGES)  # running statistics of its own
     return model
 
@@ -183,11 +217,14 @@ def test_a_batch_norm_that_alone_moves():
 @pytest.mark.parametrize(
     "pool",
     [
-        nn.MaxPool2d(2, dilation=2), nn.AvgPool2d(2, ceil_mode=True),
-        nn.AvgPool2d(3, padding=1, count_include_pad=False), nn.AvgPool2d(2, divisor_override=3), nn.AdaptiveAvgPool2d(2),
+        nn.MaxPool2d(2, dilation=2),
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.AvgPool2d(3, padding=1, count_include_pad=False),
+        nn.AvgPool2d(2, divisor_override=3),
+        nn.AdaptiveAvgPool2d(2),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_poolings_that_the_engine_does_not_have_are_left_to_the_reference(pool):
     nets = [conv_net(seed, pool) for seed in range(2)]
     for net in nets:
@@ -195,17 +232,25 @@ def test_poolings_that_the_engine_does_not_have_are_left_to_the_reference(pool):
     path = mc.Line(*nets)
     got = mc.evaluate(nets[0], path, (IMAGES, Y[:67]), 3)
     assert got.backend == "reference"
-    np.testing.assert_allclose(got.loss, pass_per_point(nets[0], path, IMAGES, Y[:67], got.t, torch.float64)["loss"], rtol=1e-5)
+    np.testing.assert_allclose(
+        got.loss,
+        pass_per_point(nets[0], path, IMAGES, Y[:67], got.t, torch.float64)["loss"],
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize(
     "pool",
     [
-        nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d((2, 1)), nn.MaxPool2d(2, ceil_mode=True),
-        nn.AvgPool2d(3, padding=1), nn.AvgPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.MaxPool2d(3, 2, 1),
+        nn.MaxPool2d((2, 1)),
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.AvgPool2d(3, padding=1),
+        nn.AvgPool2d(2),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_poolings(pool):
     nets = [conv_net(seed, pool) for seed in range(2)]
     for net in nets:
@@ -229,7 +274,7 @@ def gated(seed: int) -> Gated:
     torch.manual_seed(seed)
     layers = lambda *widths: nn.Sequential(
         *(part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.GELU()))
-    )  # fmt: skip
+    )
     return Gated(layers(20, 64, 64), nn.Sequential(layers(64, 64, 64), nn.Linear(64, 10)))
 
 
@@ -243,7 +288,9 @@ def test_what_has_no_region_says_why_and_runs_by_auto():
             return (x * self.scale).softmax(1).cumsum(1)
 
     a, b = Plain(), {"scale": torch.zeros(20)}
-    with pytest.raises(mc.ModeconnError, match=r'"native" cannot run this: softmax.*; ask for "reference"'):
+    with pytest.raises(
+        mc.ModeconnError, match=r'"native" cannot run this: softmax.*; ask for "reference"'
+    ):
         mc.evaluate(a, mc.Line(a, b), (X, Y), 5, backend="native")
     assert mc.evaluate(a, mc.Line(a, b), (X, Y), 5).backend == "reference"
 
@@ -254,7 +301,9 @@ def test_residual_layers(precision):
     agrees(a, mc.Line(a, b), X, Y, 5, precision)
     program = mc.explain(a, mc.Line(a, b), X, 5).program
     assert isinstance(find_region(program, program.segments[0]), Region)
-    assert find_chain(program, program.segments[0]) == "some step does not follow the step before it"
+    assert (
+        find_chain(program, program.segments[0]) == "some step does not follow the step before it"
+    )
 
 
 def resnet(seed: int) -> nn.Module:
@@ -275,7 +324,9 @@ def test_residual_convolutions_run_whole(precision):
     assert isinstance(find_region(program, program.segments[0]), Region)
     agrees(nets[0], mc.Line(*nets), x, Y[:19], 3, precision)
     half = clone(nets[0])
-    half.update({key: value for key, value in clone(nets[1]).items() if key.startswith(("layer3", "fc"))})
+    half.update(
+        {key: value for key, value in clone(nets[1]).items() if key.startswith(("layer3", "fc"))}
+    )
     agrees(nets[0], mc.Line(nets[0], half), x, Y[:19], 3, precision)  # the skip is constant
 
 
@@ -287,8 +338,12 @@ def test_regions_around_what_the_engine_does_not_have(monkeypatch, behind):
     program = mc.explain(a, mc.Line(a, b), X, 5).program
     (segment,) = program.segments
     regions = find_regions(program, segment)
-    assert [[layer.op for layer in region.chain.layers] for region in regions] == [["linear"], ["linear"] * 3]
-    assert [region.pays(segment) for region in regions] == [False, behind]  # a layer alone saves nothing
+    assert [[layer.op for layer in region.chain.layers] for region in regions] == [
+        ["linear"],
+        ["linear"] * 3,
+    ]
+    # a layer alone saves nothing
+    assert [region.pays(segment) for region in regions] == [False, behind]
     agrees(a, mc.Line(a, b), X, Y, 5)
     agrees(a, mc.Line(a, b), X, Y, 5, "float64")
     assert mc.evaluate(a, mc.Line(a, b), (X, Y), 5).backend == ("native" if behind else "reference")
@@ -301,21 +356,35 @@ def test_regions_of_tokens():
     x = torch.randn(7, 3, 32, 32)
     program = mc.explain(nets[0], mc.Line(*nets), x, 3).program
     regions = find_regions(program, program.segments[0])
-    assert sum([layer.op for layer in region.chain.layers].count("linear") > 1 for region in regions) == 2  # the perceptrons
+    # the perceptrons
+    assert (
+        sum([layer.op for layer in region.chain.layers].count("linear") > 1 for region in regions)
+        == 2
+    )
     agrees(nets[0], mc.Line(*nets), x, Y[:7], 3)
 
 
-@pytest.mark.parametrize("conv", [{"groups": 5, "padding": 1}, {"dilation": 2}, {"dilation": (2, 1), "groups": 5}], ids=str)
+@pytest.mark.parametrize(
+    "conv",
+    [{"groups": 5, "padding": 1}, {"dilation": 2}, {"dilation": (2, 1), "groups": 5}],
+    ids=str,
+)
 def test_grouped_and_dilated_convolutions(conv):
     torch.manual_seed(0)
     make = lambda: nn.Sequential(
-        nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 10, 3, **conv), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(2, 5, 3),
+        nn.ReLU(),
+        nn.Conv2d(5, 10, 3, **conv),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(10, 10),
-    )  # fmt: skip
+    )
     a, b = make(), make()
     agrees(a, mc.Line(a, b), IMAGES, Y[:67], 5)
     program = mc.explain(a, mc.Line(a, b), IMAGES, 5).program
-    assert isinstance(find_chain(program, program.segments[0]), str)  # nothing that a plain chain tells
+    # nothing that a plain chain tells
+    assert isinstance(find_chain(program, program.segments[0]), str)
 
 
 def test_segments_of_both_kinds():
@@ -325,7 +394,10 @@ def test_segments_of_both_kinds():
     c["before.0.weight"] += 0.1
     path = mc.PolyChain([a, b, c])
     program = mc.explain(a, path, X, 21).program
-    assert [isinstance(find_region(program, segment), Region) for segment in program.segments] == [True, False]
+    assert [isinstance(find_region(program, segment), Region) for segment in program.segments] == [
+        True,
+        False,
+    ]
     agrees(a, path, X, Y, 21)
 
 
@@ -334,8 +406,14 @@ def test_segments_of_both_kinds():
 def test_losses_of_rows(loss, precision):
     a, b = (mlp(20, 8, 10, seed=k) for k in range(2))
     target, dtype = torch.rand(130, 10), getattr(torch, precision)
-    run = lambda backend, at: mc.evaluate(a, mc.Line(a, b), (X, target), 7, loss=loss, backend=backend, precision=at)
-    ours, plain, exact = run("native", precision), run("reference", precision), run("reference", "float64")
+    run = lambda backend, at: mc.evaluate(
+        a, mc.Line(a, b), (X, target), 7, loss=loss, backend=backend, precision=at
+    )
+    ours, plain, exact = (
+        run("native", precision),
+        run("reference", precision),
+        run("reference", "float64"),
+    )
     for name in ours.values:
         assert_within_policy(name, ours.values[name], plain.values[name], exact.values[name], dtype)
 
@@ -343,7 +421,10 @@ def test_losses_of_rows(loss, precision):
 def test_a_head_that_the_engine_does_not_have():
     a, b = (mlp(20, 8, 10, seed=k) for k in range(2))
     margin = lambda outputs, labels: outputs.gather(1, labels[:, None]).squeeze(1)
-    ours, theirs = (mc.evaluate(a, mc.Line(a, b), (X, Y), 3, loss=margin, backend=n) for n in ("native", "reference"))
+    ours, theirs = (
+        mc.evaluate(a, mc.Line(a, b), (X, Y), 3, loss=margin, backend=n)
+        for n in ("native", "reference")
+    )
     np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-6)
 
 
@@ -354,7 +435,9 @@ def test_inputs_and_labels_of_any_layout():
     labels = torch.stack([Y, Y], 1)[:, 0]
     path = mc.PolyChain([a, b, {**clone(b), "2.bias": torch.zeros(10)}])
     ours = mc.evaluate(a, path, (wide[:, ::2], labels.int()), 9, backend="native")
-    np.testing.assert_allclose(ours.loss, mc.evaluate(a, path, (X, Y), 9, backend="reference").loss, rtol=1e-6)
+    np.testing.assert_allclose(
+        ours.loss, mc.evaluate(a, path, (X, Y), 9, backend="reference").loss, rtol=1e-6
+    )
 
 
 class NormFirst(nn.Module):
@@ -367,7 +450,10 @@ class NormFirst(nn.Module):
             nn.BatchNorm2d(width),
             nn.Conv2d(width, inner, 1 if dense else 3, padding=1 - dense, bias=False),
         )
-        self.norm2, self.conv2 = nn.BatchNorm2d(inner), nn.Conv2d(inner, out, 3, padding=1, bias=False)
+        self.norm2, self.conv2 = (
+            nn.BatchNorm2d(inner),
+            nn.Conv2d(inner, out, 3, padding=1, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(torch.relu(self.norm1(x)))
@@ -380,9 +466,14 @@ def norms_first(seed: int, dense: bool) -> nn.Sequential:
     blocks = [NormFirst(7 + 5 * i * dense, 5 if dense else 7, dense) for i in range(3)]
     last = 22 if dense else 7
     net = nn.Sequential(
-        nn.Conv2d(2, 7, 3, padding=1), *blocks, nn.BatchNorm2d(last), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(2, 7, 3, padding=1),
+        *blocks,
+        nn.BatchNorm2d(last),
+        nn.GELU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(last, 10),
-    )  # fmt: skip
+    )
     net(3 * IMAGES + 1)
     return net
 
@@ -419,7 +510,9 @@ def test_channels_that_nobody_reads_behind_a_sum_run_whole():
 def test_a_norm_behind_the_first_layer(depth):
     """Of little depth the layer is computed again with the norm in it, else what was combined is normalised."""
     torch.manual_seed(0)
-    make = lambda: nn.Sequential(nn.Linear(2 * depth, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 10))
+    make = lambda: nn.Sequential(
+        nn.Linear(2 * depth, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 10)
+    )
     a, b = make(), make()
     x = torch.randn(130, 2 * depth)
     for net in (a, b):
@@ -432,13 +525,21 @@ def test_a_norm_behind_the_first_layer(depth):
 
 @pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
 @pytest.mark.parametrize(
-    "start", [(nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8)), (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())], ids=str
+    "start",
+    [
+        (nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8)),
+        (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("length", [0, 8])
 def test_norms_that_cannot_be_folded(start, length):
     """One behind an activation of the first layer, and one over the axis before the last."""
     x = torch.randn(40, *[length][: length > 0], 8, generator=torch.Generator().manual_seed(1))
-    nets = [nn.Sequential(*copy.deepcopy(start), nn.Flatten(), nn.Linear(8 * max(1, length), 10)) for _ in range(2)]
+    nets = [
+        nn.Sequential(*copy.deepcopy(start), nn.Flatten(), nn.Linear(8 * max(1, length), 10))
+        for _ in range(2)
+    ]
     for seed, net in enumerate(nets):
         torch.manual_seed(seed)
         for layer in net:

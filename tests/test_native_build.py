@@ -23,14 +23,20 @@ pytestmark = [
 def isa_flags() -> dict[str, list[str]]:
     """The flags that setup.py compiles each instruction set's folder with."""
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    (value,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "X86_FLAGS"]
+    (value,) = [
+        n.value
+        for n in tree.body
+        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "X86_FLAGS"
+    ]
     return {"generic": [], **ast.literal_eval(value)}
 
 
 def build(sources: list[Path], folder: Path, flags: list[str]) -> list[Path]:
     """Compile sources to object files, each with its folder's instruction set; skips where the target is not x86-64."""
     sets = isa_flags()
-    machine = subprocess.run([CXX, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    machine = subprocess.run(
+        [CXX, "-dumpmachine"], capture_output=True, text=True, check=True
+    ).stdout
     if not machine.startswith("x86_64"):
         pytest.skip(f"the compiler's target is {machine.strip()}")
     macros = [f"-DMODECONN_HAVE_{name.upper()}" for name in sets if name != "generic"]
@@ -38,7 +44,19 @@ def build(sources: list[Path], folder: Path, flags: list[str]) -> list[Path]:
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.parent.name}_{source.stem}.o"
         own = sets.get(source.parent.name, [])
-        command = [CXX, "-std=c++17", f"-iquote{ROOT / 'csrc'}", "-pthread", *macros, *flags, *own, "-c", source, "-o", target]
+        command = [
+            CXX,
+            "-std=c++17",
+            f"-iquote{ROOT / 'csrc'}",
+            "-pthread",
+            *macros,
+            *flags,
+            *own,
+            "-c",
+            source,
+            "-o",
+            target,
+        ]
         subprocess.run(command, check=True)
         return target
 
@@ -55,10 +73,18 @@ def test_sanitizers_find_nothing(tmp_path: Path):
         *csrc.glob("cpu/*/*.cpp"),
         *csrc.glob("tests/test_*.cpp"),
     ]
-    flags = ["-O1", "-g", "-ffp-contract=fast", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = [
+        "-O1",
+        "-g",
+        "-ffp-contract=fast",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    ]
     objects = build(sources, tmp_path, flags)
     program = tmp_path / "test_chain"
-    subprocess.run([CXX, "-pthread", "-fsanitize=address,undefined", *objects, "-o", program], check=True)
+    subprocess.run(
+        [CXX, "-pthread", "-fsanitize=address,undefined", *objects, "-o", program], check=True
+    )
     done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PASS" in done.stdout
@@ -69,6 +95,8 @@ def test_no_code_of_an_instruction_set_is_shared(tmp_path: Path):
     kernels = sorted((ROOT / "csrc" / "cpu").glob("*/kernels_*.cpp"))
     assert len(kernels) == 3
     for source, target in zip(kernels, build(kernels, tmp_path, ["-O3", "-fvisibility=hidden"])):
-        rows = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout.splitlines()
+        rows = subprocess.run(
+            ["nm", "-C", target], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         defined = [row[19:] for row in rows if row[17:18] in set("TWVuBD")]
         assert defined == [f"modeconn::fill_{source.parent.name}(modeconn::Context&)"]

@@ -47,7 +47,9 @@ def reference(case, dtype):
     tensor = lambda a: torch.from_numpy(np.array(a)).to(dtype)
     outputs = []
     for t in range(len(case["coefficients"])):
-        x = ACTIVATIONS[case["activation"]](combine([tensor(v) for v in case["terms"]], case["coefficients"][t].tolist()))
+        x = ACTIVATIONS[case["activation"]](
+            combine([tensor(v) for v in case["terms"]], case["coefficients"][t].tolist())
+        )
         for layer in case["layers"]:
             c = layer["coefficients"][t].tolist()
             w = combine([tensor(v) for v in layer["weights"]], c)
@@ -67,7 +69,19 @@ def unaligned(a, pad):
     return store[:, 1 : a.shape[1] + 1]
 
 
-def make(rows, widths, points, dtype, activation="relu", first="identity", terms=2, blocks=2, bias=True, pad=0, seed=0):
+def make(
+    rows,
+    widths,
+    points,
+    dtype,
+    activation="relu",
+    first="identity",
+    terms=2,
+    blocks=2,
+    bias=True,
+    pad=0,
+    seed=0,
+):
     rng = np.random.default_rng(seed)
     draw = lambda *s: rng.standard_normal(s).astype(dtype)
     matrix = lambda n, m, scale: unaligned(draw(n, m) * dtype(scale), pad)
@@ -100,7 +114,9 @@ def outputs(case, isa, threads=1, pad=0, width=None):
     """Into memory full of NaN; what lies between the rows must stay. `width`: of an output, if it does not end with a layer."""
     points, rows = len(case["coefficients"]), len(case["terms"][0])
     if width is None:
-        width = len(case["layers"][-1]["weights"][0]) if case["layers"] else case["terms"][0].shape[1]
+        width = (
+            len(case["layers"][-1]["weights"][0]) if case["layers"] else case["terms"][0].shape[1]
+        )
     store = np.full((points, rows, width + pad), np.nan, case["terms"][0].dtype)
     engine.chain_outputs(
         case["terms"],
@@ -136,14 +152,17 @@ def assert_close(ours, plain, exact):
     eps = torch.finfo(plain.dtype).eps
     assert torch.isfinite(ours).all()
     error = lambda x: (x.double() - exact).abs()
-    scale = 64 if plain.dtype == torch.float64 else 4  # float64 is its own reference: only the floor is left
+    # float64 is its own reference: only the floor is left
+    scale = 64 if plain.dtype == torch.float64 else 4
     floor = scale * eps * max(exact.abs().max().item() if exact.numel() else 0, 1e-30)
     assert error(ours).max() <= 2 * error(plain).max() + floor if exact.numel() else True
 
 
 def check_outputs(case, isa, dtype, **options):
     plain = torch.float32 if dtype == "float32" else torch.float64
-    assert_close(outputs(case, isa, **options), reference(case, plain), reference(case, torch.float64))
+    assert_close(
+        outputs(case, isa, **options), reference(case, plain), reference(case, torch.float64)
+    )
 
 
 SHAPES = [  # rows, widths, points
@@ -171,7 +190,9 @@ def test_outputs(isa, dtype, rows, widths, points):
 @pytest.mark.parametrize("width", [1, 2, 3, 7, 63, 245, 1025])
 @pytest.mark.parametrize("rows", [0, 1, 2, 63, 1025])
 def test_odd_shapes_strided_and_unaligned(isa, dtype, width, rows):
-    check_outputs(make(rows, (width, 5, width), 2, DTYPES[dtype], pad=3), isa, dtype, threads=2, pad=2)
+    check_outputs(
+        make(rows, (width, 5, width), 2, DTYPES[dtype], pad=3), isa, dtype, threads=2, pad=2
+    )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -180,7 +201,9 @@ def test_biases_with_coefficients_of_their_own(isa, blocks):
     case = make(65, (9, 33, 5), 4, np.float32)
     rng = np.random.default_rng(2)
     for layer in case["layers"]:
-        layer["biases"] = [rng.standard_normal(len(layer["weights"][0]), dtype=np.float32) for _ in range(blocks)]
+        layer["biases"] = [
+            rng.standard_normal(len(layer["weights"][0]), dtype=np.float32) for _ in range(blocks)
+        ]
         layer["bias_coefficients"] = rng.standard_normal((4, blocks))
     check_outputs(case, isa, "float32")
 
@@ -189,7 +212,11 @@ def test_biases_with_coefficients_of_their_own(isa, blocks):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(isa, dtype, activation):
-    check_outputs(make(65, (9, 33, 17, 5), 3, DTYPES[dtype], activation=activation, first=activation), isa, dtype)
+    check_outputs(
+        make(65, (9, 33, 17, 5), 3, DTYPES[dtype], activation=activation, first=activation),
+        isa,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -197,7 +224,12 @@ def test_activations(isa, dtype, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_on_the_whole_range(isa, dtype, activation):
     x = np.concatenate(
-        [np.linspace(-30, 30, 6001), np.logspace(-30, 2, 500), -np.logspace(-30, 2, 500), [0.0, -0.0, 700.0, -700.0]]
+        [
+            np.linspace(-30, 30, 6001),
+            np.logspace(-30, 2, 500),
+            -np.logspace(-30, 2, 500),
+            [0.0, -0.0, 700.0, -700.0],
+        ]
     )
     x = x.astype(DTYPES[dtype])[:, None]
     out = np.full((1, *x.shape), np.nan, x.dtype)
@@ -206,13 +238,20 @@ def test_activation_on_the_whole_range(isa, dtype, activation):
     if dtype == "float32":  # element by element, relative
         plain = ACTIVATIONS[activation](torch.from_numpy(x))
         error = (torch.from_numpy(out[0]).double() - exact).abs()
-        allowed = 2 * (plain.double() - exact).abs() + 4 * np.finfo(np.float32).eps * exact.abs() + 1e-37
+        allowed = (
+            2 * (plain.double() - exact).abs() + 4 * np.finfo(np.float32).eps * exact.abs() + 1e-37
+        )
         if "gelu" in activation:  # in the negative tail PyTorch's own error is absolute
-            allowed = allowed + 4 * np.finfo(np.float32).eps * torch.from_numpy(x).double().abs().clamp(max=8)
+            allowed = allowed + 4 * np.finfo(np.float32).eps * torch.from_numpy(
+                x
+            ).double().abs().clamp(max=8)
     else:
         error = (torch.from_numpy(out[0]) - exact).abs()
         allowed = (
-            8 * np.finfo(np.float64).eps * torch.maximum(exact.abs(), torch.from_numpy(x).abs().clamp(max=1) * 0.5) + 1e-300
+            8
+            * np.finfo(np.float64).eps
+            * torch.maximum(exact.abs(), torch.from_numpy(x).abs().clamp(max=1) * 0.5)
+            + 1e-300
         )
     assert (error <= allowed).all(), (
         x[(error > allowed).numpy()][:5],
@@ -221,7 +260,9 @@ def test_activation_on_the_whole_range(isa, dtype, activation):
     )
     special = np.array([[np.nan], [np.inf], [-np.inf]], x.dtype)
     out = np.zeros((1, 3, 1), x.dtype)
-    engine.chain_outputs([special], np.ones((1, 1)), [], out, activation=activation, slope=0.125, isa=isa)
+    engine.chain_outputs(
+        [special], np.ones((1, 1)), [], out, activation=activation, slope=0.125, isa=isa
+    )
     limits = ACTIVATIONS[activation](torch.from_numpy(special).double()).numpy()
     np.testing.assert_allclose(out[0], limits, rtol=np.finfo(x.dtype).eps)
 
@@ -234,7 +275,10 @@ def test_sums(isa, dtype, layers, classes, loss):
     rows, points = 777, 5
     case = make(rows, [classes] * (layers + 1), points, DTYPES[dtype], terms=3, pad=1)
     rng = np.random.default_rng(1)
-    plain, exact = reference(case, torch.float32 if dtype == "float32" else torch.float64), reference(case, torch.float64)
+    plain, exact = (
+        reference(case, torch.float32 if dtype == "float32" else torch.float64),
+        reference(case, torch.float64),
+    )
     if loss == "mse":
         targets = rng.standard_normal((rows, classes)).astype(DTYPES[dtype])
         got = sums(case, targets, isa, loss="mse")
@@ -261,8 +305,12 @@ def assert_same_counts(got, exact, labels):
 def test_small_losses_keep_their_digits(isa, dtype):
     logits = np.zeros((50, 3), DTYPES[dtype])
     logits[:, 1] = np.linspace(5, 80, 50)
-    got = engine.chain_sums([logits[i : i + 1] for i in range(50)], np.eye(50), [], np.array([1]), isa=isa)[:, 0]
-    exact = F.cross_entropy(torch.from_numpy(logits).double(), torch.ones(50, dtype=torch.long), reduction="none")
+    got = engine.chain_sums(
+        [logits[i : i + 1] for i in range(50)], np.eye(50), [], np.array([1]), isa=isa
+    )[:, 0]
+    exact = F.cross_entropy(
+        torch.from_numpy(logits).double(), torch.ones(50, dtype=torch.long), reduction="none"
+    )
     exact = torch.log1p(2 * torch.exp(-torch.from_numpy(logits[:, 1]).double()))
     np.testing.assert_allclose(got, exact.numpy(), rtol=8 * np.finfo(DTYPES[dtype]).eps)
 
@@ -289,12 +337,20 @@ def test_ties_and_non_finite_logits(isa, dtype):
         plain = F.cross_entropy(torch.from_numpy(logits), labels, reduction="none").numpy()
         best = torch.from_numpy(logits).argmax(1).numpy()
         for row in range(8):
-            got = engine.chain_sums([logits[row : row + 1]], np.ones((1, 1)), [], np.array([label]), top5=True, isa=isa)[0]
-            assert np.isnan(got[0]) == np.isnan(plain[row]) and np.isinf(got[0]) == np.isinf(plain[row])
+            got = engine.chain_sums(
+                [logits[row : row + 1]], np.ones((1, 1)), [], np.array([label]), top5=True, isa=isa
+            )[0]
+            assert np.isnan(got[0]) == np.isnan(plain[row]) and np.isinf(got[0]) == np.isinf(
+                plain[row]
+            )
             assert got[1] == (best[row] != label)
             order = sorted(
                 range(7),
-                key=lambda c: (-np.inf if np.isnan(logits[row, c]) else -logits[row, c], not np.isnan(logits[row, c]), c),
+                key=lambda c: (
+                    -np.inf if np.isnan(logits[row, c]) else -logits[row, c],
+                    not np.isnan(logits[row, c]),
+                    c,
+                ),
             )
             assert got[2] == (order.index(label) >= 5), (row, label)
 
@@ -303,7 +359,8 @@ def test_ties_and_non_finite_logits(isa, dtype):
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_non_finite_weights_and_inputs_stay_in_their_place(isa, value):
     case = make(40, (9, 30, 4), 3, np.float32)
-    case["coefficients"][2], case["layers"][0]["coefficients"][2] = (1, 0), (1, 0)  # block 1 is not touched at point 2
+    # block 1 is not touched at point 2
+    case["coefficients"][2], case["layers"][0]["coefficients"][2] = (1, 0), (1, 0)
     case["layers"][0]["weights"][1][17, 3] = value
     case["terms"][1][5] = value
     got = outputs(case, isa)
@@ -350,7 +407,10 @@ def broken(**changes):
 BAD = {
     "label": (dict(targets=np.array([0, 1, 2, 3, 0, 0])), r"\[0, 3\), got 3 at row 3"),
     "negative label": (dict(targets=np.array([0, -1, 2, 0, 0, 0])), "got -1 at row 1"),
-    "label type": (dict(targets=np.zeros(6, np.int32)), r"targets must be \[6\] int64, got \[6\] int32"),
+    "label type": (
+        dict(targets=np.zeros(6, np.int32)),
+        r"targets must be \[6\] int64, got \[6\] int32",
+    ),
     "label count": (dict(targets=np.zeros(5, np.int64)), r"targets must be \[6\] int64, got \[5\]"),
     "terms": (dict(terms=[]), "terms must not be empty"),
     "term type": (dict(terms=[np.zeros((6, 4), np.float16)]), "float32 or float64, got .* float16"),
@@ -358,23 +418,41 @@ BAD = {
         dict(terms=[np.zeros((6, 4), np.float32), np.zeros((5, 4), np.float32)]),
         r"terms\[1\] must be \[6, 4\] float32",
     ),
-    "column stride": (dict(terms=[np.zeros((6, 8), np.float32)[:, ::2]] * 2), "contiguous in its last dimension"),
-    "coefficients": (dict(coefficients=np.zeros((2, 3))), r"coefficients must be \[any, 2\] float64, got \[2, 3\]"),
-    "weights": (dict(layer=dict(weights=[np.zeros((3, 5), np.float32)] * 2)), r"layers\[0\].weights\[0\] must be \[any, 4\]"),
+    "column stride": (
+        dict(terms=[np.zeros((6, 8), np.float32)[:, ::2]] * 2),
+        "contiguous in its last dimension",
+    ),
+    "coefficients": (
+        dict(coefficients=np.zeros((2, 3))),
+        r"coefficients must be \[any, 2\] float64, got \[2, 3\]",
+    ),
+    "weights": (
+        dict(layer=dict(weights=[np.zeros((3, 5), np.float32)] * 2)),
+        r"layers\[0\].weights\[0\] must be \[any, 4\]",
+    ),
     "no weights": (dict(layer=dict(weights=[])), "must not be empty"),
     "no units": (dict(layer=dict(weights=[np.zeros((0, 4), np.float32)] * 2)), "at least one unit"),
-    "biases": (dict(layer=dict(biases=[np.zeros(3, np.float32)])), "as many biases as weights or none, got 1 and 2"),
+    "biases": (
+        dict(layer=dict(biases=[np.zeros(3, np.float32)])),
+        "as many biases as weights or none, got 1 and 2",
+    ),
     "bias coefficients": (
         dict(layer=dict(bias_coefficients=np.zeros((2, 3)))),
         r"bias_coefficients must be \[2, 2\] float64, got \[2, 3\]",
     ),
-    "layer points": (dict(layer=dict(coefficients=np.zeros((3, 2)))), r"layers\[0\].coefficients must be \[2, 2\]"),
+    "layer points": (
+        dict(layer=dict(coefficients=np.zeros((3, 2)))),
+        r"layers\[0\].coefficients must be \[2, 2\]",
+    ),
     "activation": (dict(layer=dict(activation="swish")), "got 'swish'"),
     "unknown key": (dict(layer=dict(bias=None)), "unknown key 'bias'"),
     "threads": (dict(options=dict(threads=0)), "threads must be in 1..1024, got 0"),
     "isa": (dict(options=dict(isa="sse9")), "got 'sse9'"),
     "loss": (dict(options=dict(loss="hinge")), "got 'hinge'"),
-    "top5": (dict(targets=np.zeros((6, 3), np.float32), options=dict(loss="mse", top5=True)), "top5 goes with"),
+    "top5": (
+        dict(targets=np.zeros((6, 3), np.float32), options=dict(loss="mse", top5=True)),
+        "top5 goes with",
+    ),
 }
 
 
@@ -383,7 +461,9 @@ def test_bad_input_is_refused(name):
     changes, message = BAD[name]
     case = broken(**changes)
     with pytest.raises(ValueError, match=message):
-        engine.chain_sums(case["terms"], case["coefficients"], case["layers"], case["targets"], **case["options"])
+        engine.chain_sums(
+            case["terms"], case["coefficients"], case["layers"], case["targets"], **case["options"]
+        )
 
 
 def test_outputs_must_be_writable_and_of_the_right_shape():
@@ -426,8 +506,12 @@ def test_a_plain_product_on_any_layout():
     )
     out = np.full((100, 1, 33), np.nan, np.float32).transpose(1, 0, 2)
     one = np.ones((1, 1))
-    engine.chain_outputs([x[::-1]], one, [dict(weights=[w], biases=[b], coefficients=one)], out, threads=2)
-    np.testing.assert_allclose(out[0], x[::-1].astype(float) @ w.T.astype(float) + 1, rtol=1e-5, atol=1e-4)
+    engine.chain_outputs(
+        [x[::-1]], one, [dict(weights=[w], biases=[b], coefficients=one)], out, threads=2
+    )
+    np.testing.assert_allclose(
+        out[0], x[::-1].astype(float) @ w.T.astype(float) + 1, rtol=1e-5, atol=1e-4
+    )
 
 
 def test_control_c_stops_within_a_second():

@@ -24,7 +24,11 @@ def test_channels_and_sizes(isa, dtype, channels, out, size):
 @pytest.mark.parametrize("padding", [(0, 0), (1, 1), (2, 0)])
 def test_kernels_strides_and_paddings(isa, dtype, kernel, stride, padding):
     check(Maker(9, (3, 8, 9), 2, dtype).conv(4, kernel, stride, padding), isa, dtype)
-    check(Maker(9, (3, 8, 9), 1, dtype).conv(4, kernel, stride, padding).pool("max", (2, 1)), isa, dtype)
+    check(
+        Maker(9, (3, 8, 9), 1, dtype).conv(4, kernel, stride, padding).pool("max", (2, 1)),
+        isa,
+        dtype,
+    )
 
 
 @every
@@ -44,8 +48,14 @@ def test_kernels_strides_and_paddings(isa, dtype, kernel, stride, padding):
 )
 def test_pooling_alone_behind_a_convolution_and_twice(isa, dtype, op, kernel, options):
     check(Maker(33, (3, 5, 7), 2, dtype, first="relu").pool(op, kernel, **options), isa, dtype)
-    check(Maker(3, (3, 5, 7), 2, dtype).conv(5, padding=(1, 1)).pool(op, kernel, **options), isa, dtype)
-    check(Maker(3, (3, 10, 14), 2, dtype).pool("avg", (2, 2)).pool(op, kernel, **options), isa, dtype)
+    check(
+        Maker(3, (3, 5, 7), 2, dtype).conv(5, padding=(1, 1)).pool(op, kernel, **options),
+        isa,
+        dtype,
+    )
+    check(
+        Maker(3, (3, 10, 14), 2, dtype).pool("avg", (2, 2)).pool(op, kernel, **options), isa, dtype
+    )
 
 
 @every
@@ -59,12 +69,21 @@ def test_a_whole_chain(isa, dtype, rows, points):
 def test_larger_images(isa, dtype):
     check(vgg(5, (3, 32, 32), 2, dtype), isa, dtype)
     check(
-        Maker(3, (16, 32, 32), 2, dtype, first="relu").pool("max", (2, 2)).conv(32, padding=(1, 1)).pool("max", (2, 2)),
+        Maker(3, (16, 32, 32), 2, dtype, first="relu")
+        .pool("max", (2, 2))
+        .conv(32, padding=(1, 1))
+        .pool("max", (2, 2)),
         isa,
         dtype,
     )
     check(
-        Maker(2, (65, 40, 40), 1, dtype).conv(3, padding=(1, 1)).pool("avg", (40, 40)).flatten(3).linear(7), isa, dtype
+        Maker(2, (65, 40, 40), 1, dtype)
+        .conv(3, padding=(1, 1))
+        .pool("avg", (40, 40))
+        .flatten(3)
+        .linear(7),
+        isa,
+        dtype,
     )  # rows in chunks
 
 
@@ -105,7 +124,9 @@ def test_non_finite_values_stay_in_their_place(isa, value):
     got, want = outputs(maker.case, isa)
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want.numpy()))
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want.numpy()))
-    alone = Maker(33, (2, 5, 5), 1, "float32", first="relu").pool("max", (3, 3), stride=(2, 2), padding=(1, 1))
+    alone = Maker(33, (2, 5, 5), 1, "float32", first="relu").pool(
+        "max", (3, 3), stride=(2, 2), padding=(1, 1)
+    )
     alone.case["terms"][0][7, 0, :3, :3] = value
     got, want = outputs(alone.case, isa)
     np.testing.assert_array_equal(got, want.numpy())
@@ -116,38 +137,77 @@ def test_sums_and_threads(isa):
     case = vgg(777, (3, 6, 6), 5, "float32").case
     labels = np.arange(777) % 5
     sums = lambda threads: engine.chain_sums(
-        case["terms"], case["coefficients"], case["layers"], labels, top5=True, isa=isa, threads=threads
+        case["terms"],
+        case["coefficients"],
+        case["layers"],
+        labels,
+        top5=True,
+        isa=isa,
+        threads=threads,
     )
     one, exact = sums(1), reference(case, torch.float64)
-    loss = torch.stack([F.cross_entropy(z, torch.from_numpy(labels), reduction="sum") for z in exact])
+    loss = torch.stack(
+        [F.cross_entropy(z, torch.from_numpy(labels), reduction="sum") for z in exact]
+    )
     np.testing.assert_allclose(one[:, 0], loss, rtol=1e-5)
-    np.testing.assert_allclose(one[:, 1], (exact.argmax(2) != torch.from_numpy(labels)).sum(1), atol=1)
+    np.testing.assert_allclose(
+        one[:, 1], (exact.argmax(2) != torch.from_numpy(labels)).sum(1), atol=1
+    )
     for threads in (2, 5):
         assert sums(threads).tobytes() == one.tobytes()
 
 
 def test_no_points_and_images_without_steps():
     case = vgg(3, (3, 4, 4), 0, "float32").case
-    assert engine.chain_sums(case["terms"], case["coefficients"], case["layers"], np.zeros(3, np.int64)).shape == (0, 3)
+    assert engine.chain_sums(
+        case["terms"], case["coefficients"], case["layers"], np.zeros(3, np.int64)
+    ).shape == (0, 3)
     check(Maker(9, (3, 4, 5), 2, "float32").flatten(60).linear(4), "", "float32")
     check(Maker(9, (3, 4, 5), 2, "float32"), "", "float32")
 
 
 def layers(*which):
     maker = Maker(2, (3, 4, 5), 1, "float32").conv(6).pool("max", (2, 2)).flatten(6).linear(4)
-    return [maker.case["layers"][i] if isinstance(i, int) else dict(maker.case["layers"][i[0]], **i[1]) for i in which]
+    return [
+        maker.case["layers"][i] if isinstance(i, int) else dict(maker.case["layers"][i[0]], **i[1])
+        for i in which
+    ]
 
 
 BAD = {
-    "op": (layers((0, dict(op="conv3d"))), r"layers\[0\].op must be linear, conv2d, .* got 'conv3d'"),
-    "no flatten": (layers(0, 1, 3), r"layers\[2\]: linear must come after flatten, got images of \[6, 1, 1\]"),
+    "op": (
+        layers((0, dict(op="conv3d"))),
+        r"layers\[0\].op must be linear, conv2d, .* got 'conv3d'",
+    ),
+    "no flatten": (
+        layers(0, 1, 3),
+        r"layers\[2\]: linear must come after flatten, got images of \[6, 1, 1\]",
+    ),
     "conv on rows": (layers(0, 1, 2, 0), r"layers\[3\]: conv2d must get images"),
-    "channels": (layers(0, 0), r"layers\[1\].weights\[0\] must be \[any, 6, any, any\] float32, got \[6, 3, 3, 3\]"),
-    "dilation": (layers((1, dict(dilation=(1, 1)))), r"\(max_pool2d\) has an unknown key 'dilation'"),
-    "unknown key": (layers(0, (1, dict(activation="relu"))), r"\(max_pool2d\) has an unknown key 'activation'"),
-    "stride": (layers((0, dict(stride=(0, 1)))), r"stride must be two integers of at least 1, got \(0, 1\)"),
-    "padding": (layers((0, dict(padding=(1, -1)))), r"padding must be two integers of at least 0, got \(1, -1\)"),
-    "kernel": (layers((1, dict(kernel=(2,)))), r"kernel must be two integers of at least 1, got \(2,\)"),
+    "channels": (
+        layers(0, 0),
+        r"layers\[1\].weights\[0\] must be \[any, 6, any, any\] float32, got \[6, 3, 3, 3\]",
+    ),
+    "dilation": (
+        layers((1, dict(dilation=(1, 1)))),
+        r"\(max_pool2d\) has an unknown key 'dilation'",
+    ),
+    "unknown key": (
+        layers(0, (1, dict(activation="relu"))),
+        r"\(max_pool2d\) has an unknown key 'activation'",
+    ),
+    "stride": (
+        layers((0, dict(stride=(0, 1)))),
+        r"stride must be two integers of at least 1, got \(0, 1\)",
+    ),
+    "padding": (
+        layers((0, dict(padding=(1, -1)))),
+        r"padding must be two integers of at least 0, got \(1, -1\)",
+    ),
+    "kernel": (
+        layers((1, dict(kernel=(2,)))),
+        r"kernel must be two integers of at least 1, got \(2,\)",
+    ),
     "no kernel": ([dict(op="avg_pool2d")], "must have a kernel"),
     "pool padding": (layers((1, dict(padding=(2, 0)))), "at most half its kernel, got 2 and 2"),
     "too small": (
@@ -162,7 +222,10 @@ BAD = {
         layers((0, dict(weights=[np.zeros((6, 3, 6, 3), np.float32)[:, :, ::2]] * 2))),
         "contiguous in all dimensions but the first",
     ),
-    "empty kernel": (layers((0, dict(weights=[np.zeros((6, 3, 0, 3), np.float32)] * 2))), "at least one tap"),
+    "empty kernel": (
+        layers((0, dict(weights=[np.zeros((6, 3, 0, 3), np.float32)] * 2))),
+        "at least one tap",
+    ),
     "scale": (layers((0, dict(scale=np.ones((1, 6))))), "both scale and shift or none"),
     "scale shape": (
         layers((0, dict(scale=np.ones((1, 5)), shift=np.ones((1, 6))))),

@@ -18,7 +18,12 @@ class Net:
     """Draws a graph step by step; `values` are the shapes of the terms and of each step behind the rows."""
 
     def __init__(self, rows, shape, points=3, dtype="float32", seed=0):
-        self.rng, self.rows, self.points, self.dtype = np.random.default_rng(seed), rows, points, DTYPES[dtype]
+        self.rng, self.rows, self.points, self.dtype = (
+            np.random.default_rng(seed),
+            rows,
+            points,
+            DTYPES[dtype],
+        )
         self.terms = [self.draw(rows, *shape) for _ in range(2)]
         self.coefficients, self.layers, self.values = self.mix(2), [], [shape]
 
@@ -33,7 +38,9 @@ class Net:
         self.values.append(shape)
         return len(self.layers) - 1
 
-    def product(self, out, read=None, add=None, activation="relu", kernel=(3, 3), norm=False, **window):
+    def product(
+        self, out, read=None, add=None, activation="relu", kernel=(3, 3), norm=False, **window
+    ):
         shape = self.values[-1 if read is None else read + 1]
         image, groups = len(shape) == 3, window.get("groups", 1)
         size = (out, shape[0] // groups, *kernel) if image else (out, shape[0])
@@ -46,9 +53,13 @@ class Net:
             probe = torch.zeros(1, *shape)
             after = tuple(F.conv2d(probe, torch.zeros(size), **window).shape[1:])
         return self.push(
-            after, op="conv2d" if image else "linear", weights=[self.draw(*size, scale=scale) for _ in range(2)],
-            biases=[self.draw(out) for _ in range(2)], coefficients=self.mix(2), **more,
-        )  # fmt: skip
+            after,
+            op="conv2d" if image else "linear",
+            weights=[self.draw(*size, scale=scale) for _ in range(2)],
+            biases=[self.draw(out) for _ in range(2)],
+            coefficients=self.mix(2),
+            **more,
+        )
 
     def pool(self, op, kernel, read=None, **options):
         c, h, w = self.values[-1 if read is None else read + 1]
@@ -62,41 +73,81 @@ class Net:
         return self.push((int(np.prod(shape)),), op="flatten", input=read)
 
     def add(self, *inputs, activation="identity"):
-        return self.push(self.values[inputs[0] + 1], op="add", inputs=list(inputs), activation=activation, slope=0.125)
+        return self.push(
+            self.values[inputs[0] + 1],
+            op="add",
+            inputs=list(inputs),
+            activation=activation,
+            slope=0.125,
+        )
 
     def multiply(self, first, second, activation="identity"):
-        return self.push(self.values[first + 1], op="multiply", inputs=[first, second], activation=activation, slope=0.125)
+        return self.push(
+            self.values[first + 1],
+            op="multiply",
+            inputs=[first, second],
+            activation=activation,
+            slope=0.125,
+        )
 
     def affine(self, read=None, add=None, activation="identity"):
         shape = self.values[-1 if read is None else read + 1]
         return self.push(
-            shape, op="affine", input=read, add=add, scale=self.mix(shape[0]), shift=self.mix(shape[0]), activation=activation,
+            shape,
+            op="affine",
+            input=read,
+            add=add,
+            scale=self.mix(shape[0]),
+            shift=self.mix(shape[0]),
+            activation=activation,
             slope=0.125,
-        )  # fmt: skip
+        )
 
     def group_norm(self, groups, read=None, eps=1e-5, activation="identity"):
         shape = self.values[-1 if read is None else read + 1]
         return self.push(
-            shape, op="group_norm", input=read, groups=groups, eps=eps, scale=self.mix(shape[0]), shift=self.mix(shape[0]),
-            activation=activation, slope=0.125,
-        )  # fmt: skip
+            shape,
+            op="group_norm",
+            input=read,
+            groups=groups,
+            eps=eps,
+            scale=self.mix(shape[0]),
+            shift=self.mix(shape[0]),
+            activation=activation,
+            slope=0.125,
+        )
 
     def take(self, channels, read=None, activation="identity"):
         shape = self.values[-1 if read is None else read + 1]
         return self.push(
-            (len(channels), *shape[1:]), op="take", input=read, channels=channels, activation=activation, slope=0.125
-        )  # fmt: skip
+            (len(channels), *shape[1:]),
+            op="take",
+            input=read,
+            channels=channels,
+            activation=activation,
+            slope=0.125,
+        )
 
     def concat(self, *inputs, activation="identity"):
         shapes = [self.values[i + 1] for i in inputs]
         return self.push(
-            (sum(shape[0] for shape in shapes), *shapes[0][1:]), op="concat", inputs=list(inputs), activation=activation,
+            (sum(shape[0] for shape in shapes), *shapes[0][1:]),
+            op="concat",
+            inputs=list(inputs),
+            activation=activation,
             slope=0.125,
-        )  # fmt: skip
+        )
 
     def more_terms(self, *shape, activation="identity"):
         terms = [self.draw(self.rows, *shape) for _ in range(3)]
-        return self.push(shape, op="terms", terms=terms, coefficients=self.mix(3), activation=activation, slope=0.125)
+        return self.push(
+            shape,
+            op="terms",
+            terms=terms,
+            coefficients=self.mix(3),
+            activation=activation,
+            slope=0.125,
+        )
 
     def reference(self, dtype):
         tensor = lambda a: torch.from_numpy(np.array(a)).to(dtype)
@@ -105,9 +156,13 @@ class Net:
         for t in range(self.points):
             values = [mixed(self.terms, self.coefficients, t)]
             for layer in self.layers:
-                at = lambda key, layer=layer, values=values: values[-1] if layer.get(key) is None else values[layer[key] + 1]
+                at = lambda key, layer=layer, values=values: (
+                    values[-1] if layer.get(key) is None else values[layer[key] + 1]
+                )
                 op = layer["op"]
-                per_channel = lambda key, x, t=t, layer=layer: tensor(layer[key][t]).reshape(-1, *[1] * (x.ndim - 2))
+                per_channel = lambda key, x, t=t, layer=layer: tensor(layer[key][t]).reshape(
+                    -1, *[1] * (x.ndim - 2)
+                )
                 more = 0 if layer.get("add") is None else values[layer["add"] + 1]
                 if op == "terms":
                     y = mixed(layer["terms"], layer["coefficients"], t)
@@ -116,7 +171,11 @@ class Net:
                 elif op == "multiply":
                     y = values[layer["inputs"][0] + 1] * values[layer["inputs"][1] + 1]
                 elif op == "affine":
-                    y = at("input") * per_channel("scale", at("input")) + per_channel("shift", at("input")) + more
+                    y = (
+                        at("input") * per_channel("scale", at("input"))
+                        + per_channel("shift", at("input"))
+                        + more
+                    )
                 elif op == "group_norm":
                     x = at("input")
                     y = F.group_norm(x, layer["groups"], None, None, layer["eps"]) if len(x) else x
@@ -131,11 +190,23 @@ class Net:
                 elif op.endswith("pool2d"):
                     pool = F.max_pool2d if op.startswith("max") else F.avg_pool2d
                     window = {key: layer[key] for key in ("stride", "padding") if key in layer}
-                    y = pool(at("input"), layer["kernel"], ceil_mode=layer.get("ceil", False), **window)
+                    y = pool(
+                        at("input"), layer["kernel"], ceil_mode=layer.get("ceil", False), **window
+                    )
                 else:
-                    w, b = (mixed(layer[key], layer["coefficients"], t) for key in ("weights", "biases"))
-                    window = {key: layer[key] for key in ("stride", "padding", "dilation", "groups") if key in layer}
-                    y = F.linear(at("input"), w, b) if op == "linear" else F.conv2d(at("input"), w, b, **window)
+                    w, b = (
+                        mixed(layer[key], layer["coefficients"], t) for key in ("weights", "biases")
+                    )
+                    window = {
+                        key: layer[key]
+                        for key in ("stride", "padding", "dilation", "groups")
+                        if key in layer
+                    }
+                    y = (
+                        F.linear(at("input"), w, b)
+                        if op == "linear"
+                        else F.conv2d(at("input"), w, b, **window)
+                    )
                     if "scale" in layer:
                         y = y * per_channel("scale", y) + per_channel("shift", y)
                     y = y + more
@@ -145,11 +216,15 @@ class Net:
 
     def outputs(self, isa, threads=1):
         out = np.full((self.points, self.rows, int(np.prod(self.values[-1]))), np.nan, self.dtype)
-        engine.chain_outputs(self.terms, self.coefficients, self.layers, out, threads=threads, isa=isa)
+        engine.chain_outputs(
+            self.terms, self.coefficients, self.layers, out, threads=threads, isa=isa
+        )
         return out
 
     def check(self, isa, dtype, threads=1):
-        assert_close(self.outputs(isa, threads), self.reference(PLAIN[dtype]), self.reference(torch.float64))
+        assert_close(
+            self.outputs(isa, threads), self.reference(PLAIN[dtype]), self.reference(torch.float64)
+        )
 
 
 @every
@@ -301,7 +376,9 @@ def test_a_group_norm_keeps_the_digits_of_values_far_from_zero(isa, shape):
 
 @every
 @pytest.mark.parametrize(
-    "options", [{}, {"stride": (2, 3)}, {"stride": (1, 2), "padding": (1, 0)}, {"stride": (3, 3)}], ids=str
+    "options",
+    [{}, {"stride": (2, 3)}, {"stride": (1, 2), "padding": (1, 0)}, {"stride": (3, 3)}],
+    ids=str,
 )
 @pytest.mark.parametrize("size", [(7, 6), (8, 9), (2, 4)], ids=str)
 def test_poolings_that_round_up(isa, dtype, options, size):
@@ -346,13 +423,22 @@ def test_groups_and_dilations(isa, dtype, groups, window):
     net.check(isa, dtype)
 
 
-@given(seed=st.integers(0, 2**32 - 1), steps=st.integers(1, 8), image=st.booleans(), isa=st.sampled_from(ISAS))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    steps=st.integers(1, 8),
+    image=st.booleans(),
+    isa=st.sampled_from(ISAS),
+)
 @settings(max_examples=60, deadline=None)
 def test_any_graph(seed, steps, image, isa):
     """Steps that read and add any earlier value that fits."""
     rng = np.random.default_rng(seed)
     net = Net(
-        int(rng.integers(1, 40)), (int(rng.integers(1, 9)), 6, 5) if image else (int(rng.integers(1, 40)),), 2, "float64", seed
+        int(rng.integers(1, 40)),
+        (int(rng.integers(1, 9)), 6, 5) if image else (int(rng.integers(1, 40)),),
+        2,
+        "float64",
+        seed,
     )
     for _ in range(steps):
         read = int(rng.integers(-1, len(net.layers)))
@@ -361,26 +447,47 @@ def test_any_graph(seed, steps, image, isa):
         beside = [i - 1 for i, other in enumerate(net.values) if other[1:] == shape[1:]]
         kind = rng.integers(0, 9 if image else 8)
         if kind == 4:
-            net.affine(read, int(rng.choice(alike)) if rng.integers(0, 2) else None, str(rng.choice(["relu", "tanh"])))
+            net.affine(
+                read,
+                int(rng.choice(alike)) if rng.integers(0, 2) else None,
+                str(rng.choice(["relu", "tanh"])),
+            )
         elif kind == 3:
-            net.take(sorted(rng.choice(shape[0], int(rng.integers(1, shape[0] + 1)), replace=False).tolist()), read)
+            net.take(
+                sorted(
+                    rng.choice(shape[0], int(rng.integers(1, shape[0] + 1)), replace=False).tolist()
+                ),
+                read,
+            )
         elif kind == 6:
-            net.group_norm(int(rng.choice([g for g in range(1, shape[0] + 1) if shape[0] % g == 0])), read, 0.1)
+            net.group_norm(
+                int(rng.choice([g for g in range(1, shape[0] + 1) if shape[0] % g == 0])), read, 0.1
+            )
         elif kind == 5:
             net.concat(*rng.choice(beside, int(rng.integers(1, 4))).tolist())
         elif kind == 0:
             net.add(
-                *rng.choice(alike, int(rng.integers(1, 4))).tolist(), activation=str(rng.choice(["identity", "gelu", "relu"]))
+                *rng.choice(alike, int(rng.integers(1, 4))).tolist(),
+                activation=str(rng.choice(["identity", "gelu", "relu"])),
             )
         elif kind == 7:
             net.multiply(read, int(rng.choice(alike)), activation="tanh")
         elif kind == 8 and min(shape[1:]) > 1:
-            net.pool(str(rng.choice(["max", "avg"])), (2, 2), read, stride=(int(rng.integers(1, 3)), 1))
+            net.pool(
+                str(rng.choice(["max", "avg"])), (2, 2), read, stride=(int(rng.integers(1, 3)), 1)
+            )
         else:
             add = int(rng.choice(alike)) if rng.integers(0, 2) else None
             out = shape[0] if add is not None else int(rng.integers(1, 20))
             window = {"padding": (1, 1)} if image else {}
-            net.product(out, read, add, str(rng.choice(["identity", "relu", "tanh"])), norm=bool(rng.integers(0, 2)), **window)
+            net.product(
+                out,
+                read,
+                add,
+                str(rng.choice(["identity", "relu", "tanh"])),
+                norm=bool(rng.integers(0, 2)),
+                **window,
+            )
     if image:
         net.flatten()
         net.product(3)
@@ -393,18 +500,28 @@ def test_any_graph(seed, steps, image, isa):
 def test_bce_sums(isa, dtype, rows, width):
     net = Net(rows, (width,), dtype=dtype)
     targets = np.where(
-        net.rng.random((rows, width)) < 0.5, net.rng.integers(0, 2, (rows, width)), net.rng.random((rows, width))
+        net.rng.random((rows, width)) < 0.5,
+        net.rng.integers(0, 2, (rows, width)),
+        net.rng.random((rows, width)),
     )
     targets = targets.astype(net.dtype)
     got = engine.chain_sums(net.terms, net.coefficients, [], targets, loss="bce", isa=isa)
 
     def sums(dtype):
         y = torch.from_numpy(targets).to(dtype)
-        each = [F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1).double().sum() for x in net.reference(dtype)]
+        each = [
+            F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1).double().sum()
+            for x in net.reference(dtype)
+        ]
         return torch.stack(each)
 
     assert_close(got[:, 0], sums(PLAIN[dtype]), sums(torch.float64))
-    wrong = ((net.reference(torch.float64) > 0) != torch.from_numpy(targets > 0.5)).double().mean(2).sum(1)
+    wrong = (
+        ((net.reference(torch.float64) > 0) != torch.from_numpy(targets > 0.5))
+        .double()
+        .mean(2)
+        .sum(1)
+    )
     np.testing.assert_allclose(got[:, 1], wrong, atol=1e-9)
     assert (got[:, 2] == 0).all()
 
@@ -412,11 +529,17 @@ def test_bce_sums(isa, dtype, rows, width):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
 def test_bce_of_large_and_non_finite_logits(isa, target):
-    x = np.array([[100.0], [-100.0], [1e4], [-1e4], [0.0], [-0.0], [np.nan], [np.inf], [-np.inf]], np.float32)
+    x = np.array(
+        [[100.0], [-100.0], [1e4], [-1e4], [0.0], [-0.0], [np.nan], [np.inf], [-np.inf]], np.float32
+    )
     y = torch.full((1, 1), target)
     for row in x:
-        got = engine.chain_sums([row[None]], np.ones((1, 1)), [], y.numpy(), loss="bce", isa=isa)[0, 0]
-        want = F.binary_cross_entropy_with_logits(torch.from_numpy(row[None]).double(), y.double()).item()
+        got = engine.chain_sums([row[None]], np.ones((1, 1)), [], y.numpy(), loss="bce", isa=isa)[
+            0, 0
+        ]
+        want = F.binary_cross_entropy_with_logits(
+            torch.from_numpy(row[None]).double(), y.double()
+        ).item()
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-30)
 
 
@@ -425,40 +548,73 @@ def bad(*layers, shape=(3, 4, 5)):
     net.product(3, padding=(1, 1)) if len(shape) == 3 else net.product(3)
     return lambda: engine.chain_outputs(
         net.terms, net.coefficients, [*net.layers, *layers], np.zeros((1, 2, 3), np.float32)
-    )  # fmt: skip
+    )
 
 
 BAD = {
-    "input": (bad(dict(op="flatten", input=1)), r"layers\[1\].input must be a step before it, or -1 for the terms, got 1"),
+    "input": (
+        bad(dict(op="flatten", input=1)),
+        r"layers\[1\].input must be a step before it, or -1 for the terms, got 1",
+    ),
     "add": (bad(dict(op="add", inputs=[-2])), "must be a step before it"),
     "no inputs": (bad(dict(op="add", inputs=[])), r"layers\[1\] \(add\) must have inputs"),
-    "affine": (bad(dict(op="affine", scale=np.ones((1, 3)))), r"layers\[1\] \(affine\) must have scale and shift"),
+    "affine": (
+        bad(dict(op="affine", scale=np.ones((1, 3)))),
+        r"layers\[1\] \(affine\) must have scale and shift",
+    ),
     "scale": (
         bad(dict(op="affine", scale=np.ones((1, 4)), shift=np.ones((1, 4)))),
         r"layers\[1\].scale must be \[1, 3\] float64",
     ),
-    "one factor": (bad(dict(op="multiply", inputs=[0])), r"layers\[1\] \(multiply\) must have two inputs, got 1"),
+    "one factor": (
+        bad(dict(op="multiply", inputs=[0])),
+        r"layers\[1\] \(multiply\) must have two inputs, got 1",
+    ),
     "factors": (
         bad(dict(op="max_pool2d", kernel=(2, 2)), dict(op="multiply", inputs=[0, 1])),
         r"of one shape, or the second one pixel, got images of \[3, 4, 5\] and images of \[3, 2, 2\]",
     ),
     "no channels": (bad(dict(op="take", channels=[])), r"layers\[1\] \(take\) must have channels"),
-    "channels": (bad(dict(op="take", channels=[0, 3])), r"layers\[1\].channels must be in \[0, 3\), or -1 for zeros, got 3"),
-    "group norm": (bad(dict(op="group_norm", scale=np.ones((1, 3)))), r"\(group_norm\) must have scale, shift and eps"),
+    "channels": (
+        bad(dict(op="take", channels=[0, 3])),
+        r"layers\[1\].channels must be in \[0, 3\), or -1 for zeros, got 3",
+    ),
+    "group norm": (
+        bad(dict(op="group_norm", scale=np.ones((1, 3)))),
+        r"\(group_norm\) must have scale, shift and eps",
+    ),
     "groups of a norm": (
         bad(dict(op="group_norm", scale=np.ones((1, 3)), shift=np.ones((1, 3)), eps=0.1, groups=2)),
         r"layers\[1\].groups must divide the 3 channels, got 2",
     ),
-    "means rounded up": (bad(dict(op="avg_pool2d", kernel=(2, 2), ceil=True)), r"layers\[1\].ceil goes with max_pool2d only"),
+    "means rounded up": (
+        bad(dict(op="avg_pool2d", kernel=(2, 2), ceil=True)),
+        r"layers\[1\].ceil goes with max_pool2d only",
+    ),
     "sizes": (
         bad(dict(op="max_pool2d", kernel=(2, 2)), dict(op="concat", inputs=[0, 1])),
         r"layers\[2\].inputs must be rows, or images of one size, got images of \[3, 4, 5\] and images of \[3, 2, 2\]",
     ),
-    "shapes": (bad(dict(op="flatten"), dict(op="add", inputs=[1, 0])), "of one shape, got rows of 60 and images"),
-    "two flattens": (bad(dict(op="flatten", input=0), dict(op="flatten", input=-1)), "flatten must come once only"),
-    "flattened rows": (bad(dict(op="flatten"), shape=(4,)), "flatten must get images, got rows of 3"),
-    "behind flatten": (bad(dict(op="flatten"), dict(op="max_pool2d", kernel=(1, 1), input=0)), "must be behind"),
-    "terms": (bad(dict(op="terms", terms=[], coefficients=np.ones((1, 0)))), r"layers\[1\].terms must not be empty"),
+    "shapes": (
+        bad(dict(op="flatten"), dict(op="add", inputs=[1, 0])),
+        "of one shape, got rows of 60 and images",
+    ),
+    "two flattens": (
+        bad(dict(op="flatten", input=0), dict(op="flatten", input=-1)),
+        "flatten must come once only",
+    ),
+    "flattened rows": (
+        bad(dict(op="flatten"), shape=(4,)),
+        "flatten must get images, got rows of 3",
+    ),
+    "behind flatten": (
+        bad(dict(op="flatten"), dict(op="max_pool2d", kernel=(1, 1), input=0)),
+        "must be behind",
+    ),
+    "terms": (
+        bad(dict(op="terms", terms=[], coefficients=np.ones((1, 0)))),
+        r"layers\[1\].terms must not be empty",
+    ),
     "coefficients": (
         bad(dict(op="terms", terms=[np.zeros((2, 4), np.float32)], coefficients=np.ones((2, 1)))),
         r"layers\[1\].coefficients must be \[1, 1\] float64",
@@ -468,26 +624,55 @@ BAD = {
         r"layers\[1\].terms\[0\] must be \[2, any\] float32, got \[3, 4\]",
     ),
     "images later": (
-        bad(dict(op="terms", terms=[np.zeros((2, 4, 1, 1), np.float32)], coefficients=np.ones((1, 1))), shape=(4,)),
+        bad(
+            dict(
+                op="terms", terms=[np.zeros((2, 4, 1, 1), np.float32)], coefficients=np.ones((1, 1))
+            ),
+            shape=(4,),
+        ),
         "must be rows where the first terms are, got images",
     ),
     "add to a product": (
-        bad(dict(weights=[np.zeros((5, 3), np.float32)], coefficients=np.ones((1, 1)), add=-1), shape=(4,)),
+        bad(
+            dict(weights=[np.zeros((5, 3), np.float32)], coefficients=np.ones((1, 1)), add=-1),
+            shape=(4,),
+        ),
         r"layers\[1\].add must be rows of 5 like the step's value, got rows of 4",
     ),
     "groups": (
-        bad(dict(op="conv2d", weights=[np.zeros((4, 3, 1, 1), np.float32)], coefficients=np.ones((1, 1)), groups=2)),
+        bad(
+            dict(
+                op="conv2d",
+                weights=[np.zeros((4, 3, 1, 1), np.float32)],
+                coefficients=np.ones((1, 1)),
+                groups=2,
+            )
+        ),
         r"groups must divide the 3 channels, got 2",
     ),
     "units": (
-        bad(dict(op="conv2d", weights=[np.zeros((4, 1, 1, 1), np.float32)], coefficients=np.ones((1, 1)), groups=3)),
+        bad(
+            dict(
+                op="conv2d",
+                weights=[np.zeros((4, 1, 1, 1), np.float32)],
+                coefficients=np.ones((1, 1)),
+                groups=3,
+            )
+        ),
         r"groups must divide the 4 units, got 3",
     ),
     "dilation": (
-        bad(dict(op="conv2d", weights=[np.zeros((4, 3, 3, 3), np.float32)], coefficients=np.ones((1, 1)), dilation=(2, 1))),
+        bad(
+            dict(
+                op="conv2d",
+                weights=[np.zeros((4, 3, 3, 3), np.float32)],
+                coefficients=np.ones((1, 1)),
+                dilation=(2, 1),
+            )
+        ),
         r"got kernel 3x3 for 4x5 with padding 0x0 and dilation 2x1",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

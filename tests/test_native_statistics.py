@@ -41,21 +41,36 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReferenceBackend, "outputs", refused)
 
 
-def statistics(model: nn.Module, path: Path, x: Tensor, t: object, dtype: torch.dtype, batch_size: int) -> dict[str, Tensor]:
+def statistics(
+    model: nn.Module, path: Path, x: Tensor, t: object, dtype: torch.dtype, batch_size: int
+) -> dict[str, Tensor]:
     model = copy.deepcopy(model).to(dtype).eval()
     with torch.no_grad(), Unfinished(None, {}).stage("statistics") as stage:
         batches = [(part, None) for part in x.to(dtype).split(batch_size)]
         return recompute(
-            capture(model, batches[0][0]), path, path.points(t), batches, dtype=dtype, device=torch.device("cpu"), stage=stage
-        ).tables  # fmt: skip
+            capture(model, batches[0][0]),
+            path,
+            path.points(t),
+            batches,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            stage=stage,
+        ).tables
 
 
-def re_estimated(model: nn.Module, path: Path, x: Tensor, t: object, dtype: torch.dtype, batch_size: int) -> dict[str, Tensor]:
+def re_estimated(
+    model: nn.Module, path: Path, x: Tensor, t: object, dtype: torch.dtype, batch_size: int
+) -> dict[str, Tensor]:
     """Each point's running statistics, as PyTorch estimates them."""
     rows = []
     for point in path.points(t):
         network = copy.deepcopy(model).to(dtype)
-        network.load_state_dict({k: v.to(dtype) if v.is_floating_point() else v for k, v in path.at(float(point)).items()})
+        network.load_state_dict(
+            {
+                k: v.to(dtype) if v.is_floating_point() else v
+                for k, v in path.at(float(point)).items()
+            }
+        )
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.reset_running_stats()
@@ -82,7 +97,11 @@ def drawn(make: object, seed: int) -> nn.Module:
 
 
 def agrees(
-    make: object, x: Tensor, batch_size: int, points: object = T, dtypes: tuple[torch.dtype, ...] = (SINGLE, DOUBLE)
+    make: object,
+    x: Tensor,
+    batch_size: int,
+    points: object = T,
+    dtypes: tuple[torch.dtype, ...] = (SINGLE, DOUBLE),
 ) -> None:
     nets = [drawn(make, seed) for seed in (1, 2)]
     path = mc.Line(*nets)
@@ -99,11 +118,15 @@ def same(got: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     """Two computations in float64, each with its own rounding errors from layer to layer."""
     assert got.keys() == exact.keys()
     for name, want in exact.items():
-        torch.testing.assert_close(got[name], want, rtol=1e-11, atol=1e-11 * float(want.abs().max()), msg=name)
+        torch.testing.assert_close(
+            got[name], want, rtol=1e-11, atol=1e-11 * float(want.abs().max()), msg=name
+        )
 
 
 def images(rows: int, channels: int = 3, height: int = 12, width: int = 10) -> Tensor:
-    return torch.randn(rows, channels, height, width, generator=torch.Generator().manual_seed(rows), dtype=DOUBLE)
+    return torch.randn(
+        rows, channels, height, width, generator=torch.Generator().manual_seed(rows), dtype=DOUBLE
+    )
 
 
 class Residual(nn.Module):
@@ -111,19 +134,37 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        conv = lambda before, after, size=3, stride=1: nn.Conv2d(before, after, size, stride, size // 2, bias=False)
+        conv = lambda before, after, size=3, stride=1: nn.Conv2d(
+            before, after, size, stride, size // 2, bias=False
+        )
         self.first, self.norm0 = conv(3, 5), nn.BatchNorm2d(5)
-        self.a1, self.n1, self.a2, self.n2 = conv(5, 5), nn.BatchNorm2d(5), conv(5, 5), nn.BatchNorm2d(5)
-        self.b1, self.m1, self.b2, self.m2 = conv(5, 7, 3, 2), nn.BatchNorm2d(7), conv(7, 7), nn.BatchNorm2d(7)
+        self.a1, self.n1, self.a2, self.n2 = (
+            conv(5, 5),
+            nn.BatchNorm2d(5),
+            conv(5, 5),
+            nn.BatchNorm2d(5),
+        )
+        self.b1, self.m1, self.b2, self.m2 = (
+            conv(5, 7, 3, 2),
+            nn.BatchNorm2d(7),
+            conv(7, 7),
+            nn.BatchNorm2d(7),
+        )
         self.short, self.norm1 = conv(5, 7, 1, 2), nn.BatchNorm2d(7)
-        self.p1, self.p2, self.c1, self.c2 = nn.BatchNorm2d(7), nn.BatchNorm2d(7), conv(7, 7), conv(7, 7)
+        self.p1, self.p2, self.c1, self.c2 = (
+            nn.BatchNorm2d(7),
+            nn.BatchNorm2d(7),
+            conv(7, 7),
+            conv(7, 7),
+        )
         self.last, self.out = nn.BatchNorm2d(7), nn.Linear(7, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm0(self.first(x)))
         x = F.relu(x + self.n2(self.a2(F.relu(self.n1(self.a1(x))))))
         x = F.relu(self.m2(self.b2(F.relu(self.m1(self.b1(x))))) + self.norm1(self.short(x)))
-        x = x + self.c2(F.relu(self.p2(self.c1(F.relu(self.p1(x))))))  # pre-activation: a norm of a sum that is read again
+        # pre-activation: a norm of a sum that is read again
+        x = x + self.c2(F.relu(self.p2(self.c1(F.relu(self.p1(x))))))
         return self.out(F.relu(self.last(x)).mean((2, 3)))
 
 
@@ -152,7 +193,11 @@ class Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm, self.pool = nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.MaxPool2d(2)
+        self.conv, self.norm, self.pool = (
+            nn.Conv2d(3, 5, 3, padding=1),
+            nn.BatchNorm2d(5),
+            nn.MaxPool2d(2),
+        )
         self.shrink, self.down = nn.Conv2d(5, 5, 2, 2), nn.Conv2d(5, 5, 2)
         self.next, self.last = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
         self.out = nn.Linear(5, 4)
@@ -160,7 +205,9 @@ class Shared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm(self.conv(x)))
         z = self.down(self.pool(y) + self.shrink(y))
-        return self.out(F.relu(self.last(self.pool(F.relu(self.next(z))) + self.pool(z))).mean((2, 3)))
+        return self.out(
+            F.relu(self.last(self.pool(F.relu(self.next(z))) + self.pool(z))).mean((2, 3))
+        )
 
 
 class Dense(nn.Module):
@@ -168,7 +215,11 @@ class Dense(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.one, self.inner = nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, padding=1)
+        self.conv, self.one, self.inner = (
+            nn.Conv2d(3, 5, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 4, 3, padding=1),
+        )
         self.two, self.out = nn.BatchNorm2d(12), nn.Linear(12, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,17 +230,33 @@ class Dense(nn.Module):
 
 def pooled(pool: nn.Module, act: nn.Module | None = None) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(3, 7, 3, padding=1), nn.BatchNorm2d(7), act or nn.ReLU(), pool,
-        nn.Conv2d(7, 5, 3, 1, 2, dilation=2, bias=False), nn.BatchNorm2d(5, affine=False), nn.SiLU(), nn.AvgPool2d(2),
-        nn.BatchNorm2d(5, eps=0.1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4),
-    )  # fmt: skip
+        nn.Conv2d(3, 7, 3, padding=1),
+        nn.BatchNorm2d(7),
+        act or nn.ReLU(),
+        pool,
+        nn.Conv2d(7, 5, 3, 1, 2, dilation=2, bias=False),
+        nn.BatchNorm2d(5, affine=False),
+        nn.SiLU(),
+        nn.AvgPool2d(2),
+        nn.BatchNorm2d(5, eps=0.1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 4),
+    )
 
 
 def rows_net(norm: type[nn.Module] = nn.BatchNorm1d) -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(6, 9), norm(9), nn.ReLU(), nn.Dropout(0.5), nn.Linear(9, 63, bias=False), norm(63, affine=False), nn.Tanh(),
-        norm(63), nn.Linear(63, 4),
-    )  # fmt: skip
+        nn.Linear(6, 9),
+        norm(9),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(9, 63, bias=False),
+        norm(63, affine=False),
+        nn.Tanh(),
+        norm(63),
+        nn.Linear(63, 4),
+    )
 
 
 NETS = {
@@ -203,14 +270,27 @@ NETS = {
     "leaky": lambda: pooled(nn.MaxPool2d((4, 2)), nn.LeakyReLU(0.2)),
     "not rising": lambda: pooled(nn.MaxPool2d(2), nn.GELU()),
     "pool, then norm": lambda: nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.Flatten(),
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(4),
+        nn.MaxPool2d(2),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
         nn.Linear(24, 4),
     ),
     "activation, then norm": lambda: nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3), nn.LeakyReLU(0.1),
-        nn.BatchNorm2d(6), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6, 4),
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(),
+        nn.BatchNorm2d(4),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3),
+        nn.LeakyReLU(0.1),
+        nn.BatchNorm2d(6),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(6, 4),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -246,7 +326,9 @@ def test_the_variance_keeps_its_digits(alone):
     """A mean a thousand times the deviation, an odd image out, and channels that are constant."""
     x = images(40) + 1000
     x[7] -= 900
-    make = lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(320, 4))
+    make = lambda: nn.Sequential(
+        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(320, 4)
+    )
     agrees(make, x, 40)
     constant = torch.full((30, 3, 12, 10), 0.1, dtype=DOUBLE)
     nets = [drawn(make, seed) for seed in (1, 2)]
@@ -260,7 +342,9 @@ def test_the_result_does_not_depend_on_threads():
     before = torch.get_num_threads()
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        found.append(statistics(nets[0], mc.Line(*nets), images(70), np.linspace(0, 1, 11), SINGLE, 35))
+        found.append(
+            statistics(nets[0], mc.Line(*nets), images(70), np.linspace(0, 1, 11), SINGLE, 35)
+        )
     torch.set_num_threads(before)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
@@ -278,7 +362,9 @@ def test_what_does_not_move_is_computed_once(alone):
     first = drawn(Residual, 1)
     points = [first.state_dict()]
     for key in ("b1.weight", "first.weight"):
-        points.append({**points[-1], key: points[-1][key] + 0.1 * torch.randn_like(points[-1][key])})
+        points.append(
+            {**points[-1], key: points[-1][key] + 0.1 * torch.randn_like(points[-1][key])}
+        )
     path = mc.PolyChain(points)
     t = np.linspace(0, 1, 5) * path.points(2).max()
     exact = re_estimated(first, path, images(24), t, DOUBLE, 24)
@@ -289,11 +375,29 @@ def test_what_does_not_move_is_computed_once(alone):
 @pytest.mark.parametrize("backend", ["native", "auto", "reference"])
 def test_a_norm_that_the_engine_does_not_have_is_left_to_pytorch(backend):
     """A norm over texts; the rest of the network is the engine's."""
-    make = lambda: nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(8), nn.ReLU(), nn.Flatten(), nn.Linear(48, 10))
+    make = lambda: nn.Sequential(
+        nn.Linear(5, 6), nn.BatchNorm1d(8), nn.ReLU(), nn.Flatten(), nn.Linear(48, 10)
+    )
     nets = [drawn(make, seed) for seed in (1, 2)]
     x, y = torch.randn(30, 8, 5, dtype=DOUBLE), torch.arange(30) % 10
-    got = mc.evaluate(nets[0], mc.Line(*nets), (x, y), 3, buffers="recompute", backend=backend, precision="float64")
-    want = mc.evaluate(nets[0], mc.Line(*nets), (x, y), 3, buffers="recompute", backend="reference", precision="float64")
+    got = mc.evaluate(
+        nets[0],
+        mc.Line(*nets),
+        (x, y),
+        3,
+        buffers="recompute",
+        backend=backend,
+        precision="float64",
+    )
+    want = mc.evaluate(
+        nets[0],
+        mc.Line(*nets),
+        (x, y),
+        3,
+        buffers="recompute",
+        backend="reference",
+        precision="float64",
+    )
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-12)
     assert got.info["statistics"] == "reference"
 
@@ -311,8 +415,12 @@ def test_the_result_tells_what_recomputed_the_statistics():
 def test_a_batch_of_one(backend):
     nets = [drawn(rows_net, seed) for seed in (1, 2)]
     x, y = torch.randn(15, 6, dtype=DOUBLE), torch.zeros(15, dtype=torch.long)
-    with pytest.raises(mc.ModeconnError, match="batch 2 has 1 rows, and a norm cannot estimate a variance from it") as caught:
-        mc.evaluate(nets[0], mc.Line(*nets), (x, y), 3, buffers="recompute", backend=backend, batch_size=7)
+    with pytest.raises(
+        mc.ModeconnError, match="batch 2 has 1 rows, and a norm cannot estimate a variance from it"
+    ) as caught:
+        mc.evaluate(
+            nets[0], mc.Line(*nets), (x, y), 3, buffers="recompute", backend=backend, batch_size=7
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -326,15 +434,37 @@ def refused(*layers: dict[str, object], call: str = "chain_statistics", rows: in
 NORM = {"op": "batch_norm", "scale": np.ones((1, 4)), "shift": np.zeros((1, 4)), "eps": 1e-5}
 BAD = {
     "none": ((), {}, "layers must have a batch_norm"),
-    "elsewhere": ((NORM,), {"call": "chain_outputs"}, "batch_norm must be one of chain_statistics' layers"),
-    "scale": (({**NORM, "scale": np.ones((1, 3))},), {}, r"layers\[1\].scale must be \[1, 4\] float64"),
-    "no eps": (({k: v for k, v in NORM.items() if k != "eps"},), {}, r"\(batch_norm\) must have scale, shift and eps"),
-    "of": (({**NORM, "of": -1},), {}, r"must have the channels of the input, images of \[4, 2, 2\], got images of \[3"),
-    "one value": (
-        ({"op": "avg_pool2d", "kernel": (2, 2)}, NORM), {"rows": 1}, r"layers\[2\] must get more than one value per channel"
+    "elsewhere": (
+        (NORM,),
+        {"call": "chain_outputs"},
+        "batch_norm must be one of chain_statistics' layers",
     ),
-    "key": (({**NORM, "momentum": 0.1},), {}, r"layers\[1\] \(batch_norm\) has an unknown key 'momentum'"),
-}  # fmt: skip
+    "scale": (
+        ({**NORM, "scale": np.ones((1, 3))},),
+        {},
+        r"layers\[1\].scale must be \[1, 4\] float64",
+    ),
+    "no eps": (
+        ({k: v for k, v in NORM.items() if k != "eps"},),
+        {},
+        r"\(batch_norm\) must have scale, shift and eps",
+    ),
+    "of": (
+        ({**NORM, "of": -1},),
+        {},
+        r"must have the channels of the input, images of \[4, 2, 2\], got images of \[3",
+    ),
+    "one value": (
+        ({"op": "avg_pool2d", "kernel": (2, 2)}, NORM),
+        {"rows": 1},
+        r"layers\[2\] must get more than one value per channel",
+    ),
+    "key": (
+        ({**NORM, "momentum": 0.1},),
+        {},
+        r"layers\[1\] \(batch_norm\) has an unknown key 'momentum'",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -361,5 +491,12 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ,
+        timeout=60,
+    )
     assert done.stdout.startswith("interrupted"), done

@@ -8,16 +8,33 @@ from test_native_chain import ACTIVATIONS, DTYPES, ISAS, assert_close
 
 every = lambda f: pytest.mark.parametrize("isa", ISAS)(pytest.mark.parametrize("dtype", DTYPES)(f))
 
-# Channels, units, image and padding of 3 × 3 convolutions, odd ones included, that the engine computes by Winograd.
+# Channels, units, image and padding of 3 × 3 convolutions, odd ones included, that the engine
+# computes by Winograd.
 SQUARES = [
-    (16, 16, (16, 16), 1), (31, 25, (7, 8), 1), (64, 64, (7, 7), 1), (40, 46, (6, 7), 1), (64, 64, (4, 4), 1),
-    (20, 20, (8, 8), 1), (24, 20, (10, 6), 0), (48, 31, (9, 9), 0), (16, 24, (6, 6), 0), (32, 13, (40, 8), 1),
-]  # fmt: skip
-DIRECT = [(3, 64, (32, 32), 1), (16, 16, (7, 7), 1), (64, 64, (2, 2), 1), (64, 64, (5, 5), 1), (7, 25, (16, 16), 1)]
+    (16, 16, (16, 16), 1),
+    (31, 25, (7, 8), 1),
+    (64, 64, (7, 7), 1),
+    (40, 46, (6, 7), 1),
+    (64, 64, (4, 4), 1),
+    (20, 20, (8, 8), 1),
+    (24, 20, (10, 6), 0),
+    (48, 31, (9, 9), 0),
+    (16, 24, (6, 6), 0),
+    (32, 13, (40, 8), 1),
+]
+DIRECT = [
+    (3, 64, (32, 32), 1),
+    (16, 16, (7, 7), 1),
+    (64, 64, (2, 2), 1),
+    (64, 64, (5, 5), 1),
+    (7, 25, (16, 16), 1),
+]
 
 
 def convolution(channels, out, image, padding, dtype="float32", points=2, rows=33, **options):
-    return Maker(rows, (channels, *image), points, dtype).conv(out, padding=(padding, padding), **options)
+    return Maker(rows, (channels, *image), points, dtype).conv(
+        out, padding=(padding, padding), **options
+    )
 
 
 @every
@@ -25,8 +42,16 @@ def convolution(channels, out, image, padding, dtype="float32", points=2, rows=3
 def test_winograd(isa, dtype, shape):
     """Alone, with a norm, before poolings that take its rows in pairs or not, and with an activation of its own pass."""
     check(convolution(*shape, dtype), isa, dtype, threads=2)
-    check(convolution(*shape, dtype, rows=3, norm=True, pad=1, blocks=3).pool("max", (2, 2)), isa, dtype)
-    check(convolution(*shape, dtype, rows=3, bias=False).pool("avg", (2, 1), stride=(3, 2)), isa, dtype)
+    check(
+        convolution(*shape, dtype, rows=3, norm=True, pad=1, blocks=3).pool("max", (2, 2)),
+        isa,
+        dtype,
+    )
+    check(
+        convolution(*shape, dtype, rows=3, bias=False).pool("avg", (2, 1), stride=(3, 2)),
+        isa,
+        dtype,
+    )
     check(convolution(*shape, dtype, rows=3, activation="gelu").pool("max", (3, 2)), isa, dtype)
 
 
@@ -39,18 +64,29 @@ def test_winograd_with_a_value_added(isa, dtype, activation):
     act, plain = ACTIVATIONS[activation], {}
     for kind in (PLAIN[dtype], torch.float64):
         first = reference(dict(maker.case, layers=layers[:1]), kind)
-        plain[kind] = act(first + reference(dict(maker.case, layers=[layers[0], dict(layers[1], activation="identity")]), kind))
+        plain[kind] = act(
+            first
+            + reference(
+                dict(maker.case, layers=[layers[0], dict(layers[1], activation="identity")]), kind
+            )
+        )
     assert_close(got, plain[PLAIN[dtype]], plain[torch.float64])
 
 
 def leaks(shape, isa):
     """Whether a large pixel whose weights are zeros changes an output's last digits: in Winograd's sums it does."""
     maker = convolution(*shape, points=1, rows=1, activation="identity", blocks=1)
-    maker.case["layers"][0]["weights"][0][:, :, (1, 2)] = maker.case["layers"][0]["weights"][0][:, :, :, (1, 2)] = 0
+    maker.case["layers"][0]["weights"][0][:, :, (1, 2)] = maker.case["layers"][0]["weights"][0][
+        :, :, :, (1, 2)
+    ] = 0
     _, out, (h, w), padding = shape
     pixels = []
     for _ in range(2):
-        pixels.append(outputs(maker.case, isa)[0].reshape(out, h + 2 * padding - 2, w + 2 * padding - 2)[:, 1, 1].tobytes())
+        pixels.append(
+            outputs(maker.case, isa)[0]
+            .reshape(out, h + 2 * padding - 2, w + 2 * padding - 2)[:, 1, 1]
+            .tobytes()
+        )
         maker.case["terms"][0][0, :, 2 - padding, 2 - padding] = 1e6
     return pixels[0] != pixels[1]
 
@@ -81,6 +117,8 @@ def test_large_values_by_winograd(isa, dtype):
     """Inputs whose sums are too large only in a square's transform."""
     maker = convolution(40, 46, (7, 8), 1, dtype, points=1, activation="identity", blocks=1)
     top = np.finfo(DTYPES[dtype]).max
-    maker.case["terms"][:] = [np.where(v > 0, top, -top).astype(DTYPES[dtype]) for v in maker.case["terms"]]
+    maker.case["terms"][:] = [
+        np.where(v > 0, top, -top).astype(DTYPES[dtype]) for v in maker.case["terms"]
+    ]
     maker.case["layers"][0]["weights"][0][:] *= DTYPES[dtype](1e-2)
     check(maker, isa, dtype)

@@ -17,7 +17,11 @@ def way(request, monkeypatch) -> bool:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(0, 3, 2), (1, 3, 2), (64, 1, 1), (65, 7, 245), (1025, 245, 10), (100, 63, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 3, 2), (1, 3, 2), (64, 1, 1), (65, 7, 245), (1025, 245, 10), (100, 63, 3)],
+    ids=str,
+)
 def test_linear(way, shape, bias):
     rows, before, after = shape
     x, weight = torch.randn(rows, before), torch.randn(after, before)
@@ -30,10 +34,16 @@ def test_linear(way, shape, bias):
 
 def test_linear_of_other_layouts(way):
     x, weight = torch.randn(70, 40), torch.randn(5, 40)
-    torch.testing.assert_close(ops.linear(x[:, ::2], weight[:, ::2]), F.linear(x[:, ::2], weight[:, ::2]))
+    torch.testing.assert_close(
+        ops.linear(x[:, ::2], weight[:, ::2]), F.linear(x[:, ::2], weight[:, ::2])
+    )
     torch.testing.assert_close(ops.linear(x.t()[:, :70].t(), weight), F.linear(x, weight))
-    torch.testing.assert_close(ops.linear(x.double(), weight.double()), F.linear(x.double(), weight.double()))
-    torch.testing.assert_close(ops.linear(x.view(35, 2, 40), weight), F.linear(x.view(35, 2, 40), weight))
+    torch.testing.assert_close(
+        ops.linear(x.double(), weight.double()), F.linear(x.double(), weight.double())
+    )
+    torch.testing.assert_close(
+        ops.linear(x.view(35, 2, 40), weight), F.linear(x.view(35, 2, 40), weight)
+    )
 
 
 def test_linear_keeps_what_is_not_finite(way):

@@ -22,7 +22,9 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on the PATH")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on the PATH"
+)
 NOT_SOURCE = (".git", ".venv", ".cache", ".*_cache", ".hypothesis", "build", "dist", "*.egg-info")
 NOT_SOURCE += ("__pycache__", "*.so", "_native_missing.txt", "_cuda_missing.txt")
 
@@ -30,9 +32,16 @@ NOT_SOURCE += ("__pycache__", "*.so", "_native_missing.txt", "_cuda_missing.txt"
 def run(command: Sequence[str | Path], cwd: Path, expected: int = 0, **environment: str) -> str:
     """Run a command with nothing of this environment on Python's path; its output, both streams together.
 
-    The CUDA part is left out unless it is asked for: nvcc takes its time, and tests/test_cuda_chain.py has it compile.
+    The CUDA part is left out unless it is asked for: nvcc takes its time, and
+    tests/test_cuda_chain.py has it compile.
     """
-    dropped = ("PYTHONPATH", "MODECONN_NATIVE", "MODECONN_SANITIZE", "MODECONN_CUDA_ARCHS", "CUDA_HOME")
+    dropped = (
+        "PYTHONPATH",
+        "MODECONN_NATIVE",
+        "MODECONN_SANITIZE",
+        "MODECONN_CUDA_ARCHS",
+        "CUDA_HOME",
+    )
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     done = subprocess.run(
         [str(part) for part in command],
@@ -56,13 +65,16 @@ def checkout(tmp_path: Path) -> Path:
 def clean_environment(folder: Path, wheel: Path) -> Path:
     """A new virtual environment with the wheel alone, which finds the dependencies where this Python does.
 
-    A .pth file lists those folders; the .pth files in them are not read, so an editable modeconn stays out.
+    A .pth file lists those folders; the .pth files in them are not read, so an editable modeconn
+    stays out.
     """
     run([sys.executable, "-m", "venv", "--without-pip", folder], folder.parent)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python]
     run([*pip, "install", "--no-deps", "--no-index", wheel], folder.parent)
-    site = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder.parent).strip()
+    site = run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder.parent
+    ).strip()
     here = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     Path(site, "dependencies.pth").write_text("\n".join(here) + "\n", encoding="utf-8")
     return python
@@ -74,10 +86,16 @@ def pyproject() -> dict:
 
 def test_the_package_list_is_complete():
     listed = pyproject()["tool"]["setuptools"]["packages"]
-    found = [path.parent for top in ("modeconn", "kernels") for path in (ROOT / top).rglob("__init__.py")]
+    found = [
+        path.parent for top in ("modeconn", "kernels") for path in (ROOT / top).rglob("__init__.py")
+    ]
     named = [".".join(folder.relative_to(ROOT).parts) for folder in found]
-    assert sorted(listed) == sorted(n if n.startswith("modeconn") else f"modeconn.{n}" for n in named)
-    loose = [p for p in (ROOT / "modeconn").rglob("*.py") if not (p.parent / "__init__.py").exists()]
+    assert sorted(listed) == sorted(
+        n if n.startswith("modeconn") else f"modeconn.{n}" for n in named
+    )
+    loose = [
+        p for p in (ROOT / "modeconn").rglob("*.py") if not (p.parent / "__init__.py").exists()
+    ]
     assert loose == [], "modules in a folder without __init__.py are not packaged"
 
 
@@ -111,10 +129,15 @@ print(f"{result.passes} pass, {result.samples} samples, {len(result.loss)} point
 @pytest.mark.slow
 def test_a_wheel_works_in_a_clean_environment(checkout: Path, tmp_path: Path):
     """sdist, wheel from it, install, use from another folder: library, extension, kernels, command line."""
-    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", checkout], tmp_path)
+    run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", checkout],
+        tmp_path,
+    )
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"modeconn/py.typed", "modeconn/_native.pyi", "modeconn/kernels/__init__.py"} <= set(names)
+    assert {"modeconn/py.typed", "modeconn/_native.pyi", "modeconn/kernels/__init__.py"} <= set(
+        names
+    )
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"modeconn"}
 
     python = clean_environment(tmp_path / "clean", wheel)
@@ -129,7 +152,9 @@ def test_a_wheel_works_in_a_clean_environment(checkout: Path, tmp_path: Path):
     text = run([command, "--help"], elsewhere)
     assert all(name in text for name in ("demo", "train", "evaluate", "explain", "inspect"))
     assert run([python, "-m", "modeconn", "--help"], elsewhere) == text
-    assert "modeconn" in run([command, "inspect", "nothing-here.safetensors"], elsewhere, expected=2)
+    assert "modeconn" in run(
+        [command, "inspect", "nothing-here.safetensors"], elsewhere, expected=2
+    )
     assert list(elsewhere.iterdir()) == []
 
 
@@ -165,9 +190,19 @@ def small(checkout: Path) -> Path:
     return checkout
 
 
-def build_extension(checkout: Path, expected: int = 0, **environment: str) -> tuple[str, list[str], str]:
+def build_extension(
+    checkout: Path, expected: int = 0, **environment: str
+) -> tuple[str, list[str], str]:
     """Run only the extension's build: its output, the shared libraries it made, the note it left."""
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "built", "--build-temp", "objects"]
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        "built",
+        "--build-temp",
+        "objects",
+    ]
     text = run(command, checkout, expected, **environment)
     note = checkout / "built" / "modeconn" / "_native_missing.txt"
     made = sorted(path.name for path in (checkout / "built").rglob("*.so"))
@@ -219,12 +254,16 @@ def test_each_source_gets_the_flags_of_its_instruction_set_and_no_other(small: P
     demand("plain.cpp", "1", "defined(__AVX2__)")
     demand("cpu/generic/plain.cpp", "1", "defined(__AVX2__)")
     demand("cpu/avx2/kernel.cpp", "defined(__AVX2__) && defined(__FMA__)", "defined(__AVX512F__)")
-    demand("engine/kernel_avx2.cpp", "defined(__AVX2__) && defined(__FMA__)", "defined(__AVX512F__)")
+    demand(
+        "engine/kernel_avx2.cpp", "defined(__AVX2__) && defined(__FMA__)", "defined(__AVX512F__)"
+    )
     all_512 = " && ".join(f"defined(__AVX512{part}__)" for part in ("F", "BW", "DQ", "VL"))
     demand("cpu/avx512/kernel.cpp", all_512, "0")
     demand("engine/kernel_avx512.cpp", all_512, "0")
     (small / "csrc" / "cuda").mkdir()
-    (small / "csrc" / "cuda" / "later.cpp").write_text("#error not for this compiler\n", encoding="utf-8")
+    (small / "csrc" / "cuda" / "later.cpp").write_text(
+        "#error not for this compiler\n", encoding="utf-8"
+    )
     text, made, _ = build_extension(small, MODECONN_NATIVE="1")
     assert "✓ C++ extension modeconn._native: built" in text
     assert len(made) == 1
@@ -235,7 +274,9 @@ def test_without_nvcc_the_cuda_part_is_left_out_and_says_so(small: Path):
     (small / "csrc" / "cuda").mkdir()
     (small / "csrc" / "cuda" / "kernel.cu").write_text("", encoding="utf-8")
     text, made, _ = build_extension(small, MODECONN_CUDA="auto", CUDA_HOME="/nowhere")
-    assert "✗ C++ extension modeconn._cuda: not built: there is no nvcc in CUDA_HOME=/nowhere" in text
+    assert (
+        "✗ C++ extension modeconn._cuda: not built: there is no nvcc in CUDA_HOME=/nowhere" in text
+    )
     assert [name.partition(".")[0] for name in made] == ["_native"]
     note = small / "built" / "modeconn" / "_cuda_missing.txt"
     assert note.read_text(encoding="utf-8") == "there is no nvcc in CUDA_HOME=/nowhere\n"

@@ -63,7 +63,9 @@ def test_images_that_the_points_share(name, monkeypatch):
     """However many of their pixels are thought to stay in L2."""
     monkeypatch.setattr(module, "GROUP_BYTES", 1)
     shape, (units, *kernel), stride, padding = SHAPES[name]
-    check(torch.randn(shape), blended(2, 3, units, shape[1], *kernel), stride=stride, padding=padding)
+    check(
+        torch.randn(shape), blended(2, 3, units, shape[1], *kernel), stride=stride, padding=padding
+    )
 
 
 @pytest.mark.parametrize("activation", ["identity", "sigmoid", "leaky_relu"])
@@ -75,16 +77,32 @@ def test_images_as_a_combination(name, activation):
     check(x, weight, stride=stride, padding=padding, input_activation=activation, input_slope=0.3)
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "tanh", "gelu", "gelu_tanh", "silu", "sigmoid"])
+@pytest.mark.parametrize(
+    "activation", ["identity", "relu", "leaky_relu", "tanh", "gelu", "gelu_tanh", "silu", "sigmoid"]
+)
 def test_what_follows_in_one_pass(activation):
     x, weight, bias = torch.randn(2, 2, 3, 4, 5), blended(2, 2, 6, 3, 3, 3), blended(3, 2, 6)
     scale, shift, residual = torch.randn(2, 6), torch.randn(2, 6), torch.randn(2, 2, 6, 4, 5)
-    check(x, weight, bias, scale=scale, shift=shift, residual=residual, padding=(1, 1), activation=activation, slope=0.2)
+    check(
+        x,
+        weight,
+        bias,
+        scale=scale,
+        shift=shift,
+        residual=residual,
+        padding=(1, 1),
+        activation=activation,
+        slope=0.2,
+    )
 
 
 @pytest.mark.parametrize("given", ["scale", "shift", "residual"])
 def test_each_of_them_alone(given):
-    tensors = {"scale": torch.randn(2, 6), "shift": torch.randn(2, 6), "residual": torch.randn(2, 6, 4, 5)}
+    tensors = {
+        "scale": torch.randn(2, 6),
+        "shift": torch.randn(2, 6),
+        "residual": torch.randn(2, 6, 4, 5),
+    }
     x, weight = torch.randn(2, 3, 4, 5), blended(2, 2, 6, 3, 3, 3)
     bias = blended(1, 2, 6) if given == "scale" else None
     check(x, weight, bias, padding=(1, 1), activation="relu", **{given: tensors[given]})
@@ -107,7 +125,9 @@ def test_points_go_in_chunks(monkeypatch):
     whole = [path_conv2d(x, weight, bias, **options) for x in inputs]
     sizes = []
     formed = module.formed
-    monkeypatch.setattr(module, "formed", lambda w, part, dtype: sizes.append(part) or formed(w, part, dtype))
+    monkeypatch.setattr(
+        module, "formed", lambda w, part, dtype: sizes.append(part) or formed(w, part, dtype)
+    )
     monkeypatch.setattr(module, "FORMED_BYTES", 2 * 4 * 4 * 32)
     for x, before in zip(inputs, whole):
         assert torch.equal(path_conv2d(x, weight, bias, **options), before)
@@ -117,7 +137,9 @@ def test_points_go_in_chunks(monkeypatch):
 def test_weights_that_are_left_out_do_not_matter():
     x = torch.randn(2, 2, 3, 4, 4)
     bad = torch.full((1, 5, 3, 3, 3), float("nan"))
-    weight = Blended(torch.cat([torch.randn(1, 5, 3, 3, 3), bad]), torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    weight = Blended(
+        torch.cat([torch.randn(1, 5, 3, 3, 3), bad]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    )
     got = path_conv2d(x, weight)
     assert torch.isfinite(got[0]).all() and torch.isnan(got[1]).all()
 
@@ -127,7 +149,9 @@ def test_infinity_stays_beside_the_padding():
     x = torch.zeros(1, 2, 4, 4)
     x[0, 0, 0, 0] = float("inf")
     got = path_conv2d(x, Blended.fixed(torch.ones(3, 2, 3, 3), 2), padding=(1, 1))
-    assert torch.equal(got, path_conv2d_reference(x, Blended.fixed(torch.ones(3, 2, 3, 3), 2), padding=(1, 1)))
+    assert torch.equal(
+        got, path_conv2d_reference(x, Blended.fixed(torch.ones(3, 2, 3, 3), 2), padding=(1, 1))
+    )
 
 
 @pytest.mark.parametrize("layout", ["channels last", "every second", "expanded", "transposed"])
@@ -141,11 +165,15 @@ def test_memory_in_any_order(layout):
     }[layout]
     weight = blended(2, 2, x.shape[2], 4, 3, 3)
     weight = Blended(weight.tensors.transpose(1, 2), weight.coefficients)  # [K, 4, C, 3, 3]
-    residual = torch.randn(2, 6, 6, x.shape[1], 4).permute(0, 3, 4, 2, 1)[..., : x.shape[3], : x.shape[4]]
+    residual = torch.randn(2, 6, 6, x.shape[1], 4).permute(0, 3, 4, 2, 1)[
+        ..., : x.shape[3], : x.shape[4]
+    ]
     check(x, weight, padding=(1, 1), residual=residual)
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 3, 5, 5), (2, 0, 3, 5, 5)], ids=["no points", "no samples"])
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 3, 5, 5), (2, 0, 3, 5, 5)], ids=["no points", "no samples"]
+)
 def test_nothing_in_nothing_out(shape):
     got = path_conv2d(torch.randn(shape), blended(2, shape[0], 4, 3, 3, 3), blended(2, shape[0], 4))
     assert got.shape == (*shape[:2], 4, 3, 3)
@@ -157,15 +185,26 @@ def test_no_channels():
     bias = blended(2, 2, 5)
     expected = bias.formed()[:, None, :, None, None].expand(2, 2, 5, 2, 2)
     torch.testing.assert_close(path_conv2d(x, blended(2, 2, 5, 0, 3, 3), bias), expected)
-    assert path_conv2d(torch.randn(2, 2, 3, 4, 4), blended(2, 2, 0, 3, 3, 3)).shape == (2, 2, 0, 2, 2)
+    assert path_conv2d(torch.randn(2, 2, 3, 4, 4), blended(2, 2, 0, 3, 3, 3)).shape == (
+        2,
+        2,
+        0,
+        2,
+        2,
+    )
 
 
 def test_bf16_rounds_the_operands_and_nothing_else():
     """Each operand by less than 2⁻⁷ of itself (the interpreter cuts off), and what bfloat16 holds not at all."""
     x, weight = torch.randn(2, 2, 18, 5, 5), blended(2, 2, 5, 18, 3, 3)
-    got, referee = path_conv2d(x, weight, precision="bf16"), path_conv2d_reference(copied(x), copied(weight))
+    got, referee = (
+        path_conv2d(x, weight, precision="bf16"),
+        path_conv2d_reference(copied(x), copied(weight)),
+    )
     at = weight.formed()
-    sizes = torch.cat([path_conv2d_reference(x[t : t + 1].abs(), Blended.fixed(at[t].abs(), 1)) for t in range(2)])
+    sizes = torch.cat(
+        [path_conv2d_reference(x[t : t + 1].abs(), Blended.fixed(at[t].abs(), 1)) for t in range(2)]
+    )
     assert ((got - referee).abs() <= (2 * 2**-7 + 2**-14) * sizes).all()
     assert not torch.equal(got, path_conv2d(x, weight))
     held = Blended.fixed(at[0].bfloat16().float(), 2)
@@ -178,7 +217,9 @@ def test_half_precision_in_memory(dtype):
     x, weight = torch.randn(2, 2, 3, 5, 5).to(dtype), blended(2, 2, 4, 3, 3, 3)
     got = path_conv2d(x, weight, residual=torch.ones(2, 2, 4, 3, 3).to(dtype))
     assert got.dtype == dtype
-    referee = path_conv2d_reference(x.double(), copied(weight), residual=torch.ones(2, 2, 4, 3, 3).double())
+    referee = path_conv2d_reference(
+        x.double(), copied(weight), residual=torch.ones(2, 2, 4, 3, 3).double()
+    )
     assert (got.double() - referee).abs().max() <= torch.finfo(dtype).eps * referee.abs().max()
 
 
@@ -190,15 +231,24 @@ def test_the_same_bits_twice():
 BAD = {
     "groups": ({"groups": 2}, "groups is 2"),
     "dilation": ({"dilation": (2, 2)}, r"dilation \(2, 2\)"),
-    "channels": ({"weight": blended(2, 2, 4, 5, 3, 3)}, r"weight has shape \[4, 5, 3, 3\].*x \[2, 3, 5, 5\].*groups"),
+    "channels": (
+        {"weight": blended(2, 2, 4, 5, 3, 3)},
+        r"weight has shape \[4, 5, 3, 3\].*x \[2, 3, 5, 5\].*groups",
+    ),
     "points": ({"weight": blended(2, 3, 4, 3, 3, 3)}, "x has 2 points and the weight 3"),
     "a matrix": ({"weight": blended(2, 2, 4, 3)}, r"expected \[out, in, kh, kw\]"),
     "bias": ({"bias": blended(2, 2, 5)}, r"bias has shape \[5\].*expected \[4\]"),
     "scale": ({"scale": torch.randn(4)}, r"scale has shape \[4\].*\[2, 4\]"),
-    "residual": ({"residual": torch.randn(2, 2, 4, 5, 5)}, r"residual has shape \[2, 2, 4, 5, 5\].*\[2, 2, 4, 3, 3\]"),
+    "residual": (
+        {"residual": torch.randn(2, 2, 4, 5, 5)},
+        r"residual has shape \[2, 2, 4, 5, 5\].*\[2, 2, 4, 3, 3\]",
+    ),
     "stride": ({"stride": (0, 1)}, r"stride is \(0, 1\)"),
     "padding": ({"padding": 1}, "padding is 1"),
-    "no room": ({"x": torch.randn(2, 2, 3, 2, 5)}, r"window of \[3, 3\] does not fit into images of \[2, 5\]"),
+    "no room": (
+        {"x": torch.randn(2, 2, 3, 2, 5)},
+        r"window of \[3, 3\] does not fit into images of \[2, 5\]",
+    ),
     "activation": ({"activation": "swish"}, "activation is 'swish'"),
     "precision": ({"precision": "fp8"}, "precision is 'fp8'"),
     "axes": ({"x": torch.randn(3, 5, 5)}, r"x has shape \[3, 5, 5\]"),

@@ -22,7 +22,9 @@ def seed():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("points, rows, depth, classes", [(1, 1, 1, 1), (2, 7, 5, 8), (2, 5, 3, 140)])
+@pytest.mark.parametrize(
+    "points, rows, depth, classes", [(1, 1, 1, 1), (2, 7, 5, 8), (2, 5, 3, 140)]
+)
 def test_sums_and_gradients(kind, points, rows, depth, classes):
     options = {"input_activation": "relu"} if kind == "combined" else {}
     layer = (blended(2, points, classes, depth), blended(2, points, classes))
@@ -53,17 +55,28 @@ def test_small_losses_keep_their_digits():
     assert sums[0, 0].item() == pytest.approx(exact[0, 0].item(), rel=1e-5)
     sums[0, 0].backward()
     assert z.grad is not None
-    assert z.grad[0, 1, 0].item() == pytest.approx(-torch.tensor(-60.0).double().exp().item(), rel=1e-4)
+    assert z.grad[0, 1, 0].item() == pytest.approx(
+        -torch.tensor(-60.0).double().exp().item(), rel=1e-4
+    )
 
 
 def test_ties_and_what_is_not_finite():
     inf, nan = float("inf"), float("nan")
-    rows = [[1] * 7, [0, nan, 2, nan, 1, 1, 1], [inf, 0, 0, 0, 0, 0, 0], [-inf] * 7, [1, -inf, 2, 3, 4, 5, 6]]
+    rows = [
+        [1] * 7,
+        [0, nan, 2, nan, 1, 1, 1],
+        [inf, 0, 0, 0, 0, 0, 0],
+        [-inf] * 7,
+        [1, -inf, 2, 3, 4, 5, 6],
+    ]
     z = torch.tensor(rows)
     for label in (0, 1, 3, 5, 6):
         y = torch.full((1,), label)
         for row in z:
-            got, exact = (f(row[None], None, None, y, top5=True)[0] for f in (path_cross_entropy, path_cross_entropy_reference))
+            got, exact = (
+                f(row[None], None, None, y, top5=True)[0]
+                for f in (path_cross_entropy, path_cross_entropy_reference)
+            )
             torch.testing.assert_close(got, exact.double(), rtol=1e-5, atol=0, equal_nan=True)
             plain = F.cross_entropy(row[None].double(), y)
             torch.testing.assert_close(got[0], plain, rtol=1e-5, atol=1e-7, equal_nan=True)
@@ -73,7 +86,12 @@ def test_infinite_classes_before_a_finite_one():
     z = torch.full((1, 1, 1100), -float("inf"))
     z[0, 0, 1050:] = torch.randn(50)
     y = torch.tensor([1060])
-    torch.testing.assert_close(path_cross_entropy(z, None, None, y)[0, 0], F.cross_entropy(z[0], y).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        path_cross_entropy(z, None, None, y)[0, 0],
+        F.cross_entropy(z[0], y).double(),
+        rtol=1e-5,
+        atol=0,
+    )
 
 
 def test_a_label_that_is_no_class_gives_nan():
@@ -88,7 +106,10 @@ def test_the_same_bits_every_time_and_none_for_nothing():
 
 def test_bad_input():
     x, y = torch.randn(2, 3, 4), torch.tensor([0, 1, 2])
-    with pytest.raises(ModeconnError, match=r"targets have shape \[2\] and dtype torch.int64: expected integers \[3\]"):
+    with pytest.raises(
+        ModeconnError,
+        match=r"targets have shape \[2\] and dtype torch.int64: expected integers \[3\]",
+    ):
         path_cross_entropy(x, None, None, y[:2])
     with pytest.raises(ModeconnError, match="expected integers"):
         path_cross_entropy(x, None, None, y.float())

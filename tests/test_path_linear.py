@@ -37,12 +37,17 @@ def test_values_and_gradients(kind, points, rows, depth, units, terms):
 def test_formed_weights_over_several_row_tiles(monkeypatch):
     assert not blends_in_prologue(row_tiles=4, terms=2)
     monkeypatch.setattr("modeconn.kernels.path_linear.FORMED_BYTES", 1)  # a chunk per point
-    compare(path_linear, path_linear_reference, (samples("shared", 2, 200, 20), blended(2, 2, 17, 20)))
+    compare(
+        path_linear, path_linear_reference, (samples("shared", 2, 200, 20), blended(2, 2, 17, 20))
+    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
-    x, options = samples("combined", 2, 3, 4), {"activation": activation, "slope": 0.125, "input_slope": 0.25}
+    x, options = (
+        samples("combined", 2, 3, 4),
+        {"activation": activation, "slope": 0.125, "input_slope": 0.25},
+    )
     arguments = (x, blended(2, 2, 5, 4), blended(1, 2, 5))
     compare(path_linear, path_linear_reference, arguments, input_activation=activation, **options)
 
@@ -92,12 +97,17 @@ def test_low_precision_values():
     x, weight = samples("per point", 2, 5, 7).bfloat16(), blended(2, 2, 3, 7)
     out = path_linear(x, weight)
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), path_linear_reference(x.float(), weight), rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(
+        out.float(), path_linear_reference(x.float(), weight), rtol=2**-7, atol=2**-7
+    )
 
 
 def test_bad_input():
     x, weight = torch.randn(3, 4), blended(2, 2, 5, 4)
-    with pytest.raises(ModeconnError, match=r"weight has shape \[5, 4\] at one point: expected \[out, in\] with in = 3"):
+    with pytest.raises(
+        ModeconnError,
+        match=r"weight has shape \[5, 4\] at one point: expected \[out, in\] with in = 3",
+    ):
         path_linear(x[:, :3], weight)
     with pytest.raises(ModeconnError, match="x has 3 points and the weight 2"):
         path_linear(torch.randn(3, 1, 4), weight)

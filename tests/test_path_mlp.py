@@ -26,7 +26,9 @@ def chain(points: int, *widths: int, activations: tuple[str, ...] = ()) -> list[
     pairs = list(itertools.pairwise(widths))
     names = activations or ("relu",) * (len(pairs) - 1) + ("identity",)
     return [
-        PathLayer(blended(2, points, b, a), blended(2, points, b) if i + 1 < len(pairs) else None, name)
+        PathLayer(
+            blended(2, points, b, a), blended(2, points, b) if i + 1 < len(pairs) else None, name
+        )
         for i, ((a, b), name) in enumerate(zip(pairs, names))
     ]
 
@@ -35,7 +37,11 @@ def chain(points: int, *widths: int, activations: tuple[str, ...] = ()) -> list[
 @pytest.mark.parametrize("points, rows, widths", [(1, 1, (1, 1)), (2, 7, (5, 3, 6, 7))])
 def test_sums_and_gradients(kind, points, rows, widths):
     options = {"input_activation": "relu"} if kind == "combined" else {}
-    arguments = (samples(kind, points, rows, widths[0]), chain(points, *widths), torch.randint(widths[-1], (rows,)))
+    arguments = (
+        samples(kind, points, rows, widths[0]),
+        chain(points, *widths),
+        torch.randint(widths[-1], (rows,)),
+    )
     compare(path_mlp, path_mlp_reference, arguments, top5=True, **options)
 
 
@@ -49,7 +55,9 @@ def test_several_parts(monkeypatch):
 
 def test_activations_that_differ():
     layers = chain(2, 3, 4, 5, 6, activations=("tanh", "gelu", "identity"))
-    compare(path_mlp, path_mlp_reference, (samples("shared", 2, 5, 3), layers, torch.randint(6, (5,))))
+    compare(
+        path_mlp, path_mlp_reference, (samples("shared", 2, 5, 3), layers, torch.randint(6, (5,)))
+    )
 
 
 def test_an_infinite_value_stays_in_its_units():
@@ -71,7 +79,9 @@ def test_bad_input():
         path_mlp(x, chain(1, 3, 257), y)
     with pytest.raises(ModeconnError, match="layers is empty"):
         path_mlp(x, [], y)
-    with pytest.raises(ModeconnError, match=r"layer 1's weight has shape \[2, 6\] at one point: expected .* in = 5"):
+    with pytest.raises(
+        ModeconnError, match=r"layer 1's weight has shape \[2, 6\] at one point: expected .* in = 5"
+    ):
         path_mlp(x, [*chain(1, 3, 5), *chain(1, 6, 2)], y)
     with pytest.raises(ModeconnError, match="layer 1's weight has 3 points: expected 1"):
         path_mlp(x, [*chain(1, 3, 5), *chain(3, 5, 2)], y)

@@ -37,14 +37,22 @@ def check(function: Any, reference: Any, *arguments: Any, **options: Any) -> Non
     """Compare all results with the reference's."""
     got, plain = function(*arguments, **options), reference(*arguments, **options)
     referee = reference(*map(copied, arguments), **options)
-    for number, values in enumerate(zip(*(v if isinstance(v, tuple) else (v,) for v in (got, plain, referee)))):
+    for number, values in enumerate(
+        zip(*(v if isinstance(v, tuple) else (v,) for v in (got, plain, referee)))
+    ):
         assert_within_policy(f"{function.__name__}, result {number}", *values, torch.float32)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-@pytest.mark.parametrize("shape", [(3, 5, 1), (1, 1, 7), (2, 3, 4, 63), (2, 65), (2, 2, 1025)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 1), (1, 1, 7), (2, 3, 4, 63), (2, 65), (2, 2, 1025)], ids=str
+)
 def test_rows(shape, offset):
-    x, weight, bias = torch.randn(shape) + offset, blended(2, shape[0], shape[-1]), blended(3, shape[0], shape[-1])
+    x, weight, bias = (
+        torch.randn(shape) + offset,
+        blended(2, shape[0], shape[-1]),
+        blended(3, shape[0], shape[-1]),
+    )
     check(path_layer_norm, path_layer_norm_reference, x, weight, bias)
     check(path_rms_norm, path_rms_norm_reference, x, weight)
 
@@ -81,7 +89,14 @@ def test_rows_that_the_points_share():
 
 def test_a_row_of_equal_values():
     """Its variance is 0: eps alone is under the root."""
-    check(path_layer_norm, path_layer_norm_reference, torch.full((1, 2, 9), 3.0), blended(2, 1, 9), blended(2, 1, 9), 1e-3)
+    check(
+        path_layer_norm,
+        path_layer_norm_reference,
+        torch.full((1, 2, 9), 3.0),
+        blended(2, 1, 9),
+        blended(2, 1, 9),
+        1e-3,
+    )
 
 
 def test_rows_in_any_order_of_memory():
@@ -99,15 +114,23 @@ def test_a_nan_stays_in_its_row():
     x = torch.randn(2, 3, 5)
     x[1, 2, 3] = float("nan")
     got = path_layer_norm(x, None)
-    assert torch.isnan(got[1, 2]).all() and torch.isfinite(got[0]).all() and torch.isfinite(got[1, :2]).all()
+    assert (
+        torch.isnan(got[1, 2]).all()
+        and torch.isfinite(got[0]).all()
+        and torch.isfinite(got[1, :2]).all()
+    )
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-@pytest.mark.parametrize("shape", [(3, 2, 5), (1, 3, 65, 7), (2, 5, 3, 6, 9), (1, 1025, 2), (2, 3, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 2, 5), (1, 3, 65, 7), (2, 5, 3, 6, 9), (1, 1025, 2), (2, 3, 1, 1, 1)], ids=str
+)
 def test_statistics(shape, offset):
     """More rows than lanes, than programs of rows; fewer; a mean far from zero."""
     scale = torch.rand(shape[2]).view(-1, *[1] * (len(shape) - 3)) + 0.1
-    check(path_batch_statistics, path_batch_statistics_reference, torch.randn(shape) * scale + offset)
+    check(
+        path_batch_statistics, path_batch_statistics_reference, torch.randn(shape) * scale + offset
+    )
 
 
 def test_statistics_of_several_programs(monkeypatch):
@@ -154,21 +177,43 @@ def test_statistics_of_nothing_and_of_one_value():
 @pytest.mark.parametrize("shape", [(2, 7, 5), (2, 3, 66, 4, 5), (1, 2, 1)], ids=str)
 @pytest.mark.parametrize("activation", ["identity", "leaky_relu"])
 def test_batch_norm(shape, activation):
-    x, weight, bias = torch.randn(shape) * 3 + 20, blended(2, shape[0], shape[2]), blended(1, shape[0], shape[2])
+    x, weight, bias = (
+        torch.randn(shape) * 3 + 20,
+        blended(2, shape[0], shape[2]),
+        blended(1, shape[0], shape[2]),
+    )
     check(path_batch_norm, path_batch_norm_reference, x, weight, bias, 1e-3, activation=activation)
-    check(path_batch_norm, path_batch_norm_reference, x.movedim(1, -1).contiguous().movedim(-1, 1), None, activation=activation)
+    check(
+        path_batch_norm,
+        path_batch_norm_reference,
+        x.movedim(1, -1).contiguous().movedim(-1, 1),
+        None,
+        activation=activation,
+    )
 
 
 BAD = {
-    "width": (path_layer_norm, {"weight": blended(2, 2, 6)}, r"weight has shape \[6\].*expected \[5\]"),
+    "width": (
+        path_layer_norm,
+        {"weight": blended(2, 2, 6)},
+        r"weight has shape \[6\].*expected \[5\]",
+    ),
     "points": (path_layer_norm, {"weight": blended(2, 3, 5)}, "weight has 3 points: expected 2"),
     "shared by whom": (path_layer_norm, {"weight": None, "shared": True}, "shared is True"),
     "no axis": (path_rms_norm, {"x": torch.randn(5), "weight": None}, r"x has shape \[5\]"),
     "float64": (path_rms_norm, {"x": torch.randn(2, 4, 5).double()}, "dtype torch.float64"),
-    "gradient": (path_rms_norm, {"x": torch.randn(2, 4, 5, requires_grad=True)}, "x requires a gradient"),
+    "gradient": (
+        path_rms_norm,
+        {"x": torch.randn(2, 4, 5, requires_grad=True)},
+        "x requires a gradient",
+    ),
     "one value": (path_batch_norm, {"x": torch.randn(2, 1, 5)}, "at least two values per channel"),
     "activation": (path_batch_norm, {"activation": "swish"}, "activation is 'swish'"),
-    "channels": (path_batch_norm, {"weight": blended(2, 2, 4)}, r"weight has shape \[4\].*expected \[5\]"),
+    "channels": (
+        path_batch_norm,
+        {"weight": blended(2, 2, 4)},
+        r"weight has shape \[4\].*expected \[5\]",
+    ),
     "no channels": (path_batch_norm, {"x": torch.randn(2, 5)}, r"x has shape \[2, 5\]"),
 }
 

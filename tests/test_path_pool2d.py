@@ -37,7 +37,9 @@ def test_pooling(name, kind):
     shape, *window = SHAPES[name]
     x = torch.randn(shape)
     got, plain = path_pool2d(x, kind, *window), path_pool2d_reference(x, kind, *window)
-    assert_within_policy(kind, got, plain, path_pool2d_reference(x.double(), kind, *window), torch.float32)
+    assert_within_policy(
+        kind, got, plain, path_pool2d_reference(x.double(), kind, *window), torch.float32
+    )
     assert kind == "avg" or torch.equal(got, plain)
     assert got.movedim(2, -1).is_contiguous(), "not channels last"
 
@@ -50,7 +52,9 @@ def test_memory_in_any_order(layout):
         "every second": x[:, ::2, ::2, 1:, ::2],
         "expanded": x[:1].expand(2, 4, 6, 6, 8),
     }[layout]
-    assert torch.equal(path_pool2d(x, "max", (2, 2), (2, 2)), path_pool2d_reference(x, "max", (2, 2), (2, 2)))
+    assert torch.equal(
+        path_pool2d(x, "max", (2, 2), (2, 2)), path_pool2d_reference(x, "max", (2, 2), (2, 2))
+    )
 
 
 def test_the_greatest_and_what_is_none():
@@ -70,7 +74,9 @@ def test_means_let_nan_and_infinity_through():
     x = torch.zeros(1, 1, 2, 2, 4)
     x[0, 0, 0, 0, 0], x[0, 0, 1, 1, 3] = float("nan"), float("inf")
     torch.testing.assert_close(
-        path_pool2d(x, "avg", (2, 2), (2, 2)), path_pool2d_reference(x, "avg", (2, 2), (2, 2)), equal_nan=True
+        path_pool2d(x, "avg", (2, 2), (2, 2)),
+        path_pool2d_reference(x, "avg", (2, 2), (2, 2)),
+        equal_nan=True,
     )
 
 
@@ -82,8 +88,13 @@ def test_nothing_in_nothing_out(shape):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_in_memory(dtype):
     x = torch.randn(2, 2, 3, 4, 4).to(dtype)
-    assert torch.equal(path_pool2d(x, "max", (2, 2), (2, 2)), path_pool2d_reference(x, "max", (2, 2), (2, 2)))
-    got, referee = path_pool2d(x, "avg", (2, 2), (2, 2)), path_pool2d_reference(x.double(), "avg", (2, 2), (2, 2))
+    assert torch.equal(
+        path_pool2d(x, "max", (2, 2), (2, 2)), path_pool2d_reference(x, "max", (2, 2), (2, 2))
+    )
+    got, referee = (
+        path_pool2d(x, "avg", (2, 2), (2, 2)),
+        path_pool2d_reference(x.double(), "avg", (2, 2), (2, 2)),
+    )
     assert got.dtype == dtype
     assert (got.double() - referee).abs().max() <= torch.finfo(dtype).eps * referee.abs().max()
 
@@ -103,6 +114,12 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused(name):
     changed, message = BAD[name]
-    given = {"x": torch.randn(2, 2, 3, 4, 4), "kind": "max", "kernel": (2, 2), "stride": (2, 2), **changed}
+    given = {
+        "x": torch.randn(2, 2, 3, 4, 4),
+        "kind": "max",
+        "kernel": (2, 2),
+        "stride": (2, 2),
+        **changed,
+    }
     with pytest.raises(ModeconnError, match=message):
         path_pool2d(**given)

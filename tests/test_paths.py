@@ -25,7 +25,9 @@ def awkward() -> dict[str, Tensor]:
 
 
 def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k].view(torch.int32), b[k].view(torch.int32)) for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k].view(torch.int32), b[k].view(torch.int32)) for k in a
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,9 @@ def test_bezier_is_the_bernstein_polynomial():
 
 def test_a_chain_extends_its_end_segments():
     path = mc.PolyChain(states(3))
-    torch.testing.assert_close(path.coefficients([-0.5, 1.25]), torch.tensor([[2.0, -1.0, 0.0], [0.0, -0.5, 1.5]]).double())
+    torch.testing.assert_close(
+        path.coefficients([-0.5, 1.25]), torch.tensor([[2.0, -1.0, 0.0], [0.0, -0.5, 1.5]]).double()
+    )
 
 
 def test_a_plane_of_directions():
@@ -87,7 +91,11 @@ def test_random_directions(norm):
     model = mlp(3, 4, 2)
     path, again, other = (mc.Plane.random(model, seed=seed, norm=norm) for seed in (1, 1, 2))
     (_, u, v), weight = path.control_points, model.state_dict()["0.weight"]
-    assert same_bits(u, again.control_points[1]) and not same_bits(u, other.control_points[1]) and not same_bits(u, v)
+    assert (
+        same_bits(u, again.control_points[1])
+        and not same_bits(u, other.control_points[1])
+        and not same_bits(u, v)
+    )
     assert not u["0.bias"].any(), "vectors do not move"
     if norm == "filter":
         torch.testing.assert_close(u["0.weight"].norm(dim=1), weight.norm(dim=1))
@@ -113,11 +121,17 @@ def test_integers_stay_those_of_the_start():
 @pytest.mark.parametrize(
     "points, says",
     [
-        (0, "points is 0"), (-3, "points is -3"), ([], "empty"), ([0.0, float("nan")], r"points\[1\] is nan"),
-        ([[0.0, 1.0]], r"shape \[1, 2\]"), ("many", "points must be"), ([0.0, float("inf")], "finite"), (2.5, None),
+        (0, "points is 0"),
+        (-3, "points is -3"),
+        ([], "empty"),
+        ([0.0, float("nan")], r"points\[1\] is nan"),
+        ([[0.0, 1.0]], r"shape \[1, 2\]"),
+        ("many", "points must be"),
+        ([0.0, float("inf")], "finite"),
+        (2.5, None),
         (True, None),
     ],
-)  # fmt: skip
+)
 def test_points_are_checked(points, says):
     path = mc.Line(*states(2))
     if says is None:  # a bare number is one t
@@ -138,7 +152,10 @@ def test_bad_paths():
     with pytest.raises(mc.ModeconnError, match=r"2\.bias"):
         mc.Line(a, {**b, "2.bias": torch.full((2,), float("nan"))})
     with pytest.raises(mc.ModeconnError, match="complex64"):
-        mc.Line({k: v.to(torch.complex64) for k, v in a.items()}, {k: v.to(torch.complex64) for k, v in b.items()})
+        mc.Line(
+            {k: v.to(torch.complex64) for k, v in a.items()},
+            {k: v.to(torch.complex64) for k, v in b.items()},
+        )
     with pytest.raises(mc.ModeconnError, match="norm is 'rows'"):
         mc.Plane.random(a, norm="rows")
     with pytest.raises(mc.ModeconnError, match="no default grid"):

@@ -13,23 +13,32 @@ from policy import assert_within_policy
 State = dict[str, Tensor]
 
 
-def classes(model: nn.Module, path: mc.Line | mc.PolyChain, x: Tensor, points: int = 11, segment: int = 0) -> list[str]:
+def classes(
+    model: nn.Module, path: mc.Line | mc.PolyChain, x: Tensor, points: int = 11, segment: int = 0
+) -> list[str]:
     """The class of each node on a segment, with its live units where some are dead."""
     plan = mc.explain(model, path, x, points)
     assert plan.program.graph.fallback is None
     rows = plan.nodes(plan.program.segments[segment])
-    return [row["class"] + ("" if row["units"] in ("all", "none") else " " + row["units"]) for row in rows]
+    return [
+        row["class"] + ("" if row["units"] in ("all", "none") else " " + row["units"])
+        for row in rows
+    ]
 
 
 def agrees(model: nn.Module, path: object, x: Tensor, y: Tensor, points: object = 11) -> None:
     """Pruned, shared and combined or not: the numbers are those of a pass per point."""
     got = mc.evaluate(model, path, (x, y), points)
-    plain, exact = (pass_per_point(model, path, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (
+        pass_per_point(model, path, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64)
+    )
     for name in ("loss", "error"):
         assert_within_policy(name, got.values[name], plain[name], exact[name], torch.float32)
 
 
-def moved(state: State, key: str, amount: float = 0.3, rows: slice | Tensor = slice(None), seed: int = 1) -> State:
+def moved(
+    state: State, key: str, amount: float = 0.3, rows: slice | Tensor = slice(None), seed: int = 1
+) -> State:
     """A copy in which an entry has moved at random, in some rows only."""
     state = clone(state)
     noise = torch.randn(state[key].shape, generator=torch.Generator().manual_seed(seed))
@@ -73,7 +82,13 @@ def test_dead_units_are_not_computed(model):
     state = clone(model)
     state["4.weight"][:, 20:] = 0
     path = mc.Line(state, moved(state, "2.weight", rows=slice(20, None)))
-    assert classes(model, path, X) == ["constant", "constant", "constant 20/32", "constant 20/32", "constant"]
+    assert classes(model, path, X) == [
+        "constant",
+        "constant",
+        "constant 20/32",
+        "constant 20/32",
+        "constant",
+    ]
     agrees(model, path, X, Y)
 
 
@@ -91,8 +106,12 @@ def test_units_die_through_several_layers(model):
     state["4.weight"][:, 16:] = 0
     state["2.weight"][:16, 11:] = 0  # the live units of layer 2 read 11 of layer 1
     assert classes(model, mc.Line(state, moved(state, "0.weight", rows=slice(11, None))), X) == [
-        "constant 11/33", "constant 11/33", "constant 16/32", "constant 16/32", "constant",
-    ]  # fmt: skip
+        "constant 11/33",
+        "constant 11/33",
+        "constant 16/32",
+        "constant 16/32",
+        "constant",
+    ]
 
 
 def test_an_output_that_nothing_reaches(model):
@@ -106,9 +125,17 @@ def test_an_output_that_nothing_reaches(model):
 def conv_net() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(
-        nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(),
-        nn.AvgPool2d(2), nn.Flatten(), nn.Dropout(), nn.Linear(32, 10),
-    )  # fmt: skip
+        nn.Conv2d(2, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(),
+        nn.Linear(32, 10),
+    )
 
 
 IMAGES = torch.randn(65, 2, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -117,15 +144,20 @@ IMAGES = torch.randn(65, 2, 8, 8, generator=torch.Generator().manual_seed(0))
 def test_channels_are_units():
     model = conv_net()
     state = clone(model)
-    state["9.weight"].view(10, 8, 4)[:, 5:] = 0  # channel c owns the flattened features [4c, 4c + 4)
+    # channel c owns the flattened features [4c, 4c + 4)
+    state["9.weight"].view(10, 8, 4)[:, 5:] = 0
     state["4.weight"][:5, 3:] = 0
     dead = moved(state, "4.weight", rows=slice(5, None))
     dead = moved(dead, "0.weight", rows=slice(3, None))
     dead["1.running_mean"][3:] += 1
     got = classes(model, mc.Line(state, dead), IMAGES)
     assert got == [
-        *["constant 3/6"] * 4, *["constant 5/8"] * 3, "constant 20/32", "constant 20/32", "constant",
-    ]  # fmt: skip
+        *["constant 3/6"] * 4,
+        *["constant 5/8"] * 3,
+        "constant 20/32",
+        "constant 20/32",
+        "constant",
+    ]
     agrees(model, mc.Line(state, dead), IMAGES, Y)
 
 
@@ -134,7 +166,10 @@ def test_a_channel_with_one_live_feature_is_live():
     state = clone(model)
     state["9.weight"].view(10, 8, 4)[:, 5:] = 0
     state["9.weight"].view(10, 8, 4)[0, 7, 2] = 1.0
-    assert classes(model, mc.Line(state, moved(state, "4.weight", rows=slice(5, None))), IMAGES)[4] == "combination 6/8"
+    assert (
+        classes(model, mc.Line(state, moved(state, "4.weight", rows=slice(5, None))), IMAGES)[4]
+        == "combination 6/8"
+    )
     agrees(model, mc.Line(state, moved(state, "4.weight", rows=slice(5, None))), IMAGES, Y)
 
 
@@ -143,7 +178,11 @@ def test_linear_operations_carry_a_combination_on():
     class Linear(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.norm, self.head = nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 10)
+            self.conv, self.norm, self.head = (
+                nn.Conv2d(2, 6, 3),
+                nn.BatchNorm2d(6),
+                nn.Linear(6, 10),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.norm(self.conv(x))
@@ -152,9 +191,12 @@ def test_linear_operations_carry_a_combination_on():
 
     model = Linear()
     path = mc.Line(model, moved(model.state_dict(), "conv.weight"))
-    assert {name.split()[0] for name in classes(model, path, IMAGES)} == {"combination"}, "the whole curve costs two passes"
+    assert {name.split()[0] for name in classes(model, path, IMAGES)} == {"combination"}, (
+        "the whole curve costs two passes"
+    )
     agrees(model, path, IMAGES, Y)
-    # Batch norm's scale times the convolution's weight: a product of two things that vary is not linear.
+    # Batch norm's scale times the convolution's weight: a product of two things that vary is not
+    # linear.
     both = moved(moved(model.state_dict(), "conv.weight"), "norm.weight")
     assert classes(model, mc.Line(model, both), IMAGES)[:2] == ["combination", "varying"]
     agrees(model, mc.Line(model, both), IMAGES, Y)
@@ -170,7 +212,10 @@ def test_offsets_need_coefficients_that_add_up_to_one():
     assert classes(model, mc.Line(*states), X) == ["combination", "combination"]
     t = [[0.3, 0.9], [1.0, 1.0], [0.2, -0.4]]
     rows = mc.explain(model, mc.Mixture(states), X, t)
-    assert [row["class"] for row in rows.nodes(rows.program.segments[0])] == ["combination", "varying"]
+    assert [row["class"] for row in rows.nodes(rows.program.segments[0])] == [
+        "combination",
+        "varying",
+    ]
     agrees(model, mc.Mixture(states), X, Y, t)
     agrees(model, mc.Plane.random(model), X, Y, 3)
 
@@ -181,7 +226,8 @@ def test_norms_over_units_keep_all_of_them(norm):
     model = nn.Sequential(nn.Linear(20, 32), norm, nn.ReLU(), nn.Linear(32, 10))
     state = clone(model)
     state["3.weight"][:, 16:] = 0
-    other = moved(state, "0.weight", rows=slice(16, None))  # dead to the output, but not to the norm
+    # dead to the output, but not to the norm
+    other = moved(state, "0.weight", rows=slice(16, None))
     assert classes(model, mc.Line(state, other), X)[:2] == ["combination", "varying"]
     agrees(model, mc.Line(state, other), X, Y)
     scaled = moved(moved(state, "1.weight"), "1.bias", seed=2)
@@ -193,7 +239,11 @@ def test_residual_branches_and_different_live_units():
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.outer, self.head = nn.Linear(20, 16), nn.Linear(16, 20), nn.Linear(20, 10)
+            self.inner, self.outer, self.head = (
+                nn.Linear(20, 16),
+                nn.Linear(16, 20),
+                nn.Linear(20, 10),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(torch.relu(x + self.outer(torch.relu(self.inner(x)))))
@@ -218,7 +268,13 @@ def chain(model: nn.Module, segments: int, kind: str) -> mc.PolyChain:
     points = [state]
     for k in range(segments):
         if kind == "rewrite" or (kind == "both" and k % 2):
-            points.append(moved(moved(points[-1], "2.weight", rows=slice(16, None), seed=k), "2.bias", rows=slice(16, None)))
+            points.append(
+                moved(
+                    moved(points[-1], "2.weight", rows=slice(16, None), seed=k),
+                    "2.bias",
+                    rows=slice(16, None),
+                )
+            )
         else:
             swung = moved(points[-1], "4.weight", seed=k)
             swung["4.weight"][:, 16:] = 0
@@ -232,18 +288,26 @@ def test_the_networks_arithmetic_does_not_depend_on_the_number_of_points(model, 
     few, many = (mc.explain(model, path, X, 6 * n + 1) for n in (10, 1000))
     assert few.network_flops == many.network_flops
     swings = {"rewrite": 0, "swing": 6, "both": 3}[kind]
-    # A swing costs the combination of the logits: two of 10 numbers, 2 operations each. A breakpoint costs nothing.
+    # A swing costs the combination of the logits: two of 10 numbers, 2 operations each. A
+    # breakpoint costs nothing.
     assert many.point_flops <= swings * 1001 * 40
     assert (many.point_flops > 0) == (swings > 0)
     agrees(model, path, X, Y, 6 * 4 + 1)
 
 
 def test_a_prefix_is_computed_once_for_all_segments(model):
-    one, forty = (mc.explain(model, chain(model, count, "both"), X, 10 * count + 1) for count in (1, 40))
-    below = sum(step.flops for step in one.program.shared if step.node.op in ("linear", "relu") and step.node.id <= 4)
+    one, forty = (
+        mc.explain(model, chain(model, count, "both"), X, 10 * count + 1) for count in (1, 40)
+    )
+    below = sum(
+        step.flops
+        for step in one.program.shared
+        if step.node.op in ("linear", "relu") and step.node.id <= 4
+    )
     logits = 2 * 16 * 10
     assert one.network_flops == below + 2 * logits
-    assert forty.network_flops == below + 21 * logits  # 20 swings pass through 21 different readouts
+    # 20 swings pass through 21 different readouts
+    assert forty.network_flops == below + 21 * logits
 
 
 def test_readouts_of_disjoint_units_are_taken_apart():
@@ -265,8 +329,13 @@ def test_equal_contents_are_shared_whatever_the_objects(model):
     other = {key: value.clone() for key, value in mlp(20, 33, 32, 10, seed=5).state_dict().items()}
     again = clone(other)
     plan = mc.explain(model, mc.PolyChain([model.state_dict(), other, again, clone(model)]), X, 31)
-    assert [set(classes(model, mc.PolyChain([model.state_dict(), other, again]), X, 21, s)) for s in (0, 1)][1] == {"constant"}
-    first_layer = [plan.program.shared[v] for v in plan.program.order if plan.program.shared[v].node.id == 1]
+    assert [
+        set(classes(model, mc.PolyChain([model.state_dict(), other, again]), X, 21, s))
+        for s in (0, 1)
+    ][1] == {"constant"}
+    first_layer = [
+        plan.program.shared[v] for v in plan.program.order if plan.program.shared[v].node.id == 1
+    ]
     assert len(first_layer) == 2, "two different first layers, each computed once"
 
 
@@ -289,7 +358,9 @@ def test_operations_without_a_rule_run_as_they_are():
     path = mc.Line(model, moved(model.state_dict(), "layer.weight"))
     plan = mc.explain(model, path, X)
     notes = [row["note"] for row in plan.nodes(plan.program.segments[0])]
-    assert any("no rule for cumsum" in note for note in notes) and plan.program.graph.fallback is None
+    assert (
+        any("no rule for cumsum" in note for note in notes) and plan.program.graph.fallback is None
+    )
     agrees(model, path, X, Y)
     dead = clone(model)
     dead["head.weight"][:, 8:] = 0
@@ -297,7 +368,9 @@ def test_operations_without_a_rule_run_as_they_are():
 
 
 def test_weights_that_are_computed():
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(20, 8)), nn.ReLU(), nn.Linear(8, 10))
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(20, 8)), nn.ReLU(), nn.Linear(8, 10)
+    )
     key = "0.parametrizations.weight.original0"
     path = mc.Line(model, moved(model.state_dict(), key))
     agrees(model, path, X, Y)
@@ -318,9 +391,14 @@ def test_transposed_convolutions_have_units():
     """Their weight is [in, out, …]: dead channels on both sides fall away, and the first is a combination."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.ConvTranspose2d(2, 6, 3, stride=2, padding=1, output_padding=1), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, bias=False),
-        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10),
-    )  # fmt: skip
+        nn.ConvTranspose2d(2, 6, 3, stride=2, padding=1, output_padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(6, 4, 2, bias=False),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 10),
+    )
     state = clone(model)
     state["6.weight"][:, 3:] = 0
     state["2.weight"][2:, :3] = 0  # the live channels of the second read two of the first
@@ -329,9 +407,14 @@ def test_transposed_convolutions_have_units():
     got = classes(model, mc.Line(state, dead), IMAGES)
     assert got == [*["constant 2/6"] * 2, *["constant 3/4"] * 4, "constant"]
     agrees(model, mc.Line(state, dead), IMAGES, Y)
-    assert classes(model, mc.Line(state, moved(state, "0.weight")), IMAGES)[:2] == ["combination 2/6", "varying 2/6"]
+    assert classes(model, mc.Line(state, moved(state, "0.weight")), IMAGES)[:2] == [
+        "combination 2/6",
+        "varying 2/6",
+    ]
     agrees(model, mc.Line(state, moved(state, "0.weight")), IMAGES, Y)
-    grouped = nn.Sequential(nn.ConvTranspose2d(2, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(400, 10))
+    grouped = nn.Sequential(
+        nn.ConvTranspose2d(2, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(400, 10)
+    )
     agrees(grouped, mc.Line(grouped, moved(grouped.state_dict(), "0.weight")), IMAGES, Y)
 
 
@@ -341,7 +424,10 @@ def test_addmm_is_a_linear_layer():
     class Conv1D(nn.Module):
         def __init__(self, before: int, after: int) -> None:
             super().__init__()
-            self.weight, self.bias = nn.Parameter(torch.randn(before, after) / 3), nn.Parameter(torch.randn(after))
+            self.weight, self.bias = (
+                nn.Parameter(torch.randn(before, after) / 3),
+                nn.Parameter(torch.randn(after)),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return torch.addmm(self.bias, x, self.weight)
@@ -350,7 +436,10 @@ def test_addmm_is_a_linear_layer():
     model = nn.Sequential(Conv1D(20, 16), nn.ReLU(), Conv1D(16, 10))
     state = clone(model)
     state["2.weight"][9:] = 0
-    assert classes(model, mc.Line(state, moved(state, "2.bias")), X) == [*["constant 9/16"] * 2, "combination"]
+    assert classes(model, mc.Line(state, moved(state, "2.bias")), X) == [
+        *["constant 9/16"] * 2,
+        "combination",
+    ]
     path = mc.Line(state, moved(state, "0.weight"))
     assert classes(model, path, X) == ["combination 9/16", "varying 9/16", "varying"]
     agrees(model, path, X, Y)

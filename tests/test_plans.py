@@ -1,8 +1,8 @@
 """Plans of thirty networks on three kinds of paths, and what the engine runs of them, are those that are written down.
 
-They are what the planner's and the engine's rules give on small networks: a change of rules shows here as a difference that can
-be read. `python tests/test_plans.py` writes them anew; with a file's name it writes results there, bit for bit, to compare two
-versions on one machine.
+They are what the planner's and the engine's rules give on small networks: a change of rules shows
+here as a difference that can be read. `python tests/test_plans.py` writes them anew; with a file's
+name it writes results there, bit for bit, to compare two versions on one machine.
 """
 
 from __future__ import annotations
@@ -37,16 +37,25 @@ def text_of(name: str) -> str:
     graph = capture(made[0], inputs)
     for kind, path in paths(made).items():
         points = path.points(POINTS)
-        program = make_program(graph, path, points, dtype=torch.float32, device=torch.device("cpu"), frozen=frozenset())
+        program = make_program(
+            graph, path, points, dtype=torch.float32, device=torch.device("cpu"), frozen=frozenset()
+        )
         names = Names()
-        lines += [f"== {kind}", *plan_text(program, names), f"-- {kind}, engine", *lowered_text(program, names)]
+        lines += [
+            f"== {kind}",
+            *plan_text(program, names),
+            f"-- {kind}, engine",
+            *lowered_text(program, names),
+        ]
     return "\n".join(lines) + "\n"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_is_the_one_written_down(name):
     if not torch.__version__.startswith("2.13."):
-        pytest.skip("plans are written down for torch 2.13: what torch.export gives may differ in others")
+        pytest.skip(
+            "plans are written down for torch 2.13: what torch.export gives may differ in others"
+        )
     expected = (FOLDER / f"{name}.txt").read_text(encoding="utf-8")
     difference = difflib.unified_diff(
         expected.splitlines(), text_of(name).splitlines(), "written down", "now", lineterm="", n=1
@@ -65,20 +74,37 @@ def results_of(name: str) -> dict[str, list[str]]:
         return sum(each.reshape(len(targets), -1).sum(1) for each in outputs)  # type: ignore[union-attr]
 
     for kind, path in paths(made).items():
-        for backend in ("reference", "auto", "native") if native.available() else ("reference", "auto"):
+        for backend in (
+            ("reference", "auto", "native") if native.available() else ("reference", "auto")
+        ):
             for precision in ("float32", "float64"):
                 key = f"{name} {kind} {backend} {precision}"
                 try:
                     two = name == "mlp_two_outputs"
                     y = torch.arange(len(x)) % 5 if name != "gpt" else x
                     result = mc.evaluate(
-                        made[0], path, (x, y), POINTS, backend=backend, precision=precision, progress=False,
+                        made[0],
+                        path,
+                        (x, y),
+                        POINTS,
+                        backend=backend,
+                        precision=precision,
+                        progress=False,
                         **({"loss": loss, "metrics": ("loss",)} if two else {}),
-                    )  # fmt: skip
+                    )
                     found[key] = bits([result.loss, *([] if two else [result.error])])
                     if not two:
                         found[f"{key} outputs"] = bits(
-                            [mc.forward(made[0], path, np.linspace(0, 1, 3), x, backend=backend, precision=precision)]
+                            [
+                                mc.forward(
+                                    made[0],
+                                    path,
+                                    np.linspace(0, 1, 3),
+                                    x,
+                                    backend=backend,
+                                    precision=precision,
+                                )
+                            ]
                         )
                 except mc.ModeconnError as error:
                     found.setdefault(key, [f"{type(error).__name__}: {error}"])
@@ -89,7 +115,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps({k: v for name in CASES for k, v in results_of(name).items()}, indent=0))
+        Path(sys.argv[1]).write_text(
+            json.dumps({k: v for name in CASES for k, v in results_of(name).items()}, indent=0)
+        )
     else:
         FOLDER.mkdir(exist_ok=True)
         for name in CASES:

@@ -9,19 +9,54 @@ import modeconn as mc
 
 def test_public_names():
     assert sorted(mc.__all__) == [
-        "Bezier", "Certificate", "ConditionsTable", "Connection", "FalseCertificate", "Line", "Mixture", "ModeconnError",
-        "PathResult", "Plan", "Plane", "PolyChain", "Separation", "StabilityTable", "conditions", "connect", "datasets",
-        "dropout_stability", "evaluate", "explain", "forward", "linear_separability", "load", "subnetwork_stability",
+        "Bezier",
+        "Certificate",
+        "ConditionsTable",
+        "Connection",
+        "FalseCertificate",
+        "Line",
+        "Mixture",
+        "ModeconnError",
+        "PathResult",
+        "Plan",
+        "Plane",
+        "PolyChain",
+        "Separation",
+        "StabilityTable",
+        "conditions",
+        "connect",
+        "datasets",
+        "dropout_stability",
+        "evaluate",
+        "explain",
+        "forward",
+        "linear_separability",
+        "load",
+        "subnetwork_stability",
         "verify",
-    ]  # fmt: skip
+    ]
     assert all(hasattr(mc, name) for name in mc.__all__)
 
 
 def test_evaluate_signature():
     assert list(inspect.signature(mc.evaluate).parameters) == [
-        "model", "path", "data", "points", "loss", "metrics", "buffers", "backend", "device", "batch_size", "progress",
-        "precision", "memory_budget", "recompute_data", "recompute_batches", "resume",
-    ]  # fmt: skip
+        "model",
+        "path",
+        "data",
+        "points",
+        "loss",
+        "metrics",
+        "buffers",
+        "backend",
+        "device",
+        "batch_size",
+        "progress",
+        "precision",
+        "memory_budget",
+        "recompute_data",
+        "recompute_batches",
+        "resume",
+    ]
 
 
 def test_every_public_name_is_documented():
@@ -31,5 +66,16 @@ def test_every_public_name_is_documented():
 
 def test_connect_signature():
     assert list(inspect.signature(mc.connect).parameters) == [
-        "model", "a", "b", "train", "kept", "target", "test", "subnetworks", "seed", "spec", "folder", "log",
-    ]  # fmt: skip
+        "model",
+        "a",
+        "b",
+        "train",
+        "kept",
+        "target",
+        "test",
+        "subnetworks",
+        "seed",
+        "spec",
+        "folder",
+        "log",
+    ]

@@ -53,7 +53,10 @@ class Attend(nn.Module):
         self.heads, self.size, self.idiom, self.causal = heads, 2, idiom, causal
         self.norm = nn.LayerNorm(channels) if norm == "layer" else None
         self.scale = nn.Parameter(torch.ones(channels))
-        self.qkv, self.out = nn.Linear(channels, 3 * heads * self.size), nn.Linear(heads * self.size, channels)
+        self.qkv, self.out = (
+            nn.Linear(channels, 3 * heads * self.size),
+            nn.Linear(heads * self.size, channels),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).transpose(1, 2)
@@ -61,12 +64,19 @@ class Attend(nn.Module):
         if self.norm is not None:
             normed = self.norm(tokens)
         else:
-            normed = tokens * torch.rsqrt(tokens.square().mean(-1, keepdim=True) + 1e-6) * self.scale
+            normed = (
+                tokens * torch.rsqrt(tokens.square().mean(-1, keepdim=True) + 1e-6) * self.scale
+            )
         qkv = self.qkv(normed)
         if self.idiom == "unbind":
-            q, k, v = qkv.reshape(n, count, 3, self.heads, self.size).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = (
+                qkv.reshape(n, count, 3, self.heads, self.size).permute(2, 0, 3, 1, 4).unbind(0)
+            )
         else:
-            q, k, v = (part.view(n, count, self.heads, self.size).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+            q, k, v = (
+                part.view(n, count, self.heads, self.size).transpose(1, 2)
+                for part in qkv.chunk(3, dim=-1)
+            )
         if self.idiom == "by hand":
             y = (q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v
         else:
@@ -99,28 +109,42 @@ def random_block(r: random.Random, channels: int, depth: int = 0) -> tuple[nn.Mo
         after, dilation, bias = 2 * r.randint(1, 4), r.randint(1, 2), r.random() < 0.7
         groups = 1 if kind == "conv" else divisor(r, int(np.gcd(channels, after)))
         if kind == "transposed":
-            return nn.ConvTranspose2d(channels, after, 3, padding=1, groups=groups, bias=bias), after
-        return nn.Conv2d(channels, after, 3, padding=dilation, dilation=dilation, groups=groups, bias=bias), after
+            return nn.ConvTranspose2d(
+                channels, after, 3, padding=1, groups=groups, bias=bias
+            ), after
+        return nn.Conv2d(
+            channels, after, 3, padding=dilation, dilation=dilation, groups=groups, bias=bias
+        ), after
     if kind in ("residual", "concat", "gate") and depth < 2:
         inner, after = random_chain(r, channels, r.randint(1, 3), depth + 1)
-        other = nn.Identity() if kind == "concat" or after == channels else nn.Conv2d(channels, after, 1)
+        other = (
+            nn.Identity()
+            if kind == "concat" or after == channels
+            else nn.Conv2d(channels, after, 1)
+        )
         return Parallel([inner, other], kind), after + channels if kind == "concat" else after
     if kind == "parts" and channels > 1:
         inner, after = random_chain(r, channels // 2, 1, depth + 1)
         return Parts(channels, inner), channels - channels // 2 + after
     if kind == "attend":
         idiom, causal = r.choice(["chunk", "unbind", "by hand"]), r.random() < 0.3
-        return Attend(channels, r.randint(1, 3), r.choice(["layer", "by hand"]), idiom, causal), channels
+        return Attend(
+            channels, r.randint(1, 3), r.choice(["layer", "by hand"]), idiom, causal
+        ), channels
     simple: dict[str, Any] = {
         "norm": lambda: nn.BatchNorm2d(channels, affine=r.random() < 0.7),
         "group_norm": lambda: nn.GroupNorm(divisor(r, channels), channels, affine=r.random() < 0.7),
         "pool": lambda: r.choice([nn.AvgPool2d, nn.MaxPool2d])(3, 1, 1),
     }
-    activation = r.choice([nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish, nn.Softplus, nn.Identity])
+    activation = r.choice(
+        [nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Hardswish, nn.Softplus, nn.Identity]
+    )
     return simple.get(kind, activation)(), channels
 
 
-def random_chain(r: random.Random, channels: int, length: int, depth: int = 0) -> tuple[nn.Sequential, int]:
+def random_chain(
+    r: random.Random, channels: int, length: int, depth: int = 0
+) -> tuple[nn.Sequential, int]:
     blocks = []
     for _ in range(length):
         block, channels = random_block(r, channels, depth)
@@ -133,7 +157,14 @@ def random_network(seed: int) -> nn.Sequential:
     body, channels = random_chain(r, 3, r.randint(2, 5))
     ends = [
         [nn.Flatten(), nn.Linear(channels * 16, 10)],
-        [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 7), nn.LayerNorm(7), nn.ReLU(), nn.Linear(7, 10)],
+        [
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(channels, 7),
+            nn.LayerNorm(7),
+            nn.ReLU(),
+            nn.Linear(7, 10),
+        ],
         [First(r.randrange(16)), nn.Linear(channels, 10)],
     ]
     return nn.Sequential(*body, *r.choice(ends))
@@ -173,7 +204,9 @@ def dead_heads(model: nn.Module, states: list[State], seed: int) -> None:
                 if r.random() < 0.4:
                     for state in states:
                         state[f"{name}.out.weight"] = state[f"{name}.out.weight"].clone()
-                        state[f"{name}.out.weight"][:, head * module.size : (head + 1) * module.size] = 0
+                        state[f"{name}.out.weight"][
+                            :, head * module.size : (head + 1) * module.size
+                        ] = 0
 
 
 PATHS: dict[str, tuple[Any, list[Any]]] = {

@@ -18,9 +18,14 @@ from naive import mlp
 def problem(dtype: torch.dtype = torch.float32) -> tuple[Chain, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     chain = Chain.of(mlp(6, 9, 4), torch.zeros(2, 6))
-    h = torch.randn(300, 9, generator=generator, dtype=dtype).relu() * torch.logspace(-2, 2, 9, dtype=dtype)
+    h = torch.randn(300, 9, generator=generator, dtype=dtype).relu() * torch.logspace(
+        -2, 2, 9, dtype=dtype
+    )
     h[:, 3] = 0  # a dead unit
-    labels = (h @ torch.randn(9, 4, generator=generator, dtype=dtype) / 30 + torch.randn(300, 4, generator=generator)).argmax(1)
+    labels = (
+        h @ torch.randn(9, 4, generator=generator, dtype=dtype) / 30
+        + torch.randn(300, 4, generator=generator)
+    ).argmax(1)
     return chain, h, labels
 
 
@@ -31,17 +36,25 @@ def start(chain: Chain, kept: list[int], seed: int = 0):
 def test_it_is_the_minimum_from_any_start() -> None:
     chain, h, labels = problem(torch.float64)
     kept = [0, 1, 2, 3, 5, 8]
-    found = [fit_readout(chain, start(chain, kept, s), h, labels, iterations=2000, weight_decay=1e-4) for s in (1, 2)]
+    found = [
+        fit_readout(chain, start(chain, kept, s), h, labels, iterations=2000, weight_decay=1e-4)
+        for s in (1, 2)
+    ]
     rms = h[:, kept].square().mean(0).sqrt()
     for result in found:
         sub = result.subnetwork
-        weight, bias = sub.weights[0].clone().requires_grad_(), sub.biases[0].clone().requires_grad_()
+        weight, bias = (
+            sub.weights[0].clone().requires_grad_(),
+            sub.biases[0].clone().requires_grad_(),
+        )
         loss = F.cross_entropy(F.linear(h[:, kept], weight, bias), labels)
         slopes = torch.autograd.grad(loss + 5e-5 * (weight * rms).square().sum(), [weight, bias])
         assert float((slopes[0] / rms.clamp_min(1e-9)).abs().max()) < 1e-6
         assert float(slopes[1].abs().max()) < 1e-6
         assert result.loss == pytest.approx(loss.item(), rel=1e-12)
-        assert result.error == pytest.approx(float((outputs(chain, sub, h).argmax(1) != labels).double().mean()))
+        assert result.error == pytest.approx(
+            float((outputs(chain, sub, h).argmax(1) != labels).double().mean())
+        )
         assert not result.reached
     assert found[0].loss == pytest.approx(found[1].loss, rel=1e-6)
 

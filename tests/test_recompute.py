@@ -37,7 +37,9 @@ def pair(spec: str) -> list[nn.Module]:
 def test_each_batch_is_read_twice_and_the_bits_are_the_same_again():
     a, b = pair("resnet20:width=4")
     path, t = mc.Line(a, b), [0.5, 0.0, 0.75, 0.5, 1.0]
-    got, again = (mc.evaluate(a, path, (X, Y), t, buffers="recompute", batch_size=32) for _ in range(2))
+    got, again = (
+        mc.evaluate(a, path, (X, Y), t, buffers="recompute", batch_size=32) for _ in range(2)
+    )
     assert (got.passes, got.samples) == (2, 70)
     np.testing.assert_array_equal(got.loss, again.loss)
     assert got.loss[0] == got.loss[3]
@@ -50,14 +52,18 @@ def test_the_variance_keeps_its_digits(layout):
     exact = x.double()
     torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double(), exact.var((0, 2, 3)), rtol=2e-6, atol=0)
-    torch.testing.assert_close(value.double(), F.batch_norm(exact, None, None, training=True), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        value.double(), F.batch_norm(exact, None, None, training=True), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_it_is_not_what_interpolating_gives():
     a, b = pair("resnet20:width=4")
     path = mc.Line(a, b)
     recomputed = mc.evaluate(a, path, (X, Y), [0.5], buffers="recompute")
-    with pytest.warns(UserWarning, match='batch norms .bn1.* and 20 more. have interpolated .*buffers="recompute"'):
+    with pytest.warns(
+        UserWarning, match='batch norms .bn1.* and 20 more. have interpolated .*buffers="recompute"'
+    ):
         interpolated = mc.evaluate(a, path, (X, Y), [0.5])
     assert abs(recomputed.loss[0] - interpolated.loss[0]) > 0.05
     assert interpolated.passes == 1
@@ -66,9 +72,15 @@ def test_it_is_not_what_interpolating_gives():
 def small(seed: int, **norm: object) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Linear(6, 9), nn.BatchNorm1d(9, **norm), nn.ReLU(), nn.Dropout(0.5), nn.Linear(9, 8),
-        nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 10),
-    )  # fmt: skip
+        nn.Linear(6, 9),
+        nn.BatchNorm1d(9, **norm),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(9, 8),
+        nn.BatchNorm1d(8),
+        nn.Tanh(),
+        nn.Linear(8, 10),
+    )
 
 
 ROWS = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
@@ -86,7 +98,9 @@ def test_every_path(kind, norm):
         "mixture": (mc.Mixture(nets), [[0.2, 0.3, 0.5], [0.0, 1.0, 0.0]]),
         "plane": (mc.Plane.through(*nets), [[0.1, 0.2], [1.0, 0.0]]),
     }[kind]
-    got = mc.evaluate(nets[0], path, (ROWS, LABELS), t, buffers="recompute", batch_size=20, precision="float64")
+    got = mc.evaluate(
+        nets[0], path, (ROWS, LABELS), t, buffers="recompute", batch_size=20, precision="float64"
+    )
     exact = re_estimated(nets[0], path, ROWS, LABELS, t, torch.float64, batch_size=20)
     # The control points are blended in float64 here, and in their own precision by path.at.
     np.testing.assert_allclose(got.loss, exact["loss"], rtol=1e-5)
@@ -97,9 +111,19 @@ def test_other_data_some_batches_and_every_backend(backend):
     a, b = small(0).double(), small(1).double()
     path, t = mc.Line(a, b), [0.25, 0.5]
     train = torch.randn(64, 6, generator=torch.Generator().manual_seed(2)).double() + 0.3
-    options = {"buffers": "recompute", "precision": "float64", "batch_size": 16, "recompute_batches": 3, "backend": backend}
-    got = mc.evaluate(a, path, (ROWS, LABELS), t, recompute_data=(train, torch.zeros(64)), **options)
-    exact = re_estimated(a, path, ROWS.double(), LABELS, t, torch.float64, batch_size=16, batches=3, train=train)
+    options = {
+        "buffers": "recompute",
+        "precision": "float64",
+        "batch_size": 16,
+        "recompute_batches": 3,
+        "backend": backend,
+    }
+    got = mc.evaluate(
+        a, path, (ROWS, LABELS), t, recompute_data=(train, torch.zeros(64)), **options
+    )
+    exact = re_estimated(
+        a, path, ROWS.double(), LABELS, t, torch.float64, batch_size=16, batches=3, train=train
+    )
     np.testing.assert_allclose(got.loss, exact["loss"], rtol=1e-9)
     assert (got.passes, got.samples) == (2, 50)
 
@@ -110,11 +134,15 @@ def test_what_does_not_move_is_shared():
     b = copy.deepcopy(a)
     nn.init.normal_(b[7].weight)
     path = mc.Line(a, b)
-    got = mc.evaluate(a, path, (ROWS, LABELS), 11, buffers="recompute", batch_size=25, precision="float64")
+    got = mc.evaluate(
+        a, path, (ROWS, LABELS), 11, buffers="recompute", batch_size=25, precision="float64"
+    )
     exact = re_estimated(a, path, ROWS.double(), LABELS, got.t, torch.float64, batch_size=25)
     np.testing.assert_allclose(got.loss, exact["loss"], rtol=1e-9)
     training, names = training_graph(capture(a, ROWS.double()))
-    program = make_program(training, path, got.t, dtype=torch.float64, device=torch.device("cpu"), frozen=frozenset())
+    program = make_program(
+        training, path, got.t, dtype=torch.float64, device=torch.device("cpu"), frozen=frozenset()
+    )
     assert names == [("1.running_mean", "1.running_var"), ("5.running_mean", "5.running_var")]
     assert program.varying_flops == 0 and not any(segment.steps for segment in program.segments)
 
@@ -130,7 +158,9 @@ def test_a_norm_that_is_used_twice():
 
     a, b = Twice().double(), Twice().double()
     path = mc.Line(a, b)
-    got = mc.evaluate(a, path, (ROWS, LABELS), [0.0, 0.4], buffers="recompute", batch_size=20, precision="float64")
+    got = mc.evaluate(
+        a, path, (ROWS, LABELS), [0.0, 0.4], buffers="recompute", batch_size=20, precision="float64"
+    )
     exact = re_estimated(a, path, ROWS.double(), LABELS, [0.0, 0.4], torch.float64, batch_size=20)
     np.testing.assert_allclose(got.loss, exact["loss"], rtol=1e-9)
 
@@ -148,12 +178,23 @@ def test_a_module_that_cannot_be_captured():
     b.body.load_state_dict(small(1).state_dict())
     before, path = clone(a), mc.Line(a, b)
     with pytest.warns(UserWarning, match="could not be captured"):
-        got = mc.evaluate(a, path, (ROWS, LABELS), [0.4, 1.0], buffers="recompute", batch_size=20, precision="float64")
+        got = mc.evaluate(
+            a,
+            path,
+            (ROWS, LABELS),
+            [0.4, 1.0],
+            buffers="recompute",
+            batch_size=20,
+            precision="float64",
+        )
     exact = re_estimated(a, path, ROWS.double(), LABELS, [0.4, 1.0], torch.float64, batch_size=20)
     np.testing.assert_allclose(got.loss, exact["loss"], rtol=1e-9)
     assert all(torch.equal(before[key], value) for key, value in a.state_dict().items())
     assert a.body[1].momentum == 0.1 and all(module.training for module in a.modules())
-    with pytest.warns(UserWarning, match="interpolated running"), pytest.warns(UserWarning, match="could not be captured"):
+    with (
+        pytest.warns(UserWarning, match="interpolated running"),
+        pytest.warns(UserWarning, match="could not be captured"),
+    ):
         mc.evaluate(a, path, (ROWS, LABELS), 3)
 
 
@@ -167,9 +208,16 @@ def test_progress_goes_over_both_passes():
     a, b = small(0), small(1)
     seen: list[tuple[int, int | None]] = []
     mc.evaluate(
-        a, mc.Line(a, b), (ROWS, LABELS), 2, buffers="recompute", batch_size=20, recompute_batches=2, backend="reference",
+        a,
+        mc.Line(a, b),
+        (ROWS, LABELS),
+        2,
+        buffers="recompute",
+        batch_size=20,
+        recompute_batches=2,
+        backend="reference",
         progress=lambda *done: seen.append(done),
-    )  # fmt: skip
+    )
     assert seen[:2] == [(20, 90), (40, 90)] and seen[-1] == (90, 90)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
 
@@ -200,14 +248,23 @@ def test_explain_shows_the_second_pass():
 @pytest.mark.parametrize(
     "says, changes",
     [
-        (r"batch 2 has 1 rows, and a norm cannot estimate a variance", {"batch_size": 7, "data": (ROWS[:15], LABELS[:15])}),
+        (
+            r"batch 2 has 1 rows, and a norm cannot estimate a variance",
+            {"batch_size": 7, "data": (ROWS[:15], LABELS[:15])},
+        ),
         ("recompute_batches is 0", {"recompute_batches": 0}),
-        ('are for buffers="recompute", and buffers is \'start\'', {"buffers": "start", "recompute_batches": 2}),
+        (
+            "are for buffers=\"recompute\", and buffers is 'start'",
+            {"buffers": "start", "recompute_batches": 2},
+        ),
         ("no samples", {"recompute_data": (ROWS[:0], LABELS[:0])}),
-        ("can be read only once", {"data": ((ROWS[i : i + 9], LABELS[i : i + 9]) for i in range(0, 50, 9))}),
+        (
+            "can be read only once",
+            {"data": ((ROWS[i : i + 9], LABELS[i : i + 9]) for i in range(0, 50, 9))},
+        ),
         (r"does not run on inputs of shape \['N', 5\]", {"recompute_data": (ROWS[:, 1:], LABELS)}),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_clear_line(says, changes):
     a, b = small(0), small(1)
     arguments = {"data": (ROWS, LABELS), "points": 3, "buffers": "recompute", **changes}

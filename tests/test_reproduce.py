@@ -20,9 +20,14 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 SMALL = settings.Experiment(
-    "digits", "mlp:64-12x2-10", settings.Solution(lr=0.01, epochs=15), Recipe(lr=0.01, epochs=8, schedule="onecycle"),
-    draws=2, dropout_draws=4, limit=400,
-)  # fmt: skip
+    "digits",
+    "mlp:64-12x2-10",
+    settings.Solution(lr=0.01, epochs=15),
+    Recipe(lr=0.01, epochs=8, schedule="onecycle"),
+    draws=2,
+    dropout_draws=4,
+    limit=400,
+)
 TINY = {
     "mnist-fcn": replace(SMALL, recipes={1: Recipe(lr=0.02, epochs=8)}, fractions=(2, 4)),
     "widths": settings.Sweep(SMALL, (8, 12)),
@@ -38,11 +43,19 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_entry_layers(tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = reproduce("mnist-fcn", out)
-    assert [(line["fraction"], line["entry"]) for line in result["lines"]] == [(f, e) for f in (2, 4) for e in (0, 1, 2)]
+    assert [(line["fraction"], line["entry"]) for line in result["lines"]] == [
+        (f, e) for f in (2, 4) for e in (0, 1, 2)
+    ]
     table = StabilityTable.load(out / "subnetworks-2.csv")
-    assert len(table) == 6 and result["lines"][1]["subnetwork_loss"] == table.column("train_loss", 1).min()
+    assert (
+        len(table) == 6
+        and result["lines"][1]["subnetwork_loss"] == table.column("train_loss", 1).min()
+    )
     dropout = StabilityTable.load(out / "dropout-4.json")
-    assert len(dropout) == 12 and result["lines"][3]["dropout_loss"] == dropout.column("train_loss", 0).min()
+    assert (
+        len(dropout) == 12
+        and result["lines"][3]["dropout_loss"] == dropout.column("train_loss", 0).min()
+    )
     assert (out / "mnist-fcn.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((out / "result.json").read_text()) == result
     # A second run reads everything: bitwise the same, and nothing is trained.
@@ -67,12 +80,18 @@ def test_interrupted(tmp_path: Path) -> None:
 
 def test_widths_and_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = reproduce("widths", tmp_path / "widths")
-    assert [(line["width"], line["entry"]) for line in result["lines"]] == [(w, e) for w in (8, 12) for e in (0, 1, 2)]
+    assert [(line["width"], line["entry"]) for line in result["lines"]] == [
+        (w, e) for w in (8, 12) for e in (0, 1, 2)
+    ]
     assert (tmp_path / "widths" / "widths.png").exists()
     assert main(["reproduce", "path", "--out", str(tmp_path / "path")]) == 0
     assert "tables and figure in" in capsys.readouterr().out
     line = json.loads((tmp_path / "path" / "result.json").read_text())["lines"][0]
-    assert line["bound"] > 0 and line["straight_line"] > 0 and (tmp_path / "path" / "path.png").exists()
+    assert (
+        line["bound"] > 0
+        and line["straight_line"] > 0
+        and (tmp_path / "path" / "path.png").exists()
+    )
 
 
 def test_estimates_grow_with_the_work() -> None:
@@ -82,7 +101,9 @@ def test_estimates_grow_with_the_work() -> None:
     assert estimate("mnist-fcn", solutions=1).solutions == 0
 
 
-def test_the_estimate_is_printed_for_the_full_size(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_is_printed_for_the_full_size(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(settings, "FULL", TINY)
     assert main(["reproduce", "mnist-fcn", "--full", "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().err

@@ -37,7 +37,9 @@ def test_metrics_are_attributes_and_an_unknown_one_lists_them():
     assert {"loss", "top5_error", "barrier"} <= set(dir(result))
     with pytest.raises(AttributeError, match=r"no 'accuracy'; its metrics are loss, top5_error"):
         _ = result.accuracy
-    with pytest.raises(ModeconnError, match=r"'accuracy' is not in this result, which has loss, top5_error"):
+    with pytest.raises(
+        ModeconnError, match=r"'accuracy' is not in this result, which has loss, top5_error"
+    ):
         result.barrier("accuracy")
 
 
@@ -47,7 +49,9 @@ def test_a_result_survives_pickling():
     np.testing.assert_array_equal(again.loss, HUMP)
 
 
-@pytest.mark.parametrize(("t", "column"), [([], []), ([0, 1], [1.0]), ([[[0.0]]], [1.0]), (0.5, 1.0)])
+@pytest.mark.parametrize(
+    ("t", "column"), [([], []), ([0, 1], [1.0]), ([[[0.0]]], [1.0]), (0.5, 1.0)]
+)
 def test_shapes_that_do_not_agree_are_refused(t, column):
     with pytest.raises(ModeconnError, match="shape"):
         result_of(t, loss=column)
@@ -90,7 +94,9 @@ def test_only_t_within_the_ends_count_for_the_barrier():
 )
 def test_the_barrier_follows_its_definition_in_any_order(inner, first, last, random):
     t = [0.0, 1.0, *inner]
-    loss = {0.0: first, 1.0: last} | {x: random.uniform(-9, 9) for x in inner if x not in (0.0, 1.0)}
+    loss = {0.0: first, 1.0: last} | {
+        x: random.uniform(-9, 9) for x in inner if x not in (0.0, 1.0)
+    }
     order = random.sample(range(len(t)), len(t))
     result = result_of([t[i] for i in order], loss=[loss[t[i]] for i in order])
     expected = max(loss[x] - ((1 - x) * first + x * last) for x in t if 0 <= x <= 1)
@@ -124,12 +130,16 @@ finite_or_not = st.floats(width=64)
 def test_saved_and_loaded_is_equal_to_the_last_bit(tmp_path_factory, suffix, dimensions, data):
     rows = data.draw(st.integers(1, 5))
     shape = (rows,) if dimensions == 1 else (rows, dimensions)
-    t = np.array(data.draw(st.lists(finite_or_not, min_size=math.prod(shape), max_size=math.prod(shape))))
+    t = np.array(
+        data.draw(st.lists(finite_or_not, min_size=math.prod(shape), max_size=math.prod(shape)))
+    )
     columns = {
         name: np.array(data.draw(st.lists(finite_or_not, min_size=rows, max_size=rows)))
         for name in ("loss", "a name/with: odd… letters", "file", "t", "meta")
     }
-    result = PathResult(t.reshape(shape), columns, 60000, 1, "reference", 0.125, {"torch": "2.9", "threads": 2})
+    result = PathResult(
+        t.reshape(shape), columns, 60000, 1, "reference", 0.125, {"torch": "2.9", "threads": 2}
+    )
     file = tmp_path_factory.mktemp("results") / f"result{suffix}"
     result.save(file)
     again = PathResult.load(file)
@@ -138,7 +148,9 @@ def test_saved_and_loaded_is_equal_to_the_last_bit(tmp_path_factory, suffix, dim
     for name, column in result.values.items():
         np.testing.assert_array_equal(again.values[name], column)
         number = ~np.isnan(column)  # the sign of a NaN means nothing, that of a zero does
-        np.testing.assert_array_equal(np.signbit(again.values[name])[number], np.signbit(column)[number])
+        np.testing.assert_array_equal(
+            np.signbit(again.values[name])[number], np.signbit(column)[number]
+        )
     for name in ("samples", "passes", "backend", "seconds", "info"):
         assert getattr(again, name) == getattr(result, name)
 
@@ -306,7 +318,9 @@ def test_the_terminal_plot_draws_the_curve_and_fits_its_size(width, height):
     dots = 4 * (height - 3)
     across = np.linspace(0, 1, len(drawn))
     assert len(drawn) == width - margin
-    np.testing.assert_allclose(drawn / (dots - 1), np.sin(np.pi * across), atol=2.5 / dots + 3.2 / len(drawn))
+    np.testing.assert_allclose(
+        drawn / (dots - 1), np.sin(np.pi * across), atol=2.5 / dots + 3.2 / len(drawn)
+    )
     assert re.match(r" *1 ┤", lines[1])
     assert re.match(r" *0 ┤", lines[-3])
     assert lines[-1].split() == ["0", "0.25", "0.5", "0.75", "1"]
@@ -317,13 +331,22 @@ def test_the_terminal_plot_marks_values_that_are_not_finite():
     axis = text.splitlines()[-2]
     assert "× where not finite" in text.splitlines()[0]
     assert axis.count("×") == 1
-    assert axis.index("×") - axis.index("└") - 1 == pytest.approx((len(axis) - axis.index("└") - 1) / 2, abs=1)
-    assert result_of([0, 1], loss=[math.nan, math.inf]).terminal_plot() == "loss: finite at none of the 2 points"
+    assert axis.index("×") - axis.index("└") - 1 == pytest.approx(
+        (len(axis) - axis.index("└") - 1) / 2, abs=1
+    )
+    assert (
+        result_of([0, 1], loss=[math.nan, math.inf]).terminal_plot()
+        == "loss: finite at none of the 2 points"
+    )
 
 
 def test_the_terminal_plot_of_one_point_or_a_constant_is_a_level():
     assert "⠁" in result_of([0.5], loss=[0.3]).terminal_plot()
-    level = [line for line in result_of(loss=np.full(11, 2.0)).terminal_plot().splitlines() if line.startswith("  2 ┤")]
+    level = [
+        line
+        for line in result_of(loss=np.full(11, 2.0)).terminal_plot().splitlines()
+        if line.startswith("  2 ┤")
+    ]
     assert len(set(level[0][5:])) == 1
 
 
@@ -331,10 +354,15 @@ def test_the_terminal_plot_of_a_plane_shades_from_low_to_high():
     x, y = np.meshgrid(np.linspace(0, 1, 9), np.linspace(0, 1, 9), indexing="ij")
     loss = x.ravel() + 0 * y.ravel()
     loss[-1] = math.inf  # the corner at (1, 1)
-    text = result_of(np.stack([x.ravel(), y.ravel()], 1), loss=loss).terminal_plot(width=40, height=12)
+    text = result_of(np.stack([x.ravel(), y.ravel()], 1), loss=loss).terminal_plot(
+        width=40, height=12
+    )
     lines = text.splitlines()
     assert max(map(len, lines)) <= 40
-    body = [line[line.index("│") + 1 :] if "│" in line else line[line.index("┤") + 1 :] for line in lines[1:-2]]
+    body = [
+        line[line.index("│") + 1 :] if "│" in line else line[line.index("┤") + 1 :]
+        for line in lines[1:-2]
+    ]
     assert body[0].endswith("!")
     ranks = [" ·:░▒▓█".index(letter) for letter in body[-1]]
     assert ranks == sorted(ranks)

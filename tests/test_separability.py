@@ -32,8 +32,12 @@ def exact_margin(found: Separation, x: Tensor, y: Tensor) -> Fraction:
 def assert_witness(found: Separation, x: Tensor, y: Tensor) -> None:
     assert found.separable is True and found.outcome is Outcome.SEPARABLE
     exact = exact_margin(found, x, y)
-    assert 0 < Fraction(found.margin) <= exact and float(exact) == pytest.approx(found.margin, rel=1e-6, abs=1e-12)
-    assert torch.cat([found.witness[0], found.witness[1][:, None]], 1).norm().item() == pytest.approx(1.0)
+    assert 0 < Fraction(found.margin) <= exact and float(exact) == pytest.approx(
+        found.margin, rel=1e-6, abs=1e-12
+    )
+    assert torch.cat(
+        [found.witness[0], found.witness[1][:, None]], 1
+    ).norm().item() == pytest.approx(1.0)
 
 
 def linear_data(seed: int, samples: int, d: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -44,7 +48,9 @@ def linear_data(seed: int, samples: int, d: int, classes: int) -> tuple[Tensor, 
 
 
 @given(st.integers(0, 10**6), st.integers(2, 60), st.integers(1, 8), st.integers(2, 5))
-def test_what_is_separable_by_construction_is_never_refuted(seed: int, samples: int, d: int, classes: int) -> None:
+def test_what_is_separable_by_construction_is_never_refuted(
+    seed: int, samples: int, d: int, classes: int
+) -> None:
     x, y = linear_data(seed, samples, d, classes)
     found = linear_separability(x, y, classes=classes)
     assert found.separable is not False
@@ -62,7 +68,10 @@ def test_verdict_agrees_with_a_linear_program(seed: int, classes: int) -> None:
     y = generator.integers(0, classes, len(x))
     found = linear_separability(x, y, classes=classes, iterations=300)
     rows = inequalities(torch.from_numpy(x), torch.from_numpy(y), classes).numpy()
-    feasible = linprog(np.zeros(rows.shape[1]), -rows, -np.ones(len(rows)), bounds=(None, None)).status == 0
+    feasible = (
+        linprog(np.zeros(rows.shape[1]), -rows, -np.ones(len(rows)), bounds=(None, None)).status
+        == 0
+    )
     assert found.separable in (None, feasible)
     if found.outcome is Outcome.SEPARABLE:
         assert_witness(found, torch.from_numpy(x), torch.from_numpy(y))
@@ -71,7 +80,12 @@ def test_verdict_agrees_with_a_linear_program(seed: int, classes: int) -> None:
 def test_exclusive_or() -> None:
     found = linear_separability([[0, 0], [1, 1], [0, 1], [1, 0]], [0, 0, 1, 1])
     assert found.separable is False and found.outcome is Outcome.NOT_SEPARABLE
-    assert found.proof == (0, 1) and found.margin_at_most == 0 and np.isnan(found.margin) and found.witness is None
+    assert (
+        found.proof == (0, 1)
+        and found.margin_at_most == 0
+        and np.isnan(found.margin)
+        and found.witness is None
+    )
     assert "classes 0 and 1 alone" in found.reason
 
 
@@ -91,8 +105,15 @@ def test_far_points_do_not_hide_a_proof() -> None:
 
 def test_three_classes_that_are_separable_in_pairs_only() -> None:
     """Each class runs along a side of a triangle and beyond its end: the pairs' lines do not meet in one point."""
-    corners = torch.tensor([[np.cos(2 * np.pi * k / 3), np.sin(2 * np.pi * k / 3)] for k in range(3)])
-    x = torch.cat([torch.stack([corners[k].lerp(corners[(k + 1) % 3], s) for s in (0.1, 1.5)]) for k in range(3)])
+    corners = torch.tensor(
+        [[np.cos(2 * np.pi * k / 3), np.sin(2 * np.pi * k / 3)] for k in range(3)]
+    )
+    x = torch.cat(
+        [
+            torch.stack([corners[k].lerp(corners[(k + 1) % 3], s) for s in (0.1, 1.5)])
+            for k in range(3)
+        ]
+    )
     y = torch.arange(3).repeat_interleave(2)
     for k in range(3):
         assert linear_separability(x[y != k], (y[y != k] == (k + 1) % 3).long()).separable is True
@@ -103,7 +124,9 @@ def test_three_classes_that_are_separable_in_pairs_only() -> None:
 def test_duplicates() -> None:
     x = torch.tensor([[1.0, 2.0], [0.0, 3.0], [-0.0, 3.0], [1.0, 2.0], [5.0, 5.0]])
     found = linear_separability(x, torch.tensor([0, 1, 0, 0, 2]))
-    assert found.outcome is Outcome.DUPLICATES and found.separable is False and found.proof == (1, 2)
+    assert (
+        found.outcome is Outcome.DUPLICATES and found.separable is False and found.proof == (1, 2)
+    )
     twice = coinciding(x, torch.tensor([0, 1, 0, 0, 2]))
     assert (twice.repeated, twice.conflicting, twice.example) == (2, 1, (1, 2))
     assert coinciding(x, torch.tensor([0, 1, 1, 0, 2])).conflicting == 0
@@ -176,7 +199,11 @@ def test_dead_features_and_absent_classes() -> None:
 
 def test_one_class() -> None:
     found = linear_separability(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
-    assert found.separable is True and found.outcome is Outcome.ONE_CLASS and "one class" in found.reason
+    assert (
+        found.separable is True
+        and found.outcome is Outcome.ONE_CLASS
+        and "one class" in found.reason
+    )
 
 
 def test_deterministic() -> None:

@@ -69,11 +69,13 @@ def test_hundreds_of_sums_in_one_pass():
     path, t = mc.Mixture(nets), soups.simplex_grid(3, 20)
     got = mc.evaluate(nets[0], path, (x, y), t)
     assert len(t) == 231 and got.passes == 1
-    plain, exact = (pass_per_point(nets[0], path, x, y, t, dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (
+        pass_per_point(nets[0], path, x, y, t, dtype) for dtype in (torch.float32, torch.float64)
+    )
     assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
 
 
-# -- the plane of a trajectory ---------------------------------------------------------------------------------------------
+# -- the plane of a trajectory ---------------------------------------------------------------------
 
 
 def states(places: np.ndarray, off: float = 0.0) -> list[dict[str, torch.Tensor]]:
@@ -85,7 +87,9 @@ def states(places: np.ndarray, off: float = 0.0) -> list[dict[str, torch.Tensor]
     v /= v.norm()
     out = []
     for x, y in places:
-        weight = base + x * u + y * v + off * torch.randn(40, generator=generator, dtype=torch.float64)
+        weight = (
+            base + x * u + y * v + off * torch.randn(40, generator=generator, dtype=torch.float64)
+        )
         out.append({"weight": weight.view(4, 10), "running_mean": torch.full((3,), float(x))})
     return out
 
@@ -99,14 +103,18 @@ def test_a_trajectory_in_a_plane_is_found_again():
     # distances are those of the checkpoints: the plane is turned, not stretched
     for i in range(5):
         np.testing.assert_allclose(
-            np.linalg.norm(plane.marks - plane.marks[i], axis=1), np.linalg.norm(places - places[i], axis=1), atol=1e-9
+            np.linalg.norm(plane.marks - plane.marks[i], axis=1),
+            np.linalg.norm(places - places[i], axis=1),
+            atol=1e-9,
         )
     for mark, state in zip(plane.marks, states(places)):
         at = plane.at(mark)
         torch.testing.assert_close(at["weight"], state["weight"], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(at["running_mean"], state["running_mean"])
     u, v = (plane.control_points[k]["weight"].flatten() for k in (1, 2))
-    torch.testing.assert_close(torch.stack([u @ u, u @ v, v @ v]), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.stack([u @ u, u @ v, v @ v]), torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    )
     grid = plane.points(9)
     assert grid.shape == (81, 2)
     assert (grid.min(0) < plane.marks.min(0)).all() and (grid.max(0) > plane.marks.max(0)).all()

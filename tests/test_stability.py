@@ -19,7 +19,9 @@ from walk import conv_net
 QUICK = Recipe(lr=0.01, batch_size=16, epochs=6, schedule="onecycle")
 
 
-def data(samples: int = 96, d: int = 5, classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def data(
+    samples: int = 96, d: int = 5, classes: int = 3, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, d, generator=generator)
     return x, (x @ torch.randn(d, classes, generator=generator)).argmax(1)
@@ -31,12 +33,18 @@ def test_rows_and_original(method: str) -> None:
     model = mlp(5, 9, 8, 7, 3)
     train, test = data(), data(40, seed=1)
     table = subnetwork_stability(model, model, train, test, draws=3, method=method, recipe=QUICK)
-    assert [(row.entry, row.draw) for row in table.rows] == [(e, d) for e in range(4) for d in range(3)]
+    assert [(row.entry, row.draw) for row in table.rows] == [
+        (e, d) for e in range(4) for d in range(3)
+    ]
     assert {row.method for row in table.rows} == {method}
     for name, (x, y) in (("train", train), ("test", test)):
         logits = model(x).detach()
-        assert getattr(table.original, f"{name}_loss") == pytest.approx(float(nn.functional.cross_entropy(logits, y)), rel=1e-5)
-        assert getattr(table.original, f"{name}_error") == float((logits.argmax(1) != y).double().mean())
+        assert getattr(table.original, f"{name}_loss") == pytest.approx(
+            float(nn.functional.cross_entropy(logits, y)), rel=1e-5
+        )
+        assert getattr(table.original, f"{name}_error") == float(
+            (logits.argmax(1) != y).double().mean()
+        )
     # Draws differ, and training helps: chance is log 3.
     assert len(set(table.column("train_loss", 1))) == 3
     assert table.column("train_loss", 0).min() < math.log(3)
@@ -53,15 +61,24 @@ def test_shapes_of_the_subnetworks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(stability, "train_subnetworks", spy)
     model = mlp(5, 9, 8, 7, 3)
-    subnetwork_stability(model, model, data(), fraction=4, draws=2, method="trained", recipe=Recipe(epochs=0))
-    assert seen == {0: [(5, (2, 2, 1))] * 2, 1: [(7, (2, 1))] * 2, 2: [(6, (1,))] * 2, 3: [(6, ())] * 2}
+    subnetwork_stability(
+        model, model, data(), fraction=4, draws=2, method="trained", recipe=Recipe(epochs=0)
+    )
+    assert seen == {
+        0: [(5, (2, 2, 1))] * 2,
+        1: [(7, (2, 1))] * 2,
+        2: [(6, (1,))] * 2,
+        3: [(6, ())] * 2,
+    }
 
 
 def test_convolutions_are_trained_to_full_depth() -> None:
     model = conv_net().eval()
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(24, 2, 8, 8, generator=generator), torch.arange(24) % 3
-    table = subnetwork_stability(model, model, (x, y), draws=2, recipe=Recipe(epochs=2, lr=0.003), entries=[2, 1])
+    table = subnetwork_stability(
+        model, model, (x, y), draws=2, recipe=Recipe(epochs=2, lr=0.003), entries=[2, 1]
+    )
     assert table.entries == [1, 2] and {row.method for row in table.rows} == {"trained"}
     with pytest.raises(ModeconnError, match='use "trained"'):
         subnetwork_stability(model, model, (x, y), method="head")
@@ -82,15 +99,24 @@ def test_interrupted_and_resumed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> N
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        subnetwork_stability(model, model, data(), draws=2, recipe=QUICK, folder=tmp_path, log=interrupt)
+        subnetwork_stability(
+            model, model, data(), draws=2, recipe=QUICK, folder=tmp_path, log=interrupt
+        )
     kept = sorted(path.suffix for path in tmp_path.iterdir())
     assert kept == [".json", ".training"]
     again = subnetwork_stability(model, model, data(), draws=2, recipe=QUICK, folder=tmp_path)
     for a, b in zip(whole.rows, again.rows, strict=True):
-        assert (a.entry, a.draw, a.train_loss, a.train_error) == (b.entry, b.draw, b.train_loss, b.train_error)
+        assert (a.entry, a.draw, a.train_loss, a.train_error) == (
+            b.entry,
+            b.draw,
+            b.train_loss,
+            b.train_error,
+        )
     assert not list(tmp_path.glob("*.training"))
     # A third call only reads.
-    assert subnetwork_stability(model, model, data(), draws=2, recipe=QUICK, folder=tmp_path) == again
+    assert (
+        subnetwork_stability(model, model, data(), draws=2, recipe=QUICK, folder=tmp_path) == again
+    )
     # Another network is not mistaken for this one.
     other = mlp(5, 9, 8, 3, seed=5)
     with pytest.raises(ModeconnError, match="another network"):

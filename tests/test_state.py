@@ -54,7 +54,8 @@ class Loud:
         return os.mkdir, (str(self.file),)
 
 
-# ------------------------------------------------------------------------------------------------ load
+# ------------------------------------------------------------------------------------------------
+# load
 
 
 def test_a_module_gives_its_detached_state():
@@ -74,7 +75,9 @@ def test_a_mapping_gives_a_copy_of_the_mapping():
     assert not state.load(dict(network().named_parameters()))["0.weight"].requires_grad
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.pth", "checkpoint.pth.tar", "noending"])
+@pytest.mark.parametrize(
+    "name", ["a.safetensors", "a.pt", "a.pth", "checkpoint.pth.tar", "noending"]
+)
 @pytest.mark.parametrize("form", ["safetensors", "zip", "old"])
 def test_a_file_is_what_its_bytes_say(tmp_path: Path, name: str, form: str):
     file = tmp_path / name
@@ -118,7 +121,11 @@ NESTED = {
         "optimizer_states": [{}],
         "hyper_parameters": {"lr": 0.1},
     },
-    "tutorial": {"model_state_dict": weights(), "optimizer_state_dict": {}, "loss": torch.tensor(0.1)},
+    "tutorial": {
+        "model_state_dict": weights(),
+        "optimizer_state_dict": {},
+        "loss": torch.tensor(0.1),
+    },
     "timm": {"arch": "vgg", "state_dict": weights(0), "state_dict_ema": weights(1)},
     "fairseq": {"model": weights(), "args": None},
     "a name beside it": {"model": "vgg11", "state_dict": weights()},
@@ -173,7 +180,9 @@ def test_prefixes_of_modules_and_mappings_stay():
     assert state.load(wrapped.state_dict()).keys() == wrapped.state_dict().keys()
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64])
+@pytest.mark.parametrize(
+    "stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64]
+)
 @pytest.mark.parametrize("form", ["mapping", "safetensors", "zip"])
 def test_dtype_converts_floating_entries_alone(tmp_path: Path, stored: torch.dtype, form: str):
     given = {
@@ -208,7 +217,10 @@ def test_an_integer_dtype_is_refused():
         (torch.ones(2), ["Tensor", "state dict"]),
         ({}, ["no entries"]),
         (nn.ReLU(), ["ReLU", "no entries"]),
-        ({"a": torch.ones(1), "b": [1.0], "c": np.ones(2)}, ["2 of 3", "'b' is list", "'c' is ndarray"]),
+        (
+            {"a": torch.ones(1), "b": [1.0], "c": np.ones(2)},
+            ["2 of 3", "'b' is list", "'c' is ndarray"],
+        ),
         ({0: torch.ones(1)}, ["the name 0 is int"]),
         ({"epoch": 3, "optimizer": {}}, ["'epoch' is int", "'model_state'"]),
         ({f"x{i}": i for i in range(9)}, ["9 of 9", "'x3' is int", "and 5 more"]),
@@ -220,7 +232,8 @@ def test_what_is_no_state_is_refused(source: object, words: list[str]):
         state.load(source)
 
 
-# ----------------------------------------------------------------------------------------------- files
+# -----------------------------------------------------------------------------------------------
+# files
 
 
 def packed(write) -> bytes:
@@ -260,7 +273,10 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
         (b"just some text", ["b'just some te'"]),
         (pickle.dumps({"w": np.ones(3)}, protocol=4), ["pickle", "run code"]),
         (tar_of(b"x"), ["tar archive"]),
-        (packed(lambda stream: np.savez(stream, w=np.ones(3))), ["zip archive", "w.npy", "torch.save"]),
+        (
+            packed(lambda stream: np.savez(stream, w=np.ones(3))),
+            ["zip archive", "w.npy", "torch.save"],
+        ),
         (zip_of("a/constants.pkl", "a/data.pkl"), ["TorchScript", "torch.jit.load"]),
         (ZIP[: len(ZIP) // 2], ["truncated", f"{len(ZIP) // 2:,} bytes"]),
         (ZIP[:-1], ["truncated", f"{len(ZIP) - 1:,} bytes"]),
@@ -302,10 +318,14 @@ def test_a_folder_is_refused_with_what_is_in_it(tmp_path: Path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_whole_module_is_refused_and_the_recipe_in_the_message_works(tmp_path: Path, monkeypatch, zipped: bool):
+def test_a_whole_module_is_refused_and_the_recipe_in_the_message_works(
+    tmp_path: Path, monkeypatch, zipped: bool
+):
     monkeypatch.chdir(tmp_path)
     torch.save(network(), "module.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ModeconnError, match=r"module\.pt: a whole module: reading torch\.nn\.modules") as caught:
+    with pytest.raises(
+        ModeconnError, match=r"module\.pt: a whole module: reading torch\.nn\.modules"
+    ) as caught:
         state.load("module.pt")
     recipe = str(caught.value).partition("convert it once: ")[2]
     eval(recipe, {"torch": torch})
@@ -317,7 +337,9 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, zipped: bool):
     mark = tmp_path / "mark"
     for content in ({"state_dict": weights(), "x": Loud(mark)}, Loud(mark)):
         torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-        with refused("a.pt", f"{os.mkdir.__module__}.mkdir", "can run code", "if you trust the file"):
+        with refused(
+            "a.pt", f"{os.mkdir.__module__}.mkdir", "can run code", "if you trust the file"
+        ):
             state.load(tmp_path / "a.pt")
         assert not mark.exists()
     torch.load(tmp_path / "a.pt", weights_only=False)
@@ -326,8 +348,12 @@ def test_code_in_a_pickle_never_runs(tmp_path: Path, zipped: bool):
 
 def test_objects_beside_the_weights_are_refused_and_the_recipe_works(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": weights(), "hyper_parameters": argparse.Namespace(lr=0.1)}, "last.ckpt")
-    with pytest.raises(ModeconnError, match=r"not weights alone: reading argparse\.Namespace can run") as caught:
+    torch.save(
+        {"state_dict": weights(), "hyper_parameters": argparse.Namespace(lr=0.1)}, "last.ckpt"
+    )
+    with pytest.raises(
+        ModeconnError, match=r"not weights alone: reading argparse\.Namespace can run"
+    ) as caught:
         state.load("last.ckpt")
     eval(str(caught.value).partition("convert it once: ")[2], {"torch": torch})
     assert_same(state.load("weights.pt"), weights())
@@ -353,7 +379,9 @@ def test_any_damage_gives_a_state_or_one_clear_line(tmp_path_factory, data: st.D
     except ModeconnError as error:
         message = str(error)
     else:
-        message = str(file) if all(isinstance(value, torch.Tensor) for value in found.values()) else ""
+        message = (
+            str(file) if all(isinstance(value, torch.Tensor) for value in found.values()) else ""
+        )
     assert str(file) in message
     assert "\n" not in message
 
@@ -372,7 +400,8 @@ def test_the_real_checkpoints_load_and_match(shared: Path):
         state.match([states[0], state.load(other)], [files[0].name, other.name])
 
 
-# ----------------------------------------------------------------------------------------------- match
+# -----------------------------------------------------------------------------------------------
+# match
 
 
 def test_states_of_one_network_match_whatever_their_values_and_order():
@@ -388,9 +417,15 @@ def test_states_of_one_network_match_whatever_their_values_and_order():
         ({"0.bias": None}, ["c does not match a in 1 entry: '0.bias' is missing"]),
         ({"x": torch.ones(2, 3)}, ["'x' [2, 3] is not expected"]),
         ({"0.weight": torch.ones(3, 5)}, ["'0.weight' is [3, 5], expected [3, 4]"]),
-        ({"0.weight": torch.ones(3, 4).double()}, ["'0.weight' is torch.float64, expected torch.float32"]),
+        (
+            {"0.weight": torch.ones(3, 4).double()},
+            ["'0.weight' is torch.float64, expected torch.float32"],
+        ),
         ({"0.weight": torch.ones(3, 4, device="meta")}, ["'0.weight' is on meta, expected on cpu"]),
-        ({"1.num_batches_tracked": torch.tensor([1])}, ["'1.num_batches_tracked' is [1], expected []"]),
+        (
+            {"1.num_batches_tracked": torch.tensor([1])},
+            ["'1.num_batches_tracked' is [1], expected []"],
+        ),
         ({"0.bias": None, "x": torch.ones(1)}, ["2 entries", "'0.bias' is missing", "'x' [1]"]),
         (dict.fromkeys(list(weights())[1:]), [f"{len(weights()) - 1} entries", "and 4 more"]),
     ],
@@ -414,7 +449,9 @@ def test_a_prefix_is_named_and_the_remedy_works(swap: bool):
     pair, names = [weights(), prefixed], ["plain", "lightning"]
     if swap:
         pair, names = pair[::-1], names[::-1]
-    with pytest.raises(ModeconnError, match=r"every name in lightning begins with 'model\.'") as caught:
+    with pytest.raises(
+        ModeconnError, match=r"every name in lightning begins with 'model\.'"
+    ) as caught:
         state.match(pair, names)
     remedy = str(caught.value).partition("remove it: ")[2].removesuffix(")")
     assert_same(eval(remedy, {"state": prefixed}), weights())
@@ -427,7 +464,8 @@ def test_no_prefix_is_named_where_the_names_differ_otherwise():
     assert "begins with" not in str(caught.value)
 
 
-# ----------------------------------------------------------------------------------------------- check
+# -----------------------------------------------------------------------------------------------
+# check
 
 
 @pytest.mark.parametrize(
@@ -435,10 +473,17 @@ def test_no_prefix_is_named_where_the_names_differ_otherwise():
     [
         {},
         {"w": torch.tensor(0.0, dtype=torch.float64)},
-        {"w": torch.tensor([torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max, 1e-45])},
+        {
+            "w": torch.tensor(
+                [torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max, 1e-45]
+            )
+        },
         {"w": torch.empty(0)},
         {"steps": torch.tensor(3), "weight": torch.tensor(3)},  # a counter may be called anything
-        {"attention.mask": torch.ones(2, 2, dtype=torch.bool), "relative_position_index": torch.arange(4)},
+        {
+            "attention.mask": torch.ones(2, 2, dtype=torch.bool),
+            "relative_position_index": torch.arange(4),
+        },
     ],
 )
 def test_usable_states_pass(entries: state.State):
@@ -448,15 +493,33 @@ def test_usable_states_pass(entries: state.State):
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"w": torch.tensor([1.0, float("nan")])}, ["1 of 10", "'w' has 1 NaN and 0 infinite of 2"]),
-        ({"w": torch.tensor([[float("inf"), -float("inf"), 0.0]])}, ["'w' has 0 NaN and 2 infinite of 3"]),
+        (
+            {"w": torch.tensor([1.0, float("nan")])},
+            ["1 of 10", "'w' has 1 NaN and 0 infinite of 2"],
+        ),
+        (
+            {"w": torch.tensor([[float("inf"), -float("inf"), 0.0]])},
+            ["'w' has 0 NaN and 2 infinite of 3"],
+        ),
         ({"w": torch.tensor(float("nan"), dtype=torch.float64)}, ["'w' has 1 NaN"]),
         ({"w": torch.full((3, 2), -float("inf")).t()}, ["6 infinite of 6"]),
-        ({f"w{i}": torch.tensor(float("nan")) for i in range(6)}, ["6 of 15", "'w3'", "and 2 more"]),
-        ({"w": torch.ones(2).half()}, ["'w' is torch.float16", "mc.load(file, dtype=torch.float32)"]),
+        (
+            {f"w{i}": torch.tensor(float("nan")) for i in range(6)},
+            ["6 of 15", "'w3'", "and 2 more"],
+        ),
+        (
+            {"w": torch.ones(2).half()},
+            ["'w' is torch.float16", "mc.load(file, dtype=torch.float32)"],
+        ),
         ({"w": torch.ones(2).bfloat16()}, ["'w' is torch.bfloat16", "dtype=torch.float32"]),
-        ({"w": torch.ones(2).to(torch.float8_e5m2)}, ["'w' is torch.float8_e5m2", "dtype=torch.float32"]),
-        ({"w": torch.ones(2, dtype=torch.complex64)}, ["'w' is torch.complex64", "float32 or float64"]),
+        (
+            {"w": torch.ones(2).to(torch.float8_e5m2)},
+            ["'w' is torch.float8_e5m2", "dtype=torch.float32"],
+        ),
+        (
+            {"w": torch.ones(2, dtype=torch.complex64)},
+            ["'w' is torch.complex64", "float32 or float64"],
+        ),
         ({"8.weight": torch.ones(2, 2).int()}, ["'8.weight' is torch.int32", "float32 or float64"]),
         ({"bias": torch.ones(2, dtype=torch.int8)}, ["'bias' is torch.int8"]),
         ({"w": torch.ones(2, device="meta")}, ["'w'", "meta"]),
@@ -485,16 +548,27 @@ def test_entries_on_two_devices_are_refused():
 def test_checking_takes_no_memory_of_the_weights_size():
     peak = 0
     big = {"w": torch.zeros(1 << 20)}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         state.check(big, "a")
     for event in profile.events():
         peak = max(peak, event.self_cpu_memory_usage)
     assert peak < big["w"].nbytes / 100
 
 
-# ------------------------------------------------------------------------------------------------ save
+# ------------------------------------------------------------------------------------------------
+# save
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+]
 
 
 @hypothesis.settings(max_examples=60)
@@ -536,7 +610,9 @@ def test_tied_and_strided_tensors_are_saved_in_full(tmp_path: Path):
 
 
 def test_parameters_are_saved_and_metadata_kept(tmp_path: Path):
-    state.save(dict(network().named_parameters()), tmp_path / "a.safetensors", {"model": "mlp:4-3-2"})
+    state.save(
+        dict(network().named_parameters()), tmp_path / "a.safetensors", {"model": "mlp:4-3-2"}
+    )
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", "model": "mlp:4-3-2"}
 
@@ -549,7 +625,8 @@ def test_what_is_no_state_is_not_saved(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --------------------------------------------------------------------------------------- atomic writing
+# --------------------------------------------------------------------------------------- atomic
+# writing
 
 
 def test_a_file_is_replaced_by_the_new_content(tmp_path: Path):
@@ -563,7 +640,9 @@ def test_a_file_is_replaced_by_the_new_content(tmp_path: Path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_interrupted_write_leaves_everything_as_it_was(tmp_path: Path, error: type[BaseException]):
+def test_an_interrupted_write_leaves_everything_as_it_was(
+    tmp_path: Path, error: type[BaseException]
+):
     file = tmp_path / "a"
     file.write_bytes(b"old")
 

@@ -21,7 +21,13 @@ X, Y = torch.randn(21, 3, 8, 8, generator=torch.Generator().manual_seed(0)), tor
 def net(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Dropout(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4)
+        nn.Conv2d(3, 5, 3),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 4),
     )
 
 
@@ -40,11 +46,30 @@ def test_the_model_and_the_control_points_are_left_as_they_were(buffers, precisi
     def everything(module: nn.Module) -> list[object]:
         kept: list[object] = [torch.get_rng_state().tolist(), torch.is_grad_enabled()]
         for name, part in module.named_modules():
-            plain = {key: value for key, value in vars(part).items() if isinstance(value, (bool, int, float, str, tuple))}
-            kept += [name, plain, list(part._forward_hooks), list(part._buffers), list(part._parameters), sorted(vars(part))]
+            plain = {
+                key: value
+                for key, value in vars(part).items()
+                if isinstance(value, (bool, int, float, str, tuple))
+            }
+            kept += [
+                name,
+                plain,
+                list(part._forward_hooks),
+                list(part._buffers),
+                list(part._parameters),
+                sorted(vars(part)),
+            ]
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             gradient = None if tensor.grad is None else tensor.grad.tolist()
-            kept += [name, tensor.data_ptr(), tensor.dtype, tensor.requires_grad, tensor._version, tensor.tolist(), gradient]
+            kept += [
+                name,
+                tensor.data_ptr(),
+                tensor.dtype,
+                tensor.requires_grad,
+                tensor._version,
+                tensor.tolist(),
+                gradient,
+            ]
         return kept
 
     before = [everything(module) for module in (model, a, b)]
@@ -59,7 +84,9 @@ def test_hooks_count():
     model[2].register_forward_hook(lambda module, args, output: 2 * output)
     t = np.array([[1.0, 0.0], [0.0, 1.0]])
     got = mc.evaluate(model, path, (X, Y), t)
-    plain, exact = (pass_per_point(model, path, X, Y, t, dtype) for dtype in (torch.float32, torch.float64))
+    plain, exact = (
+        pass_per_point(model, path, X, Y, t, dtype) for dtype in (torch.float32, torch.float64)
+    )
     assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
 
 
@@ -79,7 +106,11 @@ class OwnLoss(nn.Module):
 @pytest.mark.filterwarnings("ignore:the model's output for a sample depends")
 @pytest.mark.parametrize(
     "how, words",
-    [("mean", ("outputs have shape",)), ("each", ("outputs have shape ['N']",)), ("pair", ("the model returns a tuple",))],
+    [
+        ("mean", ("outputs have shape",)),
+        ("each", ("outputs have shape ['N']",)),
+        ("pair", ("the model returns a tuple",)),
+    ],
 )
 def test_models_that_return_a_loss_of_their_own(how, words):
     a, b = OwnLoss(how), OwnLoss(how)
@@ -87,8 +118,10 @@ def test_models_that_return_a_loss_of_their_own(how, words):
     with refused(*words, "callable"):
         mc.evaluate(a, mc.Line(a, b), ((X, Y), Y), 3)
     if how != "mean":
-        own = {"each": lambda outputs, targets: outputs, "pair": lambda outputs, targets: F.cross_entropy(outputs[1], targets,
-               reduction="none")}[how]  # fmt: skip
+        own = {
+            "each": lambda outputs, targets: outputs,
+            "pair": lambda outputs, targets: F.cross_entropy(outputs[1], targets, reduction="none"),
+        }[how]
         got = mc.evaluate(a, mc.Line(a, b), ((X, Y), Y), 3, loss=own)
         expected = F.cross_entropy(copy.deepcopy(a.inner).eval()(X), Y).item()
         np.testing.assert_allclose(got.loss, expected, rtol=1e-5)

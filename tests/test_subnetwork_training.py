@@ -26,15 +26,26 @@ def task(kind: str = "mlp", samples: int = 150) -> tuple[Chain, Tensor, Tensor]:
     if kind == "mlp":
         chain, h = Chain.of(mlp(6, 12, 12, 3), torch.randn(4, 6)), torch.randn(samples, 12).relu()
     else:
-        layers = [nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.MaxPool2d(2)]
+        layers = [
+            nn.Conv2d(2, 6, 3, padding=1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(6, 8, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
         model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3))
         chain, h = Chain.of(model, torch.randn(4, 2, 6, 6)), torch.randn(samples, 6, 6, 6).relu()
     return chain, h, (h.flatten(1)[:, :3]).argmax(1)
 
 
-def starts(chain: Chain, count: int, seed: int = 0, kept: float = 0.5, hidden: int = 5) -> list[Subnetwork]:
+def starts(
+    chain: Chain, count: int, seed: int = 0, kept: float = 0.5, hidden: int = 5
+) -> list[Subnetwork]:
     generator = torch.Generator().manual_seed(seed)
-    return [initial(chain, 1, kept_units(chain.widths[1], kept, generator), [hidden], generator) for _ in range(count)]
+    return [
+        initial(chain, 1, kept_units(chain.widths[1], kept, generator), [hidden], generator)
+        for _ in range(count)
+    ]
 
 
 def same(a: Subnetwork, b: Subnetwork, exact: bool = False) -> bool:
@@ -58,12 +69,18 @@ def test_together_as_alone_and_as_a_plain_loop(kind: str, optimizer: str) -> Non
         assert same(plain, trained.subnetwork)
         logits = outputs(chain, plain, h).double()
         assert trained.loss == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-3)
-        assert trained.error == pytest.approx(float((logits.argmax(1) != y).double().mean()), abs=0.02)
-        assert measure(chain, trained.subnetwork, h, y) == pytest.approx((trained.loss, trained.error), rel=1e-5)
+        assert trained.error == pytest.approx(
+            float((logits.argmax(1) != y).double().mean()), abs=0.02
+        )
+        assert measure(chain, trained.subnetwork, h, y) == pytest.approx(
+            (trained.loss, trained.error), rel=1e-5
+        )
         assert trained.loss < measure(chain, sub, h, y)[0]
 
 
-def plain_loop(chain: Chain, sub: Subnetwork, h: Tensor, y: Tensor, recipe: Recipe, seed: int) -> Subnetwork:
+def plain_loop(
+    chain: Chain, sub: Subnetwork, h: Tensor, y: Tensor, recipe: Recipe, seed: int
+) -> Subnetwork:
     """The same training, written down as anybody would."""
     import numpy as np
 
@@ -72,22 +89,35 @@ def plain_loop(chain: Chain, sub: Subnetwork, h: Tensor, y: Tensor, recipe: Reci
     parameters = [p for p in (*weights, *biases) if p is not None]
     if recipe.optimizer == "sgd":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            parameters, lr=1.0, momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay
+            parameters,
+            lr=1.0,
+            momentum=recipe.momentum,
+            nesterov=True,
+            weight_decay=recipe.weight_decay,
         )
     else:
-        optimizer = torch.optim.AdamW(parameters, lr=1.0, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
+        optimizer = torch.optim.AdamW(
+            parameters, lr=1.0, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+        )
     done, steps = 0, recipe.epochs * math.ceil(len(y) / recipe.batch_size)
     for epoch in range(recipe.epochs):
         drawn = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]) >> 1
-        for rows in torch.randperm(len(y), generator=torch.Generator().manual_seed(drawn)).split(recipe.batch_size):
+        for rows in torch.randperm(len(y), generator=torch.Generator().manual_seed(drawn)).split(
+            recipe.batch_size
+        ):
             optimizer.param_groups[0]["lr"] = recipe.rate(done, steps)
-            loss = F.cross_entropy(outputs(chain, replace(sub, weights=tuple(weights), biases=tuple(biases)), h[rows]), y[rows])
+            loss = F.cross_entropy(
+                outputs(chain, replace(sub, weights=tuple(weights), biases=tuple(biases)), h[rows]),
+                y[rows],
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             done += 1
     return replace(
-        sub, weights=tuple(w.detach() for w in weights), biases=tuple(None if b is None else b.detach() for b in biases)
+        sub,
+        weights=tuple(w.detach() for w in weights),
+        biases=tuple(None if b is None else b.detach() for b in biases),
     )
 
 
@@ -98,7 +128,9 @@ def test_different_features_of_equal_shape_and_kept_ones_alone() -> None:
     both = train_subnetworks(chain, subs, [h, other], y, RECIPE)
     cut = train_subnetworks(chain, subs, [h[:, subs[0].kept], other[:, subs[1].kept]], y, RECIPE)
     assert all(same(a.subnetwork, b.subnetwork) for a, b in zip(both, cut))
-    assert same(train_subnetworks(chain, subs[1:], [other], y, RECIPE)[0].subnetwork, both[1].subnetwork)
+    assert same(
+        train_subnetworks(chain, subs[1:], [other], y, RECIPE)[0].subnetwork, both[1].subnetwork
+    )
 
 
 def test_a_finished_subnetwork_leaves_and_changes_no_other() -> None:
@@ -110,7 +142,11 @@ def test_a_finished_subnetwork_leaves_and_changes_no_other() -> None:
     results = train_subnetworks(chain, subs, [h] * 3, y, replace(recipe, stop_loss=stop))
     assert any(t.reached and t.epochs < 12 for t in results)
     for sub, trained, free in zip(subs, results, losses):
-        assert trained.loss <= stop if trained.reached else trained.loss == pytest.approx(free, rel=1e-3)
+        assert (
+            trained.loss <= stop
+            if trained.reached
+            else trained.loss == pytest.approx(free, rel=1e-3)
+        )
         (alone,) = train_subnetworks(chain, [sub], [h], y, replace(recipe, stop_loss=stop))
         assert (alone.epochs, alone.reached) == (trained.epochs, trained.reached)
 
@@ -148,7 +184,11 @@ def test_without_training_error_it_stops_and_another_s_end_changes_nothing() -> 
     assert len({t.epochs for t in results}) > 1
     for sub, trained in zip(subs, results):
         (alone,) = train_subnetworks(chain, [sub], [h], y, recipe)
-        assert (alone.epochs, alone.reached, alone.error) == (trained.epochs, trained.reached, trained.error)
+        assert (alone.epochs, alone.reached, alone.error) == (
+            trained.epochs,
+            trained.reached,
+            trained.error,
+        )
         assert alone.loss == pytest.approx(trained.loss, rel=1e-2)
         assert trained.reached == (trained.error == 0.0)
         assert trained.reached == (trained.epochs < 60)
@@ -207,7 +247,13 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ModeconnError, match="expected as many features"):
         train_subnetworks(chain, subs, [h, h], y, RECIPE)
     with pytest.raises(ModeconnError, match="equal shapes"):
-        train_subnetworks(chain, [*subs, initial(chain, 1, subs[0].kept, [4], torch.Generator())], [h, h], y, RECIPE)
+        train_subnetworks(
+            chain,
+            [*subs, initial(chain, 1, subs[0].kept, [4], torch.Generator())],
+            [h, h],
+            y,
+            RECIPE,
+        )
     with pytest.raises(ModeconnError, match="optimizer is 'adam'"):
         train_subnetworks(chain, subs, [h], y, replace(RECIPE, optimizer="adam"))
     with pytest.raises(ModeconnError, match="lr is -1"):

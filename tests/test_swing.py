@@ -70,8 +70,12 @@ def test_the_step_function_is_that_of_exact_arithmetic(sample):
 def test_the_ends_are_those_of_argmax(sample):
     start, stop, labels = sample
     steps = error_of(start, stop, labels)
-    assert steps.at_points[0] == pytest.approx(float((start.argmax(1) != labels).double().mean()), abs=1e-12)
-    assert steps.at_points[-1] == pytest.approx(float((stop.argmax(1) != labels).double().mean()), abs=1e-12)
+    assert steps.at_points[0] == pytest.approx(
+        float((start.argmax(1) != labels).double().mean()), abs=1e-12
+    )
+    assert steps.at_points[-1] == pytest.approx(
+        float((stop.argmax(1) != labels).double().mean()), abs=1e-12
+    )
 
 
 def random_logits(n: int, c: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,13 +98,17 @@ def test_dense_sampling_never_exceeds_and_reaches_the_maximum(classes):
 
 
 def test_the_error_can_peak_or_vanish_inside():
-    # Wrong at both ends, by another class each, and right in between; and the other way round for a chord through a rival.
+    # Wrong at both ends, by another class each, and right in between; and the other way round for a
+    # chord through a rival.
     start, stop = torch.tensor([[0.0, 1.0, -3.0]]), torch.tensor([[0.0, -3.0, 1.0]])
     steps = error_of(start, stop, torch.tensor([0]))
     np.testing.assert_allclose(steps.t, [0, 0.25, 0.75, 1])
     np.testing.assert_array_equal(steps.between, [1, 0, 1])
-    np.testing.assert_array_equal(steps.at_points, [1, 0, 0, 1])  # the label comes first: it wins a tie
-    both = error_of(torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[0, 2.0], [0.5, 0]]), torch.tensor([0, 0]))
+    # the label comes first: it wins a tie
+    np.testing.assert_array_equal(steps.at_points, [1, 0, 0, 1])
+    both = error_of(
+        torch.tensor([[1.0, 0], [0, 1]]), torch.tensor([[0, 2.0], [0.5, 0]]), torch.tensor([0, 0])
+    )
     np.testing.assert_allclose(both.t, [0, 1 / 3, 2 / 3, 1])
     np.testing.assert_allclose(both.between, [0.5, 1, 0.5])
     assert both.maximum == 1

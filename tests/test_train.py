@@ -55,7 +55,9 @@ class Noisy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.3))
+        self.body = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.3)
+        )
         self.head = nn.Linear(24, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,7 +77,9 @@ def test_the_steps_are_those_of_torch_sgd(digits):
     inputs, targets = digits.slice(0, 10)
     inputs = inputs.double()
     model, twin = network().double(), network().double()
-    train(model, (inputs, targets), lr=0.1, momentum=0.9, weight_decay=0.01, batch_size=10, epochs=3)
+    train(
+        model, (inputs, targets), lr=0.1, momentum=0.9, weight_decay=0.01, batch_size=10, epochs=3
+    )
     velocity = {name: torch.zeros_like(p) for name, p in twin.named_parameters()}
     for _ in range(3):  # one batch holds all, so their order matters only to rounding
         loss = nn.functional.cross_entropy(twin(inputs), targets)
@@ -101,7 +105,9 @@ def test_the_report_measures_the_final_weights(digits):
         inputs, targets = images.slice(0, len(images))
         logits = model.double()(inputs.double()).detach()
         assert loss == pytest.approx(float(nn.functional.cross_entropy(logits, targets)), rel=1e-5)
-        assert error == pytest.approx(float((logits.argmax(1) != targets).double().mean()), abs=1e-9)
+        assert error == pytest.approx(
+            float((logits.argmax(1) != targets).double().mean()), abs=1e-9
+        )
         model.float()
     assert report.epochs == 2
     assert report.stopped is Stopped.EPOCHS
@@ -201,8 +207,16 @@ def test_resumed_is_bitwise_the_same_as_uninterrupted(digits, tmp_path: Path, ma
     run(whole, digits, momentum=momentum)
     file = tmp_path / "a.safetensors"
     interrupted = make()
-    with pytest.raises(KeyboardInterrupt, match=r"a\.safetensors\.training keeps the training up to epoch 2"):
-        run(interrupted, digits, momentum=momentum, checkpoint=file, log=stop_after(2, KeyboardInterrupt))
+    with pytest.raises(
+        KeyboardInterrupt, match=r"a\.safetensors\.training keeps the training up to epoch 2"
+    ):
+        run(
+            interrupted,
+            digits,
+            momentum=momentum,
+            checkpoint=file,
+            log=stop_after(2, KeyboardInterrupt),
+        )
     assert not file.exists()
     resumed = make()
     with torch.no_grad():
@@ -232,12 +246,18 @@ class Interrupting(nn.Module):
 
 # 300 samples in batches of 64 are five calls an epoch, after one that checks the shapes.
 @pytest.mark.parametrize(("call", "finished"), [(2 + 5 * 2 + 3, 2), (1 + 5, 0)])
-def test_an_interrupt_within_an_epoch_goes_back_to_the_last_whole_one(digits, tmp_path, call, finished):
+def test_an_interrupt_within_an_epoch_goes_back_to_the_last_whole_one(
+    digits, tmp_path, call, finished
+):
     reference = Interrupting(network(), -1)
     if finished:
         run(reference, digits, epochs=finished)
     model, file = Interrupting(network(), call), tmp_path / "a.safetensors"
-    message = f"the training up to epoch {finished}" if finished else "interrupted in the first epoch, nothing was saved"
+    message = (
+        f"the training up to epoch {finished}"
+        if finished
+        else "interrupted in the first epoch, nothing was saved"
+    )
     with pytest.raises(KeyboardInterrupt, match=message):
         run(model, digits, checkpoint=file)
     assert_same(weights(model), weights(reference))
@@ -253,7 +273,9 @@ def test_an_interrupt_without_a_checkpoint_leaves_the_last_whole_epoch_in_the_mo
     assert_same(weights(model), weights(reference))
 
 
-def test_a_training_interrupted_after_its_last_epoch_ends_where_it_would_have(digits, tmp_path: Path):
+def test_a_training_interrupted_after_its_last_epoch_ends_where_it_would_have(
+    digits, tmp_path: Path
+):
     """Zero error is decided by what is saved, so a resume does not train on past it."""
     settings = {"lr": 0.1, "epochs": 200}
     whole, file = network(), tmp_path / "a.safetensors"
@@ -261,7 +283,13 @@ def test_a_training_interrupted_after_its_last_epoch_ends_where_it_would_have(di
     assert report.stopped is Stopped.ZERO_ERROR
     stopped = network()
     with pytest.raises(KeyboardInterrupt):
-        run(stopped, digits, **settings, checkpoint=file, log=stop_after(report.epochs, KeyboardInterrupt))
+        run(
+            stopped,
+            digits,
+            **settings,
+            checkpoint=file,
+            log=stop_after(report.epochs, KeyboardInterrupt),
+        )
     resumed = network()
     assert run(resumed, digits, **settings, checkpoint=file, resume=True).epochs == report.epochs
     assert_same(weights(resumed), weights(whole))
@@ -287,7 +315,9 @@ def test_an_unfinished_training_is_not_overwritten(digits, tmp_path: Path):
     file = tmp_path / "a.safetensors"
     unfinished(digits, file)
     before = training_file(file).read_bytes()
-    with pytest.raises(ModeconnError, match=r"a\.safetensors\.training holds an unfinished training"):
+    with pytest.raises(
+        ModeconnError, match=r"a\.safetensors\.training holds an unfinished training"
+    ):
         run(network(), digits, checkpoint=file)
     assert training_file(file).read_bytes() == before
 
@@ -307,7 +337,9 @@ def test_an_unfinished_training_is_not_overwritten(digits, tmp_path: Path):
         ),
     ],
 )
-def test_a_resume_with_other_settings_data_or_model_is_refused(digits, tmp_path: Path, change, message):
+def test_a_resume_with_other_settings_data_or_model_is_refused(
+    digits, tmp_path: Path, change, message
+):
     file = tmp_path / "a.safetensors"
     unfinished(digits, file)
     before = training_file(file).read_bytes()
@@ -334,7 +366,9 @@ def test_a_broken_or_missing_training_state_is_one_clear_line(digits, tmp_path: 
         training_file(file).write_bytes(content)
         with pytest.raises(ModeconnError, match="is not a training state"):
             run(network(), digits, checkpoint=file, resume=True)
-    state.save(network().state_dict(), training_file(file), {"training": json.dumps({"format": "other"})})
+    state.save(
+        network().state_dict(), training_file(file), {"training": json.dumps({"format": "other"})}
+    )
     with pytest.raises(ModeconnError, match="has format 'other', expected 'modeconn"):
         run(network(), digits, checkpoint=file, resume=True)
 
@@ -360,7 +394,9 @@ def test_killed_at_any_moment_old_files_are_whole(tmp_path: Path):
     epochs = []
     for _ in range(2):
         training_file(file).unlink(missing_ok=True)
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(file)], stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(file)], stderr=subprocess.PIPE
+        )
         deadline = time.monotonic() + 60
         while not training_file(file).exists():
             assert process.poll() is None, process.stderr.read().decode()
@@ -435,7 +471,11 @@ def test_settings_out_of_range_are_named(digits, tmp_path: Path, settings, messa
     [
         ((torch.zeros(5, 64), torch.zeros(4, dtype=torch.int64)), SPEC, "5 inputs and 4 targets"),
         ((torch.zeros(0, 64), torch.zeros(0, dtype=torch.int64)), SPEC, "0 inputs and 0 targets"),
-        ((torch.zeros(5, 63), torch.zeros(5, dtype=torch.int64)), SPEC, r"inputs of shape \[63\] per sample"),
+        (
+            (torch.zeros(5, 63), torch.zeros(5, dtype=torch.int64)),
+            SPEC,
+            r"inputs of shape \[63\] per sample",
+        ),
         (
             (torch.zeros(5, 64), torch.full((5,), 10)),
             SPEC,
@@ -462,6 +502,8 @@ def test_data_that_does_not_fit_the_model_is_named(data, spec, message):
 
 
 def test_a_training_that_diverges_says_so_and_leaves_nothing(digits, tmp_path: Path):
-    with pytest.raises(ModeconnError, match=r"the loss is (nan|inf) in epoch \d+: lr 3e\+38 is too large"):
+    with pytest.raises(
+        ModeconnError, match=r"the loss is (nan|inf) in epoch \d+: lr 3e\+38 is too large"
+    ):
         run(network(spec="mlp:64-10"), digits, lr=3e38, checkpoint=tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())

@@ -29,18 +29,26 @@ Y = torch.arange(9) % 4
 IMAGES = torch.randn(5, 2, 8, 7, generator=torch.Generator().manual_seed(0))
 
 
-def agrees(model: nn.Module, path: mc.PolyChain | mc.Line, x: Any, y: Tensor, points: Any, **options: Any) -> mc.PathResult:
+def agrees(
+    model: nn.Module, path: mc.PolyChain | mc.Line, x: Any, y: Tensor, points: Any, **options: Any
+) -> mc.PathResult:
     """Compare with plain PyTorch's distance from float64."""
     got = mc.evaluate(model, path, (x, y), points, backend="triton", **options)
     assert got.backend == "triton"
     if not options and x.is_floating_point():
-        plain_values, exact_values = (pass_per_point(model, path, x, y, got.t, d) for d in (torch.float32, torch.float64))
+        plain_values, exact_values = (
+            pass_per_point(model, path, x, y, got.t, d) for d in (torch.float32, torch.float64)
+        )
         for name in ("loss", "error"):
-            assert_within_policy(name, got.values[name], plain_values[name], exact_values[name], torch.float32)
+            assert_within_policy(
+                name, got.values[name], plain_values[name], exact_values[name], torch.float32
+            )
         return got
     plain = mc.evaluate(model, path, (x, y), points, backend="reference", **options)
     wide = x.double() if x.is_floating_point() else x
-    exact = mc.evaluate(model, path, (wide, y), points, backend="reference", precision="float64", **options)
+    exact = mc.evaluate(
+        model, path, (wide, y), points, backend="reference", precision="float64", **options
+    )
     for name, values in got.values.items():
         assert_within_policy(name, values, plain.values[name], exact.values[name], torch.float32)
     return got
@@ -55,11 +63,13 @@ def kernels(model: nn.Module, path: Any, x: Tensor, points: Any = 3) -> list[lis
         tail = find_tail(steps, 256)
         assert tail is not None
         calls = Schedule(steps, [tail.reads]).calls
-        found.append([segment.steps[call.step].node.op for call in calls] + [f"tail {len(tail.layers)}"])
+        found.append(
+            [segment.steps[call.step].node.op for call in calls] + [f"tail {len(tail.layers)}"]
+        )
     return found
 
 
-# -- perceptrons ----------------------------------------------------------------------------------------------------
+# -- perceptrons -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("points", [1, 3])
@@ -83,7 +93,13 @@ def test_activations(module):
 
 def test_more_control_points_than_a_kernel_adds_up():
     nets = [mlp(6, 5, 3, 4, seed=k) for k in range(5)]
-    agrees(nets[0], mc.Mixture(nets), X, Y, [[0.2] * 5, [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0.3, -1, 0, 2, 0.5]])
+    agrees(
+        nets[0],
+        mc.Mixture(nets),
+        X,
+        Y,
+        [[0.2] * 5, [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0.3, -1, 0, 2, 0.5]],
+    )
 
 
 def test_dead_units_and_swings():
@@ -141,7 +157,7 @@ def test_top5():
     agrees(a, mc.Line(a, b), X, torch.arange(9) % 7, 3, metrics=("top5_error", "loss", "error"))
 
 
-# -- convolutions ---------------------------------------------------------------------------------------------------
+# -- convolutions ----------------------------------------------------------------------------------
 
 
 def trained(model: nn.Module, x: Tensor) -> nn.Module:
@@ -158,10 +174,20 @@ def trained(model: nn.Module, x: Tensor) -> nn.Module:
 def vgg(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2),
-        nn.Flatten(), nn.Linear(8, 5), nn.ReLU(), nn.Dropout(), nn.Linear(5, 4),
-    )  # fmt: skip
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+        nn.ReLU(),
+        nn.Dropout(),
+        nn.Linear(5, 4),
+    )
     return trained(model, IMAGES[:, :, :, :6])
 
 
@@ -171,11 +197,19 @@ class Block(nn.Module):
     def __init__(self, seed: int, shortcut: bool) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.first = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.ReLU())
+        self.first = nn.Sequential(
+            nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.ReLU()
+        )
         out, stride = (4, 2) if shortcut else (3, 1)
-        self.one = nn.Sequential(nn.Conv2d(3, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
+        self.one = nn.Sequential(
+            nn.Conv2d(3, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
+        )
         self.two = nn.Sequential(nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out))
-        self.shortcut = nn.Sequential(nn.Conv2d(3, out, 1, stride, bias=False), nn.BatchNorm2d(out)) if shortcut else None
+        self.shortcut = (
+            nn.Sequential(nn.Conv2d(3, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            if shortcut
+            else None
+        )
         self.head = nn.Linear(out, 4)
         trained(self, IMAGES)
 
@@ -234,7 +268,7 @@ def test_what_has_no_kernel_is_left_to_pytorch():
     agrees(a, mc.Line(a, b), X, Y, 3)
 
 
-# -- transformers ---------------------------------------------------------------------------------------------------
+# -- transformers ----------------------------------------------------------------------------------
 
 
 def gpt(seed: int) -> nn.Module:
@@ -251,11 +285,19 @@ def test_a_transformer_over_tokens(loss):
     tokens = torch.randint(0, 7, (3, 4), generator=torch.Generator().manual_seed(0))
     labels = tokens.clone()
     labels[1, 2] = -100
-    got = agrees(nets[0], mc.Line(*nets), tokens, labels, 2, loss=loss, metrics=("loss", "error", "perplexity"))
+    got = agrees(
+        nets[0],
+        mc.Line(*nets),
+        tokens,
+        labels,
+        2,
+        loss=loss,
+        metrics=("loss", "error", "perplexity"),
+    )
     assert np.isfinite(got.loss).all()
 
 
-# -- who runs ---------------------------------------------------------------------------------------------------------
+# -- who runs --------------------------------------------------------------------------------------
 
 
 def test_why_it_cannot_run(monkeypatch):
@@ -287,7 +329,12 @@ def test_nothing_for_a_kernel_to_do():
 
 def test_precisions_that_a_backend_does_not_have():
     a, b = (mlp(6, 5, 4, seed=k) for k in range(2))
-    for backend, precision in (("auto", "tf32"), ("reference", "tf32"), ("native", "bf16"), ("reference", "bf16")):
+    for backend, precision in (
+        ("auto", "tf32"),
+        ("reference", "tf32"),
+        ("native", "bf16"),
+        ("reference", "bf16"),
+    ):
         with refused(precision, backend, "float32 or float64", "triton"):
             mc.evaluate(a, mc.Line(a, b), (X, Y), 3, backend=backend, precision=precision)
     with refused("tf32", "reference"):
@@ -319,7 +366,7 @@ def test_nothing_of_triton_is_imported_until_it_is_asked_for():
     assert done.stdout.strip() == "[]"
 
 
-# -- recordings -----------------------------------------------------------------------------------------------------
+# -- recordings ------------------------------------------------------------------------------------
 
 
 def test_recorded_work_is_done_again_on_new_inputs(monkeypatch):
@@ -338,8 +385,14 @@ def test_recorded_work_is_done_again_on_new_inputs(monkeypatch):
     swung = clone(a)
     swung["4.weight"] += 0.3  # its logits are combined: the work reads several shared values
     path = mc.PolyChain([clone(b), clone(a), swung, clone(c)])
-    got, plain = (mc.evaluate(a, path, (x, y), 10, backend=name, batch_size=10) for name in ("triton", "reference"))
+    got, plain = (
+        mc.evaluate(a, path, (x, y), 10, backend=name, batch_size=10)
+        for name in ("triton", "reference")
+    )
     exact = mc.evaluate(a, path, (x.double(), y), 10, backend="reference", precision="float64")
-    assert len(recorded) == 3  # once for each segment, at the fourth of six equal batches; the last one has another shape
+    # once for each segment, at the fourth of six equal batches; the last one has another shape
+    assert len(recorded) == 3
     for name in ("loss", "error"):
-        assert_within_policy(name, got.values[name], plain.values[name], exact.values[name], torch.float32)
+        assert_within_policy(
+            name, got.values[name], plain.values[name], exact.values[name], torch.float32
+        )

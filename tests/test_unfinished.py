@@ -40,14 +40,18 @@ def net(seed: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 4))
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["written after every part", "written at the end"])
+@pytest.mark.parametrize(
+    "seconds", [0.0, 1e9], ids=["written after every part", "written at the end"]
+)
 @pytest.mark.parametrize("buffers", ["start", "recompute"])
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch, buffers, seconds):
     monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_SAVES", seconds)
     a, b = net(1), net(2)
     file = tmp_path / "line.unfinished"
     points, options = 5, {"buffers": buffers, "batch_size": 32, "resume": file}
-    whole = mc.evaluate(a, mc.Line(a, b), (X, Y), points, loss=Counting(), buffers=buffers, batch_size=32)
+    whole = mc.evaluate(
+        a, mc.Line(a, b), (X, Y), points, loss=Counting(), buffers=buffers, batch_size=32
+    )
     with pytest.raises(Stop):
         mc.evaluate(a, mc.Line(a, b), (X, Y), points, loss=Counting(4 * 32 * points), **options)
     rest = Counting()

@@ -14,9 +14,16 @@ from modeconn.plan.units import ALL, Units, covering, regrouped
 ROWS = Size(lambda rows: rows, "N")
 
 VIEWS = [
-    ((24,), (3, 8)), ((3, 8), (24,)), ((4, 6), (2, 2, 6)), ((4, 6), (6, 4)), ((2, 3, 4), (6, 4)), ((5, 1, 6), (5, 6)),
-    ((5, 6), (1, 5, 6, 1)), ((2, 3, 4, 5), (6, 20)), ((7,), (7,)),
-]  # fmt: skip
+    ((24,), (3, 8)),
+    ((3, 8), (24,)),
+    ((4, 6), (2, 2, 6)),
+    ((4, 6), (6, 4)),
+    ((2, 3, 4), (6, 4)),
+    ((5, 1, 6), (5, 6)),
+    ((5, 6), (1, 5, 6, 1)),
+    ((2, 3, 4, 5), (6, 20)),
+    ((7,), (7,)),
+]
 
 
 @st.composite
@@ -24,7 +31,9 @@ def parts(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], Units]:
     """Two views, and a part of the second."""
     before, after = draw(st.sampled_from(VIEWS))
     axes = draw(st.sets(st.sampled_from(range(len(after))), max_size=2))
-    indices = {a: np.array(sorted(draw(st.sets(st.integers(0, after[a] - 1), min_size=1)))) for a in axes}
+    indices = {
+        a: np.array(sorted(draw(st.sets(st.integers(0, after[a] - 1), min_size=1)))) for a in axes
+    }
     return before, after, Units(indices).of(after)
 
 
@@ -44,9 +53,13 @@ def test_a_part_covers_a_part_of_its_view(drawn):
     asked = covering(shift, *rows)
     delivered = regrouped(asked, *rows)
     assert delivered is not None, "what is asked for is a part of the view as well"
-    asked, delivered = (Units({a - 1: index for a, index in units.along.items()}) for units in (asked, delivered))
+    asked, delivered = (
+        Units({a - 1: index for a, index in units.along.items()}) for units in (asked, delivered)
+    )
     got = numbers(asked, before)
-    assert torch.equal(got.reshape(-1), numbers(delivered, after).reshape(-1)), "the same numbers in the same order"
+    assert torch.equal(got.reshape(-1), numbers(delivered, after).reshape(-1)), (
+        "the same numbers in the same order"
+    )
     assert set(numbers(wanted, after).reshape(-1).tolist()) <= set(got.reshape(-1).tolist())
     exact = regrouped(wanted, after, before)
     if exact is not None:
@@ -58,10 +71,14 @@ def test_whole_heads():
     two = Units({2: np.array([0, 2])})
     assert regrouped(two, heads, features) == Units({2: np.array([0, 1, 2, 3, 8, 9, 10, 11])})
     some = Units({2: np.array([3, 9])})
-    assert covering(some, heads, features) == Units({2: np.array([0, 2]), 3: np.array([1, 3])}), "units of some heads"
+    assert covering(some, heads, features) == Units({2: np.array([0, 2]), 3: np.array([1, 3])}), (
+        "units of some heads"
+    )
     assert regrouped(some, features, heads) is None
     folded = (Size(lambda rows: 5 * rows, "5*N"), 12)
-    assert covering(Units({1: np.array([0])}), folded, features) == ALL, "tokens among the rows are not told apart"
+    assert covering(Units({1: np.array([0])}), folded, features) == ALL, (
+        "tokens among the rows are not told apart"
+    )
 
 
 def test_unions_and_positions():

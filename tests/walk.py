@@ -35,13 +35,28 @@ class Walk:
 def conv_net(channels: int = 6) -> nn.Sequential:
     """Convolutions with batch norm and pooling, the flattening, two linear layers."""
     return nn.Sequential(
-        nn.Conv2d(2, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(channels, channels + 1, 3, padding=1, bias=False), nn.BatchNorm2d(channels + 1), nn.ReLU(), nn.AvgPool2d(2),
-        nn.Flatten(), nn.Linear(4 * (channels + 1), 8), nn.ReLU(), nn.Linear(8, 3),
-    )  # fmt: skip
+        nn.Conv2d(2, channels, 3, padding=1),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(channels, channels + 1, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels + 1),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * (channels + 1), 8),
+        nn.ReLU(),
+        nn.Linear(8, 3),
+    )
 
 
-def walk(model: nn.Module, row: tuple[int, ...], seed: int = 0, samples: int = 60, dtype: torch.dtype = torch.float32) -> Walk:
+def walk(
+    model: nn.Module,
+    row: tuple[int, ...],
+    seed: int = 0,
+    samples: int = 60,
+    dtype: torch.dtype = torch.float32,
+) -> Walk:
     """Half A of every layer is live first; B is written and swung to; A becomes B's twin and takes over; B is free again."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, *row, generator=generator).to(dtype)
@@ -85,7 +100,11 @@ def walk(model: nn.Module, row: tuple[int, ...], seed: int = 0, samples: int = 6
     for layer in chain.layers[1:]:
         a, b = parts(chain, layer.index - 1)[:2]
         read = layer.by_unit(state[layer.weight])
-        used = torch.cat(parts(chain, layer.index)[:2]) if layer is not last else torch.arange(layer.units)
+        used = (
+            torch.cat(parts(chain, layer.index)[:2])
+            if layer is not last
+            else torch.arange(layer.units)
+        )
         read[used[:, None], a] = read[used[:, None], b]
         read[used[:, None], b] = 0
     state = step()

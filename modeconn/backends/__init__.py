@@ -16,7 +16,9 @@ _REDUCED = ("triton", "cuda")
 def check_name(name: str, precision: str = "float32", device: torch.device | None = None) -> None:
     """Raise a ModeconnError for a backend that does not exist, or that does not have a precision on a device."""
     if name not in ("auto", *NAMES):
-        raise ModeconnError(f'backend {name!r} is unknown: expected "auto" or one of {", ".join(NAMES)}')
+        raise ModeconnError(
+            f'backend {name!r} is unknown: expected "auto" or one of {", ".join(NAMES)}'
+        )
     if precision not in ("tf32", "bf16") or name in _REDUCED:
         return
     on_gpu = device is not None and device.type == "cuda"
@@ -28,7 +30,11 @@ def check_name(name: str, precision: str = "float32", device: torch.device | Non
 
 
 def make_differentiable(
-    name: str, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "float32"
+    name: str,
+    program: Program,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str = "float32",
 ) -> ReferenceBackend:
     """The backend of that name, whose outputs can be differentiated; "auto" takes PyTorch's operations where they can do it.
 
@@ -46,7 +52,11 @@ def make_differentiable(
 
 
 def make_backend(
-    name: str, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "float32"
+    name: str,
+    program: Program,
+    dtype: torch.dtype,
+    device: torch.device,
+    precision: str = "float32",
 ) -> ReferenceBackend:
     """The backend of that name; "auto" takes the fastest that runs the program.
 

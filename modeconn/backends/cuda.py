@@ -1,8 +1,9 @@
 """The cuda backend: chains of linear layers of width 256 at most, fused down to their sums in one CUDA C++ kernel.
 
-Each segment is looked at once. If what it does per point is such a chain, or adds up a combination of outputs, the kernel
-of csrc/cuda runs it, in chunks of points whose packed weights fit a workspace. Any other segment is left to the reference
-backend on the device, which also computes the shared values.
+Each segment is looked at once. If what it does per point is such a chain, or adds up a combination
+of outputs, the kernel of csrc/cuda runs it, in chunks of points whose packed weights fit a
+workspace. Any other segment is left to the reference backend on the device, which also computes the
+shared values.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from modeconn.plan.units import static
 _WORKSPACE = 256 << 20
 # The kernel's sums, by the names that a head has for them.
 _SUMS = {"loss": 0, "error": 1, "top5_error": 2}
-_MISSING_NOTE = Path(__file__).parent.parent / "_cuda_missing.txt"  # setup.py writes it where it could not build
+# setup.py writes it where it could not build
+_MISSING_NOTE = Path(__file__).parent.parent / "_cuda_missing.txt"
 
 
 @functools.cache
@@ -42,10 +44,16 @@ def extension() -> Any:
     try:
         return importlib.import_module("modeconn._cuda")
     except ModuleNotFoundError:
-        note = _MISSING_NOTE.read_text(encoding="utf-8").strip() if _MISSING_NOTE.exists() else "it has not been built"
+        note = (
+            _MISSING_NOTE.read_text(encoding="utf-8").strip()
+            if _MISSING_NOTE.exists()
+            else "it has not been built"
+        )
         raise CannotRun("cuda", f"the extension modeconn._cuda is not available: {note}") from None
     except ImportError as error:
-        raise CannotRun("cuda", f"the extension modeconn._cuda was built but does not load: {error}") from None
+        raise CannotRun(
+            "cuda", f"the extension modeconn._cuda was built but does not load: {error}"
+        ) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +93,8 @@ def mlp_sums(
     """Sums over the rows of loss, error and top-5 error of a chain at T points; nothing waits for the device.
 
     Args:
-        terms: J float32 tensors [N, width], contiguous, on one device; x(t) = activation(Σ_j coefficients[t, j] terms[j]).
+        terms: J float32 tensors [N, width], contiguous, on one device; x(t) = activation(Σ_j
+            coefficients[t, j] terms[j]).
         coefficients: float64 [T, J], on that device, as everything else.
         layers: none or more, all widths at most 256.
         labels: int64 [N], each in [0, classes): not checked, since that would wait for the device.
@@ -141,7 +150,9 @@ def mlp_sums(
         memory = torch.empty(part.workspace_bytes + 128, dtype=torch.uint8, device=device)
         address = -(-memory.data_ptr() // 128) * 128
         out = sums[start].data_ptr()
-        part.mlp_sums(workspace=address, workspace_bytes=part.workspace_bytes, sums=out, stream=stream)
+        part.mlp_sums(
+            workspace=address, workspace_bytes=part.workspace_bytes, sums=out, stream=stream
+        )
     return sums
 
 
@@ -151,21 +162,35 @@ def _shape(tensor: Tensor, what: str, dims: int) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _checked(tensor: Tensor, what: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device != device or not tensor.is_contiguous():
+def _checked(
+    tensor: Tensor, what: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
+) -> None:
+    if (
+        tensor.dtype != dtype
+        or tuple(tensor.shape) != shape
+        or tensor.device != device
+        or not tensor.is_contiguous()
+    ):
         raise ModeconnError(
             f"{what} is {tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}: expected "
             f"{dtype} {list(shape)}, contiguous, on {device}"
         )
 
 
-def _check_layer(layer: CudaLayer, what: str, points: int, depth: int, here: Callable[..., None]) -> int:
+def _check_layer(
+    layer: CudaLayer, what: str, points: int, depth: int, here: Callable[..., None]
+) -> int:
     """Check a layer's tensors; its units."""
     count, units, _ = _shape(layer.weights, f"{what}.weights", 3)
     here(layer.weights, f"{what}.weights", torch.float32, (count, units, depth))
     here(layer.coefficients, f"{what}.coefficients", torch.float64, (points, count))
     here(layer.biases, f"{what}.biases", torch.float32, (len(layer.biases), units))
-    here(layer.bias_coefficients, f"{what}.bias_coefficients", torch.float64, (points, len(layer.biases)))
+    here(
+        layer.bias_coefficients,
+        f"{what}.bias_coefficients",
+        torch.float64,
+        (points, len(layer.biases)),
+    )
     for name, tensor in (("scale", layer.scale), ("shift", layer.shift)):
         if tensor is not None:
             here(tensor, f"{what}.{name}", torch.float64, (points, units))
@@ -210,19 +235,31 @@ class CudaBackend(ReferenceBackend):
         precision: "float32", "tf32" or "bf16", of the kernel's products.
 
     Raises:
-        CannotRun: the extension is not built, there is no CUDA device, or no segment is such a chain.
+        CannotRun: the extension is not built, there is no CUDA device, or no segment is such a
+            chain.
     """
 
     name = "cuda"
 
-    def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "float32") -> None:
+    def __init__(
+        self, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "float32"
+    ) -> None:
         engine = extension()
         if device.type != ("cpu" if engine.emulated else "cuda"):
             count, problem = engine.device_count()
-            there = f"there are {count} CUDA devices" if count else f"there is no CUDA device ({problem})"
-            raise CannotRun("cuda", f"it computes on a CUDA device, and the device is {device}; {there}")
+            there = (
+                f"there are {count} CUDA devices"
+                if count
+                else f"there is no CUDA device ({problem})"
+            )
+            raise CannotRun(
+                "cuda", f"it computes on a CUDA device, and the device is {device}; {there}"
+            )
         if dtype != torch.float32:
-            raise CannotRun("cuda", f"it computes in float32, and the precision is {str(dtype).removeprefix('torch.')}")
+            raise CannotRun(
+                "cuda",
+                f"it computes in float32, and the precision is {str(dtype).removeprefix('torch.')}",
+            )
         super().__init__(program, dtype, device)
         self._precision = precision
         host = replace(program, shared=[_on_host(step) for step in program.shared])
@@ -232,10 +269,19 @@ class CudaBackend(ReferenceBackend):
             raise CannotRun("cuda", next(str(reason) for reason in found.values()))
         self._kept |= {term.value for fused in self._fused.values() for term in fused.terms}
 
-    def all_outputs(self, segment: Segment, values: Values, rows: int) -> Iterator[tuple[int, slice, Any]]:
+    def all_outputs(
+        self, segment: Segment, values: Values, rows: int
+    ) -> Iterator[tuple[int, slice, Any]]:
         raise CannotRun("cuda", "its kernel gives sums of losses and errors, no outputs")
 
-    def sums(self, segment: Segment, values: Values, targets: Tensor, head: Head, tick: Callable[..., None]) -> Tensor:
+    def sums(
+        self,
+        segment: Segment,
+        values: Values,
+        targets: Tensor,
+        head: Head,
+        tick: Callable[..., None],
+    ) -> Tensor:
         fused = self._fused.get(segment.index)
         if fused is None or not head.builtin or fused.constant:
             return super().sums(segment, values, targets, head, tick)
@@ -265,7 +311,9 @@ def _fused(program: Program, segment: Segment, device: torch.device) -> Fused | 
         return f"{other} is not a linear layer"
     output = program.graph.tensor_output
     assert output is not None  # find_chain has looked
-    widths = [layer.weights[0].shape for layer in chain.layers] or [(static(program.graph.nodes[output].shape[1]),)]
+    widths = [layer.weights[0].shape for layer in chain.layers] or [
+        (static(program.graph.nodes[output].shape[1]),)
+    ]
     for what, value, most in (
         ("width", max(max(shape) for shape in widths), engine.max_width),
         ("number of layers", len(chain.layers), engine.max_layers),
@@ -286,8 +334,12 @@ def _fused(program: Program, segment: Segment, device: torch.device) -> Fused | 
             CudaLayer(
                 weights=tensor(np.stack(layer.weights), torch.float32),
                 coefficients=tensor(np.asarray(layer.columns)),
-                biases=tensor(np.stack(layer.biases) if layer.biases else np.zeros((0, units)), torch.float32),
-                bias_coefficients=tensor(np.zeros((points, 0)) if layer.bias_columns is None else layer.bias_columns),
+                biases=tensor(
+                    np.stack(layer.biases) if layer.biases else np.zeros((0, units)), torch.float32
+                ),
+                bias_coefficients=tensor(
+                    np.zeros((points, 0)) if layer.bias_columns is None else layer.bias_columns
+                ),
                 scale=None if scale is None else tensor(np.broadcast_to(scale, (points, units))),
                 shift=None if shift is None else tensor(np.broadcast_to(shift, (points, units))),
                 activation=layer.activation,
@@ -296,7 +348,9 @@ def _fused(program: Program, segment: Segment, device: torch.device) -> Fused | 
         )
     columns = np.stack([term.column for term in chain.terms], axis=1)
     start = chain.start
-    return Fused(chain.terms, tensor(columns), start.activation, start.slope, layers, chain.constant)
+    return Fused(
+        chain.terms, tensor(columns), start.activation, start.slope, layers, chain.constant
+    )
 
 
 Step = TypeVar("Step", bound="SharedStep | VaryingStep")

@@ -12,7 +12,8 @@ import torch
 def products(precision: str, device: torch.device) -> Iterator[None]:
     """Within it, PyTorch's float32 products and convolutions are true ones, or of TF32 where "tf32" or "bf16" was asked for.
 
-    By default PyTorch convolves in TF32 on a CUDA device. "bf16" is that of the kernels; what PyTorch does is then TF32.
+    By default PyTorch convolves in TF32 on a CUDA device. "bf16" is that of the kernels; what
+    PyTorch does is then TF32.
     """
     if device.type != "cuda":
         yield

@@ -1,9 +1,10 @@
 """nn.Module → graph, by torch.export and an empty decomposition table.
 
-That intermediate form is functional, still high level (linear, conv2d, layer_norm, …) and free of the module's Python, so
-one table of rules covers every way of writing a network. What cannot be exported (control flow that depends on the data,
-shapes fixed to one batch) runs as it is: the submodule that holds it where the rest can be exported around it, else the whole
-module, as a node that calls it (capture/opaque.py): slower, never wrong.
+That intermediate form is functional, still high level (linear, conv2d, layer_norm, …) and free of
+the module's Python, so one table of rules covers every way of writing a network. What cannot be
+exported (control flow that depends on the data, shapes fixed to one batch) runs as it is: the
+submodule that holds it where the rest can be exported around it, else the whole module, as a node
+that calls it (capture/opaque.py): slower, never wrong.
 """
 
 from __future__ import annotations
@@ -30,14 +31,25 @@ from torch.utils import _pytree as pytree
 from modeconn.capture import ops
 from modeconn.capture.graph import Entry, Graph, In, Node, Size
 from modeconn.capture.normalize import canonical
-from modeconn.capture.opaque import eval_mode, line_of, parts_of, reason_of, stubs, tensors_of, whole
+from modeconn.capture.opaque import (
+    eval_mode,
+    line_of,
+    parts_of,
+    reason_of,
+    stubs,
+    tensors_of,
+    whole,
+)
 from modeconn.data.inputs import Inputs, arguments, call, describe, join, keys, leaves, rows, take
 from modeconn.errors import ModeconnError
 
 # Rows of the sample that the network is traced and checked with.
 _SAMPLE_ROWS = 4
-# Tracing takes a good part of a second. A graph is taken up again if it still gives the module's own outputs.
-_CAPTURED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Graph]] = weakref.WeakKeyDictionary()
+# Tracing takes a good part of a second. A graph is taken up again if it still gives the module's
+# own outputs.
+_CAPTURED: weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Graph]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @contextlib.contextmanager
@@ -60,7 +72,9 @@ def _quiet() -> Iterator[None]:
 def prepare(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The model itself where it has that dtype and device already, else a converted copy: the user's is never changed."""
     tensors = [*model.parameters(), *model.buffers()]
-    fits = all((not v.is_floating_point() or v.dtype == dtype) and v.device == device for v in tensors)
+    fits = all(
+        (not v.is_floating_point() or v.dtype == dtype) and v.device == device for v in tensors
+    )
     return model if fits else copy.deepcopy(model).to(device=device, dtype=dtype)
 
 
@@ -69,7 +83,8 @@ def capture(model: nn.Module, sample: Inputs) -> Graph:
 
     Args:
         model: any module that takes tensors; it is left as it was.
-        sample: a few rows of input, of the dtype and on the device to compute with: a tensor, or a tuple or dict of them.
+        sample: a few rows of input, of the dtype and on the device to compute with: a tensor, or a
+            tuple or dict of them.
 
     Raises:
         ModeconnError: the model does not run on the sample.
@@ -81,7 +96,9 @@ def capture(model: nn.Module, sample: Inputs) -> Graph:
         try:
             expected = call(model, x)
         except Exception as error:
-            raise ModeconnError(f"the model does not run on inputs of shape {describe(x)}: {line_of(error)}") from error
+            raise ModeconnError(
+                f"the model does not run on inputs of shape {describe(x)}: {line_of(error)}"
+            ) from error
         known = _CAPTURED.setdefault(model, {})
         kind = tuple((key, v.dtype, v.device, *v.shape[1:]) for key, v in zip(keys(x), leaves(x)))
         if kind not in known or not _holds(known[kind], model, x, expected):
@@ -111,7 +128,9 @@ def _captured(model: nn.Module, x: Inputs, expected: Any) -> Graph:
 
 def _checked(graph: Graph, model: nn.Module, x: Inputs, expected: Any) -> Graph:
     """The graph, if it gives the module's own outputs, with what it does to the rows of a batch."""
-    whole, *parts = (run(graph, model.state_dict(), part) for part in (x, take(x, 0, 1), take(x, 1, rows(x))))
+    whole, *parts = (
+        run(graph, model.state_dict(), part) for part in (x, take(x, 0, 1), take(x, 1, rows(x)))
+    )
     if not _same(whole, expected):
         raise ModeconnError("the exported graph does not give the module's own outputs")
     return replace(graph, mixes_rows=not _rows_apart(parts, expected, rows(x)))
@@ -128,14 +147,21 @@ def _holds(graph: Graph, model: nn.Module, x: Inputs, expected: Any) -> bool:
 def _rows_apart(parts: list[Any], whole: Any, count: int) -> bool:
     """Whether the outputs of two parts of a batch, put together, are the outputs of the batch."""
     first, rest, both = (tensors_of(out) for out in (*parts, whole))
-    return all(_alike(torch.cat([a, b]), c) for a, b, c in zip(first, rest, both) if c.dim() and len(c) == count)
+    return all(
+        _alike(torch.cat([a, b]), c)
+        for a, b, c in zip(first, rest, both)
+        if c.dim() and len(c) == count
+    )
 
 
 def run(graph: Graph, entries: dict[str, Tensor], x: Inputs) -> Any:
     """The graph's output for one set of entries: a plain interpreter, used to check a capture."""
     values: dict[int, Any] = dict(enumerate(graph.given(x)))
     for node in graph.nodes[len(values) :]:
-        tensors = [graph.constants[name] if name in graph.constants else entries[name] for name in node.entries]
+        tensors = [
+            graph.constants[name] if name in graph.constants else entries[name]
+            for name in node.entries
+        ]
         values[node.id] = node.run([values[i] for i in node.inputs], tensors, rows(x))
     return graph.fill_output(values)
 
@@ -146,7 +172,9 @@ def _export(model: nn.Module, x: Inputs) -> Graph:
     batch = {0: Dim("batch", min=1)}
     args, kwargs = arguments(x)
     shapes: Any = dict.fromkeys(kwargs, batch) or tuple(batch for _ in args)
-    program = export(model, args, kwargs, dynamic_shapes=shapes, strict=False).run_decompositions({})
+    program = export(model, args, kwargs, dynamic_shapes=shapes, strict=False).run_decompositions(
+        {}
+    )
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
@@ -155,17 +183,28 @@ def _export(model: nn.Module, x: Inputs) -> Graph:
     for placeholder, target in {**names, **lifted}.items():
         if placeholder in lifted or target not in persistent:
             names[placeholder] = target
-            constants[target] = program.constants[target] if target in program.constants else program.state_dict[target]
+            constants[target] = (
+                program.constants[target]
+                if target in program.constants
+                else program.state_dict[target]
+            )
 
     nodes: list[Node] = []
     ids: dict[str, int] = {}  # fx node name → node id
     for fx in program.graph.nodes:
         if fx.op == "placeholder" and fx.name not in names:
-            ids[fx.name] = _add(nodes, "input", ops.identity, (), shape=_shape(fx.meta["val"]), source="input")
+            ids[fx.name] = _add(
+                nodes, "input", ops.identity, (), shape=_shape(fx.meta["val"]), source="input"
+            )
         elif fx.op == "call_function" and isinstance(fx.meta.get("val"), Tensor | tuple | list):
             source = fx.args[0] if fx.target is operator.getitem else None
-            if source is not None and source.name in ids and nodes[ids[source.name]].op == "batch_norm":
-                ids[fx.name] = ids[source.name]  # eval-mode batch norm returns one tensor and two empty ones
+            if (
+                source is not None
+                and source.name in ids
+                and nodes[ids[source.name]].op == "batch_norm"
+            ):
+                # eval-mode batch norm returns one tensor and two empty ones
+                ids[fx.name] = ids[source.name]
             elif source is not None and (part := _part(source, fx.args[1])) is not None:
                 ids[fx.name] = _add_call(nodes, fx, ids, names, *part)
             elif _part(fx, 0) is None:
@@ -176,7 +215,9 @@ def _export(model: nn.Module, x: Inputs) -> Graph:
 
     users = set(signature.user_outputs)
     (returned,) = [fx.args[0] for fx in program.graph.nodes if fx.op == "output"]
-    flat = [leaf(item) for item in returned if not isinstance(item, torch.fx.Node) or item.name in users]
+    flat = [
+        leaf(item) for item in returned if not isinstance(item, torch.fx.Node) or item.name in users
+    ]
     output = pytree.tree_unflatten(flat, program.call_spec.out_spec)
     return Graph(tuple(nodes), output, constants, inputs=_order(program, x))
 
@@ -189,7 +230,9 @@ def _order(program: Any, x: Inputs) -> tuple[Any, ...]:
     return order if set(order) == set(x) else tuple(x)
 
 
-def _add(nodes: list[Node], op: str, function: Callable[..., Any], args: tuple[Any, ...], **more: Any) -> int:
+def _add(
+    nodes: list[Node], op: str, function: Callable[..., Any], args: tuple[Any, ...], **more: Any
+) -> int:
     nodes.append(Node(len(nodes), op, function, args, **more))
     return len(nodes) - 1
 
@@ -210,7 +253,12 @@ def _part(fx: Any, number: int) -> tuple[Any, tuple[Any, ...]] | None:
 
 
 def _add_call(
-    nodes: list[Node], fx: Any, ids: dict[str, int], names: dict[str, str], target: Any = None, given: tuple[Any, ...] = ()
+    nodes: list[Node],
+    fx: Any,
+    ids: dict[str, int],
+    names: dict[str, str],
+    target: Any = None,
+    given: tuple[Any, ...] = (),
 ) -> int:
     """Add a call as a node; `target` and `given`: of another operation in its place."""
     inputs: list[int] = []
@@ -236,17 +284,26 @@ def _add_call(
     shape = _shape(value[0] if isinstance(value, tuple | list) else value)
     op, function, args, kwargs = canonical(target or fx.target, args, kwargs, nodes, inputs, shape)
     return _add(
-        nodes, op, function, args, kwargs=kwargs, inputs=tuple(inputs), entries=tuple(entries),
-        shape=shape if op == "batch_norm" else _shape(value), source=_source(fx),
-        batched=any(nodes[i].batched for i in inputs), random=_draws(fx, op),
-    )  # fmt: skip
+        nodes,
+        op,
+        function,
+        args,
+        kwargs=kwargs,
+        inputs=tuple(inputs),
+        entries=tuple(entries),
+        shape=shape if op == "batch_norm" else _shape(value),
+        source=_source(fx),
+        batched=any(nodes[i].batched for i in inputs),
+        random=_draws(fx, op),
+    )
 
 
 def _draws(fx: Any, op: str) -> bool:
     """Whether an operation draws random numbers, as it is called."""
     if op == "scaled_dot_product_attention":  # query, key, value, attn_mask, dropout_p
         return float(fx.args[4] if len(fx.args) > 4 else fx.kwargs.get("dropout_p", 0.0)) > 0
-    if op in ("lstm", "gru", "rnn_tanh", "rnn_relu"):  # their last arguments are dropout, train, bidirectional, batch_first
+    # their last arguments are dropout, train, bidirectional, batch_first
+    if op in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
         return bool(fx.args[-3]) and float(fx.args[-4]) > 0
     return torch.Tag.nondeterministic_seeded in getattr(fx.target, "tags", ())
 
@@ -256,17 +313,27 @@ def _opaque(model: nn.Module, x: Inputs, reason: str) -> Graph:
     count = Size(lambda n: n, "N")
     output = call(model, x)
     shape = (count, *output.shape[1:]) if isinstance(output, Tensor) and output.dim() else (count,)
-    nodes = [Node(i, "input", ops.identity, (), shape=(count, *v.shape[1:]), source="input") for i, v in enumerate(leaves(x))]
+    nodes = [
+        Node(i, "input", ops.identity, (), shape=(count, *v.shape[1:]), source="input")
+        for i, v in enumerate(leaves(x))
+    ]
     inputs = tuple(range(len(nodes)))
     module = whole(model, arguments(x), reason)
     leaf = (list(map(In, inputs)), list(map(Entry, range(len(module.names)))))
-    nodes.append(Node(len(nodes), "module", module, leaf, inputs, module.names, shape, type(model).__name__))
+    nodes.append(
+        Node(len(nodes), "module", module, leaf, inputs, module.names, shape, type(model).__name__)
+    )
     try:
-        flat = zip(*(tensors_of(call(model, part)) for part in (take(x, 0, 1), take(x, 1, rows(x)))), strict=True)
+        flat = zip(
+            *(tensors_of(call(model, part)) for part in (take(x, 0, 1), take(x, 1, rows(x)))),
+            strict=True,
+        )
         mixes = not all(map(_alike, [torch.cat(pair) for pair in flat], tensors_of(output)))
     except (RuntimeError, ValueError):  # it takes batches of one size only
         mixes = True
-    return Graph(tuple(nodes), In(len(inputs)), {}, fallback=reason, mixes_rows=mixes, inputs=tuple(keys(x)))
+    return Graph(
+        tuple(nodes), In(len(inputs)), {}, fallback=reason, mixes_rows=mixes, inputs=tuple(keys(x))
+    )
 
 
 def _shape(value: Any) -> tuple[int | Size, ...]:

@@ -1,8 +1,9 @@
 """The small graph that a network is captured as: what the planner reads and the backends run.
 
-A graph is a list of nodes in execution order. A node applies one operation to the values of earlier nodes, to *entries*
-(parameters and buffers, by their state-dict names) and to plain Python constants. Its arguments are kept as a template
-with three kinds of leaves, so that a backend can fill in whatever tensors it wants, for any number of rows.
+A graph is a list of nodes in execution order. A node applies one operation to the values of earlier
+nodes, to *entries* (parameters and buffers, by their state-dict names) and to plain Python
+constants. Its arguments are kept as a template with three kinds of leaves, so that a backend can
+fill in whatever tensors it wants, for any number of rows.
 """
 
 from __future__ import annotations
@@ -50,14 +51,17 @@ class Node:
 
     Attributes:
         id: its position in the graph.
-        op: the operation's name, which selects its rule (plan/rules/table.py); operations without a rule still run.
+        op: the operation's name, which selects its rule (plan/rules/table.py); operations without a
+            rule still run.
         function: what computes it, called with the filled template.
-        args, kwargs: the template: Python constants, `In`, `Entry` and `Size` leaves, in nested lists and tuples.
+        args, kwargs: the template: Python constants, `In`, `Entry` and `Size` leaves, in nested
+            lists and tuples.
         inputs: ids of the nodes whose values it takes.
         entries: names of the parameters and buffers it takes.
         shape: of its value; the batch axis and what follows from it are `Size`.
         source: the module and line it comes from.
-        batched: whether its value has to do with the input; if not, it is a function of entries alone.
+        batched: whether its value has to do with the input; if not, it is a function of entries
+            alone.
     """
 
     id: int
@@ -77,7 +81,9 @@ class Node:
         args = [_fill(leaf, values, entries, rows) for leaf in self.args]
         if not self.kwargs:
             return self.function(*args)
-        return self.function(*args, **{key: _fill(leaf, values, entries, rows) for key, leaf in self.kwargs.items()})
+        return self.function(
+            *args, **{key: _fill(leaf, values, entries, rows) for key, leaf in self.kwargs.items()}
+        )
 
     def numbers(self, rows: int = 64) -> float:
         """How many numbers one row of the value has, on average over a block of rows."""
@@ -105,9 +111,12 @@ class Graph:
     Attributes:
         nodes: in execution order; the first are the inputs.
         output: template of the network's output, with `In(node id)` leaves.
-        constants: entries that are not in the state dict (lifted constants, buffers that are not persistent).
-        fallback: why the network could not be captured and runs as one opaque node; None if it was captured.
-        closed: the parts of it that could not be captured and run as they are, each with its reason.
+        constants: entries that are not in the state dict (lifted constants, buffers that are not
+            persistent).
+        fallback: why the network could not be captured and runs as one opaque node; None if it was
+            captured.
+        closed: the parts of it that could not be captured and run as they are, each with its
+            reason.
         mixes_rows: whether a row's output depends on the other rows of its batch.
         inputs: what each input is called: None for the only one, else its place or its name.
     """
@@ -137,7 +146,12 @@ class Graph:
     def before_log_softmax(self) -> Graph:
         """The graph whose output is what a last log_softmax over classes [N, C] takes: its cross-entropy is the same."""
         last = None if self.tensor_output is None else self.nodes[self.tensor_output]
-        if last is None or last.op != "log_softmax" or len(last.shape) != 2 or last.args not in ((In(0), 1), (In(0), -1)):
+        if (
+            last is None
+            or last.op != "log_softmax"
+            or len(last.shape) != 2
+            or last.args not in ((In(0), 1), (In(0), -1))
+        ):
             return self
         return replace(self, output=In(last.inputs[0]))
 
@@ -147,4 +161,6 @@ class Graph:
 
     def fill_output(self, values: Mapping[int, Any]) -> Any:
         """The output's structure with node values in place of its leaves."""
-        return pytree.tree_map(lambda leaf: values[leaf.index] if isinstance(leaf, In) else leaf, self.output)
+        return pytree.tree_map(
+            lambda leaf: values[leaf.index] if isinstance(leaf, In) else leaf, self.output
+        )

@@ -16,7 +16,12 @@ Call = tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 def canonical(
-    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], nodes: Sequence[Node], inputs: list[int], shape: tuple[Dim, ...]
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    nodes: Sequence[Node],
+    inputs: list[int],
+    shape: tuple[Dim, ...],
 ) -> Call:
     """Name an operation for the rules, and replace the few that would not run on every layout.
 
@@ -48,21 +53,39 @@ def canonical(
 
 
 def _of_a_value(
-    packet: str, args: tuple[Any, ...], before: Node, shape: tuple[Dim, ...], nodes: Sequence[Node], inputs: list[int]
+    packet: str,
+    args: tuple[Any, ...],
+    before: Node,
+    shape: tuple[Dim, ...],
+    nodes: Sequence[Node],
+    inputs: list[int],
 ) -> Call | None:
     flat = len(shape) == 2 and len(before.shape) > 2 and _same_rows(before.shape, shape)
     if flat and packet in ("view", "_unsafe_view", "reshape"):
         return "flatten", torch.flatten, (args[0], 1), {}
     if packet == "slice" and _is_whole(args, before.shape):
         return "alias", ops.identity, (args[0],), {}
-    first = nodes[before.inputs[0]] if len(before.inputs) == 1 and before.args[:1] == (In(0),) and not before.kwargs else None
-    if first is None or len(first.shape) != 4 or len(shape) != 2 or not _same_rows(first.shape, shape):
+    first = (
+        nodes[before.inputs[0]]
+        if len(before.inputs) == 1 and before.args[:1] == (In(0),) and not before.kwargs
+        else None
+    )
+    if (
+        first is None
+        or len(first.shape) != 4
+        or len(shape) != 2
+        or not _same_rows(first.shape, shape)
+    ):
         return None
     pixel = first.shape[1:] == (shape[1], 1, 1)
     if pixel and packet in ("squeeze", "select") and before.op in ("squeeze", "select"):
         inputs[0] = first.id
         return "flatten", torch.flatten, (args[0], 1), {}
-    if packet == "mean" == before.op and _axis_of(before.args, 4) in (2, 3) and _axis_of(args, 3) == 2:
+    if (
+        packet == "mean" == before.op
+        and _axis_of(before.args, 4) in (2, 3)
+        and _axis_of(args, 3) == 2
+    ):
         inputs[0] = first.id
         return "mean", torch.ops.aten.mean.dim, (args[0], [2, 3]), {}
     return None
@@ -70,7 +93,11 @@ def _of_a_value(
 
 def _same_rows(before: Sequence[Dim], after: Sequence[Dim]) -> bool:
     """Whether both begin with the rows of the batch."""
-    return isinstance(before[0], Size) and isinstance(after[0], Size) and str(before[0]) == str(after[0])
+    return (
+        isinstance(before[0], Size)
+        and isinstance(after[0], Size)
+        and str(before[0]) == str(after[0])
+    )
 
 
 def _is_whole(args: tuple[Any, ...], shape: Sequence[Dim]) -> bool:
@@ -79,10 +106,16 @@ def _is_whole(args: tuple[Any, ...], shape: Sequence[Dim]) -> bool:
     axis, start, end, step = given
     size = shape[axis]
     most = size if isinstance(size, int) else torch.iinfo(torch.int64).max
-    return start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= most))
+    return (
+        start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= most))
+    )
 
 
 def _axis_of(args: tuple[Any, ...], axes: int) -> int | None:
     """The only axis that a mean is taken over, if it is one and is left out."""
     over = args[1] if len(args) == 2 else None
-    return over[0] % axes if isinstance(over, list) and len(over) == 1 and isinstance(over[0], int) else None
+    return (
+        over[0] % axes
+        if isinstance(over, list) and len(over) == 1 and isinstance(over[0], int)
+        else None
+    )

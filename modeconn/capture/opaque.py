@@ -1,8 +1,9 @@
 """Modules that run as they are: what a graph calls where torch.export cannot look inside.
 
-A branch that depends on the data, a custom function that does not trace: only the submodule that holds it is kept closed.
-While the rest of the network is exported, the closed part's `forward` is a custom operation of which the shapes alone are
-known; in the graph, that operation becomes a node that calls the module, with the entries of the point swapped in.
+A branch that depends on the data, a custom function that does not trace: only the submodule that
+holds it is kept closed. While the rest of the network is exported, the closed part's `forward` is a
+custom operation of which the shapes alone are known; in the graph, that operation becomes a node
+that calls the module, with the entries of the point swapped in.
 """
 
 from __future__ import annotations
@@ -55,12 +56,16 @@ class Structure:
     def of(cls, value: Any) -> tuple[Structure, list[Tensor]]:
         """The structure of a value, and its tensors in order."""
         flat, spec = pytree.tree_flatten(value)
-        return cls(tuple(_TENSOR if isinstance(v, Tensor) else v for v in flat), spec), tensors_of(flat)
+        return cls(tuple(_TENSOR if isinstance(v, Tensor) else v for v in flat), spec), tensors_of(
+            flat
+        )
 
     def filled(self, tensors: Sequence[Any]) -> Any:
         """The value with these tensors."""
         given = iter(tensors)
-        return pytree.tree_unflatten([next(given) if v is _TENSOR else v for v in self.others], self.spec)
+        return pytree.tree_unflatten(
+            [next(given) if v is _TENSOR else v for v in self.others], self.spec
+        )
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -85,8 +90,10 @@ class Opaque:
         path: its name in the network, "" for the network itself.
         reason: why it is kept closed, with the line where the export stopped.
         arguments: the structure of what it is called with.
-        output: the structure of what it returns; None for the network itself, whose output is handed on as it is.
-        shapes: per tensor of the output its dtype and sizes; those that follow from the rows as (tensor, axis, factor).
+        output: the structure of what it returns; None for the network itself, whose output is
+            handed on as it is.
+        shapes: per tensor of the output its dtype and sizes; those that follow from the rows as
+            (tensor, axis, factor).
     """
 
     module: nn.Module
@@ -113,11 +120,18 @@ class Opaque:
 
     def norms(self) -> list[tuple[str, _BatchNorm]]:
         """Its batch norms that keep statistics, by name."""
-        return [(k, m) for k, m in self.module.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+        return [
+            (k, m)
+            for k, m in self.module.named_modules()
+            if isinstance(m, _BatchNorm) and m.running_mean is not None
+        ]
 
     def statistics(self) -> list[Names]:
         """The names of their statistics, among the module's entries."""
-        return [(f"{name}.running_mean".lstrip("."), f"{name}.running_var".lstrip(".")) for name, _ in self.norms()]
+        return [
+            (f"{name}.running_mean".lstrip("."), f"{name}.running_var".lstrip("."))
+            for name, _ in self.norms()
+        ]
 
     def training(self, tensors: Sequence[Tensor], entries: Sequence[Tensor]) -> list[Tensor]:
         """The same with its batch norms in training mode: the output's tensors, then each norm's mean and variance."""
@@ -125,7 +139,10 @@ class Opaque:
         state = dict(zip(self.names, entries))
         for name, norm in norms:
             prefix = f"{name}." if name else ""
-            state |= {f"{prefix}{key}": torch.zeros_like(buffer) for key, buffer in norm.named_buffers(recurse=False)}
+            state |= {
+                f"{prefix}{key}": torch.zeros_like(buffer)
+                for key, buffer in norm.named_buffers(recurse=False)
+            }
         momenta = [norm.momentum for _, norm in norms]
         args, kwargs = self.arguments.filled(tensors)
         with eval_mode(self.module):
@@ -139,7 +156,9 @@ class Opaque:
         return [*tensors_of(out), *(state[name] for pair in self.statistics() for name in pair)]
 
 
-def whole(model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], reason: str) -> Opaque:
+def whole(
+    model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], reason: str
+) -> Opaque:
     """The network itself as one closed part."""
     return Opaque(model, "", reason, Structure.of(arguments)[0])
 
@@ -152,7 +171,8 @@ def parts_of(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> list[Opaque
         runs: call the model with two different numbers of rows.
 
     Returns:
-        parts in the order of the network; none if what cannot be exported is the network's own forward.
+        parts in the order of the network; none if what cannot be exported is the network's own
+            forward.
     """
     calls = _recorded(model, runs)
     found: list[Opaque] = []
@@ -169,7 +189,9 @@ def parts_of(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> list[Opaque
                 del found[before:]
                 return False
             found.append(part)
-        fits = len(found) > before and (module is model or _failure(module, calls[id(module)], found) is None)
+        fits = len(found) > before and (
+            module is model or _failure(module, calls[id(module)], found) is None
+        )
         if not fits:
             del found[before:]
         return fits
@@ -185,8 +207,12 @@ def _recorded(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> dict[int, 
     for number, run in enumerate(runs):
         for module in model.modules():
 
-            def note(module: nn.Module, args: Any, kwargs: Any, output: Any, number: int = number) -> None:
-                calls.setdefault(id(module), [[] for _ in runs])[number].append(Call((args, kwargs), output))
+            def note(
+                module: nn.Module, args: Any, kwargs: Any, output: Any, number: int = number
+            ) -> None:
+                calls.setdefault(id(module), [[] for _ in runs])[number].append(
+                    Call((args, kwargs), output)
+                )
 
             hooks.append(module.register_forward_hook(note, with_kwargs=True))
         try:
@@ -196,10 +222,16 @@ def _recorded(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> dict[int, 
         finally:
             for hook in hooks:
                 hook.remove()
-    return {key: [call for pair in zip(*each) for call in pair] for key, each in calls.items() if len(set(map(len, each))) == 1}
+    return {
+        key: [call for pair in zip(*each) for call in pair]
+        for key, each in calls.items()
+        if len(set(map(len, each))) == 1
+    }
 
 
-def _called(module: nn.Module, path: str, calls: dict[int, list[Call]]) -> Iterator[tuple[str, nn.Module]]:
+def _called(
+    module: nn.Module, path: str, calls: dict[int, list[Call]]
+) -> Iterator[tuple[str, nn.Module]]:
     """The nearest submodules that were called, by name; lists and dicts of modules are looked into."""
     for name, child in module.named_children():
         inner = f"{path}.{name}".lstrip(".")
@@ -221,7 +253,9 @@ class _Alone(nn.Module):
         return tensors_of(self.inner(*args, **kwargs))
 
 
-def _failure(module: nn.Module, calls: Sequence[Call], closed: Sequence[Opaque]) -> Exception | None:
+def _failure(
+    module: nn.Module, calls: Sequence[Call], closed: Sequence[Opaque]
+) -> Exception | None:
     """Why a submodule cannot be exported on its own, for any number of rows; None if it can."""
     from torch.export import Dim, export
 
@@ -229,7 +263,8 @@ def _failure(module: nn.Module, calls: Sequence[Call], closed: Sequence[Opaque])
     if not tensors or len(tensors) != len(others):
         return ValueError("its arguments differ from call to call") if tensors else None
     shapes = [
-        {axis: Dim.DYNAMIC for axis, (a, b) in enumerate(zip(x.shape, y.shape)) if a != b} for x, y in zip(tensors, others)
+        {axis: Dim.DYNAMIC for axis, (a, b) in enumerate(zip(x.shape, y.shape)) if a != b}
+        for x, y in zip(tensors, others)
     ]
     alone = _Alone(module, arguments).eval()
     try:
@@ -240,7 +275,9 @@ def _failure(module: nn.Module, calls: Sequence[Call], closed: Sequence[Opaque])
     return None
 
 
-def _closed(module: nn.Module, path: str, calls: Sequence[Call], failure: Exception) -> Opaque | None:
+def _closed(
+    module: nn.Module, path: str, calls: Sequence[Call], failure: Exception
+) -> Opaque | None:
     """The module as a closed part; None where what it takes or returns does not follow from the number of rows."""
     given = [Structure.of(call.arguments) for call in calls]
     returned = [Structure.of(call.output) for call in calls]
@@ -257,7 +294,9 @@ def _closed(module: nn.Module, path: str, calls: Sequence[Call], failure: Except
     return Opaque(module, path, reason_of(failure), given[0][0], returned[0][0], shapes)
 
 
-def _size(a: int, b: int, first: Sequence[Tensor], second: Sequence[Tensor]) -> int | tuple[int, int, int] | None:
+def _size(
+    a: int, b: int, first: Sequence[Tensor], second: Sequence[Tensor]
+) -> int | tuple[int, int, int] | None:
     """A size that is a in one run and b in another: itself, or a multiple of some size of the inputs."""
     if a == b:
         return a
@@ -268,7 +307,7 @@ def _size(a: int, b: int, first: Sequence[Tensor], second: Sequence[Tensor]) -> 
     return None
 
 
-# -- while the network is exported -----------------------------------------------------------------------------------------
+# -- while the network is exported -----------------------------------------------------------------
 
 # The parts that the operation's number stands for, during an export.
 _CLOSED: list[Opaque] = []
@@ -279,7 +318,9 @@ def operation() -> Any:
     """The custom operation that stands for a closed part: (its tensors, its entries, its number) → tensors."""
 
     def never(tensors: list[Tensor], entries: list[Tensor], number: int) -> list[Tensor]:
-        raise NotImplementedError("it stands for a module while a network is exported, and is not run")
+        raise NotImplementedError(
+            "it stands for a module while a network is exported, and is not run"
+        )
 
     op = torch.library.custom_op("modeconn::module", never, mutates_args=())
 
@@ -288,7 +329,10 @@ def operation() -> Any:
         def sizes(shape: list[Any]) -> list[Any]:
             return [s if isinstance(s, int) else tensors[s[0]].shape[s[1]] * s[2] for s in shape]
 
-        return [tensors[0].new_empty(sizes(shape), dtype=dtype) for dtype, shape in _CLOSED[number].shapes]
+        return [
+            tensors[0].new_empty(sizes(shape), dtype=dtype)
+            for dtype, shape in _CLOSED[number].shapes
+        ]
 
     return torch.ops.modeconn.module.default
 
@@ -331,7 +375,7 @@ def closed_part(number: int) -> Opaque:
     return _CLOSED[number]
 
 
-# -- reasons ---------------------------------------------------------------------------------------------------------------
+# -- reasons ---------------------------------------------------------------------------------------
 
 
 def line_of(error: BaseException) -> str:
@@ -348,7 +392,8 @@ def reason_of(error: BaseException) -> str:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if f"{os.sep}torch{os.sep}" not in frame.filename and not frame.filename.startswith((ours, "<"))
+        if f"{os.sep}torch{os.sep}" not in frame.filename
+        and not frame.filename.startswith((ours, "<"))
     ]
     where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: " if frames else ""
     return f"{where}torch.export: {line_of(error)}"

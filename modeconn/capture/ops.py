@@ -21,7 +21,9 @@ def identity(x: Any) -> Any:
     return x
 
 
-def batch_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def batch_norm(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     """Batch norm with given statistics."""
     return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
@@ -29,10 +31,17 @@ def batch_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer [N, in] → [N, out], by the faster of PyTorch's two matrix products on this CPU.
 
-    PyTorch's CPU builds multiply matrices with MKL, which keeps to AVX2 on processors of other makers, and convolve with
-    oneDNN, which takes AVX-512 wherever it is: there a 1×1 convolution is the same sum at twice the speed.
+    PyTorch's CPU builds multiply matrices with MKL, which keeps to AVX2 on processors of other
+    makers, and convolve with oneDNN, which takes AVX-512 wherever it is: there a 1×1 convolution is
+    the same sum at twice the speed.
     """
-    if x.dim() != 2 or len(x) < _FEW_ROWS or x.dtype != torch.float32 or x.device.type != "cpu" or not mkl_falls_behind():
+    if (
+        x.dim() != 2
+        or len(x) < _FEW_ROWS
+        or x.dtype != torch.float32
+        or x.device.type != "cpu"
+        or not mkl_falls_behind()
+    ):
         return F.linear(x, weight, bias)
     image = x.contiguous()[None, None].permute(0, 3, 1, 2)  # channels last, one row of pixels
     return F.conv2d(image, weight[:, :, None, None], bias)[0, :, 0].t()

@@ -1,7 +1,7 @@
 """The command line: parse, call the library, print.  One file per command.
 
-Bad input ends with exit code 2 and one line on stderr, Ctrl-C with 130 and a line that says what was saved.
-PyTorch is imported by the commands when they run, so that `--help` answers at once.
+Bad input ends with exit code 2 and one line on stderr, Ctrl-C with 130 and a line that says what
+was saved. PyTorch is imported by the commands when they run, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,18 @@ import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
-from modeconn.cli import connect, demo, evaluate, explain, inspect, mix, plane, reproduce, train, verify
+from modeconn.cli import (
+    connect,
+    demo,
+    evaluate,
+    explain,
+    inspect,
+    mix,
+    plane,
+    reproduce,
+    train,
+    verify,
+)
 from modeconn.cli.options import Parser, example
 from modeconn.errors import ModeconnError
 
@@ -26,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name; those of the process if None.
 
     Returns:
-        The exit code: 0, 2 for bad input, 130 after Ctrl-C, 1 where the system failed (a full disk, say).
+        The exit code: 0, 2 for bad input, 130 after Ctrl-C, 1 where the system failed (a full disk,
+            say).
     """
     _prepare_streams()
     try:
@@ -40,14 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
             sys.stdout.flush()
             return 0
-    except SystemExit as stop:  # argparse: --help, --version, or an error that Parser has already shown
+    # argparse: --help, --version, or an error that Parser has already shown
+    except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except ModeconnError as error:
         return _fail(f"error: {error}", 2)
     except KeyboardInterrupt as interrupt:
         return _fail(str(interrupt) or "interrupted, nothing was saved", 130)
     except BrokenPipeError:
-        # The reader of a pipe has gone (`modeconn inspect … | head`); Python would complain again on exit.
+        # The reader of a pipe has gone (`modeconn inspect … | head`); Python would complain again
+        # on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -58,7 +72,10 @@ def _parser() -> Parser:
     parser = Parser(
         prog="modeconn",
         description="Loss along paths between neural networks, a whole path in one pass over the data.",
-        epilog=example("modeconn demo", "It needs no files. Then see modeconn train --help and modeconn evaluate --help."),
+        epilog=example(
+            "modeconn demo",
+            "It needs no files. Then see modeconn train --help and modeconn evaluate --help.",
+        ),
     )
     parser.add_argument("--version", action="version", version=f"modeconn {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
@@ -96,4 +113,6 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"modeconn: warning: {' '.join(str(message).split())}", file=file or sys.stderr, flush=True)
+    print(
+        f"modeconn: warning: {' '.join(str(message).split())}", file=file or sys.stderr, flush=True
+    )

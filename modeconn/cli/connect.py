@@ -30,13 +30,20 @@ def add(commands: options.Commands) -> None:
             "from what is in connection.partial/.",
         ),
     )
-    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs=2, help="the two networks: .safetensors or .pt")
+    parser.add_argument(
+        "checkpoints", metavar="CHECKPOINT", nargs=2, help="the two networks: .safetensors or .pt"
+    )
     options.add_model(parser, required=False)
-    parser.add_argument("--out", metavar="FOLDER", required=True, help="the connection to write: a new folder")
+    parser.add_argument(
+        "--out", metavar="FOLDER", required=True, help="the connection to write: a new folder"
+    )
     options.add_data(parser, split=False)
     making = parser.add_argument_group("construction")
     making.add_argument(
-        "--target", metavar="LOSS", type=float, help="training loss to get below (default: twice that of the end points)"
+        "--target",
+        metavar="LOSS",
+        type=float,
+        help="training loss to get below (default: twice that of the end points)",
     )
     making.add_argument(
         "--kept",
@@ -51,10 +58,22 @@ def add(commands: options.Commands) -> None:
         default="auto",
         help="auto, readout, head or trained (default: auto: heads for fully connected ReLU networks, trained elsewhere)",
     )
-    making.add_argument("--seed", metavar="N", type=int, default=0, help="of units, weights and order of samples (default: 0)")
+    making.add_argument(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="of units, weights and order of samples (default: 0)",
+    )
     results = parser.add_argument_group("results")
-    results.add_argument("--plot", metavar="FILE", help="draw loss and error along the path: .png, .svg or .pdf")
-    results.add_argument("--json", metavar="FILE", help="write the result as JSON; - is stdout, and nothing else then is")
+    results.add_argument(
+        "--plot", metavar="FILE", help="draw loss and error along the path: .png, .svg or .pdf"
+    )
+    results.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the result as JSON; - is stdout, and nothing else then is",
+    )
     results.add_argument("--quiet", "-q", action="store_true", help="print nothing")
     parser.set_defaults(run=run)
 
@@ -66,7 +85,9 @@ def run(args: argparse.Namespace) -> None:
     options.check_plot(args.plot)
     out = Path(args.out)
     if out.exists():
-        raise ModeconnError(f"--out {args.out} is there already: name a folder that is not, or remove it")
+        raise ModeconnError(
+            f"--out {args.out} is there already: name a folder that is not, or remove it"
+        )
     if not 0 <= args.seed < 2**31:
         raise ModeconnError(f"--seed {args.seed}: expected at least 0 and below 2**31")
 

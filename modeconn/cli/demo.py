@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 # Large enough that most of what is timed is arithmetic, and trained in seconds.
 MODEL, POINTS = "mlp:64-256x4-10", 51
 LR, BATCH_SIZE = 0.01, 100
-# Rows that a plain loop evaluates at once: about as many as keep a layer's activations in a core's cache.
+# Rows that a plain loop evaluates at once: about as many as keep a layer's activations in a core's
+# cache.
 ROWS_IN_CACHE = 512
 OURS = "modeconn, one pass"
 
@@ -38,7 +39,9 @@ def add(commands: options.Commands) -> None:
         epilog=options.example("modeconn demo --plot barrier.png"),
     )
     parser.add_argument("--plot", metavar="FILE", help="draw the result: .png, .svg or .pdf")
-    parser.add_argument("--json", metavar="FILE", help="write it as JSON; - is stdout, and nothing else then is")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write it as JSON; - is stdout, and nothing else then is"
+    )
     parser.set_defaults(run=run)
 
 
@@ -63,7 +66,9 @@ def run(args: argparse.Namespace) -> None:
     if talk:
         print("\nThe straight line between them:\n")
         output.print_plot(result)
-        print(f"\nbarrier in loss {result.barrier('loss'):.3g}, in error {100 * result.barrier('error'):.3g} %")
+        print(
+            f"\nbarrier in loss {result.barrier('loss'):.3g}, in error {100 * result.barrier('error'):.3g} %"
+        )
         print("\nTiming a pass per point against one pass …", flush=True)
     timings, furthest = _race(model, path, data, result)
     fixed = _fixed_cost(model, path, data)
@@ -71,7 +76,11 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         output.write_plot(result, args.plot)
     if args.json is not None:
-        extra = {"seconds": timings, "seconds_to_capture": fixed, "largest_difference_in_loss": furthest}
+        extra = {
+            "seconds": timings,
+            "seconds_to_capture": fixed,
+            "largest_difference_in_loss": furthest,
+        }
         output.write_json({**result.to_dict(), "demo": extra}, args.json)
     if talk:
         _print_race(result, timings, fixed, furthest)
@@ -91,7 +100,9 @@ def _trained(seed: int, data: Images, talk: bool) -> State:
     return state.load(model)
 
 
-def _race(model: nn.Module, path: Path, data: Images, result: PathResult) -> tuple[dict[str, float], float]:
+def _race(
+    model: nn.Module, path: Path, data: Images, result: PathResult
+) -> tuple[dict[str, float], float]:
     """Seconds for all points by contender, the least of two interleaved runs; and how far losses differ."""
     from torch.utils.data import DataLoader
 
@@ -104,9 +115,15 @@ def _race(model: nn.Module, path: Path, data: Images, result: PathResult) -> tup
         return zip(inputs.split(rows), targets.split(rows), strict=True)
 
     contenders: dict[str, Callable[[], np.ndarray]] = {
-        "a pass per point, DataLoader": lambda: _pass_per_point(model, path, result.t, lambda: loader),
-        "a pass per point, whole tensor": lambda: _pass_per_point(model, path, result.t, lambda: batches(len(data))),
-        "a pass per point, rows in cache": lambda: _pass_per_point(model, path, result.t, lambda: batches(ROWS_IN_CACHE)),
+        "a pass per point, DataLoader": lambda: _pass_per_point(
+            model, path, result.t, lambda: loader
+        ),
+        "a pass per point, whole tensor": lambda: _pass_per_point(
+            model, path, result.t, lambda: batches(len(data))
+        ),
+        "a pass per point, rows in cache": lambda: _pass_per_point(
+            model, path, result.t, lambda: batches(ROWS_IN_CACHE)
+        ),
         OURS: lambda: evaluate(model, path, data, points=result.t, progress=False).loss,
     }
     timings = dict.fromkeys(contenders, float("inf"))
@@ -120,7 +137,9 @@ def _race(model: nn.Module, path: Path, data: Images, result: PathResult) -> tup
     return timings, furthest
 
 
-def _pass_per_point(model: nn.Module, path: Path, points: np.ndarray, batches: Callable[[], Batches]) -> np.ndarray:
+def _pass_per_point(
+    model: nn.Module, path: Path, points: np.ndarray, batches: Callable[[], Batches]
+) -> np.ndarray:
     """The losses by the usual loop: load the weights of each t, go through the data, add up loss, errors."""
     import numpy as np
     import torch
@@ -153,10 +172,17 @@ def _fixed_cost(model: nn.Module, path: Path, data: Images) -> float:
     return min(taken)
 
 
-def _print_race(result: PathResult, timings: dict[str, float], fixed: float, furthest: float) -> None:
+def _print_race(
+    result: PathResult, timings: dict[str, float], fixed: float, furthest: float
+) -> None:
     images = output.counted(result.samples, "image")
-    print(f"Loss and error at {len(result.t)} points over {images}, on this machine, the least of two runs:\n")
-    rows = [[name, output.seconds_text(taken), f"{taken / timings[OURS]:.2f}"] for name, taken in timings.items()]
+    print(
+        f"Loss and error at {len(result.t)} points over {images}, on this machine, the least of two runs:\n"
+    )
+    rows = [
+        [name, output.seconds_text(taken), f"{taken / timings[OURS]:.2f}"]
+        for name, taken in timings.items()
+    ]
     output.print_table(["", "time", "ratio"], rows)
     print(
         f"\nOf the one pass, {output.seconds_text(fixed)} went into the plan: no more for more data or points. A model's "

@@ -29,7 +29,9 @@ def add(commands: options.Commands) -> None:
         "evaluate",
         help="loss and error along the path between checkpoints, in one pass over the data",
         description="Loss and error along the path between checkpoints, in one pass over the data.",
-        epilog=options.example("modeconn evaluate a.safetensors b.safetensors --data digits --plot barrier.png"),
+        epilog=options.example(
+            "modeconn evaluate a.safetensors b.safetensors --data digits --plot barrier.png"
+        ),
     )
     add_path(parser)
     options.add_data(parser)
@@ -91,8 +93,14 @@ def add_results(parser: argparse.ArgumentParser, plot: bool = True) -> None:
         metavar="FILE",
         help="keep the result for mc.PathResult.load: .npz or .json; interrupted, the same command goes on",
     )
-    results.add_argument("--json", metavar="FILE", help="write the result as JSON; - is stdout, and nothing else then is")
-    results.add_argument("--quiet", "-q", action="store_true", help="print nothing, and show no progress")
+    results.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the result as JSON; - is stdout, and nothing else then is",
+    )
+    results.add_argument(
+        "--quiet", "-q", action="store_true", help="print nothing, and show no progress"
+    )
 
 
 def add_path(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +139,9 @@ def check_path(args: argparse.Namespace) -> str:
     given = len(args.checkpoints)
     if given < fewest or (most is not None and given > most):
         expected = f"{fewest}" if most == fewest else f"at least {fewest}"
-        raise ModeconnError(f"a {kind} goes through {expected} checkpoints, got {given}: {', '.join(args.checkpoints)}")
+        raise ModeconnError(
+            f"a {kind} goes through {expected} checkpoints, got {given}: {', '.join(args.checkpoints)}"
+        )
     if kind == "plane" and args.at is not None:
         raise ModeconnError("--at takes points of a curve, not of a plane: use --points")
     options.check_inputs(args.checkpoints)
@@ -171,14 +181,23 @@ def run(args: argparse.Namespace) -> None:
 def check_results(args: argparse.Namespace, **more: str | None) -> None:
     """Check the options of `add_results`, and other files to write, before anything is computed."""
     plot = getattr(args, "plot", None)
-    options.check_outputs({"--plot": plot, "--save": args.save, "--json": args.json, **more}, args.checkpoints)
+    options.check_outputs(
+        {"--plot": plot, "--save": args.save, "--json": args.json, **more}, args.checkpoints
+    )
     options.check_plot(plot)
     if args.save is not None and not args.save.lower().endswith(RESULT_SUFFIXES):
-        raise ModeconnError(f"--save {args.save}: the name must end in {' or '.join(RESULT_SUFFIXES)}")
+        raise ModeconnError(
+            f"--save {args.save}: the name must end in {' or '.join(RESULT_SUFFIXES)}"
+        )
 
 
 def evaluated(
-    args: argparse.Namespace, spec: str, model: nn.Module, path: paths.Path, points: int | np.ndarray, resume: bool = True
+    args: argparse.Namespace,
+    spec: str,
+    model: nn.Module,
+    path: paths.Path,
+    points: int | np.ndarray,
+    resume: bool = True,
 ) -> PathResult:
     """The evaluation that the options ask for, with what it was of noted in the result."""
     from modeconn.evaluation.evaluator import evaluate
@@ -199,13 +218,17 @@ def evaluated(
             batch_size=args.batch_size,
             precision=args.precision,
             progress=output.on_terminal() and not args.quiet,
-            recompute_data=options.load_data(args, "train") if args.buffers == "recompute" and args.split != "train" else None,
+            recompute_data=options.load_data(args, "train")
+            if args.buffers == "recompute" and args.split != "train"
+            else None,
             resume=unfinished,
         )
     except KeyboardInterrupt:
         if unfinished is None or not Path(unfinished).exists():
             raise
-        raise KeyboardInterrupt(f"interrupted; what is done is in {unfinished}: the same command goes on from there") from None
+        raise KeyboardInterrupt(
+            f"interrupted; what is done is in {unfinished}: the same command goes on from there"
+        ) from None
     result.info |= {
         "model": spec,
         "checkpoints": ", ".join(args.checkpoints),

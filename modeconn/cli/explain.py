@@ -21,7 +21,11 @@ def add(commands: options.Commands) -> None:
     )
     add_path(parser)
     options.add_data(parser)
-    parser.add_argument("--json", metavar="FILE", help="write the plan as JSON; - is stdout, and nothing else then is")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the plan as JSON; - is stdout, and nothing else then is",
+    )
     parser.set_defaults(run=run)
 
 

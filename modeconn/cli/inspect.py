@@ -19,8 +19,12 @@ def add(commands: options.Commands) -> None:
         description="The entries of a checkpoint: shapes, dtypes, sizes, and values that are not finite.",
         epilog=options.example("modeconn inspect a.safetensors"),
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".safetensors, or .pt that holds weights only")
-    parser.add_argument("--json", metavar="FILE", help="write it as JSON; - is stdout, and nothing else then is")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help=".safetensors, or .pt that holds weights only"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write it as JSON; - is stdout, and nothing else then is"
+    )
     parser.set_defaults(run=run)
 
 
@@ -49,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _by_number(name: str) -> list[tuple[bool, int, str]]:
     """Sorts layer 2 before layer 10."""
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
+    return [
+        (part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")
+    ]
 
 
 def _describe(tensor: Tensor) -> dict[str, Any]:
@@ -60,7 +66,9 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
         "numbers": tensor.numel(),
         "bytes": tensor.numel() * tensor.element_size(),
         "not_finite": int((~tensor.isfinite()).sum()) if real else 0,
-        "rms": output.json_number(float(tensor.abs().double().square().mean().sqrt())) if tensor.numel() else 0.0,
+        "rms": output.json_number(float(tensor.abs().double().square().mean().sqrt()))
+        if tensor.numel()
+        else 0.0,
     }
 
 
@@ -69,14 +77,27 @@ def _print(content: dict[str, Any]) -> None:
     for name, entry in content["entries"].items():
         bad = f"{entry['not_finite']:,} not finite" if entry["not_finite"] else ""
         shape = " × ".join(map(str, entry["shape"])) or "scalar"
-        rows.append([name, shape, entry["dtype"], f"{entry['numbers']:,}", f"{float(entry['rms']):.4g}", bad])
+        rows.append(
+            [
+                name,
+                shape,
+                entry["dtype"],
+                f"{entry['numbers']:,}",
+                f"{float(entry['rms']):.4g}",
+                bad,
+            ]
+        )
     header = ["entry", "shape", "dtype", "numbers", "rms", ""]
     output.print_table(header, rows)
     print()
     entries = f"{len(rows):,} {'entry' if len(rows) == 1 else 'entries'}"
-    print(f"{entries}, {output.counted(content['numbers'], 'number')}, {output.bytes_text(content['bytes'])}")
+    print(
+        f"{entries}, {output.counted(content['numbers'], 'number')}, {output.bytes_text(content['bytes'])}"
+    )
     if content["not_finite"]:
-        print(f"{output.counted(content['not_finite'], 'number')} not finite: such weights are not evaluated")
+        print(
+            f"{output.counted(content['not_finite'], 'number')} not finite: such weights are not evaluated"
+        )
     if content["metadata"]:
         print("\nmetadata")
         width = max(map(len, content["metadata"]))

@@ -32,14 +32,30 @@ def add(commands: options.Commands) -> None:
             "Task arithmetic: modeconn mix t1.safetensors t2.safetensors --base t0.safetensors --scales 0,0.5,1 …",
         ),
     )
-    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="two or more; one will do with --base")
+    parser.add_argument(
+        "checkpoints", metavar="CHECKPOINT", nargs="+", help="two or more; one will do with --base"
+    )
     options.add_model(parser, required=False)
-    parser.add_argument("--base", metavar="CHECKPOINT", help="the network that the others were trained from")
+    parser.add_argument(
+        "--base", metavar="CHECKPOINT", help="the network that the others were trained from"
+    )
     which = parser.add_argument_group("which sums").add_mutually_exclusive_group()
-    which.add_argument("--grid", metavar="N", type=options.count, help="all weights that are multiples of 1/N and add up to 1")
-    which.add_argument("--random", metavar="N", type=options.count, help="the mean, and N random weights that add up to 1")
     which.add_argument(
-        "--greedy", action="store_true", help="a greedy soup: the next best network joins the mean if that helps; a pass a step"
+        "--grid",
+        metavar="N",
+        type=options.count,
+        help="all weights that are multiples of 1/N and add up to 1",
+    )
+    which.add_argument(
+        "--random",
+        metavar="N",
+        type=options.count,
+        help="the mean, and N random weights that add up to 1",
+    )
+    which.add_argument(
+        "--greedy",
+        action="store_true",
+        help="a greedy soup: the next best network joins the mean if that helps; a pass a step",
     )
     which.add_argument(
         "--scales",
@@ -47,10 +63,20 @@ def add(commands: options.Commands) -> None:
         type=options.numbers,
         help="with --base: base + Σ x · (checkpoint - base), for all choices of x",
     )
-    which.add_argument("--weights", metavar="FILE", help="a text file: a line of weights for each sum, the base's last")
+    which.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="a text file: a line of weights for each sum, the base's last",
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of --random (default: 0)")
-    parser.add_argument("--by", metavar="METRIC", help="the best is where this is lowest (default: the last of --metrics)")
-    parser.add_argument("--out", metavar="FILE", help="write the best sum as a checkpoint: .safetensors")
+    parser.add_argument(
+        "--by",
+        metavar="METRIC",
+        help="the best is where this is lowest (default: the last of --metrics)",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the best sum as a checkpoint: .safetensors"
+    )
     options.add_data(parser)
     evaluate.add_computing(parser)
     evaluate.add_results(parser, plot=False)
@@ -69,7 +95,11 @@ def run(args: argparse.Namespace) -> None:
     result = evaluate.evaluated(args, spec, model, path, weights_of(args, spec, model, path))
     by = args.by or list(result.values)[-1]
     best = int(result.metric(by).argmin())
-    result.info |= {"networks": ", ".join(files), "best": json.dumps(result.t[best].tolist()), "by": by}
+    result.info |= {
+        "networks": ", ".join(files),
+        "best": json.dumps(result.t[best].tolist()),
+        "by": by,
+    }
     if args.out is not None:
         write_best(args, spec, model, path, result, best)
     evaluate.write(result, args)
@@ -81,7 +111,9 @@ def run(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Check the options before anything is computed."""
     if len(args.checkpoints) < (1 if args.base else 2):
-        raise ModeconnError(f"a mixture needs at least 2 checkpoints, or 1 and --base, got {', '.join(args.checkpoints)}")
+        raise ModeconnError(
+            f"a mixture needs at least 2 checkpoints, or 1 and --base, got {', '.join(args.checkpoints)}"
+        )
     if args.weights is None and (args.scales is None) != (args.base is None):
         raise ModeconnError("--base and --scales go together: base + Σ scale · (checkpoint - base)")
     options.check_inputs([*args.checkpoints, *([args.base] if args.base else [])])
@@ -117,14 +149,21 @@ def weights_of(args: argparse.Namespace, spec: str, model: nn.Module, path: Mixt
 
 
 def write_best(
-    args: argparse.Namespace, spec: str, model: nn.Module, path: Mixture, result: PathResult, best: int
-) -> None:  # fmt: skip
+    args: argparse.Namespace,
+    spec: str,
+    model: nn.Module,
+    path: Mixture,
+    result: PathResult,
+    best: int,
+) -> None:
     """Write the best network; where norms' statistics were recomputed, with these."""
     from modeconn.evaluation.statistics import network_at
     from modeconn.parameters import state
 
     data = options.load_data(args, "train") if args.buffers == "recompute" else None
-    network = network_at(model, path, result.t[best], data, batch_size=args.batch_size, precision=args.precision)
+    network = network_at(
+        model, path, result.t[best], data, batch_size=args.batch_size, precision=args.precision
+    )
     mixed = dict(zip(result.info["networks"].split(", "), result.t[best].tolist()))  # type: ignore[union-attr]
     state.save(network, args.out, {"model": spec, "data": args.data, "mixed": json.dumps(mixed)})
 
@@ -134,18 +173,31 @@ def _from_file(file: str, count: int) -> np.ndarray:
 
     options.check_inputs([file])
     try:
-        rows = np.array([[float(v) for v in line.replace(",", " ").split()] for line in Path(file).read_text().splitlines()])
+        rows = np.array(
+            [
+                [float(v) for v in line.replace(",", " ").split()]
+                for line in Path(file).read_text().splitlines()
+            ]
+        )
     except ValueError as error:
-        raise ModeconnError(f"--weights {file}: {error}; expected lines of {count} numbers") from None
+        raise ModeconnError(
+            f"--weights {file}: {error}; expected lines of {count} numbers"
+        ) from None
     if rows.ndim != 2 or rows.shape[1] != count:
-        raise ModeconnError(f"--weights {file} has shape {list(rows.shape)}: expected a line of {count} numbers for each sum")
+        raise ModeconnError(
+            f"--weights {file} has shape {list(rows.shape)}: expected a line of {count} numbers for each sum"
+        )
     return rows
 
 
 def _print(result: PathResult, by: str, names: list[str]) -> None:
     order = result.metric(by).argsort(kind="stable")[:SHOWN]
     rows = [
-        [f"{place + 1}", *(f"{c:.4g}" for c in result.t[i]), *(output.metric_text(n, v[i]) for n, v in result.values.items())]
+        [
+            f"{place + 1}",
+            *(f"{c:.4g}" for c in result.t[i]),
+            *(output.metric_text(n, v[i]) for n, v in result.values.items()),
+        ]
         for place, i in enumerate(order)
     ]
     output.print_table(["", *names, *result.values], rows)

@@ -54,7 +54,9 @@ def numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers separated by commas, such as 0,0.25,1") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not numbers separated by commas, such as 0,0.25,1"
+        ) from None
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -76,7 +78,9 @@ def add_model(parser: argparse.ArgumentParser, required: bool) -> None:
 def add_data(parser: argparse.ArgumentParser, split: bool = True) -> None:
     """The options that choose a data set."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="NAME", required=True, help="digits, mnist, fashion-mnist or cifar10")
+    group.add_argument(
+        "--data", metavar="NAME", required=True, help="digits, mnist, fashion-mnist or cifar10"
+    )
     group.add_argument(
         "--data-root",
         metavar="DIR",
@@ -90,7 +94,9 @@ def add_data(parser: argparse.ArgumentParser, split: bool = True) -> None:
             default="train",
             help="which part of the data (default: train)",
         )
-    group.add_argument("--limit", metavar="N", type=count, help="only the first N samples (default: all)")
+    group.add_argument(
+        "--limit", metavar="N", type=count, help="only the first N samples (default: all)"
+    )
     for name, what in (("mean", "subtracted from"), ("std", "dividing")):
         group.add_argument(
             f"--{name}",
@@ -104,7 +110,14 @@ def load_data(args: argparse.Namespace, split: str | None = None) -> Images:
     """The data set that the options name."""
     from modeconn.data import datasets
 
-    return datasets.load(args.data, args.data_root, split or args.split, mean=args.mean, std=args.std, limit=args.limit)
+    return datasets.load(
+        args.data,
+        args.data_root,
+        split or args.split,
+        mean=args.mean,
+        std=args.std,
+        limit=args.limit,
+    )
 
 
 def load_model(args: argparse.Namespace, files: Iterable[str]) -> tuple[str, nn.Module]:
@@ -117,7 +130,9 @@ def load_model(args: argparse.Namespace, files: Iterable[str]) -> tuple[str, nn.
         spec = checkpoint_metadata(first).get("model", "")
         # A file must not decide which code is imported, so only built-in models are taken from it.
         if not models.is_builtin(spec):
-            raise ModeconnError(f"--model is missing, and {first} does not say which built-in model it is")
+            raise ModeconnError(
+                f"--model is missing, and {first} does not say which built-in model it is"
+            )
     return spec, models.build(spec)
 
 
@@ -136,7 +151,9 @@ def check_inputs(files: Iterable[str]) -> None:
     """Raise ModeconnError for a checkpoint that is not there."""
     for file in files:
         if not Path(file).is_file():
-            raise ModeconnError(f"{file}: {'a folder, not a checkpoint' if Path(file).is_dir() else 'no such file'}")
+            raise ModeconnError(
+                f"{file}: {'a folder, not a checkpoint' if Path(file).is_dir() else 'no such file'}"
+            )
 
 
 def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str] = ()) -> None:
@@ -171,4 +188,6 @@ def check_plot(file: str | None, option: str = "--plot") -> None:
     if Path(file).suffix.lower() not in PLOT_SUFFIXES:
         raise ModeconnError(f"{option} {file}: the name must end in {', '.join(PLOT_SUFFIXES)}")
     if find_spec("matplotlib") is None:
-        raise ModeconnError(f"{option} needs matplotlib, which is not installed: pip install 'modeconn[plot]'")
+        raise ModeconnError(
+            f"{option} needs matplotlib, which is not installed: pip install 'modeconn[plot]'"
+        )

@@ -26,12 +26,29 @@ def add(commands: options.Commands) -> None:
             "Interrupted with --save, the same command goes on where it was.",
         ),
     )
-    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="one, three, or with --trajectory three or more")
+    parser.add_argument(
+        "checkpoints",
+        metavar="CHECKPOINT",
+        nargs="+",
+        help="one, three, or with --trajectory three or more",
+    )
     options.add_model(parser, required=False)
     which = parser.add_argument_group("plane")
-    which.add_argument("--points", metavar="N", type=options.count, default=POINTS, help=f"N × N points (default: {POINTS})")
-    which.add_argument("--trajectory", action="store_true", help="the checkpoints are those of a training, in its order")
-    which.add_argument("--seed", metavar="N", type=int, default=0, help="of random directions (default: 0)")
+    which.add_argument(
+        "--points",
+        metavar="N",
+        type=options.count,
+        default=POINTS,
+        help=f"N × N points (default: {POINTS})",
+    )
+    which.add_argument(
+        "--trajectory",
+        action="store_true",
+        help="the checkpoints are those of a training, in its order",
+    )
+    which.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of random directions (default: 0)"
+    )
     which.add_argument(
         "--norm",
         choices=("filter", "layer", "none"),
@@ -48,7 +65,9 @@ def add(commands: options.Commands) -> None:
     options.add_data(parser)
     evaluate.add_computing(parser)
     evaluate.add_results(parser)
-    parser.add_argument("--surface", metavar="FILE", help="draw a surface in three dimensions: .png, .svg or .pdf")
+    parser.add_argument(
+        "--surface", metavar="FILE", help="draw a surface in three dimensions: .png, .svg or .pdf"
+    )
     parser.set_defaults(run=run)
 
 
@@ -56,16 +75,22 @@ def run(args: argparse.Namespace) -> None:
     """Check everything, evaluate, print and write."""
     given = len(args.checkpoints)
     if args.trajectory and given < 3:
-        raise ModeconnError(f"a trajectory needs at least 3 checkpoints, got {given}: {', '.join(args.checkpoints)}")
+        raise ModeconnError(
+            f"a trajectory needs at least 3 checkpoints, got {given}: {', '.join(args.checkpoints)}"
+        )
     if not args.trajectory and given not in (1, 3):
-        raise ModeconnError(f"a plane goes through 3 checkpoints, or around 1, got {given}: --trajectory takes more")
+        raise ModeconnError(
+            f"a plane goes through 3 checkpoints, or around 1, got {given}: --trajectory takes more"
+        )
     options.check_inputs(args.checkpoints)
     evaluate.check_results(args, **{"--surface": args.surface})
     options.check_plot(args.surface, "--surface")
     for axis in ("x", "y"):
         ends = getattr(args, axis)
         if ends is not None and (len(ends) != 2 or not ends[0] < ends[1]):
-            raise ModeconnError(f"--{axis} is {','.join(map(str, ends))}: expected LOW,HIGH with LOW below HIGH")
+            raise ModeconnError(
+                f"--{axis} is {','.join(map(str, ends))}: expected LOW,HIGH with LOW below HIGH"
+            )
     spec, model = options.load_model(args, args.checkpoints)
     result = evaluate.evaluated(args, spec, model, make_plane(args), args.points)
     if args.surface is not None:
@@ -82,7 +107,9 @@ def make_plane(args: argparse.Namespace) -> Plane:
     elif len(args.checkpoints) == 3:
         plane = Plane.through(*args.checkpoints)
     else:
-        plane = Plane.random(args.checkpoints[0], seed=args.seed, norm=None if args.norm == "none" else args.norm)
+        plane = Plane.random(
+            args.checkpoints[0], seed=args.seed, norm=None if args.norm == "none" else args.norm
+        )
     x, y = (getattr(args, axis) or plane.extent[i] for i, axis in enumerate(("x", "y")))
     plane.extent = (tuple(x), tuple(y))
     return plane

@@ -28,8 +28,12 @@ def add(commands: options.Commands) -> None:
         ),
     )
     options.add_model(parser, required=True)
-    parser.add_argument("--out", metavar="FILE", required=True, help="the checkpoint to write: .safetensors")
-    parser.add_argument("--resume", action="store_true", help="continue the unfinished training in FILE.training")
+    parser.add_argument(
+        "--out", metavar="FILE", required=True, help="the checkpoint to write: .safetensors"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the unfinished training in FILE.training"
+    )
     options.add_data(parser, split=False)
     training = parser.add_argument_group("training")
     training.add_argument(
@@ -44,13 +48,41 @@ def add(commands: options.Commands) -> None:
         ("momentum", 0.95, "Nesterov momentum"),
         ("weight-decay", 0.0, "weight decay"),
     ):
-        training.add_argument(f"--{name}", metavar="X", type=float, default=default, help=f"{what} (default: {default:g})")
-    training.add_argument("--batch-size", metavar="N", type=options.count, default=100, help="samples per step (default: 100)")
-    training.add_argument("--epochs", metavar="N", type=options.count, default=200, help="at most so many (default: 200)")
-    training.add_argument("--to-the-end", action="store_true", help="do not stop at zero training error")
-    training.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
-    parser.add_argument("--json", metavar="FILE", help="write how it went as JSON; - is stdout, and nothing else then is")
-    parser.add_argument("--quiet", "-q", action="store_true", help="print nothing, and show no progress")
+        training.add_argument(
+            f"--{name}",
+            metavar="X",
+            type=float,
+            default=default,
+            help=f"{what} (default: {default:g})",
+        )
+    training.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=options.count,
+        default=100,
+        help="samples per step (default: 100)",
+    )
+    training.add_argument(
+        "--epochs",
+        metavar="N",
+        type=options.count,
+        default=200,
+        help="at most so many (default: 200)",
+    )
+    training.add_argument(
+        "--to-the-end", action="store_true", help="do not stop at zero training error"
+    )
+    training.add_argument(
+        "--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)"
+    )
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write how it went as JSON; - is stdout, and nothing else then is",
+    )
+    parser.add_argument(
+        "--quiet", "-q", action="store_true", help="print nothing, and show no progress"
+    )
     parser.set_defaults(run=run)
 
 
@@ -66,7 +98,9 @@ def run(args: argparse.Namespace) -> None:
     data, test = (options.load_data(args, split) for split in ("train", "test"))
     quiet = args.quiet or args.json == "-"
     if not quiet:
-        print(f"{args.model} on {args.data}: {output.counted(len(data), 'training sample')}, seed {args.seed}")
+        print(
+            f"{args.model} on {args.data}: {output.counted(len(data), 'training sample')}, seed {args.seed}"
+        )
     history: list[Epoch] = []
     with output.epoch_bar(args.epochs, quiet) as show:
 
@@ -110,7 +144,8 @@ def new_model(spec: str, seed: int, device: str = "cpu") -> nn.Module:
         models.initialise(model, torch.Generator().manual_seed(seed))
     try:
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # which of the two depends on how PyTorch was built
+    # which of the two depends on how PyTorch was built
+    except (RuntimeError, AssertionError) as error:
         raise ModeconnError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
@@ -119,7 +154,10 @@ def _content(args: argparse.Namespace, report: TrainReport, history: list[Epoch]
         "checkpoint": args.out,
         "model": args.model,
         "data": args.data,
-        **{name: getattr(args, name) for name in ("seed", "lr", "momentum", "weight_decay", "batch_size")},
+        **{
+            name: getattr(args, name)
+            for name in ("seed", "lr", "momentum", "weight_decay", "batch_size")
+        },
         **asdict(report),
         "stopped": str(report.stopped),
         "history": [asdict(epoch) for epoch in history],
@@ -127,9 +165,17 @@ def _content(args: argparse.Namespace, report: TrainReport, history: list[Epoch]
 
 
 def _print(file: str, report: TrainReport) -> None:
-    print(f"{output.counted(report.epochs, 'epoch')} in {output.seconds_text(report.seconds)}: {report.stopped}")
+    print(
+        f"{output.counted(report.epochs, 'epoch')} in {output.seconds_text(report.seconds)}: {report.stopped}"
+    )
     print()
-    rows = [["train", output.metric_text("loss", report.loss), output.metric_text("error", report.error)]]
+    rows = [
+        [
+            "train",
+            output.metric_text("loss", report.loss),
+            output.metric_text("error", report.error),
+        ]
+    ]
     if report.test_error is not None:
         rows.append(
             [

@@ -25,7 +25,9 @@ def add(commands: options.Commands) -> None:
         "Exit code 2 and one line that says what is false, where it is.",
         epilog=options.example("modeconn verify connection/ --data mnist --data-root DIR"),
     )
-    parser.add_argument("folder", metavar="FOLDER", help="what `modeconn connect --out` or Connection.save wrote")
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="what `modeconn connect --out` or Connection.save wrote"
+    )
     parser.add_argument(
         "--model",
         metavar="SPEC",
@@ -38,10 +40,21 @@ def add(commands: options.Commands) -> None:
             help=f"the network that the path's {which} point must be, bit for bit (default: not compared)",
         )
     options.add_data(parser)
-    parser.add_argument("--batch-size", metavar="N", type=options.count, help="samples read at a time (default: chosen)")
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=options.count,
+        help="samples read at a time (default: chosen)",
+    )
     results = parser.add_argument_group("results")
-    results.add_argument("--plot", metavar="FILE", help="draw loss and error along the path: .png, .svg or .pdf")
-    results.add_argument("--json", metavar="FILE", help="write the certificate as JSON; - is stdout, and nothing else then is")
+    results.add_argument(
+        "--plot", metavar="FILE", help="draw loss and error along the path: .png, .svg or .pdf"
+    )
+    results.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the certificate as JSON; - is stdout, and nothing else then is",
+    )
     results.add_argument("--quiet", "-q", action="store_true", help="print nothing")
     parser.set_defaults(run=run)
 
@@ -77,15 +90,24 @@ def _model(args: argparse.Namespace, connection: Connection) -> nn.Module:
     # A file must not decide which code is imported, so a factory is never taken from it.
     spec = args.model or connection.model
     if spec is None or (args.model is None and not models.is_builtin(spec)):
-        raise ModeconnError(f"--model is missing, and {args.folder} does not say which built-in model it is")
+        raise ModeconnError(
+            f"--model is missing, and {args.folder} does not say which built-in model it is"
+        )
     return models.build(spec)
 
 
 def _content(found: Certificate, args: argparse.Namespace) -> dict[str, Any]:
-    return {**found.to_dict(), "same_data": found.same_data, "folder": args.folder, "data": f"{args.data} {args.split}"}
+    return {
+        **found.to_dict(),
+        "same_data": found.same_data,
+        "folder": args.folder,
+        "data": f"{args.data} {args.split}",
+    }
 
 
-def _plot(connection: Connection, model: nn.Module, data: Any, found: Certificate, file: str) -> None:
+def _plot(
+    connection: Connection, model: nn.Module, data: Any, found: Certificate, file: str
+) -> None:
     """One more pass, for the curves of the swings and the straight line."""
     from modeconn.connection import figure
     from modeconn.evaluation.evaluator import evaluate
@@ -102,6 +124,8 @@ def _print(found: Certificate, args: argparse.Namespace, seconds: float) -> None
     if found.same_data:
         print(f"verified: the weights and {what} bear out the certificate")
     else:
-        print(f"verified for {what}, which are not the data of the stored certificates: their numbers were not compared")
+        print(
+            f"verified for {what}, which are not the data of the stored certificates: their numbers were not compared"
+        )
     print(found)
     print(f"\none pass over the data in {output.seconds_text(seconds)}")

@@ -1,8 +1,8 @@
 """What is proved of a path: its largest loss and error, from its breakpoints, with what the proof rests on.
 
-On a rewrite or shift the network's function does not change; on a swing the logits are affine in t, so the loss, convex in
-the logits, stays below its chord. So the largest loss of the whole continuum is attained at a breakpoint. The error is not
-convex, but known exactly (swing.py).
+On a rewrite or shift the network's function does not change; on a swing the logits are affine in t,
+so the loss, convex in the logits, stays below its chord. So the largest loss of the whole continuum
+is attained at a breakpoint. The error is not convex, but known exactly (swing.py).
 """
 
 from __future__ import annotations
@@ -87,9 +87,11 @@ class Certificate:
         losses, errors: float64, at the S + 1 breakpoints.
         labels: what each breakpoint is.
         segments: the S linear pieces.
-        samples: in the data. digest: of the data (SHA-256 of inputs and targets as computed with, in their order).
+        samples: in the data. digest: of the data (SHA-256 of inputs and targets as computed with,
+            in their order).
         target: what the loss should not exceed, if that was asked.
-        same_data: False where `verify` was given other data than the stored certificates were made from.
+        same_data: False where `verify` was given other data than the stored certificates were made
+            from.
     """
 
     bound: float
@@ -105,12 +107,17 @@ class Certificate:
 
     @staticmethod
     def of(
-        segments: Sequence[Segment], labels: Sequence[str] | None, samples: int, digest: str, target: float | None = None
+        segments: Sequence[Segment],
+        labels: Sequence[str] | None,
+        samples: int,
+        digest: str,
+        target: float | None = None,
     ) -> Certificate:
         """The certificate that the segments make; labels default to numbers.
 
         Raises:
-            ModeconnError: there are no segments, or not one label per breakpoint; a target that is not finite.
+            ModeconnError: there are no segments, or not one label per breakpoint; a target that is
+                not finite.
         """
         if target is not None and not math.isfinite(target):
             raise ModeconnError(f"target is {target}: expected a finite loss, or None")
@@ -120,11 +127,23 @@ class Certificate:
         if labels is None:
             labels = ["a", *(f"breakpoint {k}" for k in range(1, count - 1)), "b"]
         if len(labels) != count:
-            raise ModeconnError(f"labels: got {len(labels)}, expected one for each of the {count} breakpoints")
+            raise ModeconnError(
+                f"labels: got {len(labels)}, expected one for each of the {count} breakpoints"
+            )
         losses = (segments[0].losses[0], *(segment.losses[1] for segment in segments))
         errors = (segments[0].errors[0], *(segment.errors[1] for segment in segments))
         bound, error_bound = _largest(losses), _largest([segment.max_error for segment in segments])
-        return Certificate(bound, error_bound, losses, errors, tuple(labels), tuple(segments), samples, digest, target)
+        return Certificate(
+            bound,
+            error_bound,
+            losses,
+            errors,
+            tuple(labels),
+            tuple(segments),
+            samples,
+            digest,
+            target,
+        )
 
     @property
     def worst(self) -> int:
@@ -148,14 +167,21 @@ class Certificate:
     def advice(self) -> str:
         """The outcome's text, with the breakpoint that makes the bound."""
         target = "" if self.target is None else f", target {self.target:.4g}"
-        where = f"loss {self.bound:.4g} at breakpoint {self.worst} ({self.labels[self.worst]}){target}"
+        where = (
+            f"loss {self.bound:.4g} at breakpoint {self.worst} ({self.labels[self.worst]}){target}"
+        )
         return f"{self.outcome.value}: {where}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; numbers that are not finite are the strings "nan", "inf" and "-inf"."""
         content = asdict(self)
         del content["same_data"]
-        return {"format": FORMAT, **plain(content), "outcome": self.outcome.name.lower(), "advice": self.advice}
+        return {
+            "format": FORMAT,
+            **plain(content),
+            "outcome": self.outcome.name.lower(),
+            "advice": self.advice,
+        }
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Certificate:
@@ -173,10 +199,27 @@ class Certificate:
             labels = tuple(_text(item) for item in _array(content["labels"], count))
             target = None if content["target"] is None else _number(content["target"])
             samples = content["samples"]
-            if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1 or not segments:
-                raise ValueError(f"samples is {samples!r}, segments are {len(segments)}: expected at least one of each")
+            if (
+                not isinstance(samples, int)
+                or isinstance(samples, bool)
+                or samples < 1
+                or not segments
+            ):
+                raise ValueError(
+                    f"samples is {samples!r}, segments are {len(segments)}: expected at least one of each"
+                )
             bound, error_bound = _number(content["bound"]), _number(content["error_bound"])
-            return Certificate(bound, error_bound, losses, errors, labels, segments, samples, _text(content["digest"]), target)
+            return Certificate(
+                bound,
+                error_bound,
+                losses,
+                errors,
+                labels,
+                segments,
+                samples,
+                _text(content["digest"]),
+                target,
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModeconnError(f"not a certificate: {type(error).__name__}: {error}") from error
 
@@ -190,14 +233,23 @@ class Certificate:
             )
         for k, segment in enumerate(self.segments):
             ends = (self.losses[k : k + 2], self.errors[k : k + 2])
-            if not all(_equal(a, b) for pair in zip(ends, (segment.losses, segment.errors)) for a, b in zip(*pair)):
-                raise FalseCertificate(f"segment {k} says other losses or errors of its ends than the breakpoints'")
+            if not all(
+                _equal(a, b)
+                for pair in zip(ends, (segment.losses, segment.errors))
+                for a, b in zip(*pair)
+            ):
+                raise FalseCertificate(
+                    f"segment {k} says other losses or errors of its ends than the breakpoints'"
+                )
             if segment.max_error < max(segment.errors):
                 raise FalseCertificate(
                     f"segment {k}: largest error {segment.max_error:.6g} is below that of its end, {max(segment.errors):.6g}"
                 )
         errors = [segment.max_error for segment in self.segments]
-        for name, said, own in (("bound", self.bound, self.losses), ("error bound", self.error_bound, errors)):
+        for name, said, own in (
+            ("bound", self.bound, self.losses),
+            ("error bound", self.error_bound, errors),
+        ):
             if not _equal(said, _largest(own)):
                 raise FalseCertificate(
                     f"the certificate's {name} is {said:.6g}, and the largest of its own values is {_largest(own):.6g}"
@@ -219,7 +271,10 @@ class Certificate:
         if self.worst == 0:
             rows[1][-1] += " <- bound"
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-        lines = ["  ".join([*(f"{cell:>{w}}" for cell, w in zip(row, widths)), row[-1]]).rstrip() for row in rows]
+        lines = [
+            "  ".join([*(f"{cell:>{w}}" for cell, w in zip(row, widths)), row[-1]]).rstrip()
+            for row in rows
+        ]
         return "\n".join([head, self.advice, "", *lines])
 
 
@@ -238,7 +293,15 @@ def plain(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return plain(value.item())
     if isinstance(value, float):
-        return value if math.isfinite(value) else "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+        return (
+            value
+            if math.isfinite(value)
+            else "nan"
+            if math.isnan(value)
+            else "inf"
+            if value > 0
+            else "-inf"
+        )
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     raise ModeconnError(f"a value of type {type(value).__name__} cannot be written as JSON")
@@ -259,18 +322,29 @@ def _segment(content: Mapping[str, Any]) -> Segment:
         raise ValueError(f"a segment has {sorted(unknown)}, which is no field of one")
     if content["kind"] not in KINDS:
         raise ValueError(f"segment kind {content['kind']!r}, expected one of {', '.join(KINDS)}")
-    (loss, next_loss), (error, next_error) = (_numbers(content[name], 2) for name in ("losses", "errors"))
+    (loss, next_loss), (error, next_error) = (
+        _numbers(content[name], 2) for name in ("losses", "errors")
+    )
     numbers = [_number(content[name]) for name in ("start", "end", "max_error", "max_error_at")]
     return Segment(
-        content["kind"], numbers[0], numbers[1], tuple(_text(key) for key in _array(content["moved"])),
-        (loss, next_loss), (error, next_error), numbers[2], numbers[3], _text(content["evidence"]),
-    )  # fmt: skip
+        content["kind"],
+        numbers[0],
+        numbers[1],
+        tuple(_text(key) for key in _array(content["moved"])),
+        (loss, next_loss),
+        (error, next_error),
+        numbers[2],
+        numbers[3],
+        _text(content["evidence"]),
+    )
 
 
 def _array(value: Any, count: int | None = None) -> list[Any]:
     if not isinstance(value, (list, tuple)) or (count is not None and len(value) != count):
         got = len(value) if isinstance(value, (list, tuple)) else type(value).__name__
-        raise ValueError(f"a list of {'some' if count is None else count} values was expected, got {got}")
+        raise ValueError(
+            f"a list of {'some' if count is None else count} values was expected, got {got}"
+        )
     return list(value)
 
 

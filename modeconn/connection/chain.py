@@ -1,8 +1,8 @@
 """A network as the chain of layers that the theory speaks of: affine map, then what acts unit by unit, layer after layer.
 
-"Unit" is a neuron of a linear layer or a channel of a convolution. Activations, pooling, flattening, dropout in eval mode
-and batch norm in eval mode act unit by unit, so a unit's incoming entries decide its values and its outgoing columns decide
-who sees them.
+"Unit" is a neuron of a linear layer or a channel of a convolution. Activations, pooling,
+flattening, dropout in eval mode and batch norm in eval mode act unit by unit, so a unit's incoming
+entries decide its values and its outgoing columns decide who sees them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Norm:
     @property
     def keys(self) -> tuple[str, ...]:
         """The entries that it has."""
-        return tuple(key for key in (self.weight, self.bias, self.mean, self.var) if key is not None)
+        return tuple(
+            key for key in (self.weight, self.bias, self.mean, self.var) if key is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,15 @@ class Layer:
     Attributes:
         index: p, from 1.
         kind: "linear" or "conv2d".
-        weight, bias: state-dict keys; weight is [n_p, n_{p-1} · block] or [n_p, n_{p-1}, kernel height, kernel width].
+        weight, bias: state-dict keys; weight is [n_p, n_{p-1} · block] or [n_p, n_{p-1}, kernel
+            height, kernel width].
         norm: the batch norm among the steps, if any.
         affine: the graph's node of the affine map.
         steps: the nodes after it, in order; each acts unit by unit.
         activation: the non-linearity among the steps, "identity" if there is none.
         units: n_p.
-        block: columns of the weight for each unit of the layer before: more than 1 where flattened channels come in.
+        block: columns of the weight for each unit of the layer before: more than 1 where flattened
+            channels come in.
         kernel: (height, width) of a convolution, () of a linear layer.
     """
 
@@ -77,7 +81,11 @@ class Layer:
 
     def incoming(self) -> tuple[str, ...]:
         """Keys of the entries whose row u belongs to unit u: weight, bias and those of the norm."""
-        return (self.weight, *((self.bias,) if self.bias else ()), *(self.norm.keys if self.norm else ()))
+        return (
+            self.weight,
+            *((self.bias,) if self.bias else ()),
+            *(self.norm.keys if self.norm else ()),
+        )
 
     def by_unit(self, weight: Tensor) -> Tensor:
         """A weight of this layer as [units, units before, numbers per pair of units], a view."""
@@ -96,10 +104,14 @@ class Layer:
         for node in self.steps:
             if node.op == "batch_norm" and state is None:
                 continue
-            value = node.run([value], [state[key] for key in node.entries] if state else [], len(value))
+            value = node.run(
+                [value], [state[key] for key in node.entries] if state else [], len(value)
+            )
         return value
 
-    def apply(self, h: Tensor, weight: Tensor, bias: Tensor | None, state: State | None = None) -> Tensor:
+    def apply(
+        self, h: Tensor, weight: Tensor, bias: Tensor | None, state: State | None = None
+    ) -> Tensor:
         """The whole layer for a weight of any number of units: affine map and steps."""
         return self.finish(self.map(h, weight, bias), state)
 
@@ -157,7 +169,8 @@ class Chain:
                 raise builder.refuse(node, "computes with entries alone")
             if list(node.inputs) != [value]:
                 raise builder.refuse(
-                    node, "does not take the value just before it alone: residual sums, attention and branches are no chain"
+                    node,
+                    "does not take the value just before it alone: residual sums, attention and branches are no chain",
                 )
             builder.add(node, tuple(graph.nodes[value].shape))
             value = node.id
@@ -234,7 +247,9 @@ class _Builder:
             if self._affine is None:
                 self.flattened = True
             self._steps.append(node)
-        elif node.op in _NOTHING or (node.op == "reshape" and list(map(str, node.shape)) == list(map(str, before))):
+        elif node.op in _NOTHING or (
+            node.op == "reshape" and list(map(str, node.shape)) == list(map(str, before))
+        ):
             pass
         elif self._affine is None:
             raise self.refuse(node, "comes before the first layer")
@@ -252,12 +267,20 @@ class _Builder:
     def _begin(self, node: Node, before: tuple[Any, ...]) -> None:
         self._end()
         weight = self.state.get(node.entries[0]) if node.entries else None
-        if weight is None or weight.dim() != (2 if node.op == "linear" else 4) or len(node.entries) > 2:
+        if (
+            weight is None
+            or weight.dim() != (2 if node.op == "linear" else 4)
+            or len(node.entries) > 2
+        ):
             raise self.refuse(node, "has a weight that is computed or not in the state dict")
         if node.op == "conv2d" and _argument(node, 6, "groups", 1) != 1:
-            raise self.refuse(node, "is a grouped convolution: its units do not read all units before")
+            raise self.refuse(
+                node, "is a grouped convolution: its units do not read all units before"
+            )
         if node.op == "linear" and len(before) != 2:
-            raise self.refuse(node, f"takes values of shape {['N', *map(str, before[1:])]}, not [N, features]")
+            raise self.refuse(
+                node, f"takes values of shape {['N', *map(str, before[1:])]}, not [N, features]"
+            )
         if not self.widths:
             self.widths.append(weight.shape[1])
         self._affine = node
@@ -278,11 +301,19 @@ class _Builder:
             raise self.refuse(node, f"is followed by two activations: {', '.join(activations)}")
         self.layers.append(
             Layer(
-                len(self.layers) + 1, node.op, node.entries[0], node.entries[1] if len(node.entries) > 1 else None,
-                norms[0] if norms else None, node, tuple(steps), activations[0] if activations else "identity",
-                weight.shape[0], weight.shape[1] // self.widths[-1] if node.op == "linear" else 1, tuple(weight.shape[2:]),
+                len(self.layers) + 1,
+                node.op,
+                node.entries[0],
+                node.entries[1] if len(node.entries) > 1 else None,
+                norms[0] if norms else None,
+                node,
+                tuple(steps),
+                activations[0] if activations else "identity",
+                weight.shape[0],
+                weight.shape[1] // self.widths[-1] if node.op == "linear" else 1,
+                tuple(weight.shape[2:]),
             )
-        )  # fmt: skip
+        )
         self.widths.append(weight.shape[0])
 
     def chain(self) -> Chain:
@@ -292,7 +323,10 @@ class _Builder:
         last = self.layers[-1]
         if last.kind != "linear" or last.steps:
             what = "a convolution" if last.kind != "linear" else f"followed by {last.steps[-1].op}"
-            raise _refusal(self.name, f"its last layer, {last.weight}, is {what}; the output must be that of a linear layer")
+            raise _refusal(
+                self.name,
+                f"its last layer, {last.weight}, is {what}; the output must be that of a linear layer",
+            )
         used = {key for layer in self.layers for key in layer.incoming()}
         others = tuple(key for key in self.state if key not in used)
         return Chain(tuple(self.layers), tuple(self.widths), self.name, self.flattened, others)

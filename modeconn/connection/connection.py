@@ -72,10 +72,14 @@ class Connection:
         """t values that show the whole path: all breakpoints, and swings in so many steps; elsewhere nothing happens."""
         count = positive("points_per_segment", points_per_segment) or 1
         inside = np.arange(1, count) / count
-        swings = [(k + inside) / self.path.segments for k, kind in enumerate(self.kinds) if kind == SWING]
+        swings = [
+            (k + inside) / self.path.segments for k, kind in enumerate(self.kinds) if kind == SWING
+        ]
         return np.sort(np.concatenate([self.breakpoints, *swings]))
 
-    def evaluate(self, model: nn.Module, data: Any, points_per_segment: int = 25, **options: Any) -> PathResult:
+    def evaluate(
+        self, model: nn.Module, data: Any, points_per_segment: int = 25, **options: Any
+    ) -> PathResult:
         """Loss and error along the path: at the breakpoints and at evenly spaced points of each swing.
 
         Args:
@@ -85,13 +89,20 @@ class Connection:
         """
         return evaluate(model, self.path, data, points=self.points(points_per_segment), **options)
 
-    def plot(self, ax: Axes | None = None, line: PathResult | None = None, result: PathResult | None = None) -> Axes:
+    def plot(
+        self,
+        ax: Axes | None = None,
+        line: PathResult | None = None,
+        result: PathResult | None = None,
+    ) -> Axes:
         """Draw loss and error along the path, with the certified bound and the kinds of segments.
 
         Args:
             ax: matplotlib axes to draw on; a new figure if None.
-            line: the straight line between the two networks, from `modeconn.evaluation.evaluator`, for comparison.
-            result: what `evaluate` returned. Without it the loss of a swing is drawn as its chord, an upper bound.
+            line: the straight line between the two networks, from `modeconn.evaluation.evaluator`,
+                for comparison.
+            result: what `evaluate` returned. Without it the loss of a swing is drawn as its chord,
+                an upper bound.
 
         Raises:
             ModeconnError: where matplotlib is not installed.
@@ -101,18 +112,25 @@ class Connection:
     def __str__(self) -> str:
         certificate = self.certificate
         numbers = {kind: self.kinds.count(kind) for kind in KINDS if kind in self.kinds}
-        counts = ", ".join(f"{number} {kind}{'' if number == 1 else 's'}" for kind, number in numbers.items())
-        title = f"path of {self.path.segments} segments ({counts})" + (f" for {self.model}" if self.model else "")
+        counts = ", ".join(
+            f"{number} {kind}{'' if number == 1 else 's'}" for kind, number in numbers.items()
+        )
+        title = f"path of {self.path.segments} segments ({counts})" + (
+            f" for {self.model}" if self.model else ""
+        )
         lines = [title, _bounds(certificate)]
         if self.test_certificate is not None:
             lines.append(f"other data: {_bounds(self.test_certificate)}")
         return "\n".join([*lines, certificate.advice])
 
     def __repr__(self) -> str:
-        bounds = f"bound={self.certificate.bound:.4g}, error_bound={self.certificate.error_bound:.4g}"
+        bounds = (
+            f"bound={self.certificate.bound:.4g}, error_bound={self.certificate.error_bound:.4g}"
+        )
         return f"Connection({self.path.segments} segments, {bounds})"
 
-    # ----------------------------------------------------------------------------------------------- files
+    # -----------------------------------------------------------------------------------------------
+    # files
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write connection.json and breakpoints.safetensors into a folder, both or neither.
@@ -124,8 +142,14 @@ class Connection:
             ModeconnError: there is something else, or it cannot be written.
         """
         target = Path(folder).expanduser()
-        if target.exists() and not (target / CONTENT).is_file() and (not target.is_dir() or any(target.iterdir())):
-            raise ModeconnError(f"{folder}: holds something else than a connection; expected a new or empty folder")
+        if (
+            target.exists()
+            and not (target / CONTENT).is_file()
+            and (not target.is_dir() or any(target.iterdir()))
+        ):
+            raise ModeconnError(
+                f"{folder}: holds something else than a connection; expected a new or empty folder"
+            )
         target = target.resolve()
         if not target.parent.is_dir():
             raise ModeconnError(f"{folder}: cannot be written: there is no folder {target.parent}")
@@ -135,7 +159,9 @@ class Connection:
             self._write(temporary)
             _exchange(temporary, target)
         except OSError as error:
-            raise ModeconnError(f"{folder}: cannot be written: {error.strerror or error}") from error
+            raise ModeconnError(
+                f"{folder}: cannot be written: {error.strerror or error}"
+            ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -159,7 +185,8 @@ class Connection:
         """Read what `save` wrote; nothing in it is run, and what it claims is for `verify` to check.
 
         Raises:
-            ModeconnError: the folder or a file is missing, truncated, of another version, or does not fit together.
+            ModeconnError: the folder or a file is missing, truncated, of another version, or does
+                not fit together.
         """
         where = Path(folder).expanduser()
         if not where.is_dir():
@@ -167,10 +194,14 @@ class Connection:
             raise ModeconnError(f"{folder}: {problem}; expected a folder with a connection")
         for name in (CONTENT, BREAKPOINTS):
             if not (where / name).is_file():
-                raise ModeconnError(f"{folder}: has no {name}; expected a folder that Connection.save wrote")
+                raise ModeconnError(
+                    f"{folder}: has no {name}; expected a folder that Connection.save wrote"
+                )
         content = _read_json(where / CONTENT)
         if content.get("format") != FORMAT:
-            raise ModeconnError(f"{where / CONTENT}: format is {content.get('format')!r}, expected {FORMAT!r}")
+            raise ModeconnError(
+                f"{where / CONTENT}: format is {content.get('format')!r}, expected {FORMAT!r}"
+            )
         packed = states.load(where / BREAKPOINTS)
         try:
             return _connection(content, packed, _sha256(where / BREAKPOINTS))
@@ -184,18 +215,30 @@ def _bounds(certificate: Certificate) -> str:
 
 
 def _connection(content: Mapping[str, Any], packed: states.State, sha256: str) -> Connection:
-    missing = [key for key in ("model", "breakpoints", "sha256", "kinds", "certificate", "details") if key not in content]
+    missing = [
+        key
+        for key in ("model", "breakpoints", "sha256", "kinds", "certificate", "details")
+        if key not in content
+    ]
     if missing:
         raise ModeconnError(f"{CONTENT} has no {missing[0]!r}")
-    count, kinds, model, details = (content[key] for key in ("breakpoints", "kinds", "model", "details"))
+    count, kinds, model, details = (
+        content[key] for key in ("breakpoints", "kinds", "model", "details")
+    )
     if not isinstance(count, int) or isinstance(count, bool) or count < 2:
         raise ModeconnError(f"breakpoints is {count!r}: expected a whole number, at least 2")
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds) or len(kinds) != count - 1:
+    if (
+        not isinstance(kinds, list)
+        or not all(isinstance(kind, str) for kind in kinds)
+        or len(kinds) != count - 1
+    ):
         raise ModeconnError(f"kinds is not a list of {count - 1} words, one for each segment")
     if not isinstance(details, dict) or not (model is None or isinstance(model, str)):
         raise ModeconnError("model is no text, or details are no table")
     if content["sha256"] != sha256:
-        raise ModeconnError(f"{BREAKPOINTS} is not the file that {CONTENT} was written with: its SHA-256 differs")
+        raise ModeconnError(
+            f"{BREAKPOINTS} is not the file that {CONTENT} was written with: its SHA-256 differs"
+        )
     certificates = [Certificate.from_dict(content["certificate"])]
     if content.get("test_certificate") is not None:
         certificates.append(Certificate.from_dict(content["test_certificate"]))

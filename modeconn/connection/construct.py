@@ -1,13 +1,16 @@
 """The constructive path between two solutions, from their subnetworks: rewrites of dead units and swings of the readout.
 
-Nguyen, Bréchet, Mondelli 2021, Theorem 4.1, in a simpler form: two consecutive subnetworks side by side at disjoint
-positions need no copy turned upside down. From a network θ down to its narrow network A_0, for l = L-1 … 0:
+Nguyen, Bréchet, Mondelli 2021, Theorem 4.1, in a simpler form: two consecutive subnetworks side by
+side at disjoint positions need no copy turned upside down. From a network θ down to its narrow
+network A_0, for l = L-1 … 0:
 
-    A_l: layers 1 … l are θ's own; the output is S_l(h_l[I_l]); S_l has the units J_{l,p} of layer p > l; all others are dead.
-    rewrite: the dead units J_{l,p} take S_l's incoming entries. The function does not change.
-    swing: the last layer moves from S_{l+1}'s readout to S_l's. The logits are affine in t, so the loss is convex in t.
+    A_l: layers 1 … l are θ's own; the output is S_l(h_l[I_l]); S_l has the units J_{l,p} of layer p
+    > l; all others are dead. rewrite: the dead units J_{l,p} take S_l's incoming entries. The
+    function does not change. swing: the last layer moves from S_{l+1}'s readout to S_l's. The
+    logits are affine in t, so the loss is convex in t.
 
-Both sides end in the same S_0 where they share one; else a general join moves one S_0 to the other's place.
+Both sides end in the same S_0 where they share one; else a general join moves one S_0 to the
+other's place.
 """
 
 from __future__ import annotations
@@ -63,11 +66,13 @@ def breakpoints(
 
     Args:
         a, b: state dicts that fit the chain.
-        subnetworks_a, subnetworks_b: for every entry layer 0 … L-1 one subnetwork of that side, in order. Heads are carried
-            to the top. If both have the same S_0 the path has 4L-1 segments, else up to 4L+3.
+        subnetworks_a, subnetworks_b: for every entry layer 0 … L-1 one subnetwork of that side, in
+            order. Heads are carried to the top. If both have the same S_0 the path has 4L-1
+            segments, else up to 4L+3.
 
     Raises:
-        ModeconnError: a subnetwork is missing or does not fit, or a layer has too few units for two of them side by side.
+        ModeconnError: a subnetwork is missing or does not fit, or a layer has too few units for two
+            of them side by side.
     """
     full = [[carry(chain, sub) for sub in subs] for subs in (subnetworks_a, subnetworks_b)]
     for subs, name in zip(full, ("a", "b")):
@@ -83,7 +88,10 @@ def breakpoints(
     else:
         middle = _join(chain, sides[0], down[-1].state, sides[1], up[-1].state)
     # Walked backwards, each segment keeps its kind: that of the step it led to.
-    back = [Step(before.state, step.kind, before.label) for before, step in zip(reversed(up[:-1]), reversed(up[1:]))]
+    back = [
+        Step(before.state, step.kind, before.label)
+        for before, step in zip(reversed(up[:-1]), reversed(up[1:]))
+    ]
     return [*down, *middle, *back]
 
 
@@ -92,7 +100,8 @@ def room(chain: Chain, kept: Mapping[int, int], widths: Mapping[int, Sequence[in
 
     Args:
         kept: |I_l| by entry layer.
-        widths: by entry layer the hidden widths m_{l,l+1}, m_{l,l+2}, … of its full-depth subnetwork.
+        widths: by entry layer the hidden widths m_{l,l+1}, m_{l,l+2}, … of its full-depth
+            subnetwork.
 
     Returns:
         one line for each violation; empty if there is room.
@@ -104,7 +113,11 @@ def room(chain: Chain, kept: Mapping[int, int], widths: Mapping[int, Sequence[in
             p = entry + 1 + index
             if index and index > len(above):
                 continue
-            other, what = (kept.get(p, 0), f"|I_{p}|") if index == 0 else (above[index - 1], f"m_{{{entry + 1},{p}}}")
+            other, what = (
+                (kept.get(p, 0), f"|I_{p}|")
+                if index == 0
+                else (above[index - 1], f"m_{{{entry + 1},{p}}}")
+            )
             if units + other > chain.widths[p]:
                 short = units + other - chain.widths[p]
                 lines.append(
@@ -116,8 +129,9 @@ def room(chain: Chain, kept: Mapping[int, int], widths: Mapping[int, Sequence[in
 def place(chain: Chain, subs: Sequence[Subnetwork]) -> list[Places]:
     """Units J_{l,p} for each subnetwork, disjoint from those of the next one up.
 
-    At layer p, S_l prefers the complement of I_p where p - l is odd and I_p itself where it is even: so every subnetwork that
-    is no wider than those regions finds the same place whatever the others are.
+    At layer p, S_l prefers the complement of I_p where p - l is odd and I_p itself where it is
+    even: so every subnetwork that is no wider than those regions finds the same place whatever the
+    others are.
     """
     places: list[Places] = [{} for _ in subs]
     for entry in reversed(range(chain.length - 1)):
@@ -127,7 +141,9 @@ def place(chain: Chain, subs: Sequence[Subnetwork]) -> list[Places]:
     return places
 
 
-def _shared_place(chain: Chain, subs: Sequence[Sequence[Subnetwork]], places: Sequence[Sequence[Places]]) -> Places:
+def _shared_place(
+    chain: Chain, subs: Sequence[Sequence[Subnetwork]], places: Sequence[Sequence[Places]]
+) -> Places:
     """Units for an S_0 that both sides use: free on both of them."""
     found: Places = {}
     for p in range(1, chain.length):
@@ -136,7 +152,9 @@ def _shared_place(chain: Chain, subs: Sequence[Sequence[Subnetwork]], places: Se
     return found
 
 
-def _choose(chain: Chain, subs: Sequence[Subnetwork], entry: int, p: int, occupied: Sequence[Tensor]) -> Tensor:
+def _choose(
+    chain: Chain, subs: Sequence[Subnetwork], entry: int, p: int, occupied: Sequence[Tensor]
+) -> Tensor:
     """Free units of layer p for S_entry, those of its own region first."""
     wanted = subs[entry].widths[p - entry - 1]
     free = torch.ones(chain.widths[p], dtype=torch.bool)
@@ -171,7 +189,9 @@ def _descend(chain: Chain, side: Side) -> list[Step]:
 def _written(chain: Chain, state: State, sub: Subnetwork, places: Places) -> State:
     """The state with a subnetwork's hidden layers written into the incoming entries of its units."""
     state, before = dict(state), sub.kept
-    for weight, bias, p in zip(sub.weights[:-1], sub.biases[:-1], range(sub.entry + 1, chain.length)):
+    for weight, bias, p in zip(
+        sub.weights[:-1], sub.biases[:-1], range(sub.entry + 1, chain.length)
+    ):
         layer, units = chain.layer(p), places[p]
         target = state[layer.weight]
         rows = target.new_zeros(len(units), *target.shape[1:])
@@ -272,8 +292,13 @@ def _shifted(chain: Chain, state: State, copies: Places, target: Places) -> Stat
         away = units != twins
         changed = state[layer.weight].clone(memory_format=torch.contiguous_format)
         view, old = layer.by_unit(changed), layer.by_unit(state[layer.weight])
-        # The twins are dead until now, but for being read by rows that are dead themselves: those may keep what they read.
-        readers = torch.cat([copies[layer.index], target[layer.index]]) if layer.index < chain.length else slice(None)
+        # The twins are dead until now, but for being read by rows that are dead themselves: those
+        # may keep what they read.
+        readers = (
+            torch.cat([copies[layer.index], target[layer.index]])
+            if layer.index < chain.length
+            else slice(None)
+        )
         block = view[readers]
         block[:, units[away]] = 0
         block[:, twins[away]] = old[readers][:, units[away]]
@@ -288,7 +313,8 @@ def _same(a: Subnetwork, b: Subnetwork) -> bool:
         return True
     pairs = [*zip(a.weights, b.weights), *zip(a.biases, b.biases)]
     return len(a.weights) == len(b.weights) and all(
-        (x is None and y is None) or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs
+        (x is None and y is None) or (x is not None and y is not None and torch.equal(x, y))
+        for x, y in pairs
     )
 
 
@@ -298,11 +324,15 @@ def _check(chain: Chain, subs: Sequence[Subnetwork], name: str) -> None:
             f"the subnetworks of {name} have entry layers {[sub.entry for sub in subs]}: expected 0 to {chain.length - 1}"
         )
     if len(subs[0].kept) != chain.widths[0]:
-        raise ModeconnError(f"the subnetwork of entry layer 0 of {name} keeps {len(subs[0].kept)} of {chain.widths[0]} inputs: "
-                            "expected all")  # fmt: skip
+        raise ModeconnError(
+            f"the subnetwork of entry layer 0 of {name} keeps {len(subs[0].kept)} of {chain.widths[0]} inputs: "
+            "expected all"
+        )
     for sub in subs:
         if not full_depth(chain, sub):
-            raise ModeconnError(f"the subnetwork of entry layer {sub.entry} of {name} does not reach the last layer")
+            raise ModeconnError(
+                f"the subnetwork of entry layer {sub.entry} of {name} does not reach the last layer"
+            )
         before = len(sub.kept)
         for weight, layer in zip(sub.weights, chain.layers[sub.entry :]):
             if layer.by_unit(weight).shape[1] != before:
@@ -311,6 +341,10 @@ def _check(chain: Chain, subs: Sequence[Subnetwork], name: str) -> None:
                     f"{layer.by_unit(weight).shape[1]} units, expected {before}"
                 )
             before = len(weight)
-    lines = room(chain, {sub.entry: len(sub.kept) for sub in subs}, {sub.entry: sub.widths for sub in subs})
+    lines = room(
+        chain, {sub.entry: len(sub.kept) for sub in subs}, {sub.entry: sub.widths for sub in subs}
+    )
     if lines:
-        raise ModeconnError(f"no room for the subnetworks of {name} side by side: {'; '.join(lines[:3])}")
+        raise ModeconnError(
+            f"no room for the subnetworks of {name} side by side: {'; '.join(lines[:3])}"
+        )

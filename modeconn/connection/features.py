@@ -39,7 +39,9 @@ class Features:
     def entry(self, entry: int) -> Tensor:
         """h_l [N, n_l, …] (of the kept units alone where `compute_features` was told so)."""
         if entry not in self._values:
-            raise ModeconnError(f"features of entry layer {entry} were not computed, only of {sorted(self._values)}")
+            raise ModeconnError(
+                f"features of entry layer {entry} were not computed, only of {sorted(self._values)}"
+            )
         return self._values[entry]
 
     def __len__(self) -> int:
@@ -65,11 +67,13 @@ def compute_features(
         data: as for `modeconn.evaluation.evaluator`; targets are class labels.
         entries: the entry layers, 0 … L-1; all of them if None.
         kept: for some entry layers the units to keep; all units where it says nothing.
-        folder: where files go if the features are larger than `memory_budget` bytes; a temporary folder if None.
+        folder: where files go if the features are larger than `memory_budget` bytes; a temporary
+            folder if None.
         progress: called with (samples done, samples or None).
 
     Raises:
-        ModeconnError: the data is empty, labels are not integers [N], or the inputs do not fit the chain.
+        ModeconnError: the data is empty, labels are not integers [N], or the inputs do not fit the
+            chain.
     """
     wanted = list(range(chain.length)) if entries is None else sorted(set(entries))
     for entry in wanted:
@@ -83,11 +87,18 @@ def compute_features(
     with torch.no_grad():
         for x, y in source:
             if y.is_floating_point() or y.dim() != 1:
-                raise ModeconnError(f"targets have shape {list(y.shape)} and dtype {y.dtype}: class labels are integers [N]")
+                raise ModeconnError(
+                    f"targets have shape {list(y.shape)} and dtype {y.dtype}: class labels are integers [N]"
+                )
             labels.append(y.long().to(like.device))
             values = _values(chain, state, x.to(like), wanted, kept or {})
             if store is None and source.samples:
-                size = sum(v.numel() for v in values.values()) * like.element_size() // len(x) * source.samples
+                size = (
+                    sum(v.numel() for v in values.values())
+                    * like.element_size()
+                    // len(x)
+                    * source.samples
+                )
                 if size > memory_budget:
                     store = _Store(values, source.samples, folder)
             for entry, value in values.items():
@@ -100,11 +111,17 @@ def compute_features(
                 progress(done, source.samples)
     if store is not None:
         return Features(store.tensors(), torch.cat(labels), store.folder)
-    return Features({entry: torch.cat(chunks) for entry, chunks in parts.items()}, torch.cat(labels), None)
+    return Features(
+        {entry: torch.cat(chunks) for entry, chunks in parts.items()}, torch.cat(labels), None
+    )
 
 
 def _values(
-    chain: Chain, state: Mapping[str, Tensor], x: Tensor, wanted: Sequence[int], kept: Mapping[int, Tensor]
+    chain: Chain,
+    state: Mapping[str, Tensor],
+    x: Tensor,
+    wanted: Sequence[int],
+    kept: Mapping[int, Tensor],
 ) -> dict[int, Tensor]:
     """The values of one batch, small blocks of rows at a time so that they stay in the cache."""
     blocks: dict[int, list[Tensor]] = {entry: [] for entry in wanted}

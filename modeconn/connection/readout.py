@@ -20,7 +20,8 @@ from modeconn.errors import ModeconnError
 _ROWS = 8192
 # Pairs of steps and gradients that L-BFGS remembers.
 _HISTORY = 20
-# Of the weights on features scaled to mean square 1. Where the features can be separated there is no minimum without it.
+# Of the weights on features scaled to mean square 1. Where the features can be separated there is
+# no minimum without it.
 WEIGHT_DECAY = 1e-7
 
 
@@ -40,9 +41,9 @@ def fit_readout(
 ) -> Trained:
     """The linear readout of the smallest mean cross-entropy + weight_decay / 2 · ‖W · rms(h)‖².
 
-    The problem is convex: L-BFGS finds the same minimum from any start. Each feature is scaled to a root mean square of 1
-    first, since the convergence hangs on how evenly they are spread. The products are in the features' precision, the loss, the
-    gradient's sums and the steps in float64.
+    The problem is convex: L-BFGS finds the same minimum from any start. Each feature is scaled to a
+    root mean square of 1 first, since the convergence hangs on how evenly they are spread. The
+    products are in the features' precision, the loss, the gradient's sums and the steps in float64.
 
     Args:
         start: a subnetwork of one layer; where the search begins.
@@ -59,13 +60,20 @@ def fit_readout(
     began = time.perf_counter()
     layer = chain.layer(start.entry + 1)
     whole = h.shape[1] == chain.widths[start.entry] * layer.block
-    problem = _Problem(restrict(chain, start.entry, h, start.kept) if whole else h, labels, weight_decay, stop_loss)
+    problem = _Problem(
+        restrict(chain, start.entry, h, start.kept) if whole else h, labels, weight_decay, stop_loss
+    )
     weight, bias = start.weights[0].double(), start.biases[0]
     problem.begin(weight, None if bias is None else bias.double())
     optimizer = torch.optim.LBFGS(
-        problem.parameters, max_iter=iterations, max_eval=2 * iterations, history_size=_HISTORY, tolerance_grad=1e-8,
-        tolerance_change=1e-12, line_search_fn="strong_wolfe",
-    )  # fmt: skip
+        problem.parameters,
+        max_iter=iterations,
+        max_eval=2 * iterations,
+        history_size=_HISTORY,
+        tolerance_grad=1e-8,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
     try:
         if iterations:
             optimizer.step(problem)
@@ -82,13 +90,21 @@ def fit_readout(
 class _Problem:
     """The objective and its gradient, with the readout's weights on scaled features as parameters."""
 
-    def __init__(self, h: Tensor, labels: Tensor, weight_decay: float, stop_loss: float | None) -> None:
-        self.h, self.labels, self.weight_decay, self.stop_loss = h.flatten(1), labels, weight_decay, stop_loss
+    def __init__(
+        self, h: Tensor, labels: Tensor, weight_decay: float, stop_loss: float | None
+    ) -> None:
+        self.h, self.labels, self.weight_decay, self.stop_loss = (
+            h.flatten(1),
+            labels,
+            weight_decay,
+            stop_loss,
+        )
         squares = torch.zeros(self.h.shape[1], dtype=torch.float64, device=h.device)
         for rows in self.h.split(_ROWS):
             squares += rows.square().sum(0, dtype=torch.float64)
         rms = (squares / max(1, len(h))).sqrt()
-        self.rms = torch.where(rms > 0, rms, torch.ones_like(rms))  # a feature that is always 0 stays out of the readout
+        # a feature that is always 0 stays out of the readout
+        self.rms = torch.where(rms > 0, rms, torch.ones_like(rms))
         self.parameters: list[Tensor] = []
 
     def begin(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -97,13 +113,18 @@ class _Problem:
             parameter.grad = torch.zeros_like(parameter)
 
     def readout(self) -> tuple[Tensor, Tensor | None]:
-        return self.parameters[0] / self.rms, self.parameters[1] if len(self.parameters) > 1 else None
+        return self.parameters[0] / self.rms, self.parameters[1] if len(
+            self.parameters
+        ) > 1 else None
 
     @torch.no_grad()
     def __call__(self) -> float:
         weight, bias = self.readout()
         columns, shift = weight.t().to(self.h), None if bias is None else bias.to(self.h)
-        gradient, sums = torch.zeros_like(weight), torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+        gradient, sums = (
+            torch.zeros_like(weight),
+            torch.zeros(len(weight), dtype=torch.float64, device=weight.device),
+        )
         loss = 0.0
         for rows, labels in zip(self.h.split(_ROWS), self.labels.split(_ROWS)):
             logits = rows @ columns if shift is None else torch.addmm(shift, rows, columns)
@@ -119,7 +140,8 @@ class _Problem:
             raise _Reached
         scaled = self.parameters[0]
         for parameter, slope in zip(
-            self.parameters, (gradient / self.rms / samples + self.weight_decay * scaled, sums / samples)
+            self.parameters,
+            (gradient / self.rms / samples + self.weight_decay * scaled, sums / samples),
         ):
             parameter.grad = slope
         objective = loss + 0.5 * self.weight_decay * float(scaled.square().sum())

@@ -27,12 +27,13 @@ _TOLERANCE = 1e-5
 class Fits:
     """The fits of one search, in the order in which they are made.
 
-    What a search does next depends on its settings and on the fits before alone. So a search that is begun again does the
-    same fits; those that are finished in the folder are read.
+    What a search does next depends on its settings and on the fits before alone. So a search that
+    is begun again does the same fits; those that are finished in the folder are read.
 
     Args:
         folder: a folder, made if it is not there; None to keep nothing.
-        settings: all that decides what the search does; the folder must hold a search with the same.
+        settings: all that decides what the search does; the folder must hold a search with the
+            same.
 
     Raises:
         ModeconnError: the folder holds something else, or a search with other settings or data.
@@ -43,7 +44,9 @@ class Fits:
         if self.folder is not None:
             _claim(self.folder, json.loads(json.dumps(settings)))
 
-    def next(self, starts: Sequence[Subnetwork], fit: Callable[[Path | None], list[Trained]]) -> list[Trained]:
+    def next(
+        self, starts: Sequence[Subnetwork], fit: Callable[[Path | None], list[Trained]]
+    ) -> list[Trained]:
         """The next fit.
 
         Args:
@@ -63,28 +66,39 @@ class Fits:
 
 
 def search_settings(
-    ends: Mapping[str, Mapping[str, Tensor]], features: Mapping[str, Features], units: Mapping[int, Tensor], **settings: Any
+    ends: Mapping[str, Mapping[str, Tensor]],
+    features: Mapping[str, Features],
+    units: Mapping[int, Tensor],
+    **settings: Any,
 ) -> dict[str, Any]:
     """What decides a search: the networks bit for bit, labels, what the features sum up to, the kept units, and more."""
     weights = hashlib.sha256()
     for end in ends.values():
         for key in sorted(end):
             weights.update(key.encode())
-            weights.update(end[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            weights.update(
+                end[key].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
     labels = hashlib.sha256(next(iter(features.values())).labels.cpu().numpy().tobytes())
     kept = hashlib.sha256(json.dumps([u.tolist() for u in units.values()]).encode())
     top = max(units)
     sums = [float(each.entry(top).double().sum()) for each in features.values()]
     return {
-        "networks": weights.hexdigest(), "labels": labels.hexdigest(), "kept": kept.hexdigest(), "features": sums, **settings
-    }  # fmt: skip
+        "networks": weights.hexdigest(),
+        "labels": labels.hexdigest(),
+        "kept": kept.hexdigest(),
+        "features": sums,
+        **settings,
+    }
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     file = folder / _SETTINGS
     if not file.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ModeconnError(f"{folder} is there already and holds no search: name another folder")
+            raise ModeconnError(
+                f"{folder} is there already and holds no search: name another folder"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings, indent=1)
         states.atomic_write(file, lambda stream: stream.write(text.encode()))
@@ -93,9 +107,15 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         before = json.loads(file.read_text())
         sums = zip(before["features"], settings["features"], strict=True)
         same = all(math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=1e-6) for a, b in sums)
-        others = sorted(key for key in {*before, *settings} - {"features"} if before.get(key) != settings.get(key))
+        others = sorted(
+            key
+            for key in {*before, *settings} - {"features"}
+            if before.get(key) != settings.get(key)
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise ModeconnError(f"{file} does not describe a search: remove {folder} to start anew") from error
+        raise ModeconnError(
+            f"{file} does not describe a search: remove {folder} to start anew"
+        ) from error
     if others or not same:
         raise ModeconnError(
             f"{folder} holds the search of another connection, with other {', '.join(others or ['data'])}: remove it to start "
@@ -112,8 +132,12 @@ def _read(file: Path, starts: Sequence[Subnetwork]) -> list[Trained]:
             records = json.loads((saved.metadata() or {})["fit"])
         found = unpack("fit", tensors, records, starts)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise ModeconnError(f"{file} is no finished fit: remove it to do it again ({error})") from error
+        raise ModeconnError(
+            f"{file} is no finished fit: remove it to do it again ({error})"
+        ) from error
     results = [each for each in found if each is not None]
     if len(results) != len(starts):
-        raise ModeconnError(f"{file} holds {len(results)} subnetworks, not {len(starts)}: remove it to do them again")
+        raise ModeconnError(
+            f"{file} holds {len(results)} subnetworks, not {len(starts)}: remove it to do them again"
+        )
     return results

@@ -13,20 +13,22 @@ from modeconn.connection.chain import Chain, Layer
 from modeconn.connection.subnetworks import Subnetwork, restrict
 from modeconn.errors import ModeconnError
 
-# Kept features of all subnetworks are gathered once if they take up no more than this, else batch by batch.
+# Kept features of all subnetworks are gathered once if they take up no more than this, else batch
+# by batch.
 _MEMORY_BUDGET = 3 << 30
 # Rows that are gathered at a time.
 _BLOCK = 4096
-# Widths inside a stack are rounded up to a multiple of this: batched products of odd sizes take up to twice the time (16
-# products of 256 × 122 by 122 × 123 with MKL on an AVX2 CPU: 30 to 46 GFLOP/s, of 128 by 128 50 to 63).
+# Widths inside a stack are rounded up to a multiple of this: batched products of odd sizes take up
+# to twice the time (16 products of 256 × 122 by 122 × 123 with MKL on an AVX2 CPU: 30 to 46
+# GFLOP/s, of 128 by 128 50 to 63).
 _MULTIPLE = 16
 
 
 class Stack:
     """D subnetworks whose weights have equal shapes.
 
-    Hidden widths of linear layers are padded with units whose weights and biases are zero. Their values are zero, so that
-    their gradients are, and they stay what they are.
+    Hidden widths of linear layers are padded with units whose weights and biases are zero. Their
+    values are zero, so that their gradients are, and they stay what they are.
 
     Attributes:
         weights, biases: of layer after layer, [D, …], padded; leaves that take gradients.
@@ -36,10 +38,13 @@ class Stack:
     def __init__(self, chain: Chain, subs: Sequence[Subnetwork]) -> None:
         check_stackable(chain, subs)
         self.chain, self.entry = chain, subs[0].entry
-        self.weights = [torch.stack([sub.weights[i] for sub in subs]) for i in range(len(subs[0].weights))]
+        self.weights = [
+            torch.stack([sub.weights[i] for sub in subs]) for i in range(len(subs[0].weights))
+        ]
         self.biases: list[Tensor | None] = []
         for i, bias in enumerate(subs[0].biases):
-            self.biases.append(None if bias is None else torch.stack([sub.biases[i] for sub in subs]))  # type: ignore[misc]
+            several = [each for each in (sub.biases[i] for sub in subs) if each is not None]
+            self.biases.append(None if bias is None else torch.stack(several))
         self._pad()
         self._take_gradients()
 
@@ -61,7 +66,8 @@ class Stack:
         """A copy of the d-th subnetwork as it is now, with the entry, kept units and widths of another."""
         weights = tuple(_cut(weight[d], old) for weight, old in zip(self.weights, like.weights))
         biases = tuple(
-            None if bias is None or old is None else _cut(bias[d], old) for bias, old in zip(self.biases, like.biases)
+            None if bias is None or old is None else _cut(bias[d], old)
+            for bias, old in zip(self.biases, like.biases)
         )
         return Subnetwork(like.entry, like.kept, weights, biases)
 
@@ -73,12 +79,20 @@ class Stack:
             if layer.kind == "linear":
                 h = torch.stack(h) if isinstance(h, list) else h
                 columns = weight.transpose(1, 2)
-                h = torch.bmm(h, columns) if bias is None else torch.baddbmm(bias[:, None], h, columns)
+                h = (
+                    torch.bmm(h, columns)
+                    if bias is None
+                    else torch.baddbmm(bias[:, None], h, columns)
+                )
                 h = h if i == last else _finish(layer, h)
             else:
-                # A convolution each: grouped ones are slower on a CPU. unbind, since its gradient is one stack.
+                # A convolution each: grouped ones are slower on a CPU. unbind, since its gradient
+                # is one stack.
                 own = [None] * len(h) if bias is None else bias.unbind()
-                h = [_finish(layer, layer.map(part, w, b)) for part, w, b in zip(h, weight.unbind(), own)]
+                h = [
+                    _finish(layer, layer.map(part, w, b))
+                    for part, w, b in zip(h, weight.unbind(), own)
+                ]
         if isinstance(h, list):
             raise ModeconnError("the last layer of a subnetwork must be linear")
         return h
@@ -88,7 +102,11 @@ class Stack:
         layers = [self.chain.layer(self.entry + 1 + i) for i in range(len(self.weights))]
         padded = layers[0].kind == "linear"
         for i, layer in enumerate(layers):
-            outputs = i < len(layers) - 1 and layers[i + 1].kind == layer.kind == "linear" and _keeps_zero(layer)
+            outputs = (
+                i < len(layers) - 1
+                and layers[i + 1].kind == layer.kind == "linear"
+                and _keeps_zero(layer)
+            )
             if layer.kind == "linear":
                 rows, columns = self.weights[i].shape[1:]
                 more = (_padding(columns) if padded else 0, _padding(rows) if outputs else 0)
@@ -99,7 +117,9 @@ class Stack:
 
     def _take_gradients(self) -> None:
         self.weights = [weight.detach().clone().requires_grad_() for weight in self.weights]
-        self.biases = [None if bias is None else bias.detach().clone().requires_grad_() for bias in self.biases]
+        self.biases = [
+            None if bias is None else bias.detach().clone().requires_grad_() for bias in self.biases
+        ]
 
 
 def _padding(width: int) -> int:
@@ -129,12 +149,20 @@ class Rows:
     """
 
     def __init__(
-        self, chain: Chain, subs: Sequence[Subnetwork], features: Sequence[Tensor], budget: int = _MEMORY_BUDGET
+        self,
+        chain: Chain,
+        subs: Sequence[Subnetwork],
+        features: Sequence[Tensor],
+        budget: int = _MEMORY_BUDGET,
     ) -> None:
         self.linear = chain.layer(subs[0].entry + 1).kind == "linear"
         self._chain, self._subs, self._features = chain, list(subs), list(features)
-        size = sum(f[0].numel() * len(s.kept) // chain.widths[s.entry] for s, f in zip(subs, features)) * len(features[0])
-        same = all(f is features[0] for f in features) and all(torch.equal(s.kept, subs[0].kept) for s in subs)
+        size = sum(
+            f[0].numel() * len(s.kept) // chain.widths[s.entry] for s, f in zip(subs, features)
+        ) * len(features[0])
+        same = all(f is features[0] for f in features) and all(
+            torch.equal(s.kept, subs[0].kept) for s in subs
+        )
         self._together = same  # every subnetwork reads the same numbers
         self._ready = same or size * features[0].element_size() <= budget
         self._table: Tensor | None = None
@@ -159,7 +187,10 @@ class Rows:
             return h.expand(len(self._subs), *h.shape) if self.linear else [h] * len(self._subs)
         if self._table is not None:
             return self._table[rows].transpose(0, 1)
-        parts = [f[rows] if self._ready else self._picked(d, f[rows]) for d, f in enumerate(self._features)]
+        parts = [
+            f[rows] if self._ready else self._picked(d, f[rows])
+            for d, f in enumerate(self._features)
+        ]
         return _padded(torch.stack(parts)) if self.linear else parts
 
     def _tabled(self) -> Tensor:
@@ -168,14 +199,18 @@ class Rows:
         table = first.new_empty(len(self._features[0]), len(self._subs), first.shape[1])
         for d, h in enumerate(self._features):
             for start in range(0, len(h), _BLOCK):
-                table[start : start + _BLOCK, d] = _padded(self._picked(d, h[start : start + _BLOCK]))
+                table[start : start + _BLOCK, d] = _padded(
+                    self._picked(d, h[start : start + _BLOCK])
+                )
         self._features = []
         return table
 
     def _picked(self, d: int, h: Tensor) -> Tensor:
         sub = self._subs[d]
         layer = self._chain.layer(sub.entry + 1)
-        whole = h.shape[1] == self._chain.widths[sub.entry] * (layer.block if layer.kind == "linear" else 1)
+        whole = h.shape[1] == self._chain.widths[sub.entry] * (
+            layer.block if layer.kind == "linear" else 1
+        )
         h = restrict(self._chain, sub.entry, h, sub.kept) if whole else h
         return h.contiguous(memory_format=torch.channels_last) if h.dim() == 4 else h.contiguous()
 
@@ -200,8 +235,20 @@ def check_stackable(chain: Chain, subs: Sequence[Subnetwork]) -> None:
         layers = chain.layers[sub.entry : sub.entry + len(sub.weights)]
         shapes = [(tuple(w.shape), b is not None) for w, b in zip(sub.weights, sub.biases)]
         # What follows the readout's layer in the chain does not act on the readout.
-        acts = [(x.kind, [step.op for step in x.steps if step.op != "batch_norm"], str(x.affine.args[3:])) for x in layers[:-1]]
-        return [len(sub.kept), shapes, acts, sub.entry if chain.layer(sub.entry + 1).kind != "linear" else "linear"]
+        acts = [
+            (
+                x.kind,
+                [step.op for step in x.steps if step.op != "batch_norm"],
+                str(x.affine.args[3:]),
+            )
+            for x in layers[:-1]
+        ]
+        return [
+            len(sub.kept),
+            shapes,
+            acts,
+            sub.entry if chain.layer(sub.entry + 1).kind != "linear" else "linear",
+        ]
 
     first = kind(subs[0])
     for sub in subs[1:]:

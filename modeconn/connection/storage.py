@@ -1,10 +1,12 @@
 """The breakpoints of a path as one checkpoint and differences: what a segment does not touch is not written again.
 
-The first breakpoint is stored whole. Each further one stores, for every entry that differs from the one before, the rows
-and columns in which it does and the new values of that block: values, not arithmetic differences, so every bit comes back.
+The first breakpoint is stored whole. Each further one stores, for every entry that differs from the
+one before, the rows and columns in which it does and the new values of that block: values, not
+arithmetic differences, so every bit comes back.
 
-Names in the safetensors file: "0/KEY" for the first breakpoint; "K/values/KEY", and where only a part changed "K/rows/KEY"
-(and "K/columns/KEY" for entries of two or more dimensions), for breakpoint K.
+Names in the safetensors file: "0/KEY" for the first breakpoint; "K/values/KEY", and where only a
+part changed "K/rows/KEY" (and "K/columns/KEY" for entries of two or more dimensions), for
+breakpoint K.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ def pack(points: Sequence[State]) -> State:
         for key, value in points[k].items():
             before = points[k - 1][key]
             if value is not before:
-                packed |= {f"{k}/{part}/{key}": tensor for part, tensor in _difference(before.cpu(), value.cpu()).items()}
+                packed |= {
+                    f"{k}/{part}/{key}": tensor
+                    for part, tensor in _difference(before.cpu(), value.cpu()).items()
+                }
     return packed
 
 
@@ -36,7 +41,11 @@ def _difference(before: Tensor, after: Tensor) -> dict[str, Tensor]:
     if after.dim() == 0:
         return {"values": after}
     changed = bits(before) != bits(after)
-    rows = changed.flatten(1).any(1).nonzero().flatten() if after.dim() > 1 else changed.nonzero().flatten()
+    rows = (
+        changed.flatten(1).any(1).nonzero().flatten()
+        if after.dim() > 1
+        else changed.nonzero().flatten()
+    )
     block = {"rows": rows, "values": after[rows]}
     if after.dim() > 1:
         block["columns"] = changed.transpose(0, 1).flatten(1).any(1).nonzero().flatten()
@@ -58,7 +67,12 @@ def unpack(packed: State, count: int) -> list[State]:
         part, _, key = rest.partition("/")
         if number == "0":
             first[rest] = tensor
-        elif not number.isdecimal() or int(number) >= count or part not in ("values", "rows", "columns") or not key:
+        elif (
+            not number.isdecimal()
+            or int(number) >= count
+            or part not in ("values", "rows", "columns")
+            or not key
+        ):
             raise ModeconnError(f"{name!r} is no part of a path of {count} breakpoints")
         else:
             parts[int(number)].setdefault(key, {})[part] = tensor
@@ -69,7 +83,9 @@ def unpack(packed: State, count: int) -> list[State]:
         point = dict(points[-1])
         for key, block in parts[k].items():
             if key not in point:
-                raise ModeconnError(f"breakpoint {k} changes {key!r}, which the first breakpoint does not have")
+                raise ModeconnError(
+                    f"breakpoint {k} changes {key!r}, which the first breakpoint does not have"
+                )
             point[key] = _applied(point[key], block, f"breakpoint {k}, {key!r}")
         points.append(point)
     return points
@@ -84,14 +100,20 @@ def _applied(before: Tensor, block: dict[str, Tensor], what: str) -> Tensor:
     indices = [name for name in ("rows", "columns") if name in block]
     expected = list(before.shape)
     if indices not in ([], ["rows"] if before.dim() == 1 else ["rows", "columns"]):
-        raise ModeconnError(f"{what}: has {', '.join(indices)}, which do not fit {before.dim()} dimensions")
+        raise ModeconnError(
+            f"{what}: has {', '.join(indices)}, which do not fit {before.dim()} dimensions"
+        )
     for axis, name in enumerate(indices):
         index = block[name]
         if index.dtype != torch.int64 or index.dim() != 1 or not len(index):
-            raise ModeconnError(f"{what}: {name} are {index.dtype} {list(index.shape)}, expected int64 numbers")
+            raise ModeconnError(
+                f"{what}: {name} are {index.dtype} {list(index.shape)}, expected int64 numbers"
+            )
         low, high = int(index.min()), int(index.max())
         if low < 0 or high >= before.shape[axis]:
-            raise ModeconnError(f"{what}: {name} go from {low} to {high}, expected 0 to {before.shape[axis] - 1}")
+            raise ModeconnError(
+                f"{what}: {name} go from {low} to {high}, expected 0 to {before.shape[axis] - 1}"
+            )
         expected[axis] = len(index)
     if list(values.shape) != expected:
         raise ModeconnError(f"{what}: values have shape {list(values.shape)}, expected {expected}")

@@ -1,7 +1,8 @@
 """What a linear segment of a path does to the network's function, derived from the weights at its two ends alone.
 
-Everything here is linear in t on the segment, so what holds at both ends (a weight is zero, two rows are equal, a row is
-what it was) holds throughout. Theory: Nguyen et al. 2021, the moves of their path; see docs on certificates.
+Everything here is linear in t on the segment, so what holds at both ends (a weight is zero, two
+rows are equal, a row is what it was) holds throughout. Theory: Nguyen et al. 2021, the moves of
+their path; see docs on certificates.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ class Evidence:
     """What a segment was found to be.
 
     Attributes:
-        kind: "rewrite" (only dead units changed: the function is constant), "shift" (units with equal functions traded
-            outgoing weights: the function is constant) or "swing" (only the output layer moved: the logits are affine in t).
-        moved: keys of the entries that differ between the ends; integer entries are not on the path and do not count.
+        kind: "rewrite" (only dead units changed: the function is constant), "shift" (units with
+            equal functions traded outgoing weights: the function is constant) or "swing" (only the
+            output layer moved: the logits are affine in t).
+        moved: keys of the entries that differ between the ends; integer entries are not on the path
+            and do not count.
         text: the evidence, in words.
     """
 
@@ -39,7 +42,11 @@ class Evidence:
 
     def supports(self, claimed: str) -> bool:
         """Whether the weights bear out a claimed kind: what is constant by dead units alone is so by classes, too."""
-        return claimed == self.kind or (claimed in KINDS and not self.moved) or (claimed == SHIFT and self.kind == REWRITE)
+        return (
+            claimed == self.kind
+            or (claimed in KINDS and not self.moved)
+            or (claimed == SHIFT and self.kind == REWRITE)
+        )
 
 
 def structure(chain: Chain, start: State, stop: State) -> Evidence:
@@ -50,8 +57,8 @@ def structure(chain: Chain, start: State, stop: State) -> Evidence:
         start, stop: states of equal keys and shapes.
 
     Raises:
-        ModeconnError: the segment is none of the three kinds: the text names the layer and the live units that moved.
-            Or a weight is not finite, or a variance negative.
+        ModeconnError: the segment is none of the three kinds: the text names the layer and the live
+            units that moved. Or a weight is not finite, or a variance negative.
     """
     moved = _moved(chain, start, stop)
     for state in (start, stop):
@@ -63,36 +70,63 @@ def structure(chain: Chain, start: State, stop: State) -> Evidence:
         return Evidence(REWRITE, (), "nothing moves")
     top = chain.layers[-1]
     if set(moved) <= set(top.incoming()):
-        return Evidence(SWING, moved, f"only the output layer moves ({', '.join(moved)}): the logits are affine in t")
+        return Evidence(
+            SWING,
+            moved,
+            f"only the output layer moves ({', '.join(moved)}): the logits are affine in t",
+        )
     if _live_change(chain, start, stop, moved) is None:
-        return Evidence(REWRITE, moved, f"only dead units move: {_moved_units(chain, start, stop, moved)}")
+        return Evidence(
+            REWRITE, moved, f"only dead units move: {_moved_units(chain, start, stop, moved)}"
+        )
     problem = _class_change(chain, start, stop)
     if problem is None:
-        return Evidence(SHIFT, moved, f"units of equal functions trade weights: {_moved_units(chain, start, stop, moved)}")
-    raise ModeconnError(f"it is no swing, for more than the output layer moves, and the function is not constant: {problem}")
+        return Evidence(
+            SHIFT,
+            moved,
+            f"units of equal functions trade weights: {_moved_units(chain, start, stop, moved)}",
+        )
+    raise ModeconnError(
+        f"it is no swing, for more than the output layer moves, and the function is not constant: {problem}"
+    )
 
 
-# ------------------------------------------------------------------------------------------- single units
+# ------------------------------------------------------------------------------------------- single
+# units
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or torch.equal(a, b)
+    return (
+        a is b or (a.data_ptr() == b.data_ptr() and a.stride() == b.stride()) or torch.equal(a, b)
+    )
 
 
 def _moved(chain: Chain, start: State, stop: State) -> tuple[str, ...]:
     """Keys of the floating point entries that differ, layer by layer; a path does not move the others."""
     keys = [*(key for layer in chain.layers for key in layer.incoming()), *chain.others]
-    return tuple(key for key in keys if start[key].is_floating_point() and not _same(start[key], stop[key]))
+    return tuple(
+        key for key in keys if start[key].is_floating_point() and not _same(start[key], stop[key])
+    )
 
 
 def _check_values(chain: Chain, state: State) -> None:
     """Raise where a unit's value is no number, which even a weight of zero would pass on."""
     for key, value in state.items():
-        if value.is_floating_point() and value.numel() and not all(map(torch.isfinite, value.aminmax())):
+        if (
+            value.is_floating_point()
+            and value.numel()
+            and not all(map(torch.isfinite, value.aminmax()))
+        ):
             raise ModeconnError(f"{key} is not finite")
     for norm in (layer.norm for layer in chain.layers):
-        if norm is not None and norm.var is not None and float(state[norm.var].min()) + norm.eps <= 0:
-            raise ModeconnError(f"{norm.var} holds {float(state[norm.var].min()):.4g}: a variance cannot be negative")
+        if (
+            norm is not None
+            and norm.var is not None
+            and float(state[norm.var].min()) + norm.eps <= 0
+        ):
+            raise ModeconnError(
+                f"{norm.var} holds {float(state[norm.var].min()):.4g}: a variance cannot be negative"
+            )
 
 
 def _changed_units(layer: Layer, start: State, stop: State, moved: tuple[str, ...]) -> Tensor:
@@ -100,13 +134,19 @@ def _changed_units(layer: Layer, start: State, stop: State, moved: tuple[str, ..
     changed = torch.zeros(layer.units, dtype=torch.bool, device=start[layer.weight].device)
     for key in layer.incoming():
         if key in moved:
-            changed |= (start[key] != stop[key]).flatten(1).any(1) if start[key].dim() > 1 else start[key] != stop[key]
+            changed |= (
+                (start[key] != stop[key]).flatten(1).any(1)
+                if start[key].dim() > 1
+                else start[key] != stop[key]
+            )
     return changed
 
 
 def _live_change(chain: Chain, start: State, stop: State, moved: tuple[str, ...]) -> str | None:
     """What is wrong with "only dead units change": the highest layer with live units that do. None where it holds."""
-    live = torch.ones(chain.layers[-1].units, dtype=torch.bool, device=start[chain.layers[-1].weight].device)
+    live = torch.ones(
+        chain.layers[-1].units, dtype=torch.bool, device=start[chain.layers[-1].weight].device
+    )
     for layer in reversed(chain.layers):
         bad = _changed_units(layer, start, stop, moved) & live
         if bool(bad.any()):
@@ -124,20 +164,25 @@ def _told(layer: Layer, units: Tensor) -> str:
 
 
 def _moved_units(chain: Chain, start: State, stop: State, moved: tuple[str, ...]) -> str:
-    counts = [(layer.index, int(_changed_units(layer, start, stop, moved).sum())) for layer in chain.layers]
+    counts = [
+        (layer.index, int(_changed_units(layer, start, stop, moved).sum()))
+        for layer in chain.layers
+    ]
     parts = [f"{count:,} of layer {index}" for index, count in counts if count]
     return ", ".join(parts) if parts else "none"
 
 
-# ---------------------------------------------------------------------------------- classes of equal units
+# ---------------------------------------------------------------------------------- classes of
+# equal units
 
 
 def _class_change(chain: Chain, start: State, stop: State) -> str | None:
     """What is wrong with "the function is constant", with units of equal functions taken together. None where it holds.
 
-    Going up, two units are of one class where their incoming rows, added up over the classes below, and their other
-    entries are equal at both ends, hence throughout: then their values are equal at every t. Going down, a class is live
-    where a live class above reads it; the function is constant where no live class changes.
+    Going up, two units are of one class where their incoming rows, added up over the classes below,
+    and their other entries are equal at both ends, hence throughout: then their values are equal at
+    every t. Going down, a class is live where a live class above reads it; the function is constant
+    where no live class changes.
     """
     groups = [torch.arange(chain.widths[0])]  # class of each unit, layer by layer from the input
     for layer in chain.layers[:-1]:
@@ -145,7 +190,9 @@ def _class_change(chain: Chain, start: State, stop: State) -> str | None:
         groups.append(_equal_rows(torch.cat(ends, 1)))
     groups.append(torch.arange(chain.layers[-1].units))  # outputs are what is looked at, one by one
     live = torch.ones(chain.layers[-1].units, dtype=torch.bool)
-    for layer, below, own in zip(reversed(chain.layers), reversed(groups[:-1]), reversed(groups[1:])):
+    for layer, below, own in zip(
+        reversed(chain.layers), reversed(groups[:-1]), reversed(groups[1:])
+    ):
         members = _first_members(own)[live]
         before, after = (_rows(layer, state, below, members) for state in (start, stop))
         bad = (before != after).any(1)
@@ -174,7 +221,11 @@ def _rows(layer: Layer, state: State, below: Tensor, units: Tensor | None = None
     for group in (sizes > 1).nonzero().flatten().tolist():
         # In order of size, so that the same numbers in other places have the same sum, bit for bit.
         total[:, group] = parts[:, below == group].sort(1).values.sum(1)
-    extras = [state[key].cpu()[chosen].double()[:, None] for key in layer.incoming() if key != layer.weight]
+    extras = [
+        state[key].cpu()[chosen].double()[:, None]
+        for key in layer.incoming()
+        if key != layer.weight
+    ]
     return torch.cat([total.flatten(1), *extras], 1)
 
 

@@ -20,8 +20,8 @@ class Subnetwork:
     Attributes:
         entry: l, the layer whose features it reads; 0 is the input.
         kept: I_l, the units that it reads, int64 [k], rising.
-        weights: of layers l+1, l+2, …; the last is the readout [C, …]. The layers in between are followed by the chain's own
-            steps (activation, pooling, …) without norms.
+        weights: of layers l+1, l+2, …; the last is the readout [C, …]. The layers in between are
+            followed by the chain's own steps (activation, pooling, …) without norms.
         biases: of the same layers; None where the chain's layer has none.
     """
 
@@ -43,7 +43,12 @@ class Subnetwork:
     def to(self, like: Tensor) -> Subnetwork:
         """The same with another tensor's dtype and device."""
         biases = tuple(None if bias is None else bias.to(like) for bias in self.biases)
-        return replace(self, kept=self.kept.to(like.device), weights=tuple(w.to(like) for w in self.weights), biases=biases)
+        return replace(
+            self,
+            kept=self.kept.to(like.device),
+            weights=tuple(w.to(like) for w in self.weights),
+            biases=biases,
+        )
 
 
 def full_depth(chain: Chain, sub: Subnetwork) -> bool:
@@ -76,17 +81,21 @@ def outputs_of_kept(chain: Chain, sub: Subnetwork, h: Tensor) -> Tensor:
 def check_entry(chain: Chain, entry: int) -> None:
     """Raise a ModeconnError unless there is such an entry layer."""
     if not 0 <= entry < chain.length:
-        raise ModeconnError(f"entry layer {entry}: {chain.name} has entry layers 0 to {chain.length - 1}")
+        raise ModeconnError(
+            f"entry layer {entry}: {chain.name} has entry layers 0 to {chain.length - 1}"
+        )
 
 
-def initial(chain: Chain, entry: int, kept: Tensor, widths: Sequence[int], generator: torch.Generator) -> Subnetwork:
+def initial(
+    chain: Chain, entry: int, kept: Tensor, widths: Sequence[int], generator: torch.Generator
+) -> Subnetwork:
     """New weights: normal with variance 2 / fan-in (He et al. 2015), zero biases.
 
     Args:
         entry: the entry layer l.
         kept: I_l.
-        widths: units of the hidden layers l+1, l+2, …; as many as layers are wanted before the readout. The readout's layer
-            must be linear.
+        widths: units of the hidden layers l+1, l+2, …; as many as layers are wanted before the
+            readout. The readout's layer must be linear.
         generator: a CPU generator.
     """
     check_entry(chain, entry)
@@ -102,7 +111,9 @@ def initial(chain: Chain, entry: int, kept: Tensor, widths: Sequence[int], gener
     for index, units in enumerate((*widths, chain.classes)):
         layer = chain.layer(entry + 1 + index)
         shape = _shape(layer, units, before)
-        weights.append(torch.randn(shape, generator=generator) * math.sqrt(2.0 / math.prod(shape[1:])))
+        weights.append(
+            torch.randn(shape, generator=generator) * math.sqrt(2.0 / math.prod(shape[1:]))
+        )
         biases.append(None if layer.bias is None else torch.zeros(units))
         before = units
     return Subnetwork(entry, kept, tuple(weights), tuple(biases))
@@ -144,14 +155,18 @@ def carry(chain: Chain, sub: Subnetwork) -> Subnetwork:
     readout = sub.entry + len(sub.weights)
     reason = why_not_carried(chain, readout)
     if reason is not None:
-        raise ModeconnError(f"the head at entry layer {sub.entry} cannot be carried to the top by identity: {reason}")
+        raise ModeconnError(
+            f"the head at entry layer {sub.entry} cannot be carried to the top by identity: {reason}"
+        )
     weight, bias = sub.weights[-1], sub.biases[-1]
     eye = torch.eye(chain.classes, dtype=weight.dtype, device=weight.device)
     weights = [*sub.weights[:-1], torch.cat([weight, -weight])]
     biases = [*sub.biases[:-1], None if bias is None else torch.cat([bias, -bias])]
     for layer in chain.layers[readout:]:
         last = layer.index == chain.length
-        weights.append(torch.cat([eye, -eye], 1) if last else torch.eye(2 * chain.classes).to(weight))
+        weights.append(
+            torch.cat([eye, -eye], 1) if last else torch.eye(2 * chain.classes).to(weight)
+        )
         biases.append(None if layer.bias is None else weight.new_zeros(len(weights[-1])))
     return Subnetwork(sub.entry, sub.kept, tuple(weights), tuple(biases))
 

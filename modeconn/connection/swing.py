@@ -1,11 +1,13 @@
 """The exact 0-1 error along a segment on which the logits are affine in t: z(t) = (1 - t) z_0 + t z_1.
 
-A sample with label y is classified correctly where its logit beats every other one: an intersection of half lines
-{t : g_c(t) > 0}, g_c = z_y - z_c, so one interval. Its ends are the crossings t = g_c(0) / (g_c(0) - g_c(1)). No grid is
-needed: the error along the segment is a step function whose steps are the ends of these intervals.
+A sample with label y is classified correctly where its logit beats every other one: an intersection
+of half lines {t : g_c(t) > 0}, g_c = z_y - z_c, so one interval. Its ends are the crossings t =
+g_c(0) / (g_c(0) - g_c(1)). No grid is needed: the error along the segment is a step function whose
+steps are the ends of these intervals.
 
-Ties are decided as the library's error decides them, by the first maximum: against a class before y the half line is
-open, against one after y it is closed. A sample with a logit that is not finite counts as an error everywhere.
+Ties are decided as the library's error decides them, by the first maximum: against a class before y
+the half line is open, against one after y it is closed. A sample with a logit that is not finite
+counts as an error everywhere.
 """
 
 from __future__ import annotations
@@ -103,17 +105,24 @@ def correct_intervals(start: Tensor, stop: Tensor, labels: Tensor) -> Intervals:
     ties = classes > column  # equal logits leave the label the first maximum
     own = classes == column
     right_at_0, right_at_1 = ((g > 0) | ((g == 0) & ties) | own for g in (a, b))
-    # Rounding must not move a crossing that lies strictly inside onto an end point of the segment, nor beyond it.
+    # Rounding must not move a crossing that lies strictly inside onto an end point of the segment,
+    # nor beyond it.
     crossing = torch.where((a < 0) == (b < 0), 0.5, a / (a - b)).clamp(_SMALLEST, _LARGEST)
     crossing = torch.where(a == 0, 0.0, torch.where(b == 0, 1.0, crossing))
-    rising, falling, never = ~right_at_0 & right_at_1, right_at_0 & ~right_at_1, ~right_at_0 & ~right_at_1
+    rising, falling, never = (
+        ~right_at_0 & right_at_1,
+        right_at_0 & ~right_at_1,
+        ~right_at_0 & ~right_at_1,
+    )
     # Equality at the crossing is enough for a class after the label.
     lower, upper = torch.where(rising, crossing, -1.0), torch.where(falling, crossing, 2.0)
     left, right = lower.amax(1), upper.amin(1)
     left_closed = ~((lower == left[:, None]) & rising & ~ties).any(1)
     right_closed = ~((upper == right[:, None]) & falling & ~ties).any(1)
     left, right = left.clamp(min=0.0), right.clamp(max=1.0)
-    empty = never.any(1) | ~finite | (left > right) | ((left == right) & ~(left_closed & right_closed))
+    empty = (
+        never.any(1) | ~finite | (left > right) | ((left == right) & ~(left_closed & right_closed))
+    )
     left, right = torch.where(empty, 2.0, left), torch.where(empty, -1.0, right)
     return Intervals(*(v.cpu().numpy() for v in (left, right, left_closed, right_closed)))
 
@@ -126,7 +135,8 @@ def correct(logits: Tensor, labels: Tensor) -> Tensor:
 class SwingError:
     """The exact error along one segment, over batches of samples: add them, in any order, then finish.
 
-    A sample that is right at both ends is right all along (half lines are convex), so only the others' intervals are kept.
+    A sample that is right at both ends is right all along (half lines are convex), so only the
+    others' intervals are kept.
     """
 
     def __init__(self) -> None:
@@ -160,13 +170,24 @@ class SwingError:
             raise ModeconnError("the error along a segment needs at least one sample")
         names = ("left", "right", "left_closed", "right_closed")
         left, right, left_closed, right_closed = (
-            np.concatenate([np.zeros(0, bool if "closed" in name else float), *(getattr(part, name) for part in self._parts)])
+            np.concatenate(
+                [
+                    np.zeros(0, bool if "closed" in name else float),
+                    *(getattr(part, name) for part in self._parts),
+                ]
+            )
             for name in names
         )
         real = left <= right
-        left, right, left_closed, right_closed = left[real], right[real], left_closed[real], right_closed[real]
+        left, right, left_closed, right_closed = (
+            left[real],
+            right[real],
+            left_closed[real],
+            right_closed[real],
+        )
         t = np.unique(np.concatenate([[0.0, 1.0], left, right]))
-        # Slot 2k is the point t_k, slot 2k + 1 the interval after it: an interval of t covers a range of slots.
+        # Slot 2k is the point t_k, slot 2k + 1 the interval after it: an interval of t covers a
+        # range of slots.
         begin = 2 * np.searchsorted(t, left) + ~left_closed
         end = 2 * np.searchsorted(t, right) - ~right_closed
         slots = 2 * len(t) - 1

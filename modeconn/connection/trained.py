@@ -38,10 +38,18 @@ def pack(prefix: str, found: Sequence[Trained | None]) -> tuple[dict[str, Tensor
             records.append(None)
             continue
         # As text, since JSON has no inf.
-        records.append([repr(trained.loss), trained.error, trained.epochs, trained.seconds, trained.reached])
+        records.append(
+            [repr(trained.loss), trained.error, trained.epochs, trained.seconds, trained.reached]
+        )
         sub = trained.subnetwork
-        tensors |= {f"{prefix}.{number}.weight.{i}": w.contiguous() for i, w in enumerate(sub.weights)}
-        tensors |= {f"{prefix}.{number}.bias.{i}": b.contiguous() for i, b in enumerate(sub.biases) if b is not None}
+        tensors |= {
+            f"{prefix}.{number}.weight.{i}": w.contiguous() for i, w in enumerate(sub.weights)
+        }
+        tensors |= {
+            f"{prefix}.{number}.bias.{i}": b.contiguous()
+            for i, b in enumerate(sub.biases)
+            if b is not None
+        }
     return tensors, records
 
 
@@ -56,5 +64,9 @@ def unpack(
             continue
         weights = tuple(tensors[f"{prefix}.{number}.weight.{i}"] for i in range(len(like.weights)))
         biases = tuple(tensors.get(f"{prefix}.{number}.bias.{i}") for i in range(len(like.biases)))
-        found.append(Trained(Subnetwork(like.entry, like.kept, weights, biases), float(record[0]), *record[1:]))
+        found.append(
+            Trained(
+                Subnetwork(like.entry, like.kept, weights, biases), float(record[0]), *record[1:]
+            )
+        )
     return found

@@ -26,12 +26,14 @@ from modeconn.parameters import state as states
 Progress = Callable[[int, int], None]
 
 SECONDS_BETWEEN_SAVES = 5.0
-# The exact loss needs a pass of its own: it is measured where the loss seen while training is within this factor of the stop.
+# The exact loss needs a pass of its own: it is measured where the loss seen while training is
+# within this factor of the stop.
 _NEAR = 3.0
 # Rows of a pass that measures.
 _ROWS = 1000
 _BETAS = (0.9, 0.99)
-# The exact error, likewise: where the error seen while training is at most this much above the stop.
+# The exact error, likewise: where the error seen while training is at most this much above the
+# stop.
 _NEAR_ERROR = 0.005
 _SCHEDULES = ("constant", "cosine", "onecycle", "halve")
 # Epochs between two halvings of the learning rate, as the paper does for VGG.
@@ -45,9 +47,10 @@ class Recipe:
 
     Attributes:
         optimizer: "adamw" (β = 0.9, 0.99), or "sgd" with Nesterov momentum as in the paper.
-        schedule: of the learning rate: "constant", "cosine" down to 0, "onecycle" (up over the first fifth, then down), or
-            "halve" (half as large after every 10 epochs).
-        stop_loss, stop_error: a subnetwork is finished once its loss (error) over all training data is at most this.
+        schedule: of the learning rate: "constant", "cosine" down to 0, "onecycle" (up over the
+            first fifth, then down), or "halve" (half as large after every 10 epochs).
+        stop_loss, stop_error: a subnetwork is finished once its loss (error) over all training data
+            is at most this.
     """
 
     optimizer: str = "adamw"
@@ -63,13 +66,19 @@ class Recipe:
     def check(self) -> None:
         """Raise a ModeconnError for a setting out of range."""
         if self.optimizer not in _OPTIMIZERS:
-            raise ModeconnError(f"optimizer is {self.optimizer!r}: expected one of {', '.join(_OPTIMIZERS)}")
+            raise ModeconnError(
+                f"optimizer is {self.optimizer!r}: expected one of {', '.join(_OPTIMIZERS)}"
+            )
         if self.schedule not in _SCHEDULES:
-            raise ModeconnError(f"schedule is {self.schedule!r}: expected one of {', '.join(_SCHEDULES)}")
+            raise ModeconnError(
+                f"schedule is {self.schedule!r}: expected one of {', '.join(_SCHEDULES)}"
+            )
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ModeconnError(f"lr is {self.lr}: expected a positive number")
         if self.epochs < 0 or self.batch_size < 1:
-            raise ModeconnError(f"epochs is {self.epochs} and batch_size {self.batch_size}: expected at least 0 and 1")
+            raise ModeconnError(
+                f"epochs is {self.epochs} and batch_size {self.batch_size}: expected at least 0 and 1"
+            )
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of one of so many steps."""
@@ -106,21 +115,24 @@ def train_subnetworks(
 
     Args:
         starts: the weights to begin with.
-        features: h_l [N, n_l, …] for each of them, all units or the kept ones; the same tensor where several read one network.
+        features: h_l [N, n_l, …] for each of them, all units or the kept ones; the same tensor
+            where several read one network.
         labels: int64 [N].
         recipe: the same for all; a subnetwork that is finished leaves the others.
         seed: of the order of the samples, which is the same for all of them.
         progress: called with (epochs done, epochs).
-        checkpoint: a file that keeps an unfinished training; if it is there, the training goes on from it and gives bitwise
-            what one without interruption gives. It is removed at the end.
+        checkpoint: a file that keeps an unfinished training; if it is there, the training goes on
+            from it and gives bitwise what one without interruption gives. It is removed at the end.
 
     Returns:
-        for each start its best weights among the epochs whose exact loss was measured: those near the stop, and the last ones.
-        A subnetwork whose loss is no longer finite leaves with loss inf and the weights that it began with.
+        for each start its best weights among the epochs whose exact loss was measured: those near
+            the stop, and the last ones.
+        A subnetwork whose loss is no longer finite leaves with loss inf and the weights that it
+            began with.
 
     Raises:
-        ModeconnError: no subnetworks, shapes that do not stack, labels or settings out of range, a checkpoint of another
-            training.
+        ModeconnError: no subnetworks, shapes that do not stack, labels or settings out of range, a
+            checkpoint of another training.
     """
     recipe.check()
     if not starts:
@@ -135,7 +147,9 @@ def train_subnetworks(
         raise ModeconnError("there are no samples to train on")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= chain.classes:
-        raise ModeconnError(f"labels run from {low} to {high}, but {chain.name} has {chain.classes} outputs")
+        raise ModeconnError(
+            f"labels run from {low} to {high}, but {chain.name} has {chain.classes} outputs"
+        )
     run = _Training(chain, starts, features, labels, recipe, seed)
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None and file.exists():
@@ -158,9 +172,21 @@ class _Training:
     """The state of a training after some epoch."""
 
     def __init__(
-        self, chain: Chain, starts: Sequence[Subnetwork], features: Sequence[Tensor], labels: Tensor, recipe: Recipe, seed: int
+        self,
+        chain: Chain,
+        starts: Sequence[Subnetwork],
+        features: Sequence[Tensor],
+        labels: Tensor,
+        recipe: Recipe,
+        seed: int,
     ) -> None:
-        self.chain, self.starts, self.labels, self.recipe, self.seed = chain, list(starts), labels, recipe, seed
+        self.chain, self.starts, self.labels, self.recipe, self.seed = (
+            chain,
+            list(starts),
+            labels,
+            recipe,
+            seed,
+        )
         like = features[0]
         self.stack = Stack(chain, [sub.to(like) for sub in starts])
         self.rows = Rows(chain, starts, features)
@@ -175,15 +201,26 @@ class _Training:
         recipe, parameters = self.recipe, self.stack.parameters
         if recipe.optimizer == "sgd":
             return torch.optim.SGD(
-                parameters, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
-                weight_decay=recipe.weight_decay, fused=True,
-            )  # fmt: skip
-        return torch.optim.AdamW(parameters, lr=recipe.lr, betas=_BETAS, weight_decay=recipe.weight_decay, fused=True)
+                parameters,
+                lr=recipe.lr,
+                momentum=recipe.momentum,
+                nesterov=recipe.momentum > 0,
+                weight_decay=recipe.weight_decay,
+                fused=True,
+            )
+        return torch.optim.AdamW(
+            parameters, lr=recipe.lr, betas=_BETAS, weight_decay=recipe.weight_decay, fused=True
+        )
 
     def run_epoch(self) -> None:
         began = time.perf_counter()
-        seed = int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0]) >> 1
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed)).to(self.labels.device)
+        seed = (
+            int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0])
+            >> 1
+        )
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed)).to(
+            self.labels.device
+        )
         batches = order.split(self.recipe.batch_size)
         steps = self.recipe.epochs * len(batches)
         seen = torch.zeros(2, len(self.stack), dtype=torch.float64, device=self.labels.device)
@@ -226,10 +263,14 @@ class _Training:
                 reached = self._reached(loss, error)
                 if reached or before is None or loss < before.loss:
                     sub = self.stack.subnetwork(d, self.starts[start])
-                    self.best[start] = Trained(sub, loss, error, self.epoch, self.seconds[start], reached)
+                    self.best[start] = Trained(
+                        sub, loss, error, self.epoch, self.seconds[start], reached
+                    )
                     if reached:
                         finished.append(d)
-        finished += [d for d, loss in enumerate(seen) if not math.isfinite(loss) and d not in finished]
+        finished += [
+            d for d, loss in enumerate(seen) if not math.isfinite(loss) and d not in finished
+        ]
         if finished and self.epoch < self.recipe.epochs:
             self._leave(finished)
 
@@ -252,7 +293,9 @@ class _Training:
             self.optimizer = self._optimizer()
             for p, values in zip(self.stack.parameters, before):
                 self.optimizer.state[p] = {
-                    key: value[which].clone() if isinstance(value, Tensor) and value.dim() else value
+                    key: value[which].clone()
+                    if isinstance(value, Tensor) and value.dim()
+                    else value
                     for key, value in values.items()
                 }
 
@@ -265,17 +308,26 @@ class _Training:
     def finish(self) -> None:
         """Results for all that were still in training."""
         if self.epoch == 0 and self.active:
-            for start, (loss, error) in zip(self.active, _measured(self.stack, self.rows, self.labels)):
-                self.best[start] = Trained(self.starts[start], loss, error, 0, 0.0, self._reached(loss, error))
+            for start, (loss, error) in zip(
+                self.active, _measured(self.stack, self.rows, self.labels)
+            ):
+                self.best[start] = Trained(
+                    self.starts[start], loss, error, 0, 0.0, self._reached(loss, error)
+                )
         for start in self.active:
             self._conclude(start)
 
-    # -- interruption ---------------------------------------------------------------------------------------------
+    # -- interruption ------------------------------------------------------------------------------
 
     def _identity(self) -> str:
         """What makes a training the same: settings, data, subnetworks."""
         sums = [float(w.double().abs().sum()) for sub in self.starts for w in sub.weights]
-        content = {"recipe": asdict(self.recipe), "seed": self.seed, "rows": len(self.labels), "starts": sums}
+        content = {
+            "recipe": asdict(self.recipe),
+            "seed": self.seed,
+            "rows": len(self.labels),
+            "starts": sums,
+        }
         return json.dumps(content, sort_keys=True)
 
     def save(self, file: Path) -> None:
@@ -299,14 +351,19 @@ class _Training:
 
         try:
             with safe_open(file, "pt") as saved:
-                metadata, tensors = saved.metadata() or {}, {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
+                metadata = saved.metadata() or {}
+                tensors = {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ModeconnError(f"{file} is no unfinished training: {error}") from error
         if metadata.get("training") != self._identity():
-            raise ModeconnError(f"{file} holds a training with other settings or data: delete it to start anew")
+            raise ModeconnError(
+                f"{file} holds a training with other settings or data: delete it to start anew"
+            )
         content = json.loads(metadata["state"])
         self.epoch, self.seconds = content["epoch"], content["seconds"]
-        self.best, self.results = (unpack(name, tensors, content[name], self.starts) for name in ("best", "results"))
+        self.best, self.results = (
+            unpack(name, tensors, content[name], self.starts) for name in ("best", "results")
+        )
         self.active = content["active"]
         which = torch.tensor(self.active, dtype=torch.int64, device=self.labels.device)
         self.stack.keep(which)
@@ -316,10 +373,15 @@ class _Training:
             for i, p in enumerate(self.stack.parameters):
                 p.copy_(tensors[f"stack.{i}"])
                 prefix = f"optimizer.{i}."
-                values = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                values = {
+                    key.removeprefix(prefix): value
+                    for key, value in tensors.items()
+                    if key.startswith(prefix)
+                }
                 # In the parameter's own layout, or sums would run in another order.
                 self.optimizer.state[p] = {
-                    key: torch.empty_like(p).copy_(value) if value.dim() else value for key, value in values.items()
+                    key: torch.empty_like(p).copy_(value) if value.dim() else value
+                    for key, value in values.items()
                 }
 
 

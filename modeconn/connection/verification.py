@@ -29,8 +29,9 @@ from modeconn.metrics import Head
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import PolyChain
 
-# How far recomputed numbers may be from stored ones: other machines and libraries add up in another order, which moves a
-# loss in its last digits, and a few samples whose two largest logits tie to rounding.
+# How far recomputed numbers may be from stored ones: other machines and libraries add up in another
+# order, which moves a loss in its last digits, and a few samples whose two largest logits tie to
+# rounding.
 LOSS_TOLERANCE = 1e-4
 SMALLEST_LOSS = 1e-6  # below it differences are measured against this
 ERROR_TOLERANCE = 1e-4  # fraction of the samples
@@ -83,7 +84,8 @@ def certify(
         progress: called with the samples done and all samples.
 
     Raises:
-        ModeconnError: a segment is none of the three kinds, or not of the kind given; bad data; see `structure`.
+        ModeconnError: a segment is none of the three kinds, or not of the kind given; bad data; see
+            `structure`.
     """
     check_fit(model, path)
     evidence = _structures(chain, path)
@@ -106,10 +108,11 @@ def verify(
 
     Args:
         model: the architecture. connection: path and stored certificates.
-        data: the data that one of the stored certificates was made from; with other data the result holds for those, and
-            has `same_data` False: stored losses cannot be compared then.
+        data: the data that one of the stored certificates was made from; with other data the result
+            holds for those, and has `same_data` False: stored losses cannot be compared then.
         batch_size: rows at a time. progress: called with the samples done and all samples.
-        a, b: the networks that the path should join (modules, state dicts or files): compared bitwise with its ends.
+        a, b: the networks that the path should join (modules, state dicts or files): compared
+            bitwise with its ends.
 
     Returns:
         the recomputed certificate, with the stored target and labels.
@@ -118,7 +121,10 @@ def verify(
         FalseCertificate: says what is false.
         ModeconnError: bad data, or a model that does not fit the path.
     """
-    path, stored = connection.path, [c for c in (connection.certificate, connection.test_certificate) if c is not None]
+    path, stored = (
+        connection.path,
+        [c for c in (connection.certificate, connection.test_certificate) if c is not None],
+    )
     _check_weights(path)
     for name, given, point in (("a", a, path.control_points[0]), ("b", b, path.control_points[-1])):
         if given is not None:
@@ -126,7 +132,9 @@ def verify(
     for certificate in stored:
         certificate.check_own_numbers()
         if len(certificate.segments) != path.segments:
-            raise FalseCertificate(f"the certificate has {len(certificate.segments)} segments, the path {path.segments}")
+            raise FalseCertificate(
+                f"the certificate has {len(certificate.segments)} segments, the path {path.segments}"
+            )
     chain, batches = _prepare(model, path, data, batch_size)
     try:
         evidence = _structures(chain, path)
@@ -137,7 +145,9 @@ def verify(
         _check_kinds([segment.kind for segment in certificate.segments], evidence, FalseCertificate)
         _check_segments(certificate, evidence)
     main = stored[0]
-    found = _certificate(model, chain, path, batches, evidence, main.target, main.labels, batch_size, progress)
+    found = _certificate(
+        model, chain, path, batches, evidence, main.target, main.labels, batch_size, progress
+    )
     same = [certificate for certificate in stored if certificate.digest == found.digest]
     for certificate in same:
         _compare(certificate, found)
@@ -146,7 +156,8 @@ def verify(
     return replace(found, target=same[0].target, labels=same[0].labels)
 
 
-# ------------------------------------------------------------------------------------------------ structure
+# ------------------------------------------------------------------------------------------------
+# structure
 
 
 def _structures(chain: Chain, path: PolyChain) -> list[Evidence]:
@@ -162,15 +173,23 @@ def _structure(chain: Chain, path: PolyChain, k: int) -> Evidence:
     try:
         return structure(chain, path.control_points[k], path.control_points[k + 1])
     except ModeconnError as error:
-        raise ModeconnError(f"segment {k} (of 0 to {path.segments - 1}) is not certified: {error}") from error
+        raise ModeconnError(
+            f"segment {k} (of 0 to {path.segments - 1}) is not certified: {error}"
+        ) from error
 
 
-def _check_kinds(kinds: Sequence[str], evidence: Sequence[Evidence], error: type[ModeconnError]) -> None:
+def _check_kinds(
+    kinds: Sequence[str], evidence: Sequence[Evidence], error: type[ModeconnError]
+) -> None:
     if len(kinds) != len(evidence):
-        raise error(f"kinds: got {len(kinds)}, expected one for each of the {len(evidence)} segments")
+        raise error(
+            f"kinds: got {len(kinds)}, expected one for each of the {len(evidence)} segments"
+        )
     for k, (kind, found) in enumerate(zip(kinds, evidence)):
         if not found.supports(kind):
-            raise error(f"segment {k} is said to be a {kind}, and its weights say {found.kind}: {found.text}")
+            raise error(
+                f"segment {k} is said to be a {kind}, and its weights say {found.kind}: {found.text}"
+            )
 
 
 def _check_segments(certificate: Certificate, evidence: Sequence[Evidence]) -> None:
@@ -199,14 +218,17 @@ def _check_weights(path: PolyChain) -> None:
 
 def _check_end(name: str, given: Mapping[str, Tensor], point: Mapping[str, Tensor]) -> None:
     states.match([given, point], [name, "the path's end point"], devices=False)
-    different = [key for key, value in given.items() if not bitwise_equal(value.cpu(), point[key].cpu())]
+    different = [
+        key for key, value in given.items() if not bitwise_equal(value.cpu(), point[key].cpu())
+    ]
     if different:
         raise FalseCertificate(
             f"the path does not end in {name}: {len(different)} of {len(given)} entries differ, first {different[0]}"
         )
 
 
-# ----------------------------------------------------------------------------------------------------- pass
+# -----------------------------------------------------------------------------------------------------
+# pass
 
 
 def _precision(path: PolyChain) -> tuple[str, torch.dtype]:
@@ -220,11 +242,15 @@ def _computed_with(inputs: Tensor, path: PolyChain) -> Tensor:
     return inputs.to(device, _precision(path)[1] if inputs.is_floating_point() else None)
 
 
-def _prepare(model: nn.Module, path: PolyChain, data: Any, batch_size: int | None) -> tuple[Chain, Any]:
+def _prepare(
+    model: nn.Module, path: PolyChain, data: Any, batch_size: int | None
+) -> tuple[Chain, Any]:
     """The model's chain, from the first rows of the data, and data that can still be read from the start."""
     check_fit(model, path)
     if hasattr(data, "__next__"):
-        raise ModeconnError("data: an iterator can be read only once; expected something that can be read again")
+        raise ModeconnError(
+            "data: an iterator can be read only once; expected something that can be read again"
+        )
     first = next(iter(as_batches(data, 4)))[0]
     return Chain.of(model, _computed_with(first[:4], path)), data
 
@@ -244,14 +270,23 @@ class _Digest:
             self._parts[i].update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
 
     def finish(self) -> str:
-        text = " ".join([str(self._rows), *self._kinds, *(part.hexdigest() for part in self._parts)])
+        text = " ".join(
+            [str(self._rows), *self._kinds, *(part.hexdigest() for part in self._parts)]
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _certificate(
-    model: nn.Module, chain: Chain, path: PolyChain, data: Any, evidence: Sequence[Evidence], target: float | None,
-    labels: Sequence[str] | None, batch_size: int | None, progress: Progress | None,
-) -> Certificate:  # fmt: skip
+    model: nn.Module,
+    chain: Chain,
+    path: PolyChain,
+    data: Any,
+    evidence: Sequence[Evidence],
+    target: float | None,
+    labels: Sequence[str] | None,
+    batch_size: int | None,
+    progress: Progress | None,
+) -> Certificate:
     """One pass: losses and errors at the breakpoints, the exact errors of the swings, and the data's digest."""
     points = path.segments + 1
     swings = {k: SwingError() for k, found in enumerate(evidence) if found.kind == SWING}
@@ -277,7 +312,14 @@ def _certificate(
             progress(samples, batches.samples)
     losses, errors = (sums / samples).T.tolist()
     segments = [
-        _segment(k, path.segments, evidence[k], losses, errors, swings[k].finish() if k in swings else None)
+        _segment(
+            k,
+            path.segments,
+            evidence[k],
+            losses,
+            errors,
+            swings[k].finish() if k in swings else None,
+        )
         for k in range(path.segments)
     ]
     return Certificate.of(segments, labels, samples, digest.finish(), target)
@@ -297,7 +339,12 @@ def _check_engine(chain: Chain, path: PolyChain, x: Tensor, outputs: Tensor) -> 
 
 
 def _segment(
-    k: int, count: int, found: Evidence, losses: Sequence[float], errors: Sequence[float], steps: Steps | None
+    k: int,
+    count: int,
+    found: Evidence,
+    losses: Sequence[float],
+    errors: Sequence[float],
+    steps: Steps | None,
 ) -> Segment:
     start, end = k / count, (k + 1) / count
     highest = max(errors[k], errors[k + 1])
@@ -314,23 +361,34 @@ def _rows(chain: Chain, path: PolyChain, data: Any) -> int:
         return data.batch_size
     first = next(iter(as_batches(data, 2)))[0]
     return max(
-        16, min(block_rows(chain, _computed_with(first, path)), (64 << 20) // (16 * (path.segments + 1) * chain.classes))
+        16,
+        min(
+            block_rows(chain, _computed_with(first, path)),
+            (64 << 20) // (16 * (path.segments + 1) * chain.classes),
+        ),
     )
 
 
-# ----------------------------------------------------------------------------------------------- comparison
+# -----------------------------------------------------------------------------------------------
+# comparison
 
 
 def _compare(stored: Certificate, found: Certificate) -> None:
     if stored.samples != found.samples:
-        raise FalseCertificate(f"the certificate says {stored.samples:,} samples, the data have {found.samples:,}")
+        raise FalseCertificate(
+            f"the certificate says {stored.samples:,} samples, the data have {found.samples:,}"
+        )
     for k, (said, own) in enumerate(zip(stored.losses, found.losses)):
         if not _close(said, own, LOSS_TOLERANCE * max(abs(own), SMALLEST_LOSS)):
-            raise FalseCertificate(f"the loss at breakpoint {k} is said to be {said:.8g}, and is {own:.8g}")
+            raise FalseCertificate(
+                f"the loss at breakpoint {k} is said to be {said:.8g}, and is {own:.8g}"
+            )
     allowed = math.floor(ERROR_TOLERANCE * found.samples) / found.samples + 1e-12
     for k, (said, own) in enumerate(zip(stored.errors, found.errors)):
         if not _close(said, own, allowed):
-            raise FalseCertificate(f"the error at breakpoint {k} is said to be {said:.8g}, and is {own:.8g}")
+            raise FalseCertificate(
+                f"the error at breakpoint {k} is said to be {said:.8g}, and is {own:.8g}"
+            )
     for k, (one, other) in enumerate(zip(stored.segments, found.segments)):
         if not _close(one.max_error, other.max_error, allowed):
             raise FalseCertificate(

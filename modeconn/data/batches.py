@@ -30,10 +30,10 @@ _TARGETS = "labels"
 class Batches:
     """Data as (inputs, targets) batches of `batch_size` rows each; only the last may be smaller.
 
-    Iterating is one pass. Rows keep the source's order, and the size of the source's own batches makes no
-    difference: they are split and joined, with about two of them in memory at a time. Tensors keep their
-    device and dtype. A batch may be a view of the source's memory: use it before asking for the next one, and
-    do not write to it.
+    Iterating is one pass. Rows keep the source's order, and the size of the source's own batches
+    makes no difference: they are split and joined, with about two of them in memory at a time.
+    Tensors keep their device and dtype. A batch may be a view of the source's memory: use it before
+    asking for the next one, and do not write to it.
 
     Attributes:
         batch_size: Rows in each batch.
@@ -41,8 +41,9 @@ class Batches:
         passes: Passes begun so far.
 
     Raises:
-        ModeconnError: While iterating: the data is empty; inputs and targets of a batch differ in length;
-            rows differ in shape, dtype or device; the data can be read only once, or has changed its length.
+        ModeconnError: While iterating: the data is empty; inputs and targets of a batch differ in
+            length; rows differ in shape, dtype or device; the data can be read only once, or has
+            changed its length.
     """
 
     def __init__(
@@ -100,15 +101,17 @@ class Batches:
 def as_batches(data: Any, batch_size: int) -> Batches:
     """The data as batches of `batch_size` rows, in the source's own order.
 
-    Nothing is shuffled here, and a DataLoader is used as it is: one that shuffles gives another order in each
-    pass, one with drop_last=True leaves its last rows out; its own batch size makes no difference.
+    Nothing is shuffled here, and a DataLoader is used as it is: one that shuffles gives another
+    order in each pass, one with drop_last=True leaves its last rows out; its own batch size makes
+    no difference.
 
     Args:
-        data: (inputs, targets) as tensors, arrays or memory maps [N, ...], read slice by slice; `Images`; a
-            torch Dataset of (inputs, target) samples, joined by torch's default_collate; a DataLoader or any
-            other iterable of (inputs, targets) batches. An iterator (a generator, say) serves for one pass.
-            `Batches` are returned as they are, whatever `batch_size` says. Where a network takes several inputs
-            they are a tuple or a dict; inputs and targets may also be one dict, with the targets as "labels".
+        data: (inputs, targets) as tensors, arrays or memory maps [N, ...], read slice by slice;
+            `Images`; a torch Dataset of (inputs, target) samples, joined by torch's
+            default_collate; a DataLoader or any other iterable of (inputs, targets) batches. An
+            iterator (a generator, say) serves for one pass. `Batches` are returned as they are,
+            whatever `batch_size` says. Where a network takes several inputs they are a tuple or a
+            dict; inputs and targets may also be one dict, with the targets as "labels".
         batch_size: Rows in each batch, at least 1.
 
     Raises:
@@ -132,7 +135,9 @@ def as_batches(data: Any, batch_size: int) -> Batches:
     if isinstance(data, DataLoader):
         return Batches(partial(iter, data), size, samples=_loader_samples(data))
     if isinstance(data, (str, os.PathLike)):
-        raise ModeconnError(f"data: got the name {str(data)!r}; load it first: mc.datasets.load(name, root=...)")
+        raise ModeconnError(
+            f"data: got the name {str(data)!r}; load it first: mc.datasets.load(name, root=...)"
+        )
     readable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
     if isinstance(data, (Mapping, Tensor, np.ndarray)) or not readable:
         raise ModeconnError(f"data: of type {type(data).__name__}; expected {_ACCEPTED}")
@@ -141,17 +146,24 @@ def as_batches(data: Any, batch_size: int) -> Batches:
     return Batches(partial(iter, data), size, once=isinstance(data, Iterator))
 
 
-# -------------------------------------------------------------------------------------------- sources
+# --------------------------------------------------------------------------------------------
+# sources
 
 
 def _from_arrays(parts: Sequence[Any], size: int) -> Batches:
     if len(parts) != 2:
-        raise ModeconnError(f"data: got {len(parts)} tensors or arrays; expected two: (inputs, targets)")
+        raise ModeconnError(
+            f"data: got {len(parts)} tensors or arrays; expected two: (inputs, targets)"
+        )
     inputs, targets = parts
     as_inputs(_each(_first_row, inputs), "data: inputs")
     _tensor(_first_row(targets), "data: targets")
     _check_lengths(inputs, targets, "data")
-    return Batches(partial(_slices, partial(_rows, inputs, targets), len(targets), size), size, samples=len(targets))
+    return Batches(
+        partial(_slices, partial(_rows, inputs, targets), len(targets), size),
+        size,
+        samples=len(targets),
+    )
 
 
 def _first_row(part: Any) -> Any:
@@ -197,7 +209,9 @@ def _from_dataset(dataset: Dataset[Any], size: int) -> Batches:
         return Batches(partial(_collated, dataset, size), size)
     if not hasattr(dataset, "__len__"):
         kind = type(dataset).__name__
-        raise ModeconnError(f"data: {kind} has no length; expected a Dataset with __len__, or IterableDataset")
+        raise ModeconnError(
+            f"data: {kind} has no length; expected a Dataset with __len__, or IterableDataset"
+        )
     total = len(dataset)
     return Batches(lambda: _collated((dataset[i] for i in range(total)), size), size, samples=total)
 
@@ -230,7 +244,8 @@ def _loader_samples(loader: DataLoader[Any]) -> int | None:
     return total - total % loader.batch_size if loader.drop_last else total
 
 
-# -------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------------
+# batches
 
 
 def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
@@ -241,7 +256,9 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
         if isinstance(batch, Mapping) and _TARGETS in batch:
             batch = _pair(batch)
         if not isinstance(batch, (tuple, list)):
-            raise ModeconnError(f"{where} is of type {type(batch).__name__}; expected (inputs, targets)")
+            raise ModeconnError(
+                f"{where} is of type {type(batch).__name__}; expected (inputs, targets)"
+            )
         if len(batch) != 2:
             raise ModeconnError(f"{where} has {len(batch)} parts; expected two: (inputs, targets)")
         pair = as_inputs(batch[0], f"{where}: inputs"), _tensor(batch[1], f"{where}: targets")
@@ -250,7 +267,9 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
         expected = expected or found
         for name, this, that in zip(("inputs", "targets"), found, expected, strict=True):
             if this != that:
-                raise ModeconnError(f"{where}: rows of {name} are {this}; expected {that}, as in batch 0")
+                raise ModeconnError(
+                    f"{where}: rows of {name} are {this}; expected {that}, as in batch 0"
+                )
         yield pair
 
 
@@ -269,7 +288,8 @@ def _regrouped(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
                 yield _joined(held)
                 held, count = [], 0
         if held:
-            # A view would keep its whole batch in memory, and the source may fill the same buffer again.
+            # A view would keep its whole batch in memory, and the source may fill the same buffer
+            # again.
             held[-1] = apply(torch.clone, held[-1][0]), held[-1][1].clone()
     if held:
         yield _joined(held)
@@ -281,7 +301,8 @@ def _joined(parts: list[Batch]) -> Batch:
     return join([inputs for inputs, _ in parts]), torch.cat([targets for _, targets in parts])
 
 
-# -------------------------------------------------------------------------------------------- tensors
+# --------------------------------------------------------------------------------------------
+# tensors
 
 
 def as_inputs(value: Any, what: str) -> Inputs:
@@ -292,7 +313,11 @@ def as_inputs(value: Any, what: str) -> Inputs:
     """
     if isinstance(value, Mapping) and value and all(isinstance(key, str) for key in value):
         return {key: _tensor(part, f"{what}[{key!r}]") for key, part in value.items()}
-    if isinstance(value, (tuple, list)) and value and all(isinstance(part, (Tensor, np.ndarray)) for part in value):
+    if (
+        isinstance(value, (tuple, list))
+        and value
+        and all(isinstance(part, (Tensor, np.ndarray)) for part in value)
+    ):
         return tuple(_tensor(part, f"{what}[{i}]") for i, part in enumerate(value))
     return _tensor(value, what)
 
@@ -301,24 +326,34 @@ def _tensor(value: Any, what: str) -> Tensor:
     """The value as a tensor with rows, sharing memory where torch can."""
     if isinstance(value, np.ndarray):
         value = _from_numpy(value, what)
-    if isinstance(value, (int, float, np.generic)) or (isinstance(value, Tensor) and value.ndim == 0):
+    if isinstance(value, (int, float, np.generic)) or (
+        isinstance(value, Tensor) and value.ndim == 0
+    ):
         raise ModeconnError(
             f"{what} is a single number; expected one row per sample "
             "(for data of single samples pass DataLoader(data, batch_size=...))"
         )
     if not isinstance(value, Tensor):
         several = ", or a tuple or dict of them" if what.endswith("inputs") else ""
-        raise ModeconnError(f"{what} of type {type(value).__name__}; expected a tensor or numpy array{several}")
+        raise ModeconnError(
+            f"{what} of type {type(value).__name__}; expected a tensor or numpy array{several}"
+        )
     return value
 
 
 def _from_numpy(array: np.ndarray, what: str) -> Tensor:
-    if not array.flags.writeable or not array.dtype.isnative or any(stride < 0 for stride in array.strides):
+    if (
+        not array.flags.writeable
+        or not array.dtype.isnative
+        or any(stride < 0 for stride in array.strides)
+    ):
         array = array.astype(array.dtype.newbyteorder("="))  # torch takes none of these as they are
     try:
         return torch.from_numpy(array)
     except TypeError:
-        raise ModeconnError(f"{what}: a numpy array of dtype {array.dtype}; expected numbers that torch has") from None
+        raise ModeconnError(
+            f"{what}: a numpy array of dtype {array.dtype}; expected numbers that torch has"
+        ) from None
 
 
 def _row_kind(inputs: Inputs) -> str:
@@ -330,10 +365,18 @@ def _row_kind(inputs: Inputs) -> str:
 
 
 def _check_lengths(inputs: Any, targets: Tensor | np.ndarray, where: str) -> None:
-    several = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
+    several = (
+        inputs.values()
+        if isinstance(inputs, Mapping)
+        else inputs
+        if isinstance(inputs, (tuple, list))
+        else [inputs]
+    )
     for part in several:
         if len(part) != len(targets):
-            raise ModeconnError(f"{where}: {len(part):,} inputs but {len(targets):,} targets; expected one target per input")
+            raise ModeconnError(
+                f"{where}: {len(part):,} inputs but {len(targets):,} targets; expected one target per input"
+            )
 
 
 def _memory_map(array: np.ndarray) -> mmap.mmap | None:
@@ -361,14 +404,17 @@ def _release(rows: np.ndarray, mapped: mmap.mmap) -> None:
         mapped.madvise(mmap.MADV_DONTNEED, start, min(length, len(mapped) - start))
 
 
-# ---------------------------------------------------------------------------------------------- words
+# ----------------------------------------------------------------------------------------------
+# words
 
 
 def _size(batch_size: int) -> int:
     try:
         size = operator.index(batch_size)
     except TypeError:
-        raise ModeconnError(f"batch_size: {batch_size!r}; expected a whole number of rows") from None
+        raise ModeconnError(
+            f"batch_size: {batch_size!r}; expected a whole number of rows"
+        ) from None
     if size < 1:
         raise ModeconnError(f"batch_size: {size}; expected at least 1")
     return size

@@ -21,9 +21,34 @@ from modeconn.errors import ModeconnError
 Root = str | os.PathLike[str] | None
 
 _DIGITS = tuple("0123456789")
-_CLOTHES = ("top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-_OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_CIFAR_FILES = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)}
+_CLOTHES = (
+    "top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+_OBJECTS = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+_CIFAR_FILES = {
+    "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+    "test": ("test_batch.bin",),
+}
 _CIFAR_IMAGES = 10_000  # in each file
 _CIFAR_RECORD = 1 + 3 * 32 * 32  # a label and the three colour planes
 
@@ -56,7 +81,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         """Checks and keeps the arrays; see the class for their shapes.
 
         Raises:
-            ModeconnError: The shapes do not fit, a label is no class, or mean or std cannot be used.
+            ModeconnError: The shapes do not fit, a label is no class, or mean or std cannot be
+                used.
         """
         self.inputs = torch.as_tensor(inputs)
         self.targets = torch.as_tensor(targets).long()
@@ -68,7 +94,9 @@ class Images(Dataset[tuple[Tensor, int]]):
             raise ModeconnError(f"{name}: holds no images; expected at least one")
         low, high = (int(value) for value in self.targets.aminmax())
         if low < 0 or high >= len(self.classes):
-            raise ModeconnError(f"{name}: labels go from {low} to {high}; expected 0 to {len(self.classes) - 1}")
+            raise ModeconnError(
+                f"{name}: labels go from {low} to {high}; expected 0 to {len(self.classes) - 1}"
+            )
         self.mean = _per_channel(mean, self.inputs.shape[1], f"{name}: mean")
         self.std = _per_channel(std, self.inputs.shape[1], f"{name}: std")
         if not (self.std > 0).all():
@@ -94,7 +122,8 @@ class Images(Dataset[tuple[Tensor, int]]):
         return f"Images({what}, {self.normalization})"
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        # The operations of torchvision's ToTensor and Normalize, in their order: the same to the last bit.
+        # The operations of torchvision's ToTensor and Normalize, in their order: the same to the
+        # last bit.
         mean, std = self.mean[:, None, None], self.std[:, None, None]
         return pixels.to(torch.float32, copy=True).div_(self.scale).sub_(mean).div_(std)
 
@@ -109,30 +138,33 @@ def load(
 ) -> Images:
     """One of the built-in sets, in its files' order.
 
-    ===============  ===========  ===============  ===================================================
-    name             images       train / test     default normalisation
-    ===============  ===========  ===============  ===================================================
-    "digits"         [1, 8, 8]    1437 / 360       x / 16
-    "mnist"          [1, 28, 28]  60,000 / 10,000  (x / 255 - 0.5) / 0.5
-    "fashion-mnist"  [1, 28, 28]  60,000 / 10,000  (x / 255 - 0.5) / 0.5
-    "cifar10"        [3, 32, 32]  50,000 / 10,000  (x / 255 - (0.4914, 0.4822, 0.4465))
+    ===============  ===========  ===============
+    =================================================== name             images       train / test
+    default normalisation ===============  ===========  ===============
+    =================================================== "digits"         [1, 8, 8]    1437 / 360
+    x / 16 "mnist"          [1, 28, 28]  60,000 / 10,000  (x / 255 - 0.5) / 0.5 "fashion-mnist"  [1,
+    28, 28]  60,000 / 10,000  (x / 255 - 0.5) / 0.5 "cifar10"        [3, 32, 32]  50,000 / 10,000
+    (x / 255 - (0.4914, 0.4822, 0.4465))
                                                    / (0.2470, 0.2435, 0.2616)
-    ===============  ===========  ===============  ===================================================
+    ===============  ===========  ===============
+    ===================================================
 
-    Digits are split by a fixed permutation, `np.random.RandomState(0)`: the first 1437 are the training set.
+    Digits are split by a fixed permutation, `np.random.RandomState(0)`: the first 1437 are the
+    training set.
 
     Args:
         name: A name of the table.
-        root: The folder that holds MNIST/raw, FashionMNIST/raw or cifar-10-batches-bin, or that folder
-            itself; None: the environment variable MODECONN_DATA. Digits need none: scikit-learn brings them.
+        root: The folder that holds MNIST/raw, FashionMNIST/raw or cifar-10-batches-bin, or that
+            folder itself; None: the environment variable MODECONN_DATA. Digits need none:
+            scikit-learn brings them.
         split: "train" or "test".
         mean: Subtracted after the division by 255 (digits: 16); one value, or one per channel.
         std: Divided by last; one value, or one per channel.
         limit: Only that many images, the first.
 
     Raises:
-        ModeconnError: An unknown name or split; files that are missing, truncated or of another format; a
-            mean, std or limit that cannot be used.
+        ModeconnError: An unknown name or split; files that are missing, truncated or of another
+            format; a mean, std or limit that cannot be used.
     """
     if name not in _SOURCES:
         raise ModeconnError(f"data set: {name!r} is unknown; expected one of {', '.join(_SOURCES)}")
@@ -154,7 +186,8 @@ def load(
     )
 
 
-# ------------------------------------------------------------------------------------------------ sets
+# ------------------------------------------------------------------------------------------------
+# sets
 
 Arrays = tuple[np.ndarray, np.ndarray]  # uint8 [N, C, H, W] and [N]
 
@@ -163,9 +196,12 @@ def _read_digits(name: str, split: str, root: Root) -> Arrays:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ModeconnError(f"{name}: comes with scikit-learn, which is not installed: pip install scikit-learn") from None
+        raise ModeconnError(
+            f"{name}: comes with scikit-learn, which is not installed: pip install scikit-learn"
+        ) from None
     digits = load_digits()
-    # The source's order follows its writers; RandomState's stream, unlike newer ones, is fixed for good.
+    # The source's order follows its writers; RandomState's stream, unlike newer ones, is fixed for
+    # good.
     order = np.random.RandomState(0).permutation(len(digits.target))
     chosen = order[:1437] if split == "train" else order[1437:]
     return digits.images[chosen, None].astype(np.uint8), digits.target[chosen]
@@ -199,7 +235,9 @@ def _read_cifar10(name: str, split: str, root: Root) -> Arrays:
                     f"{name}: {folder} holds the python version, pickles, which can run code when read; "
                     "unpack cifar-10-binary.tar.gz there instead, or pass torchvision's CIFAR10 as the data"
                 )
-        raise ModeconnError(f"{name}: no {files[0]} in {' or '.join(map(str, places))}; expected the binary version")
+        raise ModeconnError(
+            f"{name}: no {files[0]} in {' or '.join(map(str, places))}; expected the binary version"
+        )
     records = np.concatenate([_read_cifar_file(place / file) for file in files])
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
@@ -207,7 +245,9 @@ def _read_cifar10(name: str, split: str, root: Root) -> Arrays:
 def _read_cifar_file(file: Path) -> np.ndarray:
     content, expected = _content(file), _CIFAR_IMAGES * _CIFAR_RECORD
     if len(content) != expected:
-        raise ModeconnError(f"{file}: {len(content):,} bytes; expected {expected:,} for {_CIFAR_IMAGES:,} images (truncated?)")
+        raise ModeconnError(
+            f"{file}: {len(content):,} bytes; expected {expected:,} for {_CIFAR_IMAGES:,} images (truncated?)"
+        )
     return np.frombuffer(content, np.uint8).reshape(_CIFAR_IMAGES, _CIFAR_RECORD)
 
 
@@ -224,11 +264,14 @@ _SOURCES = {
     "digits": _Source(_read_digits, _DIGITS, (0.0,), (1.0,), 16.0),
     "mnist": _Source(_read_mnist, _DIGITS, (0.5,), (0.5,), 255.0),
     "fashion-mnist": _Source(_read_mnist, _CLOTHES, (0.5,), (0.5,), 255.0),
-    "cifar10": _Source(_read_cifar10, _OBJECTS, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 255.0),
+    "cifar10": _Source(
+        _read_cifar10, _OBJECTS, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 255.0
+    ),
 }
 
 
-# ----------------------------------------------------------------------------------------------- files
+# -----------------------------------------------------------------------------------------------
+# files
 
 
 def _folder(root: Root, name: str, layout: str) -> Path:
@@ -251,7 +294,9 @@ def _find(places: Sequence[Path], stem: str, ending: str, name: str) -> Path:
                 file = place / f"{stem}{joint}{ending}{suffix}"
                 if file.is_file():
                     return file
-    raise ModeconnError(f"{name}: no {stem}-{ending} or {stem}-{ending}.gz in {', '.join(map(str, places))}")
+    raise ModeconnError(
+        f"{name}: no {stem}-{ending} or {stem}-{ending}.gz in {', '.join(map(str, places))}"
+    )
 
 
 def _read_idx(file: Path, dimensions: int) -> np.ndarray:
@@ -259,12 +304,16 @@ def _read_idx(file: Path, dimensions: int) -> np.ndarray:
     content, start = _content(file), 4 + 4 * dimensions
     magic = bytes((0, 0, 8, dimensions))
     if content[:4] != magic:
-        raise ModeconnError(f"{file}: starts with {content[:4].hex() or 'nothing'}; expected an IDX file's {magic.hex()}")
+        raise ModeconnError(
+            f"{file}: starts with {content[:4].hex() or 'nothing'}; expected an IDX file's {magic.hex()}"
+        )
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
     expected = start + math.prod(shape)
     if len(content) != expected:
         sizes = " x ".join(f"{size:,}" for size in shape)
-        raise ModeconnError(f"{file}: {len(content):,} bytes; expected {expected:,} for {sizes} values (truncated?)")
+        raise ModeconnError(
+            f"{file}: {len(content):,} bytes; expected {expected:,} for {sizes} values (truncated?)"
+        )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
@@ -281,16 +330,21 @@ def _content(file: Path) -> bytearray:
     return bytearray(content)  # writable, so that torch can share its memory
 
 
-# ---------------------------------------------------------------------------------------- normalisation
+# ----------------------------------------------------------------------------------------
+# normalisation
 
 
 def _per_channel(values: Any, channels: int, what: str) -> Tensor:
     try:
         result = torch.as_tensor(values, dtype=torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError):
-        raise ModeconnError(f"{what} is {values!r}; expected a number, or one per channel") from None
+        raise ModeconnError(
+            f"{what} is {values!r}; expected a number, or one per channel"
+        ) from None
     if len(result) not in (1, channels):
-        raise ModeconnError(f"{what} has {len(result)} values; expected 1 or {channels}, one per channel")
+        raise ModeconnError(
+            f"{what} has {len(result)} values; expected 1 or {channels}, one per channel"
+        )
     if not result.isfinite().all():
         raise ModeconnError(f"{what} is {values!r}; expected finite values")
     return result.expand(channels).contiguous()

@@ -42,7 +42,9 @@ def apply(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
 
 def moved(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Inputs as they are computed with; integers (tokens) stay integers."""
-    return apply(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None), inputs)
+    return apply(
+        lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None), inputs
+    )
 
 
 def take(inputs: Inputs, start: int, stop: int) -> Inputs:

@@ -34,16 +34,20 @@ def resident(data: Any, device: torch.device, free: Callable[[], int] | None = N
 
 
 def on_device(
-    batches: Iterable[tuple[Inputs, Tensor]], fit: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device
+    batches: Iterable[tuple[Inputs, Tensor]],
+    fit: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Iterator[tuple[Inputs, Tensor, Tensor]]:
     """Each batch's inputs and labels on the device, and the labels as they came, for what the host wants to know of them.
 
-    To a CUDA device a batch goes from pinned memory and in a stream of its own, one batch ahead. What lies there already
-    stays where it is.
+    To a CUDA device a batch goes from pinned memory and in a stream of its own, one batch ahead.
+    What lies there already stays where it is.
 
     Args:
         batches: inputs and targets.
-        fit: targets to labels, checked; done before they travel, so that the device need not be waited for.
+        fit: targets to labels, checked; done before they travel, so that the device need not be
+            waited for.
         dtype: of floating-point inputs on the device.
     """
     if device.type != "cuda":
@@ -55,9 +59,14 @@ def on_device(
     waiting: tuple[tuple[Inputs, Tensor, Tensor], Any] | None = None
     for inputs, targets in batches:
         labels = fit(targets)
-        side.wait_stream(torch.cuda.current_stream(device))  # inputs on the device may not be ready yet
+        # inputs on the device may not be ready yet
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
-            sent = moved(apply(lambda tensor: _sent(tensor, device), inputs), dtype, device), _sent(labels, device), labels
+            sent = (
+                moved(apply(lambda tensor: _sent(tensor, device), inputs), dtype, device),
+                _sent(labels, device),
+                labels,
+            )
             arrived = side.record_event()
         if waiting is not None:
             yield _taken(waiting, device)
@@ -76,7 +85,9 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned.copy_(tensor).to(device, non_blocking=True)
 
 
-def _taken(sent: tuple[tuple[Inputs, Tensor, Tensor], Any], device: torch.device) -> tuple[Inputs, Tensor, Tensor]:
+def _taken(
+    sent: tuple[tuple[Inputs, Tensor, Tensor], Any], device: torch.device
+) -> tuple[Inputs, Tensor, Tensor]:
     """The batch, once it is there; its memory is not given to the next one before it has been used."""
     stream = torch.cuda.current_stream(device)
     (inputs, labels, given), arrived = sent

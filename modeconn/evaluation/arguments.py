@@ -15,7 +15,12 @@ from modeconn.parameters.paths import Path
 
 BUFFERS = ("interpolate", "start", "recompute")
 # What values have; "tf32" and "bf16" are about what products are made of, on a GPU.
-_PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "tf32": torch.float32, "bf16": torch.float32}
+_PRECISIONS = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "tf32": torch.float32,
+    "bf16": torch.float32,
+}
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -33,7 +38,9 @@ def device_of(device: str | torch.device | None, path: Path) -> torch.device:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise ModeconnError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise ModeconnError(
+            f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from None
     return where
 
 
@@ -45,22 +52,33 @@ def frozen_entries(buffers: str, path: Path, data: bool = True) -> frozenset[str
     """
     allowed = BUFFERS if data else BUFFERS[:2]
     if buffers not in allowed:
-        raise ModeconnError(f"buffers is {buffers!r}: expected {' or '.join(map(_quoted, allowed))}")
+        raise ModeconnError(
+            f"buffers is {buffers!r}: expected {' or '.join(map(_quoted, allowed))}"
+        )
     statistics = ("running_mean", "running_var")
-    return frozenset(key for key in path.control_points[0] if buffers == "start" and key.endswith(statistics))
+    return frozenset(
+        key for key in path.control_points[0] if buffers == "start" and key.endswith(statistics)
+    )
 
 
 def check_fit(model: nn.Module, path: Path) -> None:
     """Raise a ModeconnError for a model without memory of its own, or whose entries differ from the path's."""
     own = model.state_dict()
-    nowhere = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    nowhere = [
+        name
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if tensor.is_meta
+    ]
     if nowhere:
         raise ModeconnError(
             f"the model {type(model).__name__} has {len(nowhere)} entries on the meta device, {nowhere[0]!r} first, and no "
             'numbers for them: model.to_empty(device="cpu") makes room, and the path has the weights'
         )
     states.match(
-        [own, path.control_points[0]], [f"the model {type(model).__name__}", path.names[0]], devices=False, dtypes=False
+        [own, path.control_points[0]],
+        [f"the model {type(model).__name__}", path.names[0]],
+        devices=False,
+        dtypes=False,
     )
 
 
@@ -75,22 +93,30 @@ def warn_of(graph: Graph, batch: str) -> None:
     """Warn, on behalf of the caller's caller, of a network that runs otherwise than one would expect.
 
     Args:
-        batch: what the result depends on where a sample's output depends on the other samples of its batch.
+        batch: what the result depends on where a sample's output depends on the other samples of
+            its batch.
     """
     if graph.fallback:
         warnings.warn(
-            f"the model runs as it is, once per point, since it could not be captured: {graph.fallback}", stacklevel=3
+            f"the model runs as it is, once per point, since it could not be captured: {graph.fallback}",
+            stacklevel=3,
         )
     if graph.closed:
         parts = "; ".join(graph.closed)
-        warnings.warn(f"part of the model runs as it is, once per point, since it could not be captured: {parts}", stacklevel=3)
+        warnings.warn(
+            f"part of the model runs as it is, once per point, since it could not be captured: {parts}",
+            stacklevel=3,
+        )
     if graph.mixes_rows:
         warnings.warn(
             f"the model's output for a sample depends on the other samples of its batch: results depend on {batch}",
             stacklevel=3,
         )
     if any(node.random for node in graph.nodes):
-        warnings.warn("the model draws random numbers in eval mode: results differ from run to run", stacklevel=3)
+        warnings.warn(
+            "the model draws random numbers in eval mode: results differ from run to run",
+            stacklevel=3,
+        )
 
 
 def _quoted(text: str) -> str:

@@ -28,7 +28,14 @@ from modeconn.data.batches import Batches, as_batches, as_inputs
 from modeconn.data.inputs import call, moved, rows, take
 from modeconn.data.prefetch import on_device, resident
 from modeconn.errors import ModeconnError
-from modeconn.evaluation.arguments import check_fit, device_of, dtype_of, frozen_entries, positive, warn_of
+from modeconn.evaluation.arguments import (
+    check_fit,
+    device_of,
+    dtype_of,
+    frozen_entries,
+    positive,
+    warn_of,
+)
 from modeconn.evaluation.result import PathResult
 from modeconn.evaluation.resume import Unfinished, fingerprint
 from modeconn.evaluation.statistics import BATCH_SIZE, Recomputed, placeholders, recompute
@@ -42,7 +49,8 @@ from modeconn.plan.report import Plan
 Progress = Callable[[int, "int | None"], None]
 
 _MOST_ROWS = 1 << 16
-# A part of an evaluation that can be resumed: some seconds of work, but not so few rows that kernels become slow.
+# A part of an evaluation that can be resumed: some seconds of work, but not so few rows that
+# kernels become slow.
 _FLOPS_OF_A_PART, _FEWEST_ROWS = 1e11, 32
 
 
@@ -68,38 +76,49 @@ def evaluate(
     """Evaluate a network along a path, in one pass over the data, or two where norms' statistics are recomputed.
 
     Args:
-        model: the architecture; its own weights do not matter, and it is left as it was, training mode included.
+        model: the architecture; its own weights do not matter, and it is left as it was, training
+            mode included.
         path: `Line`, `PolyChain`, `Bezier`, `Plane` or `Mixture` of checkpoints that fit the model.
-        data: (inputs, targets) as tensors, arrays or memory maps; a Dataset or DataLoader; an iterable of such batches.
-            A model that takes several inputs gets a tuple or a dict; a dict may have the targets in it, as "labels".
+        data: (inputs, targets) as tensors, arrays or memory maps; a Dataset or DataLoader; an
+            iterable of such batches. A model that takes several inputs gets a tuple or a dict; a
+            dict may have the targets in it, as "labels".
         points: how many points, evenly spaced, or the t values, in any order, repeated if need be.
-        loss: "cross_entropy" (integer labels, of samples or of tokens), "next_token" (of texts that are their own labels),
-            "mse", "bce" (logits), or a callable (outputs, targets) → losses [N], which gets whatever the model returns.
-        metrics: what to return: "loss", "error" (fraction of wrong classes), "top5_error", "perplexity", callables
-            (outputs, targets) → [N]. By default the loss, and the error where the loss is one of classes.
-        buffers: "interpolate" the norms' running statistics with the weights, keep those of the path's "start", or
-            "recompute" them for all points in a pass of its own: what PyTorch gives at each point after
-            `reset_running_stats()` with `momentum=None` and a pass in training mode, dropout off.
-        backend: "auto", or a backend by name, which then runs or raises. What is recomputed runs in the C++ engine by "auto"
-            and "native", where it knows the network, and by plain PyTorch otherwise.
+        loss: "cross_entropy" (integer labels, of samples or of tokens), "next_token" (of texts that
+            are their own labels), "mse", "bce" (logits), or a callable (outputs, targets) → losses
+            [N], which gets whatever the model returns.
+        metrics: what to return: "loss", "error" (fraction of wrong classes), "top5_error",
+            "perplexity", callables (outputs, targets) → [N]. By default the loss, and the error
+            where the loss is one of classes.
+        buffers: "interpolate" the norms' running statistics with the weights, keep those of the
+            path's "start", or "recompute" them for all points in a pass of its own: what PyTorch
+            gives at each point after `reset_running_stats()` with `momentum=None` and a pass in
+            training mode, dropout off.
+        backend: "auto", or a backend by name, which then runs or raises. What is recomputed runs in
+            the C++ engine by "auto" and "native", where it knows the network, and by plain PyTorch
+            otherwise.
         device: of the computation; by default where the path's control points are.
-        batch_size: rows per batch; by default what fits `memory_budget`. Sums do not depend on it, up to rounding. What is
-            recomputed does: a batch gives one estimate of the statistics, and by default has 128 rows.
-        progress: a bar on a terminal (None), always (True), never (False), or a callable (samples done, samples in all).
-        precision: "float32" or "float64", of the computation; on a GPU also "tf32" or "bf16", of what products are made of.
-            Sums over samples are in float64 always.
+        batch_size: rows per batch; by default what fits `memory_budget`. Sums do not depend on it,
+            up to rounding. What is recomputed does: a batch gives one estimate of the statistics,
+            and by default has 128 rows.
+        progress: a bar on a terminal (None), always (True), never (False), or a callable (samples
+            done, samples in all).
+        precision: "float32" or "float64", of the computation; on a GPU also "tf32" or "bf16", of
+            what products are made of. Sums over samples are in float64 always.
         memory_budget: bytes for a batch and what is shared between points, 128 MiB by default.
-        recompute_data: what to recompute the statistics from, by default `data`; give the training data when you evaluate
-            on others.
+        recompute_data: what to recompute the statistics from, by default `data`; give the training
+            data when you evaluate on others.
         recompute_batches: only so many of its batches.
-        resume: a file to keep what is done in, written after every few seconds of work: the same call after an interruption
-            reads on from there, to the same sums. It stays when all is done, and is then the whole result; remove it.
+        resume: a file to keep what is done in, written after every few seconds of work: the same
+            call after an interruption reads on from there, to the same sums. It stays when all is
+            done, and is then the whole result; remove it.
 
     Returns:
-        a `PathResult`: means over all samples at each point, or over all tokens with a label, in the order of `points`.
+        a `PathResult`: means over all samples at each point, or over all tokens with a label, in
+            the order of `points`.
 
     Raises:
-        ModeconnError: bad input, named in one line, before the pass starts where it can be known by then.
+        ModeconnError: bad input, named in one line, before the pass starts where it can be known by
+            then.
     """
     started = time.perf_counter()
     t = path.points(points)
@@ -112,7 +131,9 @@ def evaluate(
     budget = positive("memory_budget", memory_budget) or MEMORY_BUDGET
 
     if buffers != "recompute" and (recompute_data is not None or recompute_batches is not None):
-        raise ModeconnError(f'recompute_data and recompute_batches are for buffers="recompute", and buffers is {buffers!r}')
+        raise ModeconnError(
+            f'recompute_data and recompute_batches are for buffers="recompute", and buffers is {buffers!r}'
+        )
     limit = positive("recompute_batches", recompute_batches)
 
     if buffers == "recompute" and recompute_data is None:
@@ -121,16 +142,32 @@ def evaluate(
     batches = as_batches(data, first_rows or _rows_within(budget, data))
     samples, statistics = 0, Recomputed({}, "")
     settings = {
-        **(fingerprint(path, t) if resume is not None else {}), "model": type(model).__name__, "loss": _name_of(loss),
-        "metrics": head.names, "buffers": buffers, "backend": backend, "precision": precision, "batch_size": batch_size,
-        "memory_budget": budget, "recompute_batches": limit,
-    }  # fmt: skip
+        **(fingerprint(path, t) if resume is not None else {}),
+        "model": type(model).__name__,
+        "loss": _name_of(loss),
+        "metrics": head.names,
+        "buffers": buffers,
+        "backend": backend,
+        "precision": precision,
+        "batch_size": batch_size,
+        "memory_budget": budget,
+        "recompute_batches": limit,
+    }
     unfinished = Unfinished(resume, settings)
-    with eval_mode(runner), torch.no_grad(), products(precision, where), _reporter(progress) as report:
+    with (
+        eval_mode(runner),
+        torch.no_grad(),
+        products(precision, where),
+        _reporter(progress) as report,
+    ):
         if buffers == "recompute":
-            source = as_batches(data if recompute_data is None else recompute_data, first_rows or BATCH_SIZE)
+            source = as_batches(
+                data if recompute_data is None else recompute_data, first_rows or BATCH_SIZE
+            )
             report = _Passes(report, source, batches, limit)
-            statistics = _statistics(runner, path, t, source, dtype, where, backend, limit, report, unfinished)
+            statistics = _statistics(
+                runner, path, t, source, dtype, where, backend, limit, report, unfinished
+            )
         stream = iter(batches)
         first = next(stream)  # the pass has begun: what is captured is shaped by the data itself
         x = moved(first[0], dtype, where)
@@ -138,19 +175,36 @@ def evaluate(
         warn_of(graph, f"batch_size, here {first_rows or 'chosen by the memory budget'}")
         graph = graph.only_logits() if head.takes_logits else graph
         graph = graph.before_log_softmax() if head.builtin else graph
-        program = make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen, tables=statistics.tables or None)
+        program = make_program(
+            graph,
+            path,
+            t,
+            dtype=dtype,
+            device=where,
+            frozen=frozen,
+            tables=statistics.tables or None,
+        )
         if buffers == "interpolate":
             _warn_stale(program)
         engine = make_backend(backend, program, dtype, where, precision)
-        most = engine.most_rows(budget) if resume is None else min(engine.most_rows(budget), _rows_of_a_part(program))
-        # Nothing below waits for a device: what the host wants to know of the labels it asks before they travel.
+        most = (
+            engine.most_rows(budget)
+            if resume is None
+            else min(engine.most_rows(budget), _rows_of_a_part(program))
+        )
+        # Nothing below waits for a device: what the host wants to know of the labels it asks before
+        # they travel.
         places = [torch.from_numpy(segment.rows).to(where) for segment in program.segments]
         host = torch.device("cpu")
         with unfinished.stage("evaluation") as stage:
             zeros = {"sums": head.zeros(len(program.points), where), "counts": head.zeros(1, host)}
-            sums, counts = ((stage.sums or zeros)[name].to(zero.device) for name, zero in zeros.items())
+            sums, counts = (
+                (stage.sums or zeros)[name].to(zero.device) for name, zero in zeros.items()
+            )
             every = itertools.chain([first], stream)
-            for batch, labels, given in on_device(every, functools.partial(head.fit, example), dtype, where):
+            for batch, labels, given in on_device(
+                every, functools.partial(head.fit, example), dtype, where
+            ):
                 step = rows(batch) if graph.mixes_rows else most
                 for start in range(0, rows(batch), step):
                     x, y = take(batch, start, start + step), labels[start : start + step]
@@ -169,29 +223,48 @@ def evaluate(
     values_by_name = head.finish((sums.cpu() / counts).numpy()[program.inverse])
     _warn_non_finite(values_by_name, t)
     info: dict[str, str | int | float] = {
-        "precision": precision, "device": str(where), "torch": torch.__version__, "python": platform.python_version(),
-        "threads": torch.get_num_threads(), "statistics": statistics.backend,
-        "path": repr(path), "fallback": graph.fallback or "; ".join(graph.closed),
-    }  # fmt: skip
+        "precision": precision,
+        "device": str(where),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "statistics": statistics.backend,
+        "path": repr(path),
+        "fallback": graph.fallback or "; ".join(graph.closed),
+    }
     if isinstance(path, Plane):
         info["control_points"] = json.dumps(path.marks.tolist())
         if path.explained is not None:
-            info["trajectory"] = f"{path.explained[0]:.4f} and {path.explained[1]:.4f} of the squared distances explained"
+            info["trajectory"] = (
+                f"{path.explained[0]:.4f} and {path.explained[1]:.4f} of the squared distances explained"
+            )
     return PathResult(
-        t, values_by_name, samples, 2 if statistics.tables else 1, engine.name, time.perf_counter() - started, info
+        t,
+        values_by_name,
+        samples,
+        2 if statistics.tables else 1,
+        engine.name,
+        time.perf_counter() - started,
+        info,
     )
 
 
 def explain(
-    model: nn.Module, path: Path, sample: Any, points: Points = 101, *, buffers: str = "interpolate",
-    precision: str = "float32", device: str | torch.device | None = None,
-) -> Plan:  # fmt: skip
+    model: nn.Module,
+    path: Path,
+    sample: Any,
+    points: Points = 101,
+    *,
+    buffers: str = "interpolate",
+    precision: str = "float32",
+    device: str | torch.device | None = None,
+) -> Plan:
     """How `evaluate` would go about it: what is dead, constant, a combination or varying, and what that saves.
 
     Args:
         sample: a few rows of input, [N, …]; only their shape and dtype count.
-        points, buffers, precision, device: as for `evaluate`; with "recompute" it is the second pass that is explained, for
-            statistics that differ at every point.
+        points, buffers, precision, device: as for `evaluate`; with "recompute" it is the second
+            pass that is explained, for statistics that differ at every point.
 
     Returns:
         a `Plan` to print; the arithmetic is per sample.
@@ -205,28 +278,50 @@ def explain(
     check_fit(model, path)
     runner = prepare(model, dtype, where)
     graph = capture(runner, moved(as_inputs(sample, "sample"), dtype, where))
-    tables = placeholders(graph, path, len(np.unique(t, axis=0))) if buffers == "recompute" else None
-    return Plan(make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen, tables=tables))
+    tables = (
+        placeholders(graph, path, len(np.unique(t, axis=0))) if buffers == "recompute" else None
+    )
+    return Plan(
+        make_program(graph, path, t, dtype=dtype, device=where, frozen=frozen, tables=tables)
+    )
 
 
 def _statistics(
-    model: nn.Module, path: Path, t: np.ndarray, source: Batches, dtype: torch.dtype, device: torch.device,
-    backend: str, limit: int | None, report: _Passes, unfinished: Unfinished,
-) -> Recomputed:  # fmt: skip
+    model: nn.Module,
+    path: Path,
+    t: np.ndarray,
+    source: Batches,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    limit: int | None,
+    report: _Passes,
+    unfinished: Unfinished,
+) -> Recomputed:
     """The norms' statistics at the distinct points, from a pass over the data; empty where there are no norms."""
     stream = iter(source)
     first = next(stream)
     graph = capture(model, moved(first[0], dtype, device))
     with unfinished.stage("statistics") as stage:
         return recompute(
-            graph, path, t, itertools.chain([first], stream), dtype=dtype, device=device, stage=stage, backend=backend,
-            limit=limit, seen=report.first,
-        )  # fmt: skip
+            graph,
+            path,
+            t,
+            itertools.chain([first], stream),
+            dtype=dtype,
+            device=device,
+            stage=stage,
+            backend=backend,
+            limit=limit,
+            seen=report.first,
+        )
 
 
 def _warn_stale(program: Program) -> None:
     """Warn where norms have blended statistics that are not those of their inputs."""
-    nodes = sorted({node for segment in program.segments if segment.between.any() for node in segment.stale})
+    nodes = sorted(
+        {node for segment in program.segments if segment.between.any() for node in segment.stale}
+    )
     closed = [node.function for node in program.graph.nodes if isinstance(node.function, Opaque)]
     stale = [part.path or "the model" for part in closed if part.statistics()]
     stale += [program.graph.nodes[node].source for node in nodes]
@@ -241,8 +336,18 @@ def _warn_stale(program: Program) -> None:
 
 def _rows_within(budget: int, data: Any) -> int:
     """Rows to read at a time, so that inputs of float32 take up half of the budget."""
-    inputs = data[0] if isinstance(data, (tuple, list)) and len(data) == 2 else getattr(data, "inputs", data)
-    several = list(inputs.values()) if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else [inputs]
+    inputs = (
+        data[0]
+        if isinstance(data, (tuple, list)) and len(data) == 2
+        else getattr(data, "inputs", data)
+    )
+    several = (
+        list(inputs.values())
+        if isinstance(inputs, Mapping)
+        else inputs
+        if isinstance(inputs, tuple)
+        else [inputs]
+    )
     shapes = [getattr(part, "shape", ()) for part in several]
     per_row = sum(4 * math.prod(shape[1:]) for shape in shapes) if all(shapes) else 4096
     return max(1, min(_MOST_ROWS, budget // (2 * max(per_row, 64))))
@@ -264,14 +369,24 @@ def _warn_non_finite(values: dict[str, np.ndarray], t: np.ndarray) -> None:
         if bad.any():
             first = ", ".join(str(v) for v in t[bad][:5].tolist())
             more = f" and {int(bad.sum()) - 5} more" if bad.sum() > 5 else ""
-            warnings.warn(f"{name} is not finite at t = {first}{more}", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"{name} is not finite at t = {first}{more}", RuntimeWarning, stacklevel=3
+            )
 
 
 class _Tick:
     """Called after each point of a batch: the share of its points that are done counts as that share of its rows."""
 
-    def __init__(self, report: Progress, seen: int, rows: int, points: int, total: int | None) -> None:
-        self._report, self._seen, self._rows, self._points, self._total = report, seen, rows, points, total
+    def __init__(
+        self, report: Progress, seen: int, rows: int, points: int, total: int | None
+    ) -> None:
+        self._report, self._seen, self._rows, self._points, self._total = (
+            report,
+            seen,
+            rows,
+            points,
+            total,
+        )
         self._done = 0
 
     def __call__(self, points: int = 1) -> None:
@@ -282,7 +397,9 @@ class _Tick:
 class _Passes:
     """Progress over two passes: samples of the first and of the second count alike."""
 
-    def __init__(self, report: Progress, first: Batches, second: Batches, limit: int | None) -> None:
+    def __init__(
+        self, report: Progress, first: Batches, second: Batches, limit: int | None
+    ) -> None:
         self._report, self._sources, self._limit = report, (first, second), limit
         self._before = 0
 
@@ -299,7 +416,9 @@ class _Passes:
         first, second = (source.samples for source in self._sources)
         if first is None or second is None:
             return None
-        return second + (first if self._limit is None else min(first, self._limit * self._sources[0].batch_size))
+        return second + (
+            first if self._limit is None else min(first, self._limit * self._sources[0].batch_size)
+        )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,14 @@ from modeconn.capture.graph import Graph, Size
 from modeconn.capture.opaque import eval_mode
 from modeconn.data.inputs import Inputs, call, describe, leaves, moved, rows, take
 from modeconn.errors import ModeconnError
-from modeconn.evaluation.arguments import check_fit, device_of, dtype_of, frozen_entries, positive, warn_of
+from modeconn.evaluation.arguments import (
+    check_fit,
+    device_of,
+    dtype_of,
+    frozen_entries,
+    positive,
+    warn_of,
+)
 from modeconn.parameters.paths import Path, Points
 from modeconn.plan.planner import make_program
 from modeconn.plan.report import Plan
@@ -27,25 +34,30 @@ from modeconn.plan.report import Plan
 class Forward:
     """A network, captured and planned for some points of a path: call it with batches of inputs.
 
-    What does not depend on t is computed once per call, dead units are left out, and what is linear in the
-    coefficients is combined, as `explain` shows.
+    What does not depend on t is computed once per call, dead units are left out, and what is linear
+    in the coefficients is combined, as `explain` shows.
 
-    Outputs can be differentiated in x, and in the control points where their tensors in `path.control_points` require
-    gradients when this is made. Weights that are zero then count as any others, and in the precision that they have they
-    may change between calls (an optimizer's step, say).
+    Outputs can be differentiated in x, and in the control points where their tensors in
+    `path.control_points` require gradients when this is made. Weights that are zero then count as
+    any others, and in the precision that they have they may change between calls (an optimizer's
+    step, say).
 
     Args:
-        model: the architecture; its own weights do not matter, and it is left as it was, training mode included.
-        path: of checkpoints that fit the model. Its weights are looked at here: after they have changed, make another,
-            unless they require gradients.
+        model: the architecture; its own weights do not matter, and it is left as it was, training
+            mode included.
+        path: of checkpoints that fit the model. Its weights are looked at here: after they have
+            changed, make another, unless they require gradients.
         t: a count of points, or the t values themselves, in any order, repeated if need be.
-        sample: a few rows of input [N, …], or a tuple or dict of such tensors where the model takes several; only their
-            shape and dtype count.
-        buffers: "interpolate" the norms' running statistics with the weights, or keep those of the path's "start".
-        backend: "auto", or a backend by name, which then runs or raises; "auto" leaves gradients to PyTorch's operations.
+        sample: a few rows of input [N, …], or a tuple or dict of such tensors where the model takes
+            several; only their shape and dtype count.
+        buffers: "interpolate" the norms' running statistics with the weights, or keep those of the
+            path's "start".
+        backend: "auto", or a backend by name, which then runs or raises; "auto" leaves gradients to
+            PyTorch's operations.
         precision: "float32" or "float64"; on a CUDA device also "tf32" or "bf16".
         device: of the computation; by default where the path's control points are.
-        memory_budget: bytes for what is shared between points, 128 MiB by default; the outputs come on top of that.
+        memory_budget: bytes for what is shared between points, 128 MiB by default; the outputs come
+            on top of that.
 
     Attributes:
         t: float64 [T] for a curve, [T, dim] otherwise.
@@ -56,12 +68,24 @@ class Forward:
     """
 
     def __init__(
-        self, model: nn.Module, path: Path, t: Points, sample: Any, *, buffers: str = "interpolate",
-        backend: str = "auto", precision: str = "float32", device: str | torch.device | None = None,
+        self,
+        model: nn.Module,
+        path: Path,
+        t: Points,
+        sample: Any,
+        *,
+        buffers: str = "interpolate",
+        backend: str = "auto",
+        precision: str = "float32",
+        device: str | torch.device | None = None,
         memory_budget: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.t: np.ndarray = path.points(t)
-        self._precision, self._dtype, self._device = precision, dtype_of(precision), device_of(device, path)
+        self._precision, self._dtype, self._device = (
+            precision,
+            dtype_of(precision),
+            device_of(device, path),
+        )
         check_name(backend, precision, self._device)
         self._backend = backend
         self._budget = positive("memory_budget", memory_budget) or MEMORY_BUDGET
@@ -75,9 +99,17 @@ class Forward:
         with eval_mode(self._model), torch.no_grad():
             _check_output(graph, call(self._model, few), rows(few))
         warn_of(graph, "the rows that are given together")
-        self._weights_move = any(tensor.requires_grad for point in path.control_points for tensor in point.values())
+        self._weights_move = any(
+            tensor.requires_grad for point in path.control_points for tensor in point.values()
+        )
         program = make_program(
-            graph, path, self.t, dtype=self._dtype, device=self._device, frozen=frozen, by_content=not self._weights_move
+            graph,
+            path,
+            self.t,
+            dtype=self._dtype,
+            device=self._device,
+            frozen=frozen,
+            by_content=not self._weights_move,
         )
         self.plan = Plan(program)
         self._engines: dict[bool, ReferenceBackend] = {}
@@ -95,11 +127,19 @@ class Forward:
                 f"inputs have shape {describe(inputs)}: expected {self._row}, as in the sample this was made for"
             )
         count = rows(inputs)
-        wanted = torch.is_grad_enabled() and (self._weights_move or any(leaf.requires_grad for leaf in leaves(inputs)))
+        wanted = torch.is_grad_enabled() and (
+            self._weights_move or any(leaf.requires_grad for leaf in leaves(inputs))
+        )
         engine = self._engine(wanted or self._weights_move)
         most = count if self.plan.program.graph.mixes_rows else engine.most_rows(self._budget)
-        with eval_mode(self._model), torch.set_grad_enabled(wanted), products(self._precision, self._device):
-            outputs = [self._outputs(engine, take(inputs, i, i + most)) for i in range(0, count, most)]
+        with (
+            eval_mode(self._model),
+            torch.set_grad_enabled(wanted),
+            products(self._precision, self._device),
+        ):
+            outputs = [
+                self._outputs(engine, take(inputs, i, i + most)) for i in range(0, count, most)
+            ]
         distinct = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         inverse = self.plan.program.inverse
         if np.array_equal(inverse, np.arange(len(distinct))):
@@ -116,7 +156,9 @@ class Forward:
         shapes = [list(tensor.shape) for tensor in leaves(inputs)]
         if not shapes or not all(shape and shape[0] == shapes[0][0] > 0 for shape in shapes):
             text = shapes[0] if isinstance(inputs, Tensor) else shapes
-            raise ModeconnError(f"inputs have shape {text}: expected at least one row, [N, …], and as many of each input")
+            raise ModeconnError(
+                f"inputs have shape {text}: expected at least one row, [N, …], and as many of each input"
+            )
         return moved(inputs, self._dtype, self._device)
 
     def _engine(self, differentiable: bool) -> ReferenceBackend:
@@ -124,7 +166,7 @@ class Forward:
             make = make_differentiable if differentiable else make_backend
             self._engines[differentiable] = make(
                 self._backend, self.plan.program, self._dtype, self._device, self._precision
-            )  # fmt: skip
+            )
         return self._engines[differentiable]
 
     def _outputs(self, engine: ReferenceBackend, x: Inputs) -> Tensor:
@@ -136,7 +178,8 @@ class Forward:
         for segment in program.segments:
             for point, block, output in engine.all_outputs(segment, values, count):
                 row = segment.rows[point]
-                if torch.is_grad_enabled():  # written into a common tensor, gradients would be copied T times
+                # written into a common tensor, gradients would be copied T times
+                if torch.is_grad_enabled():
                     points[row].append(output)
                     continue
                 if result is None:
@@ -146,9 +189,17 @@ class Forward:
 
 
 def forward(
-    model: nn.Module, path: Path, t: Points, x: Any, *, buffers: str = "interpolate", backend: str = "auto",
-    precision: str = "float32", device: str | torch.device | None = None, memory_budget: int | None = None,
-) -> Tensor:  # fmt: skip
+    model: nn.Module,
+    path: Path,
+    t: Points,
+    x: Any,
+    *,
+    buffers: str = "interpolate",
+    backend: str = "auto",
+    precision: str = "float32",
+    device: str | torch.device | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
     """The outputs of a network at each t, for the rows of x.
 
     Batch after batch with the same model, path and t, make a `Forward` once and call that.
@@ -158,13 +209,22 @@ def forward(
         model, path, t, buffers, backend, precision, device, memory_budget: as for `Forward`.
 
     Returns:
-        the outputs [T, B, …], in the order of t; what `vmap` of `functional_call` over the stacked weights would give.
+        the outputs [T, B, …], in the order of t; what `vmap` of `functional_call` over the stacked
+            weights would give.
 
     Raises:
         ModeconnError: bad input, or a network whose output is not one tensor with a row per sample.
     """
     made = Forward(
-        model, path, t, x, buffers=buffers, backend=backend, precision=precision, device=device, memory_budget=memory_budget
+        model,
+        path,
+        t,
+        x,
+        buffers=buffers,
+        backend=backend,
+        precision=precision,
+        device=device,
+        memory_budget=memory_budget,
     )
     return made(x)
 
@@ -176,7 +236,12 @@ def _check_output(graph: Graph, example: Any, count: int) -> None:
             "that returns the tensor you want"
         )
     shape = graph.nodes[graph.tensor_output].shape
-    if example.dim() == 0 or len(example) != count or not isinstance(shape[0], Size) or str(shape[0]) != "N":
+    if (
+        example.dim() == 0
+        or len(example) != count
+        or not isinstance(shape[0], Size)
+        or str(shape[0]) != "N"
+    ):
         raise ModeconnError(
             f"the model's output has shape {list(example.shape)} for {count} inputs: expected a row per input, [N, …]"
         )

@@ -29,21 +29,21 @@ _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class PathResult:
     """Metrics along a path, one value per t, each an exact mean over all samples.
 
-    Metrics are attributes too: ``result.loss`` is ``result.values["loss"]``.  (A metric whose name is that of
-    a field or method, such as ``samples``, is reached through ``values``.)
+    Metrics are attributes too: ``result.loss`` is ``result.values["loss"]``.  (A metric whose name
+    is that of a field or method, such as ``samples``, is reached through ``values``.)
 
     Attributes:
         t: float64 ``[T]``, or ``[T, D]`` where a path has D coordinates.
-        values: metric name to float64 ``[T]``.  ``loss`` is a mean per sample; names ending in ``error`` are
-            fractions in [0, 1].  Non-finite values are kept as they are.
+        values: metric name to float64 ``[T]``.  ``loss`` is a mean per sample; names ending in
+            ``error`` are fractions in [0, 1].  Non-finite values are kept as they are.
         samples: number of samples that every value is a mean over.
         passes: number of passes over the data that were made.
         backend: the backend that ran.
         seconds: wall-clock time of the evaluation.
-        info: versions, device, precision and the like: text and numbers.  ``info["statistics"]`` is what
-            recomputed the norms' statistics, "native" or "reference", "" where none were.
-            ``info["control_points"]``, if present, is JSON text: the t of each control point, which a plot
-            of a plane marks.
+        info: versions, device, precision and the like: text and numbers.  ``info["statistics"]`` is
+            what recomputed the norms' statistics, "native" or "reference", "" where none were.
+            ``info["control_points"]``, if present, is JSON text: the t of each control point, which
+            a plot of a plane marks.
 
     Raises:
         ModeconnError: where the shapes of ``t`` and ``values`` do not agree.
@@ -59,32 +59,50 @@ class PathResult:
 
     def __post_init__(self) -> None:
         self.t = np.asarray(self.t, dtype=np.float64)
-        self.values = {name: np.asarray(column, dtype=np.float64) for name, column in self.values.items()}
+        self.values = {
+            name: np.asarray(column, dtype=np.float64) for name, column in self.values.items()
+        }
         if self.t.ndim not in (1, 2) or not len(self.t):
-            raise ModeconnError(f"t has shape {list(self.t.shape)}, expected [T] or [T, D] with T >= 1")
+            raise ModeconnError(
+                f"t has shape {list(self.t.shape)}, expected [T] or [T, D] with T >= 1"
+            )
         for name, column in self.values.items():
             if column.shape != self.t.shape[:1]:
-                raise ModeconnError(f"metric {name!r} has shape {list(column.shape)}, expected [{len(self.t)}], one per t")
+                raise ModeconnError(
+                    f"metric {name!r} has shape {list(column.shape)}, expected [{len(self.t)}], one per t"
+                )
 
     def __getattr__(self, name: str) -> np.ndarray:
-        # Reached only where the ordinary look-up failed.  `values` itself is missing while unpickling.
+        # Reached only where the ordinary look-up failed.  `values` itself is missing while
+        # unpickling.
         values: dict[str, np.ndarray] = self.__dict__.get("values", {})
         if name in values:
             return values[name]
-        raise AttributeError(f"PathResult has no {name!r}; its metrics are {', '.join(values) or 'none'}")
+        raise AttributeError(
+            f"PathResult has no {name!r}; its metrics are {', '.join(values) or 'none'}"
+        )
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self.values})
 
     def __repr__(self) -> str:
         ranges = [f"{name}={_range(column)}" for name, column in self.values.items()]
-        parts = [f"points={len(self.t)}", *ranges, f"samples={self.samples}", f"passes={self.passes}"]
-        return f"PathResult({', '.join(parts)}, backend={self.backend!r}, seconds={self.seconds:.3g})"
+        parts = [
+            f"points={len(self.t)}",
+            *ranges,
+            f"samples={self.samples}",
+            f"passes={self.passes}",
+        ]
+        return (
+            f"PathResult({', '.join(parts)}, backend={self.backend!r}, seconds={self.seconds:.3g})"
+        )
 
     def metric(self, name: str) -> np.ndarray:
         """The values of one metric, ``[T]``; an unknown name raises ModeconnError listing the known ones."""
         if name not in self.values:
-            raise ModeconnError(f"metric {name!r} is not in this result, which has {', '.join(self.values) or 'none'}")
+            raise ModeconnError(
+                f"metric {name!r} is not in this result, which has {', '.join(self.values) or 'none'}"
+            )
         return self.values[name]
 
     def highest(self, metric: str = "loss") -> tuple[float | tuple[float, ...], float]:
@@ -92,25 +110,33 @@ class PathResult:
         column = self.metric(metric)
         index = int(column.argmax())
         where = self.t[index]
-        return (float(where) if self.t.ndim == 1 else tuple(map(float, where))), float(column[index])
+        return (float(where) if self.t.ndim == 1 else tuple(map(float, where))), float(
+            column[index]
+        )
 
     def barrier(self, metric: str = "loss") -> float:
         """How far a metric rises above the straight line between its two ends.
 
-        The maximum over the evaluated t in [0, 1] of ``L(t) - ((1 - t) L(0) + t L(1))``, so never below 0
-        (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis").  Not finite where
-        the metric is not finite.
+        The maximum over the evaluated t in [0, 1] of ``L(t) - ((1 - t) L(0) + t L(1))``, so never
+        below 0 (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis").
+        Not finite where the metric is not finite.
 
         Raises:
             ModeconnError: where t has several coordinates, or does not hold exactly 0 and 1.
         """
         column = self.metric(metric)
         if self.t.ndim != 1:
-            raise ModeconnError(f"a barrier needs t with one coordinate, this result has {self.t.shape[1]}")
+            raise ModeconnError(
+                f"a barrier needs t with one coordinate, this result has {self.t.shape[1]}"
+            )
         ends = [np.flatnonzero(self.t == end) for end in (0.0, 1.0)]
         if not all(len(end) for end in ends):
-            missing = " and ".join(str(t) for t, end in zip((0, 1), ends, strict=True) if not len(end))
-            raise ModeconnError(f"a barrier needs the ends of the path: t = {missing} was not evaluated")
+            missing = " and ".join(
+                str(t) for t, end in zip((0, 1), ends, strict=True) if not len(end)
+            )
+            raise ModeconnError(
+                f"a barrier needs the ends of the path: t = {missing} was not evaluated"
+            )
         first, last = column[ends[0][0]], column[ends[1][0]]
         inside = (self.t >= 0) & (self.t <= 1)
         t, column = self.t[inside], column[inside]
@@ -138,8 +164,8 @@ class PathResult:
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the result to a ``.npz`` (no pickle) or ``.json`` file, whole or not at all.
 
-        Both keep every float64 exactly.  In JSON, NaN and infinities are the strings "nan", "inf", "-inf",
-        and the barriers are added for readers that have no modeconn.
+        Both keep every float64 exactly.  In JSON, NaN and infinities are the strings "nan", "inf",
+        "-inf", and the barriers are added for readers that have no modeconn.
 
         Raises:
             ModeconnError: for another suffix.
@@ -149,7 +175,10 @@ class PathResult:
             text = json.dumps(content, indent=1, allow_nan=False) + "\n"
             atomic_write(file, lambda stream: stream.write(text.encode()))
             return
-        meta = {key: content[key] for key in ("format", "samples", "passes", "backend", "seconds", "info")}
+        meta = {
+            key: content[key]
+            for key in ("format", "samples", "passes", "backend", "seconds", "info")
+        }
         arrays = {f"values/{name}": column for name, column in self.values.items()}
         arrays |= {"t": self.t, "meta": np.array(json.dumps(meta, allow_nan=False))}
         atomic_write(file, lambda stream: np.savez(stream, **arrays))  # type: ignore[arg-type]  # ** also fills flags
@@ -167,8 +196,11 @@ class PathResult:
             return cls._from_json(file) if _suffix(file) == ".json" else cls._from_npz(file)
         except ModeconnError:
             raise
-        except Exception as error:  # zipfile, numpy, json and our own look-ups each fail in their own way
-            raise ModeconnError(f"{file}: not a result saved by modeconn ({type(error).__name__}: {error})") from error
+        # zipfile, numpy, json and our own look-ups each fail in their own way
+        except Exception as error:
+            raise ModeconnError(
+                f"{file}: not a result saved by modeconn ({type(error).__name__}: {error})"
+            ) from error
 
     @classmethod
     def _from_json(cls, file: str | os.PathLike[str]) -> PathResult:
@@ -179,7 +211,11 @@ class PathResult:
         with Path(file).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             content = json.loads(str(archive["meta"]))
             prefix = "values/"
-            values = {name[len(prefix) :]: archive[name] for name in archive.files if name.startswith(prefix)}
+            values = {
+                name[len(prefix) :]: archive[name]
+                for name in archive.files
+                if name.startswith(prefix)
+            }
             return cls._from_content({**content, "t": archive["t"], "values": values})
 
     @classmethod
@@ -201,7 +237,9 @@ class PathResult:
         try:
             import pandas
         except ImportError:
-            raise ModeconnError("to_frame() needs pandas, which is not installed: pip install pandas") from None
+            raise ModeconnError(
+                "to_frame() needs pandas, which is not installed: pip install pandas"
+            ) from None
         if self.t.ndim == 1:
             columns = {"t": self.t}
         else:
@@ -211,12 +249,13 @@ class PathResult:
     def plot(self, ax: Axes | None = None, metric: str = "loss", surface: bool = False) -> Axes:
         """Draw the result with matplotlib and return the axes.
 
-        One coordinate: the metric against t, its barrier, and the error rates (%) on a second axis.  Two
-        coordinates: filled contours of the metric, with the control points marked if ``info`` has them, and joined
-        up if they are a training trajectory; or a surface in three dimensions.
+        One coordinate: the metric against t, its barrier, and the error rates (%) on a second axis.
+        Two coordinates: filled contours of the metric, with the control points marked if ``info``
+        has them, and joined up if they are a training trajectory; or a surface in three dimensions.
 
         Args:
-            ax: matplotlib axes to draw on, for a surface such with ``projection="3d"``; a new figure if None.
+            ax: matplotlib axes to draw on, for a surface such with ``projection="3d"``; a new
+                figure if None.
             metric: the metric of the left axis, of the contours or of the surface.
             surface: draw a surface, where t has two coordinates.
 
@@ -234,10 +273,16 @@ class PathResult:
             ax.set_title(title.format("on a plane"))
             return ax
         if self._coordinates() == 2:
-            plotting.draw_plane(ax, self.t, column, metric, self._marks(), joined="trajectory" in self.info)
+            plotting.draw_plane(
+                ax, self.t, column, metric, self._marks(), joined="trajectory" in self.info
+            )
             ax.set_title(title.format("on a plane"))
             return ax
-        errors = {name: values for name, values in self.values.items() if name.endswith("error") and name != metric}
+        errors = {
+            name: values
+            for name, values in self.values.items()
+            if name.endswith("error") and name != metric
+        }
         plotting.draw_curve(ax, self.t.reshape(-1), column, metric, self._chord(metric), errors)
         ax.set_title(title.format("along the path"))
         return ax
@@ -245,7 +290,8 @@ class PathResult:
     def terminal_plot(self, width: int = 72, height: int = 15, metric: str = "loss") -> str:
         """A small picture of one metric in Unicode text, without a newline at the end.
 
-        One coordinate: a curve in Braille dots, with the straight line between the ends dotted.  Two: shades.
+        One coordinate: a curve in Braille dots, with the straight line between the ends dotted.
+        Two: shades.
 
         Args:
             width: columns of the whole picture, labels included; at least 30.
@@ -257,16 +303,22 @@ class PathResult:
         """
         column = self.metric(metric)
         if width < 30 or height < 6:
-            raise ModeconnError(f"a terminal plot of {width} × {height} is too small, expected at least 30 × 6")
+            raise ModeconnError(
+                f"a terminal plot of {width} × {height} is too small, expected at least 30 × 6"
+            )
         if self._coordinates() == 2:
             return plotting.text_plane(self.t, column, metric, width, height)
-        return plotting.text_curve(self.t.reshape(-1), column, metric, self._chord(metric), width, height)
+        return plotting.text_curve(
+            self.t.reshape(-1), column, metric, self._chord(metric), width, height
+        )
 
     def _coordinates(self) -> int:
         """1 or 2, the number of coordinates that a plot can show."""
         count = 1 if self.t.ndim == 1 else self.t.shape[1]
         if count > 2:
-            raise ModeconnError(f"a plot shows t with one or two coordinates, this result has {count}")
+            raise ModeconnError(
+                f"a plot shows t with one or two coordinates, this result has {count}"
+            )
         return count
 
     def _chord(self, metric: str) -> tuple[float, float] | None:
@@ -286,7 +338,9 @@ class PathResult:
 def _suffix(file: str | os.PathLike[str]) -> str:
     suffix = Path(file).suffix.lower()
     if suffix not in SUFFIXES:
-        raise ModeconnError(f"{file}: a result is saved as {' or '.join(SUFFIXES)}, not as {suffix or 'a bare name'}")
+        raise ModeconnError(
+            f"{file}: a result is saved as {' or '.join(SUFFIXES)}, not as {suffix or 'a bare name'}"
+        )
     return suffix
 
 

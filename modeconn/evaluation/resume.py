@@ -1,8 +1,8 @@
 """The sums of an evaluation so far, kept in a file: the same call after an interruption goes on from there.
 
-Results are sums over parts of the data in a fixed order, so what is done after some part is those sums, the number of parts
-and a checksum of their data. The parts that are done are read again, to find the place and to see that they are the same
-data, and not computed again.
+Results are sums over parts of the data in a fixed order, so what is done after some part is those
+sums, the number of parts and a checksum of their data. The parts that are done are read again, to
+find the place and to see that they are the same data, and not computed again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Unfinished:
 
     Args:
         file: to keep it in; None to keep nothing.
-        settings: plain values that decide the sums; the file must be of an evaluation with the same.
+        settings: plain values that decide the sums; the file must be of an evaluation with the
+            same.
 
     Raises:
         ModeconnError: the file is something else, or of another evaluation.
@@ -53,7 +54,11 @@ class Unfinished:
     def stage(self, name: str) -> Iterator[Stage]:
         """One pass over the data; however it ends, what is done of it is written."""
         prefix = f"{name}/"
-        saved = {key.removeprefix(prefix): value for key, value in self._arrays.items() if key.startswith(prefix)}
+        saved = {
+            key.removeprefix(prefix): value
+            for key, value in self._arrays.items()
+            if key.startswith(prefix)
+        }
         stage = Stage(self, prefix, saved)
         try:
             yield stage
@@ -75,7 +80,9 @@ class Unfinished:
                 arrays = {key: archive[key] for key in archive.files if key != "meta"}
             before, known = meta["settings"], meta["format"] == FORMAT
         except Exception as error:  # zipfile, numpy and json each fail in their own way
-            raise ModeconnError(f"{self.file} is no unfinished evaluation: remove it, or name another file") from error
+            raise ModeconnError(
+                f"{self.file} is no unfinished evaluation: remove it, or name another file"
+            ) from error
         others = [key for key in self._settings if before.get(key) != self._settings[key]]
         if others or not known:
             raise ModeconnError(
@@ -118,7 +125,9 @@ class Stage:
             self._crc = zlib.crc32(_bytes(tensor), self._crc)
         self._seen += 1
         if self._seen == self.parts and self._crc != self._expected:
-            raise ModeconnError(f"{self._owner.file} is of an evaluation on other data: remove it, or name another file")
+            raise ModeconnError(
+                f"{self._owner.file} is of an evaluation on other data: remove it, or name another file"
+            )
         return self._seen <= self.parts
 
     def done(self, sums: Mapping[str, Tensor]) -> None:

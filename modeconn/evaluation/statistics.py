@@ -1,9 +1,10 @@
 """Batch-norm statistics recomputed from the data, for all points of a path in one pass.
 
-Between two networks the blend of their norms' running statistics is not what the network in between has: its activations
-are other ones. Re-estimating them point by point, as Garipov et al. 2018 do (`update_bn`), costs a pass per point. Here
-every norm of the captured graph is replaced by one that normalises by the statistics of the batch, as in training, and
-hands them out; that graph is planned like any other, and run for all points at once (backends/native/statistics.py).
+Between two networks the blend of their norms' running statistics is not what the network in between
+has: its activations are other ones. Re-estimating them point by point, as Garipov et al. 2018 do
+(`update_bn`), costs a pass per point. Here every norm of the captured graph is replaced by one that
+normalises by the statistics of the batch, as in training, and hands them out; that graph is planned
+like any other, and run for all points at once (backends/native/statistics.py).
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ class Recomputed(NamedTuple):
     """The statistics of norms along a path.
 
     Attributes:
-        tables: per name of a running mean or variance its values [T, channels]; empty for a network without batch norm.
-        backend: what computed them, "native" where any of it ran in the engine; "" where there were none.
+        tables: per name of a running mean or variance its values [T, channels]; empty for a network
+            without batch norm.
+        backend: what computed them, "native" where any of it ran in the engine; "" where there were
+            none.
     """
 
     tables: dict[str, Tensor]
@@ -49,15 +52,24 @@ class Recomputed(NamedTuple):
 
 
 def recompute(
-    graph: Graph, path: Path, points: np.ndarray, batches: Iterable[Batch], *, dtype: torch.dtype,
-    device: torch.device, stage: Stage, backend: str = "auto", limit: int | None = None,
+    graph: Graph,
+    path: Path,
+    points: np.ndarray,
+    batches: Iterable[Batch],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    stage: Stage,
+    backend: str = "auto",
+    limit: int | None = None,
     seen: Callable[[int], None] = lambda count: None,
-) -> Recomputed:  # fmt: skip
+) -> Recomputed:
     """The running statistics of every batch norm at every point, from one pass over the data.
 
-    What PyTorch gives after `reset_running_stats()` with `momentum=None` and a pass in training mode: the mean, over the
-    batches, of the batch's mean and of its unbiased variance, while each norm normalises by the batch's own statistics.
-    Everything else (dropout, say) stays in evaluation mode.
+    What PyTorch gives after `reset_running_stats()` with `momentum=None` and a pass in training
+    mode: the mean, over the batches, of the batch's mean and of its unbiased variance, while each
+    norm normalises by the batch's own statistics. Everything else (dropout, say) stays in
+    evaluation mode.
 
     Args:
         graph: the captured model.
@@ -94,18 +106,29 @@ def recompute(
                 f"({str(error).splitlines()[0]}): choose a batch_size that leaves no such batch"
             ) from error
         seen(rows(inputs))
-    used = Counter(name for pair in names for name in pair)  # more than once where a norm is called more than once
-    return Recomputed({name: (total / (count * used[name])).to(dtype) for name, total in sums.items()}, engine.name)
+    # more than once where a norm is called more than once
+    used = Counter(name for pair in names for name in pair)
+    return Recomputed(
+        {name: (total / (count * used[name])).to(dtype) for name, total in sums.items()},
+        engine.name,
+    )
 
 
 def network_at(
-    model: nn.Module, path: Path, t: Points, data: Any = None, *, batch_size: int | None = None, precision: str = "float32"
+    model: nn.Module,
+    path: Path,
+    t: Points,
+    data: Any = None,
+    *,
+    batch_size: int | None = None,
+    precision: str = "float32",
 ) -> State:
     """The network at one point of a path, as a state dict.
 
     Args:
         model: the architecture; it is left as it was.
-        data: re-estimate the norms' running statistics from these, as `recompute` does; None to blend them with the weights.
+        data: re-estimate the norms' running statistics from these, as `recompute` does; None to
+            blend them with the weights.
         batch_size: rows of a batch of the data.
         precision: of the estimates' computation.
     """
@@ -136,11 +159,19 @@ def placeholders(graph: Graph, path: Path, points: int) -> dict[str, Tensor]:
     }
 
 
-def _add(program: Program, engine: BatchStatistics, x: Inputs, names: list[Names], sums: dict[str, Tensor]) -> None:
+def _add(
+    program: Program,
+    engine: BatchStatistics,
+    x: Inputs,
+    names: list[Names],
+    sums: dict[str, Tensor],
+) -> None:
     """Add the statistics of a batch at every point to the sums."""
     values = engine.shared(x)
     for segment in program.segments:
-        for pair, statistics in zip(names, engine.statistics(segment, values, rows(x)), strict=True):
+        for pair, statistics in zip(
+            names, engine.statistics(segment, values, rows(x)), strict=True
+        ):
             for name, value in zip(pair, statistics, strict=True):
                 if name not in sums:
                     shape = len(program.points), *value.shape[1:]

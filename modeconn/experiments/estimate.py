@@ -23,7 +23,8 @@ from modeconn.training.train import train
 
 # Steps of an epoch that is timed, the second of three: the first warms up, and the last measures.
 _STEPS, _EPOCHS = 2, 3
-# Draws are timed together where they are no more than so many numbers, and one by itself where they are.
+# Draws are timed together where they are no more than so many numbers, and one by itself where they
+# are.
 _TOGETHER = 20_000_000
 
 
@@ -52,13 +53,17 @@ def estimate(name: str, root: Any = None, *, quick: bool = True, solutions: int 
     """
     setting = settings(name, quick)
     if isinstance(setting, Sweep):
-        return sum((_experiment(setting.at(width), root, 1) for width in setting.widths), Estimate())
+        return sum(
+            (_experiment(setting.at(width), root, 1) for width in setting.widths), Estimate()
+        )
     if isinstance(setting, Join):
         return _experiment(setting.base, root, 2 - solutions, subnetworks=False)
     return _experiment(setting, root, 1 - solutions)
 
 
-def _experiment(setting: Experiment, root: Any, solutions: int, *, subnetworks: bool = True) -> Estimate:
+def _experiment(
+    setting: Experiment, root: Any, solutions: int, *, subnetworks: bool = True
+) -> Estimate:
     data = datasets.load(setting.data, root, "train", limit=setting.limit)
     model = models.build(setting.model)
     x, y = data.slice(0, min(len(data), _STEPS * setting.solution.batch_size))
@@ -83,7 +88,9 @@ def _experiment(setting: Experiment, root: Any, solutions: int, *, subnetworks: 
     return found
 
 
-def _draws(chain: Chain, entry: int, fraction: float, draws: int, h: Tensor, labels: Tensor, recipe: Any) -> float:
+def _draws(
+    chain: Chain, entry: int, fraction: float, draws: int, h: Tensor, labels: Tensor, recipe: Any
+) -> float:
     """Seconds of an epoch on a few rows, for all draws of an entry layer."""
     units = chain.widths[entry]
     kept = torch.arange(units - math.floor(units / fraction) if entry else units)
@@ -102,7 +109,9 @@ def _draws(chain: Chain, entry: int, fraction: float, draws: int, h: Tensor, lab
                 raise Enough
 
         with contextlib.suppress(Enough):
-            train_subnetworks(chain, [start] * together, [h] * together, labels, short, progress=progress)
+            train_subnetworks(
+                chain, [start] * together, [h] * together, labels, short, progress=progress
+            )
 
     return _epoch(run) * draws / together
 

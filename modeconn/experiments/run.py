@@ -47,26 +47,34 @@ def reproduce(
 
     Args:
         name: "mnist-fcn", "cifar10-fcn", "cifar10-vgg11", "widths", "widths-cifar10" or "path".
-        out: a folder, new or of the same experiment: then what is finished is kept and the rest is done.
+        out: a folder, new or of the same experiment: then what is finished is kept and the rest is
+            done.
         root: the folder of the data set's files.
         quick: settings of minutes on two cores; otherwise the paper's.
-        solutions: checkpoints of the trained networks, two for "path" and one elsewhere; trained where none is given.
+        solutions: checkpoints of the trained networks, two for "path" and one elsewhere; trained
+            where none is given.
         seed: of the training, the draws and the subnetworks.
         log: called with a line of text now and then.
 
     Returns:
-        what is written as ``result.json``: settings, a line per entry layer (and width), the figure's name.
+        what is written as ``result.json``: settings, a line per entry layer (and width), the
+            figure's name.
 
     Raises:
-        ModeconnError: an unknown experiment, a folder of another one, checkpoints that do not fit, missing data.
+        ModeconnError: an unknown experiment, a folder of another one, checkpoints that do not fit,
+            missing data.
     """
     setting = settings(name, quick)
     wanted = {Experiment: 1, Sweep: 0, Join: 2}[type(setting)]
     if solutions and len(solutions) != wanted:
         raise ModeconnError(f"{len(solutions)} solutions given: {name} takes {wanted or 'none'}")
     folder = Path(out)
-    described = {"experiment": name, "seed": seed, "solutions": [str(Path(file).resolve()) for file in solutions],
-                 "settings": json.loads(json.dumps(asdict(setting)))}  # fmt: skip
+    described = {
+        "experiment": name,
+        "seed": seed,
+        "solutions": [str(Path(file).resolve()) for file in solutions],
+        "settings": json.loads(json.dumps(asdict(setting))),
+    }
     _claim(folder, described)
     say = log or (lambda line: None)
     if isinstance(setting, Sweep):
@@ -77,7 +85,11 @@ def reproduce(
         tables = _layers(setting, folder, root, solutions[0] if solutions else None, seed, say)
         figures.save(folder / f"{name}.png", lambda: figures.layers(name, tables))
         result = {"lines": [line for each in tables for line in each.lines()]}
-    result = {**described, **result, "figure": f"{name}.png" if not isinstance(setting, Join) else "path.png"}
+    result = {
+        **described,
+        **result,
+        "figure": f"{name}.png" if not isinstance(setting, Join) else "path.png",
+    }
     if isinstance(setting, Sweep):
         figures.save(folder / f"{name}.png", lambda: figures.widths(name, result["lines"]))
     _write_json(folder / "result.json", result)
@@ -88,10 +100,14 @@ def _claim(folder: Path, described: dict[str, Any]) -> None:
     file = folder / "settings.json"
     if file.exists():
         if json.loads(file.read_text()) != described:
-            raise ModeconnError(f"{folder} holds an experiment with other settings: name another folder")
+            raise ModeconnError(
+                f"{folder} holds an experiment with other settings: name another folder"
+            )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModeconnError(f"{folder} is there already and holds no experiment: name another folder")
+        raise ModeconnError(
+            f"{folder} is there already and holds no experiment: name another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(file, described)
 
@@ -116,35 +132,67 @@ def _solution(setting: Experiment, file: Path, root: Any, seed: int, say: Log) -
     model = models.build(setting.model)
     models.initialise(model, torch.Generator().manual_seed(seed))
     how: SolutionSettings = setting.solution
-    say(f"training {setting.model} on {len(data):,} samples of {setting.data}, at most {how.epochs} epochs")
+    say(
+        f"training {setting.model} on {len(data):,} samples of {setting.data}, at most {how.epochs} epochs"
+    )
     report = train(
-        model, data, test=test, **asdict(how), seed=seed, checkpoint=file, resume=training_file(file).exists(),
+        model,
+        data,
+        test=test,
+        **asdict(how),
+        seed=seed,
+        checkpoint=file,
+        resume=training_file(file).exists(),
         metadata={"model": setting.model, "data": setting.data},
-        log=lambda e: say(f"epoch {e.epoch} of {e.epochs}: loss {e.loss:.4g}, error {100 * e.error:.2f} %"),
-    )  # fmt: skip
-    say(f"trained for {report.epochs} epochs: loss {report.loss:.4g}, error {100 * report.error:.2f} %")
+        log=lambda e: say(
+            f"epoch {e.epoch} of {e.epochs}: loss {e.loss:.4g}, error {100 * e.error:.2f} %"
+        ),
+    )
+    say(
+        f"trained for {report.epochs} epochs: loss {report.loss:.4g}, error {100 * report.error:.2f} %"
+    )
     return file
 
 
-def _layers(setting: Experiment, folder: Path, root: Any, solution: File | None, seed: int, say: Log) -> list[Tables]:
+def _layers(
+    setting: Experiment, folder: Path, root: Any, solution: File | None, seed: int, say: Log
+) -> list[Tables]:
     """Both tables at every fraction."""
-    checkpoint = Path(solution) if solution else _solution(setting, folder / "solution.safetensors", root, seed, say)
+    checkpoint = (
+        Path(solution)
+        if solution
+        else _solution(setting, folder / "solution.safetensors", root, seed, say)
+    )
     data, test = _data(setting, root)
     model = models.build(setting.model)
     found = []
     for fraction in setting.fractions:
-        dropout = _dropout(setting, folder / f"dropout-{fraction:g}", checkpoint, data, test, fraction, seed, say)
+        dropout = _dropout(
+            setting, folder / f"dropout-{fraction:g}", checkpoint, data, test, fraction, seed, say
+        )
         entries = range(len(dropout.entries))
         # The entry layers of equal recipes in one call.
         recipes = {e: setting.recipes.get(e, setting.recipe) for e in entries}
         parts = [
             subnetwork_stability(
-                model, checkpoint, data, test, fraction=fraction, draws=setting.draws, method="trained", recipe=recipe,
-                entries=[e for e in entries if recipes[e] == recipe], seed=seed, folder=folder / "draws", log=say,
+                model,
+                checkpoint,
+                data,
+                test,
+                fraction=fraction,
+                draws=setting.draws,
+                method="trained",
+                recipe=recipe,
+                entries=[e for e in entries if recipes[e] == recipe],
+                seed=seed,
+                folder=folder / "draws",
+                log=say,
             )
             for recipe in dict.fromkeys(recipes.values())
-        ]  # fmt: skip
-        subnetworks = StabilityTable([row for part in parts for row in part.rows], parts[0].original)
+        ]
+        subnetworks = StabilityTable(
+            [row for part in parts for row in part.rows], parts[0].original
+        )
         for suffix in (".csv", ".json"):
             subnetworks.save(folder / f"subnetworks-{fraction:g}{suffix}")
         found.append(Tables(fraction, subnetworks, dropout))
@@ -152,7 +200,14 @@ def _layers(setting: Experiment, folder: Path, root: Any, solution: File | None,
 
 
 def _dropout(
-    setting: Experiment, stem: Path, checkpoint: Path, data: Any, test: Any, fraction: float, seed: int, say: Log
+    setting: Experiment,
+    stem: Path,
+    checkpoint: Path,
+    data: Any,
+    test: Any,
+    fraction: float,
+    seed: int,
+    say: Log,
 ) -> StabilityTable:
     file = stem.with_name(f"{stem.name}.json")
     if file.exists():
@@ -161,7 +216,7 @@ def _dropout(
     model = models.build(setting.model)
     table = dropout_stability(
         model, checkpoint, data, test, fraction=fraction, draws=setting.dropout_draws, seed=seed
-    )  # fmt: skip
+    )
     table.save(stem.with_name(f"{stem.name}.csv"))
     table.save(file)
     return table
@@ -178,10 +233,13 @@ def _sweep(setting: Sweep, folder: Path, root: Any, seed: int, say: Log) -> dict
     return {"lines": lines}
 
 
-def _join(setting: Join, folder: Path, root: Any, solutions: Sequence[File], seed: int, say: Log) -> dict[str, Any]:
+def _join(
+    setting: Join, folder: Path, root: Any, solutions: Sequence[File], seed: int, say: Log
+) -> dict[str, Any]:
     base = setting.base
     ends = [Path(file) for file in solutions] or [
-        _solution(base, folder / f"solution-{i}.safetensors", root, seed + i - 1, say) for i in (1, 2)
+        _solution(base, folder / f"solution-{i}.safetensors", root, seed + i - 1, say)
+        for i in (1, 2)
     ]
     data, test = _data(base, root)
     model = models.build(base.model)
@@ -192,17 +250,31 @@ def _join(setting: Join, folder: Path, root: Any, solutions: Sequence[File], see
         connection = Connection.load(place)
     else:
         connection = connect(
-            model, ends[0], ends[1], data, setting.kept, setting.target, test, seed=seed, spec=base.model,
-            folder=folder / "search", log=say,
-        )  # fmt: skip
+            model,
+            ends[0],
+            ends[1],
+            data,
+            setting.kept,
+            setting.target,
+            test,
+            seed=seed,
+            spec=base.model,
+            folder=folder / "search",
+            log=say,
+        )
         connection.save(place)
     line = evaluate(model, Line(*ends), data, points=25)
     curve = connection.evaluate(model, data)
     figures.save(folder / "path.png", lambda: figures.path(connection, line, curve, level))
     bound = connection.certificate.bound
     return {
-        "lines": [{
-            "bound": bound, "target": setting.target, "outcome": connection.certificate.outcome.name.lower(),
-            "straight_line": float(max(line.loss)), "dropout_level": level if math.isfinite(level) else None,
-        }]
-    }  # fmt: skip
+        "lines": [
+            {
+                "bound": bound,
+                "target": setting.target,
+                "outcome": connection.certificate.outcome.name.lower(),
+                "straight_line": float(max(line.loss)),
+                "dropout_level": level if math.isfinite(level) else None,
+            }
+        ]
+    }

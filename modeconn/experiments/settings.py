@@ -9,7 +9,9 @@ from modeconn.connection.training import Recipe
 from modeconn.errors import ModeconnError
 
 # The paper's stop: no training error left.
-_PAPER = Recipe("sgd", lr=3e-3, momentum=0.95, batch_size=100, epochs=400, schedule="constant", stop_error=0.0)
+_PAPER = Recipe(
+    "sgd", lr=3e-3, momentum=0.95, batch_size=100, epochs=400, schedule="constant", stop_error=0.0
+)
 _QUICK = Recipe("adamw", lr=2e-3, batch_size=256, epochs=10, schedule="onecycle", weight_decay=1e-4)
 
 
@@ -75,23 +77,42 @@ class Join:
 
 _MNIST_FCN = Experiment("mnist", "mlp:784-245x10-10", Solution(lr=1e-3), _PAPER)
 _CIFAR_FCN = Experiment(
-    "cifar10", "mlp:3072-500x5-10", Solution(lr=5e-4), _PAPER, {entry: replace(_PAPER, lr=1e-3) for entry in (0, 1)}
+    "cifar10",
+    "mlp:3072-500x5-10",
+    Solution(lr=5e-4),
+    _PAPER,
+    {entry: replace(_PAPER, lr=1e-3) for entry in (0, 1)},
 )
 _VGG_RECIPE = Recipe(
-    "sgd", lr=5e-3, momentum=0.9, weight_decay=5e-4, batch_size=100, epochs=200, schedule="halve", stop_error=0.0
+    "sgd",
+    lr=5e-3,
+    momentum=0.9,
+    weight_decay=5e-4,
+    batch_size=100,
+    epochs=200,
+    schedule="halve",
+    stop_error=0.0,
 )
 _CIFAR_VGG = Experiment(
-    "cifar10", "vgg11:hidden=4096",
-    Solution(lr=5e-3, momentum=0.9, nesterov=False, weight_decay=5e-4, halve_every=10), _VGG_RECIPE, fractions=(2, 4),
-)  # fmt: skip
+    "cifar10",
+    "vgg11:hidden=4096",
+    Solution(lr=5e-3, momentum=0.9, nesterov=False, weight_decay=5e-4, halve_every=10),
+    _VGG_RECIPE,
+    fractions=(2, 4),
+)
 _SWEEPS = (50, 100, 200, 400, 800, 1500, 3000)
 
 FULL: dict[str, Experiment | Sweep | Join] = {
     "mnist-fcn": _MNIST_FCN,
     "cifar10-fcn": _CIFAR_FCN,
     "cifar10-vgg11": _CIFAR_VGG,
-    "widths": Sweep(replace(_MNIST_FCN, model="mlp:784-50x2-10", solution=Solution(lr=5e-3)), _SWEEPS),
-    "widths-cifar10": Sweep(replace(_CIFAR_FCN, model="mlp:3072-50x2-10", recipes={}, solution=Solution(lr=5e-4)), _SWEEPS),
+    "widths": Sweep(
+        replace(_MNIST_FCN, model="mlp:784-50x2-10", solution=Solution(lr=5e-3)), _SWEEPS
+    ),
+    "widths-cifar10": Sweep(
+        replace(_CIFAR_FCN, model="mlp:3072-50x2-10", recipes={}, solution=Solution(lr=5e-4)),
+        _SWEEPS,
+    ),
     "path": Join(_MNIST_FCN, target=0.001),
 }
 
@@ -99,34 +120,59 @@ FULL: dict[str, Experiment | Sweep | Join] = {
 _QUICK_WIDTHS = replace(_QUICK, lr=4e-3, batch_size=64, epochs=60)
 _QUICK_CIFAR = Solution(lr=5e-3, epochs=60)
 QUICK: dict[str, Experiment | Sweep | Join] = {
-    "mnist-fcn": replace(_MNIST_FCN, solution=Solution(lr=5e-3, epochs=15), recipe=_QUICK, draws=3, dropout_draws=20),
+    "mnist-fcn": replace(
+        _MNIST_FCN, solution=Solution(lr=5e-3, epochs=15), recipe=_QUICK, draws=3, dropout_draws=20
+    ),
     "cifar10-fcn": replace(
-        _CIFAR_FCN, solution=_QUICK_CIFAR, recipe=replace(_QUICK, lr=4e-3, batch_size=128, epochs=30), recipes={}, draws=3,
-        dropout_draws=20, limit=10_000,
+        _CIFAR_FCN,
+        solution=_QUICK_CIFAR,
+        recipe=replace(_QUICK, lr=4e-3, batch_size=128, epochs=30),
+        recipes={},
+        draws=3,
+        dropout_draws=20,
+        limit=10_000,
     ),
     "cifar10-vgg11": replace(
-        _CIFAR_VGG, model="vgg11:width=16", solution=Solution(lr=5e-3, epochs=15, momentum=0.9),
-        recipe=replace(_QUICK, epochs=6, batch_size=128), fractions=(2,), draws=2, dropout_draws=20, limit=10_000,
+        _CIFAR_VGG,
+        model="vgg11:width=16",
+        solution=Solution(lr=5e-3, epochs=15, momentum=0.9),
+        recipe=replace(_QUICK, epochs=6, batch_size=128),
+        fractions=(2,),
+        draws=2,
+        dropout_draws=20,
+        limit=10_000,
     ),
     "widths": Sweep(
         replace(
-            _MNIST_FCN, model="mlp:784-50x2-10", solution=Solution(lr=0.01, epochs=20), recipe=_QUICK_WIDTHS, draws=3,
-            dropout_draws=20, limit=10_000,
+            _MNIST_FCN,
+            model="mlp:784-50x2-10",
+            solution=Solution(lr=0.01, epochs=20),
+            recipe=_QUICK_WIDTHS,
+            draws=3,
+            dropout_draws=20,
+            limit=10_000,
         ),
         (50, 100, 200, 400, 800),
     ),
     "widths-cifar10": Sweep(
         replace(
-            _CIFAR_FCN, model="mlp:3072-50x2-10", solution=_QUICK_CIFAR, recipe=_QUICK_WIDTHS, recipes={}, draws=3,
-            dropout_draws=20, limit=5_000,
+            _CIFAR_FCN,
+            model="mlp:3072-50x2-10",
+            solution=_QUICK_CIFAR,
+            recipe=_QUICK_WIDTHS,
+            recipes={},
+            draws=3,
+            dropout_draws=20,
+            limit=5_000,
         ),
         (50, 100, 200, 400),
     ),
     # Networks that are below the target themselves.
     "path": Join(
-        replace(_MNIST_FCN, solution=Solution(lr=5e-3, epochs=24, halve_every=6), dropout_draws=20), target=0.003
+        replace(_MNIST_FCN, solution=Solution(lr=5e-3, epochs=24, halve_every=6), dropout_draws=20),
+        target=0.003,
     ),
-}  # fmt: skip
+}
 NAMES = tuple(FULL)
 
 

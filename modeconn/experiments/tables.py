@@ -20,10 +20,15 @@ class Tables:
         """Per entry layer the best draws' training loss and error, and whether the subnetwork's loss is the smaller one."""
         rows = []
         for a, b in zip(self.subnetworks.summary(), self.dropout.summary(), strict=True):
-            rows.append({
-                "fraction": self.fraction, "entry": a.entry,
-                "subnetwork_loss": a.best.train_loss, "subnetwork_error": a.best.train_error,
-                "dropout_loss": b.best.train_loss, "dropout_error": b.best.train_error,
-                "better": a.best.train_loss < b.best.train_loss,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "fraction": self.fraction,
+                    "entry": a.entry,
+                    "subnetwork_loss": a.best.train_loss,
+                    "subnetwork_error": a.best.train_error,
+                    "dropout_loss": b.best.train_loss,
+                    "dropout_error": b.best.train_error,
+                    "better": a.best.train_loss < b.best.train_loss,
+                }
+            )
         return rows

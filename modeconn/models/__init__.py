@@ -19,11 +19,25 @@ from modeconn.models.spec import call, describe
 from modeconn.models.vgg import VGG
 from modeconn.models.vit import ViT
 
-__all__ = ["ACTIVATIONS", "GPT", "GRAMMAR", "MLP", "VGG", "ResNet", "ViT", "build", "initialise", "is_builtin", "options"]
+__all__ = [
+    "ACTIVATIONS",
+    "GPT",
+    "GRAMMAR",
+    "MLP",
+    "VGG",
+    "ResNet",
+    "ViT",
+    "build",
+    "initialise",
+    "is_builtin",
+    "options",
+]
 
 # Name → constructor, and the arguments that the name stands for.
 _FAMILIES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
-    f"vgg{depth}{'_bn' * norm}": (VGG, {"depth": depth, "norm": norm}) for depth in (11, 13, 16, 19) for norm in (False, True)
+    f"vgg{depth}{'_bn' * norm}": (VGG, {"depth": depth, "norm": norm})
+    for depth in (11, 13, 16, 19)
+    for norm in (False, True)
 }
 _FAMILIES |= {f"resnet{depth}": (ResNet, {"depth": depth}) for depth in (18, 20, 32, 34, 50, 56)}
 _FAMILIES |= {"vit": (ViT, {}), "gpt": (GPT, {})}
@@ -37,15 +51,17 @@ def build(spec: str) -> nn.Module:
 
     Args:
         spec: ``"mlp:784-245x10-10"`` is an MLP with ten hidden layers of 245 units and ReLU;
-            ``"mlp:64-32-10:tanh"`` names another activation. ``"vgg11:width=16,classes=10"`` is one of the other built-in
-            models, with options; `options` lists them. ``"package.module:factory"`` calls a function or class of the user's
-            own, without arguments. Modules are also found in the current folder.
+            ``"mlp:64-32-10:tanh"`` names another activation. ``"vgg11:width=16,classes=10"`` is one
+            of the other built-in models, with options; `options` lists them.
+            ``"package.module:factory"`` calls a function or class of the user's own, without
+            arguments. Modules are also found in the current folder.
 
     Returns:
         The model, in training mode, with the weights that PyTorch or the factory gave it.
 
     Raises:
-        ModeconnError: where the spec does not parse, or the factory cannot be imported or makes no module.
+        ModeconnError: where the spec does not parse, or the factory cannot be imported or makes no
+            module.
     """
     if spec.startswith("mlp:"):
         return mlp.build_mlp(spec)
@@ -78,12 +94,13 @@ def options(name: str) -> list[str]:
 def initialise(model: nn.Module, generator: torch.Generator) -> None:
     """Draw new weights in place: He et al. 2015, normal with variance 2 / fan-in, and zero biases.
 
-    Only linear and convolution layers are touched. The built-in transformers draw theirs as they are usually drawn.
+    Only linear and convolution layers are touched. The built-in transformers draw theirs as they
+    are usually drawn.
 
     Args:
         model: the model.
-        generator: a CPU generator; weights on other devices are drawn on the CPU and copied, so that a seed
-            gives the same network everywhere.
+        generator: a CPU generator; weights on other devices are drawn on the CPU and copied, so
+            that a seed gives the same network everywhere.
     """
     if isinstance(model, (GPT, ViT)):
         model.initialise(generator)

@@ -23,14 +23,20 @@ def call_factory(spec: str) -> nn.Module:
             for part in attribute.split("."):
                 factory = getattr(factory, part)
         except Exception as error:  # importing runs the user's code, which can raise anything
-            raise ModeconnError(f"model {spec!r} cannot be imported: {_first_line(error)}") from error
+            raise ModeconnError(
+                f"model {spec!r} cannot be imported: {_first_line(error)}"
+            ) from error
         if not callable(factory):
             kind = type(factory).__name__
-            raise ModeconnError(f"model {spec!r} is {kind}, expected a function or class that makes a module")
+            raise ModeconnError(
+                f"model {spec!r} is {kind}, expected a function or class that makes a module"
+            )
         try:
             inspect.signature(factory).bind()
         except TypeError as error:
-            raise ModeconnError(f"model {spec!r} is called without arguments, but: {error}") from error
+            raise ModeconnError(
+                f"model {spec!r} is called without arguments, but: {error}"
+            ) from error
         except ValueError:
             pass  # some callables of C have no signature to look at
         try:
@@ -38,7 +44,9 @@ def call_factory(spec: str) -> nn.Module:
         except Exception as error:
             raise ModeconnError(f"model {spec!r} failed: {_first_line(error)}") from error
     if not isinstance(model, nn.Module):
-        raise ModeconnError(f"model {spec!r} returned {type(model).__name__}, expected a torch.nn.Module")
+        raise ModeconnError(
+            f"model {spec!r} returned {type(model).__name__}, expected a torch.nn.Module"
+        )
     return model
 
 

@@ -24,7 +24,10 @@ class CausalSelfAttention(nn.Module):
         """[N, tokens, width] → the same."""
         n, tokens, width = x.shape
         q, k, v = self.c_attn(x).split(width, dim=2)
-        q, k, v = (part.view(n, tokens, self.heads, width // self.heads).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (
+            part.view(n, tokens, self.heads, width // self.heads).transpose(1, 2)
+            for part in (q, k, v)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         out: Tensor = self.c_proj(y.transpose(1, 2).contiguous().view(n, tokens, width))
         return out
@@ -73,17 +76,28 @@ class GPT(nn.Module):
     """
 
     def __init__(
-        self, vocab: int = 65, context: int = 256, width: int = 384, layers: int = 6, heads: int = 6, bias: bool = True
+        self,
+        vocab: int = 65,
+        context: int = 256,
+        width: int = 384,
+        layers: int = 6,
+        heads: int = 6,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ModeconnError(f"width is {width} and heads is {heads}, expected a width that is a multiple of heads")
+            raise ModeconnError(
+                f"width is {width} and heads is {heads}, expected a width that is a multiple of heads"
+            )
         self.context = context
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(vocab, width), "wpe": nn.Embedding(context, width),
-            "h": nn.ModuleList(GPTBlock(width, heads, bias) for _ in range(layers)),
-            "ln_f": nn.LayerNorm(width, bias=bias),
-        })  # fmt: skip
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(vocab, width),
+                "wpe": nn.Embedding(context, width),
+                "h": nn.ModuleList(GPTBlock(width, heads, bias) for _ in range(layers)),
+                "ln_f": nn.LayerNorm(width, bias=bias),
+            }
+        )
         self.lm_head = nn.Linear(width, vocab, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
         self.initialise(None)
@@ -96,13 +110,19 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 small = name.endswith("c_proj.weight")
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if small else 0.02, generator=generator)
+                nn.init.normal_(
+                    parameter,
+                    std=0.02 / math.sqrt(2 * layers) if small else 0.02,
+                    generator=generator,
+                )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [N, length, vocab] of the token after each of those given, int64 [N, length]."""
         length = tokens.shape[1]
         if length > self.context:
-            raise ModeconnError(f"texts of {length} tokens, and the model's context is {self.context}")
+            raise ModeconnError(
+                f"texts of {length} tokens, and the model's context is {self.context}"
+            )
         position = torch.arange(length, dtype=torch.int64, device=tokens.device)
         x = self.transformer["wte"](tokens) + self.transformer["wpe"](position)
         for block in self.transformer["h"]:  # type: ignore[attr-defined]

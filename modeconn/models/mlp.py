@@ -53,19 +53,27 @@ def build_mlp(spec: str) -> MLP:
     """
     shape, _, name = spec.removeprefix("mlp:").partition(":")
     if ":" in spec.removeprefix("mlp:") and name not in ACTIVATIONS:
-        raise ModeconnError(f"model {spec!r}: activation {name!r} is not known, expected one of {', '.join(ACTIVATIONS)}")
+        raise ModeconnError(
+            f"model {spec!r}: activation {name!r} is not known, expected one of {', '.join(ACTIVATIONS)}"
+        )
     widths: list[int] = []
     for part in shape.split("-"):
         match = _WIDTH.fullmatch(part)
         if match is None:
-            raise ModeconnError(f"model {spec!r}: {part!r} is not a width such as 245 or 245x10; expected {GRAMMAR}")
+            raise ModeconnError(
+                f"model {spec!r}: {part!r} is not a width such as 245 or 245x10; expected {GRAMMAR}"
+            )
         width, count = int(match[1]), int(match[2] or 1)
         if width * count > MOST_PARAMETERS:
             raise ModeconnError(f"model {spec!r}: {part!r} is too large")
         widths += [width] * count
     if len(widths) < 2:
-        raise ModeconnError(f"model {spec!r} has one width, expected at least the input's and the output's: {GRAMMAR}")
+        raise ModeconnError(
+            f"model {spec!r} has one width, expected at least the input's and the output's: {GRAMMAR}"
+        )
     parameters = sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(widths))
     if parameters > MOST_PARAMETERS:
-        raise ModeconnError(f"model {spec!r} has {parameters:,} parameters, expected at most {MOST_PARAMETERS:,}")
+        raise ModeconnError(
+            f"model {spec!r} has {parameters:,} parameters, expected at most {MOST_PARAMETERS:,}"
+        )
     return MLP(widths, ACTIVATIONS[name or "relu"])

@@ -49,7 +49,9 @@ class Block(nn.Module):
         self.relu = nn.ReLU()
         self.downsample = None
         if stride != 1 or before != after:
-            self.downsample = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
+            )
         self.three, self.after = convolutions == 3, after
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,25 +66,39 @@ class ResNet(nn.Module):
     """A convolution, three or four stages of residual blocks, the mean over pixels and a linear layer.
 
     Args:
-        depth: 18, 34 or 50, torchvision's with four stages; 20, 32 or 56, He et al.'s for CIFAR-10 with three. Where the
-            number of channels changes, the shortcut is a convolution of 1 × 1 with a norm in all of them.
-        width: channels of the first stage; the later ones have 2, 4 and 8 times as many. 0 is the usual number, 64 or 16.
+        depth: 18, 34 or 50, torchvision's with four stages; 20, 32 or 56, He et al.'s for CIFAR-10
+            with three. Where the number of channels changes, the shortcut is a convolution of 1 × 1
+            with a norm in all of them.
+        width: channels of the first stage; the later ones have 2, 4 and 8 times as many. 0 is the
+            usual number, 64 or 16.
         classes: outputs; 0 is the usual number, 10 for "cifar" and 1000 for "imagenet".
-        form: how it begins. "cifar": a convolution of 3 × 3; "imagenet": one of 7 × 7 with stride 2, and a pooling.
+        form: how it begins. "cifar": a convolution of 3 × 3; "imagenet": one of 7 × 7 with stride
+            2, and a pooling.
         channels: of the images.
     """
 
-    def __init__(self, depth: int = 20, width: int = 0, classes: int = 0, form: str = "cifar", channels: int = 3) -> None:
+    def __init__(
+        self,
+        depth: int = 20,
+        width: int = 0,
+        classes: int = 0,
+        form: str = "cifar",
+        channels: int = 3,
+    ) -> None:
         super().__init__()
         if depth not in _PLANS:
-            raise ModeconnError(f"depth is {depth}, expected one of {', '.join(map(str, sorted(_PLANS)))}")
+            raise ModeconnError(
+                f"depth is {depth}, expected one of {', '.join(map(str, sorted(_PLANS)))}"
+            )
         if form not in ("cifar", "imagenet"):
             raise ModeconnError(f"form is {form!r}, expected cifar or imagenet")
         blocks, convolutions, usual = _PLANS[depth]
         width = width or usual
         small = form == "cifar"
         self.conv1 = (
-            nn.Conv2d(channels, width, 3, 1, 1, bias=False) if small else nn.Conv2d(channels, width, 7, 2, 3, bias=False)
+            nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+            if small
+            else nn.Conv2d(channels, width, 7, 2, 3, bias=False)
         )
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()

@@ -19,12 +19,14 @@ def call(spec: str, make: Callable[..., nn.Module], fixed: Mapping[str, Any]) ->
     """Call a model's constructor with the options of a spec.
 
     Args:
-        spec: NAME or NAME:key=value,…; values are whole numbers, true or false, or words, as the defaults are.
+        spec: NAME or NAME:key=value,…; values are whole numbers, true or false, or words, as the
+            defaults are.
         make: the constructor; all of its arguments are keywords with a default.
         fixed: arguments that the name itself stands for.
 
     Raises:
-        ModeconnError: an option that is unknown, given twice, or has a value of another kind; a model that is too large.
+        ModeconnError: an option that is unknown, given twice, or has a value of another kind; a
+            model that is too large.
     """
     options = {**_options(spec, make, fixed), **fixed}
     try:
@@ -33,7 +35,9 @@ def call(spec: str, make: Callable[..., nn.Module], fixed: Mapping[str, Any]) ->
     except (ModeconnError, RuntimeError) as error:  # sizes beyond what PyTorch can count
         raise ModeconnError(f"model {spec!r}: {str(error).splitlines()[0]}") from None
     if parameters > MOST_PARAMETERS:
-        raise ModeconnError(f"model {spec!r} has {parameters:,} parameters, expected at most {MOST_PARAMETERS:,}")
+        raise ModeconnError(
+            f"model {spec!r} has {parameters:,} parameters, expected at most {MOST_PARAMETERS:,}"
+        )
     return make(**options)
 
 
@@ -43,7 +47,11 @@ def describe(make: Callable[..., nn.Module], fixed: Mapping[str, Any]) -> list[s
 
 
 def _defaults(make: Callable[..., nn.Module], fixed: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: p.default for name, p in inspect.signature(make).parameters.items() if name not in fixed}
+    return {
+        name: p.default
+        for name, p in inspect.signature(make).parameters.items()
+        if name not in fixed
+    }
 
 
 def _options(spec: str, make: Callable[..., nn.Module], fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +64,9 @@ def _options(spec: str, make: Callable[..., nn.Module], fixed: Mapping[str, Any]
         name, equals, value = part.partition("=")
         if name not in defaults:
             expected = ", ".join(describe(make, fixed))
-            raise ModeconnError(f"model {spec!r}: option {name!r} is not known, expected some of {expected}")
+            raise ModeconnError(
+                f"model {spec!r}: option {name!r} is not known, expected some of {expected}"
+            )
         if not equals:
             raise ModeconnError(
                 f"model {spec!r}: option {name!r} has no value, expected such as {name}={_text(defaults[name])}"
@@ -75,7 +85,9 @@ def _value(spec: str, name: str, value: str, default: Any) -> Any:
     if isinstance(default, str):
         return value
     if not (value.isascii() and value.isdigit() and int(value) > 0):
-        raise ModeconnError(f"model {spec!r}: {name} is {value!r}, expected a whole number of at least 1")
+        raise ModeconnError(
+            f"model {spec!r}: {name} is {value!r}, expected a whole number of at least 1"
+        )
     return int(value)
 
 

@@ -26,7 +26,9 @@ class Attention(nn.Module):
         """[N, tokens, width] → the same."""
         n, tokens, width = x.shape
         joint = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = (part.view(n, tokens, self.heads, -1).transpose(1, 2) for part in joint.chunk(3, dim=-1))
+        q, k, v = (
+            part.view(n, tokens, self.heads, -1).transpose(1, 2) for part in joint.chunk(3, dim=-1)
+        )
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
         out: Tensor = self.out_proj(y)
         return out
@@ -41,7 +43,11 @@ class EncoderBlock(nn.Module):
         self.self_attention = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(
-            nn.Linear(width, ratio * width), nn.GELU(), nn.Identity(), nn.Linear(ratio * width, width), nn.Identity()
+            nn.Linear(width, ratio * width),
+            nn.GELU(),
+            nn.Identity(),
+            nn.Linear(ratio * width, width),
+            nn.Identity(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +76,8 @@ class ViT(nn.Module):
     """A vision transformer without dropout.
 
     Args:
-        image, patch: sides of an image and of a patch, in pixels; the first is a multiple of the second.
+        image, patch: sides of an image and of a patch, in pixels; the first is a multiple of the
+            second.
         width: of a token; a multiple of `heads`.
         layers, heads: encoder blocks, and heads of attention in each.
         ratio: hidden units of a block's perceptron, as a multiple of the width.
@@ -79,14 +86,25 @@ class ViT(nn.Module):
     """
 
     def __init__(
-        self, image: int = 32, patch: int = 4, width: int = 192, layers: int = 6, heads: int = 3, ratio: int = 4,
-        classes: int = 10, channels: int = 3,
-    ) -> None:  # fmt: skip
+        self,
+        image: int = 32,
+        patch: int = 4,
+        width: int = 192,
+        layers: int = 6,
+        heads: int = 3,
+        ratio: int = 4,
+        classes: int = 10,
+        channels: int = 3,
+    ) -> None:
         super().__init__()
         if image % patch:
-            raise ModeconnError(f"image is {image} and patch is {patch}, expected a patch that divides the image")
+            raise ModeconnError(
+                f"image is {image} and patch is {patch}, expected a patch that divides the image"
+            )
         if width % heads:
-            raise ModeconnError(f"width is {width} and heads is {heads}, expected a width that is a multiple of heads")
+            raise ModeconnError(
+                f"width is {width} and heads is {heads}, expected a width that is a multiple of heads"
+            )
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.conv_proj = nn.Conv2d(channels, width, patch, patch)
         self.encoder = Encoder((image // patch) ** 2 + 1, width, layers, heads, ratio)
@@ -99,7 +117,9 @@ class ViT(nn.Module):
             self.class_token.zero_()
             nn.init.normal_(self.encoder.pos_embedding, std=0.02, generator=generator)
             fan_in = math.prod(self.conv_proj.weight.shape[1:])
-            nn.init.trunc_normal_(self.conv_proj.weight, std=1 / math.sqrt(fan_in), generator=generator)
+            nn.init.trunc_normal_(
+                self.conv_proj.weight, std=1 / math.sqrt(fan_in), generator=generator
+            )
             nn.init.zeros_(self.conv_proj.bias)  # type: ignore[arg-type]
             for module in self.modules():
                 if isinstance(module, nn.Linear):

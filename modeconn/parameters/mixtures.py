@@ -1,6 +1,7 @@
 """Which weighted sums of networks to look at: grids and draws on the simplex, subsets, task arithmetic, greedy soups.
 
-Coefficients for a `Mixture` of n networks, float64 [T, n]. One evaluation takes hundreds of them in one pass.
+Coefficients for a `Mixture` of n networks, float64 [T, n]. One evaluation takes hundreds of them in
+one pass.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def random_simplex(count: int, draws: int, seed: int = 0) -> np.ndarray:
 def subset_means(count: int) -> np.ndarray:
     """The mean of every subset of the networks, each alone included (uniform soups, Wortsman et al. 2022)."""
     if count > MOST_OF_SUBSETS:
-        raise ModeconnError(f"{count} networks have {2**count - 1:,} subsets: expected at most {MOST_OF_SUBSETS} networks")
+        raise ModeconnError(
+            f"{count} networks have {2**count - 1:,} subsets: expected at most {MOST_OF_SUBSETS} networks"
+        )
     subsets = np.array(list(itertools.product((0.0, 1.0), repeat=count)))[1:]
     means: np.ndarray = subsets / subsets.sum(1, keepdims=True)
     return means
@@ -54,10 +57,12 @@ def task_arithmetic(count: int, scales: Sequence[float]) -> np.ndarray:
 def greedy_soup(count: int, score: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """The means that a greedy soup passes through (Wortsman et al. 2022, recipe 1).
 
-    The networks come in the order of their own scores; each joins the mean if that does not make it worse.
+    The networks come in the order of their own scores; each joins the mean if that does not make it
+    worse.
 
     Args:
-        score: of coefficients [T, count], lower is better; called once for the networks alone and once per candidate.
+        score: of coefficients [T, count], lower is better; called once for the networks alone and
+            once per candidate.
 
     Returns:
         what was scored, in that order, [T, count].

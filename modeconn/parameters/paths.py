@@ -1,7 +1,8 @@
 """Paths in parameter space: control points and a basis, θ(t) = Σ_k c_k(t) θ_k.
 
-A path owns its control points (state dicts) and says, for any t, with which coefficients they are added up
-and which of them are *active*, that is, on which segment t lies. Everything else in modeconn works on those two.
+A path owns its control points (state dicts) and says, for any t, with which coefficients they are
+added up and which of them are *active*, that is, on which segment t lies. Everything else in
+modeconn works on those two.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Points = Any
 # What a control point may be given as.
 Source = Any
 
-# t * segments within this many rounding errors of a whole number is that breakpoint, so that t = i / n hits it bitwise.
+# t * segments within this many rounding errors of a whole number is that breakpoint, so that t = i
+# / n hits it bitwise.
 _SNAP = 4 * float(np.finfo(np.float64).eps)
 
 
@@ -35,26 +37,37 @@ class Path:
         control_points: K state dicts with equal keys, shapes and dtypes.
         dim: how many numbers make one t (1 for a curve, 2 for a plane, K for a mixture).
 
-    The tensors of modules and state dicts are not copied: train a model on, and a path through it follows.
-    Entries that are not floating point (counters such as `num_batches_tracked`) are not interpolated: they are
-    those of the first control point everywhere. Those in half precision are taken as float32.
+    The tensors of modules and state dicts are not copied: train a model on, and a path through it
+    follows. Entries that are not floating point (counters such as `num_batches_tracked`) are not
+    interpolated: they are those of the first control point everywhere. Those in half precision are
+    taken as float32.
     """
 
     dim = 1
 
-    def __init__(self, control_points: Sequence[Source], names: Sequence[str] | None = None, least: int = 2) -> None:
-        if isinstance(control_points, (str, Mapping, nn.Module)) or not isinstance(control_points, Sequence):
-            raise ModeconnError(f"{type(self).__name__} takes a list of control points, got {type(control_points).__name__}")
+    def __init__(
+        self, control_points: Sequence[Source], names: Sequence[str] | None = None, least: int = 2
+    ) -> None:
+        if isinstance(control_points, (str, Mapping, nn.Module)) or not isinstance(
+            control_points, Sequence
+        ):
+            raise ModeconnError(
+                f"{type(self).__name__} takes a list of control points, got {type(control_points).__name__}"
+            )
         if len(control_points) < least:
-            raise ModeconnError(f"{type(self).__name__} needs at least {least} control points, got {len(control_points)}")
+            raise ModeconnError(
+                f"{type(self).__name__} needs at least {least} control points, got {len(control_points)}"
+            )
         names = names or [_name(source, k) for k, source in enumerate(control_points)]
-        self.control_points: list[State] = [_widened(states.load(source)) for source in control_points]
+        self.control_points: list[State] = [
+            _widened(states.load(source)) for source in control_points
+        ]
         states.match(self.control_points, names)
         for point, name in zip(self.control_points, names):
             states.check(point, name)
         self.names = list(names)
 
-    # -- what a kind of path defines ------------------------------------------------------------------------------
+    # -- what a kind of path defines ---------------------------------------------------------------
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
         """Coefficients [T, K] at t ([T] or [T, dim], float64)."""
@@ -68,7 +81,7 @@ class Path:
         """The t values that `points=count` stands for: evenly spaced over [0, 1]."""
         return np.linspace(0.0, 1.0, count)
 
-    # -- what every path offers -----------------------------------------------------------------------------------
+    # -- what every path offers --------------------------------------------------------------------
 
     def points(self, points: Points) -> np.ndarray:
         """Check and complete what the user gave as points: a count, or the t values themselves.
@@ -77,14 +90,17 @@ class Path:
             float64 [T] for a curve, [T, dim] otherwise.
 
         Raises:
-            ModeconnError: a count below one, no values, values that are not finite, or of the wrong shape.
+            ModeconnError: a count below one, no values, values that are not finite, or of the wrong
+                shape.
         """
         if isinstance(points, (int, np.integer)) and not isinstance(points, bool):
             if points < 1:
                 raise ModeconnError(f"points is {points}: at least one point is needed")
             return self.grid(int(points))
         try:
-            t = np.asarray(points.detach().cpu() if isinstance(points, Tensor) else points, dtype=np.float64)
+            t = np.asarray(
+                points.detach().cpu() if isinstance(points, Tensor) else points, dtype=np.float64
+            )
         except (TypeError, ValueError):
             raise ModeconnError(f"points must be a count or numbers, got {points!r}") from None
         if t.ndim == (0 if self.dim == 1 else 1):
@@ -95,7 +111,9 @@ class Path:
         if t.size == 0:
             raise ModeconnError(f"points is empty: expected t values of shape {expected}")
         if t.ndim != (1 if self.dim == 1 else 2) or (self.dim > 1 and t.shape[1] != self.dim):
-            raise ModeconnError(f"points has shape {list(t.shape)}: {type(self).__name__} expects {expected}")
+            raise ModeconnError(
+                f"points has shape {list(t.shape)}: {type(self).__name__} expects {expected}"
+            )
         if not np.isfinite(t).all():
             row = int(np.argmin(np.isfinite(t).reshape(len(t), -1).all(1)))
             raise ModeconnError(f"points[{row}] is {t[row]}: t must be finite")
@@ -108,8 +126,9 @@ class Path:
     def at(self, t: Points) -> State:
         """The parameters at one t, in the control points' dtype.
 
-        Where one control point has coefficient 1 and all others 0 (the end points, and breakpoints of a chain) its
-        tensors are returned as they are: no rounding, not even of -0.0 or a subnormal.
+        Where one control point has coefficient 1 and all others 0 (the end points, and breakpoints
+        of a chain) its tensors are returned as they are: no rounding, not even of -0.0 or a
+        subnormal.
         """
         values = self.points([t] if self.dim == 1 and np.ndim(t) == 0 else t)
         if len(values) != 1:
@@ -117,7 +136,9 @@ class Path:
         row = self._basis(values)[0]
         first = self.control_points[0]
         return {
-            key: blend([point[key] for point in self.control_points], row) if first[key].is_floating_point() else first[key]
+            key: blend([point[key] for point in self.control_points], row)
+            if first[key].is_floating_point()
+            else first[key]
             for key in first
         }
 
@@ -162,10 +183,14 @@ class PolyChain(Path):
     def _scaled(self, t: np.ndarray) -> np.ndarray:
         scaled = t * self.segments
         nearest = np.round(scaled)
-        return np.where(np.abs(scaled - nearest) <= _SNAP * np.maximum(1.0, np.abs(nearest)), nearest, scaled)
+        return np.where(
+            np.abs(scaled - nearest) <= _SNAP * np.maximum(1.0, np.abs(nearest)), nearest, scaled
+        )
 
     def segment_of(self, t: np.ndarray) -> np.ndarray:
-        segment: np.ndarray = np.clip(np.floor(self._scaled(t)), 0, self.segments - 1).astype(np.int64)
+        segment: np.ndarray = np.clip(np.floor(self._scaled(t)), 0, self.segments - 1).astype(
+            np.int64
+        )
         return segment
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
@@ -182,7 +207,9 @@ class Bezier(Path):
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
         n = len(self.control_points) - 1
-        return np.stack([math.comb(n, k) * (1.0 - t) ** (n - k) * t**k for k in range(n + 1)], axis=1)
+        return np.stack(
+            [math.comb(n, k) * (1.0 - t) ** (n - k) * t**k for k in range(n + 1)], axis=1
+        )
 
 
 class Plane(Path):
@@ -192,7 +219,8 @@ class Plane(Path):
     `Plane.through`, `Plane.random` and `Plane.trajectory` build the planes most often drawn.
 
     Attributes:
-        extent: what `points=count` covers along each axis, ((x, x), (y, y)); set it to look at another part.
+        extent: what `points=count` covers along each axis, ((x, x), (y, y)); set it to look at
+            another part.
         marks: the t of the networks that the plane was made of, [n, 2], which plots show.
         explained: of a trajectory's plane, which share of the squared distances each axis explains.
     """
@@ -204,7 +232,9 @@ class Plane(Path):
     def __init__(self, origin: Source, u: Source, v: Source) -> None:
         base = states.load(origin)
         zeros = {key: torch.zeros_like(value) for key, value in base.items()}
-        super().__init__([base, zeros | states.load(u), zeros | states.load(v)], names=["origin", "u", "v"])
+        super().__init__(
+            [base, zeros | states.load(u), zeros | states.load(v)], names=["origin", "u", "v"]
+        )
         self._through = False
         self.marks: np.ndarray = np.zeros((1, 2))
 
@@ -218,16 +248,19 @@ class Plane(Path):
         return plane
 
     @classmethod
-    def random(cls, model: Source, *, seed: int = 0, norm: str | None = "filter", biases: bool = False) -> Plane:
+    def random(
+        cls, model: Source, *, seed: int = 0, norm: str | None = "filter", biases: bool = False
+    ) -> Plane:
         """The plane through a model along two random Gaussian directions.
 
         Args:
             model: the centre, at t = (0, 0); `points=n` covers [-1, 1]².
             seed: both directions follow from it.
-            norm: "filter" scales each filter (row of the first dimension) of a direction to the norm of the model's
-                filter, "layer" each tensor to the norm of the model's tensor (Li et al. 2018, section 4), None neither.
-            biases: whether vectors (biases, norms' scales and shifts) move too; by default they do not, nor do
-                norms' running statistics ever.
+            norm: "filter" scales each filter (row of the first dimension) of a direction to the
+                norm of the model's filter, "layer" each tensor to the norm of the model's tensor
+                (Li et al. 2018, section 4), None neither.
+            biases: whether vectors (biases, norms' scales and shifts) move too; by default they do
+                not, nor do norms' running statistics ever.
         """
         if norm not in ("filter", "layer", None):
             raise ModeconnError(f'norm is {norm!r}: expected "filter", "layer" or None')
@@ -238,23 +271,29 @@ class Plane(Path):
         return plane
 
     @classmethod
-    def trajectory(cls, checkpoints: Sequence[Source], *, centre: int = -1, margin: float = 0.2) -> Plane:
+    def trajectory(
+        cls, checkpoints: Sequence[Source], *, centre: int = -1, margin: float = 0.2
+    ) -> Plane:
         """The plane through one of a training's checkpoints along the first two principal components of all of them.
 
-        Coordinates are distances in parameter space. The checkpoints' places in the plane are in `marks`, and `explained`
-        says how much of their spread it shows: what is off the plane is projected away.
+        Coordinates are distances in parameter space. The checkpoints' places in the plane are in
+        `marks`, and `explained` says how much of their spread it shows: what is off the plane is
+        projected away.
 
         Args:
             checkpoints: three or more, in the order of the training.
             centre: which of them is the origin, by default the last.
-            margin: `points=n` covers all marks and so much more on each side, as a share of their extent.
+            margin: `points=n` covers all marks and so much more on each side, as a share of their
+                extent.
 
         Raises:
             ModeconnError: fewer than three, or such as lie on one line.
         """
         path = Path(checkpoints, least=3)
         if not -len(checkpoints) <= centre < len(checkpoints):
-            raise ModeconnError(f"centre is {centre}: expected one of the {len(checkpoints)} checkpoints")
+            raise ModeconnError(
+                f"centre is {centre}: expected one of the {len(checkpoints)} checkpoints"
+            )
         u, v, places, explained = principal_plane(path.control_points, centre % len(checkpoints))
         plane = cls(path.control_points[centre], u, v)
         plane.marks, plane.explained = places, (float(explained[0]), float(explained[1]))
@@ -275,7 +314,8 @@ class Plane(Path):
 class Mixture(Path):
     """Free coefficients: t = (c_0, …, c_n), θ(t) = Σ_k c_k p_k.
 
-    For model soups and task arithmetic; with one-hot t, for networks that have nothing to do with each other.
+    For model soups and task arithmetic; with one-hot t, for networks that have nothing to do with
+    each other.
     """
 
     def __init__(self, control_points: Sequence[Source]) -> None:
@@ -284,7 +324,9 @@ class Mixture(Path):
 
     def points(self, points: Points) -> np.ndarray:
         if isinstance(points, (int, np.integer)):
-            raise ModeconnError(f"points is {points}: a Mixture has no default grid, give coefficients [T, {self.dim}]")
+            raise ModeconnError(
+                f"points is {points}: a Mixture has no default grid, give coefficients [T, {self.dim}]"
+            )
         return super().points(points)
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
@@ -297,7 +339,9 @@ def _widened(state: State) -> State:
     return {key: value.float() if value.dtype in half else value for key, value in state.items()}
 
 
-def _random_direction(base: State, generator: torch.Generator, norm: str | None, biases: bool) -> State:
+def _random_direction(
+    base: State, generator: torch.Generator, norm: str | None, biases: bool
+) -> State:
     direction = {}
     for key, value in base.items():
         moves = value.is_floating_point() and not key.endswith(("running_mean", "running_var"))
@@ -316,4 +360,8 @@ def _random_direction(base: State, generator: torch.Generator, norm: str | None,
 
 
 def _name(source: Source, k: int) -> str:
-    return str(source) if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__") else f"control point {k}"
+    return (
+        str(source)
+        if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__")
+        else f"control point {k}"
+    )

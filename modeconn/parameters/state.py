@@ -24,31 +24,40 @@ State = dict[str, Tensor]
 
 # The keys under which training scripts save the state beside other things.
 _NESTS = ("model_state", "state_dict", "model_state_dict", "model", "net")
-_WRAPPERS = ("module.", "_orig_mod.")  # names as DataParallel, AveragedModel and torch.compile write them
-_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6: its magic number, pickled
+# names as DataParallel, AveragedModel and torch.compile write them
+_WRAPPERS = ("module.", "_orig_mod.")
+# torch.save before 1.6: its magic number, pickled
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LISTED = 4  # differences that one message spells out
 
 
-def load(source: nn.Module | Mapping[str, Any] | str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> State:
+def load(
+    source: nn.Module | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+) -> State:
     """The state of a module, of a mapping, or of a checkpoint file.
 
-    A module's or a mapping's tensors are detached, not copied: they follow later changes of the original.
-    A file's tensors are copies on the CPU, so the file may be overwritten later. Its first bytes say what
-    kind of file it is: safetensors, or ``torch.save`` (zip or older), read with ``weights_only=True``, so no
-    code in the file ever runs. A state that a mapping or file holds under "model_state", "state_dict",
-    "model_state_dict", "model" or "net" is found there. In a file, the prefixes "module." and "_orig_mod."
-    that wrappers put before every name are removed; names of modules and mappings stay as they are.
+    A module's or a mapping's tensors are detached, not copied: they follow later changes of the
+    original. A file's tensors are copies on the CPU, so the file may be overwritten later. Its
+    first bytes say what kind of file it is: safetensors, or ``torch.save`` (zip or older), read
+    with ``weights_only=True``, so no code in the file ever runs. A state that a mapping or file
+    holds under "model_state", "state_dict", "model_state_dict", "model" or "net" is found there. In
+    a file, the prefixes "module." and "_orig_mod." that wrappers put before every name are removed;
+    names of modules and mappings stay as they are.
 
     Args:
         source: The module, state dict, or file name.
         dtype: A floating dtype to convert floating entries to; the others stay as they are.
 
     Raises:
-        ModeconnError: The file is missing, truncated or no checkpoint; it holds objects other than weights;
-            the state is empty, or some entries are not tensors.
+        ModeconnError: The file is missing, truncated or no checkpoint; it holds objects other than
+            weights; the state is empty, or some entries are not tensors.
     """
     if dtype is not None and not dtype.is_floating_point:
-        raise ModeconnError(f"dtype: {dtype} does not float; expected torch.float32 or torch.float64")
+        raise ModeconnError(
+            f"dtype: {dtype} does not float; expected torch.float32 or torch.float64"
+        )
     copy = False
     if isinstance(source, nn.Module):
         state = _tensors(source.state_dict(), type(source).__name__)
@@ -57,13 +66,22 @@ def load(source: nn.Module | Mapping[str, Any] | str | os.PathLike[str], *, dtyp
     elif isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
         state = _unwrapped(_tensors(_nested(_read(path), str(path)), str(path)))
-        copy = True  # the tensors are still mapped to the file: writing over it would change or crash them
+        # the tensors are still mapped to the file: writing over it would change or crash them
+        copy = True
     else:
-        raise ModeconnError(f"network: of type {type(source).__name__}; expected an nn.Module, a state dict, or a file name")
+        raise ModeconnError(
+            f"network: of type {type(source).__name__}; expected an nn.Module, a state dict, or a file name"
+        )
     return {name: _converted(tensor, dtype, copy) for name, tensor in state.items()}
 
 
-def match(states: Sequence[Mapping[str, Tensor]], names: Sequence[str], *, devices: bool = True, dtypes: bool = True) -> None:
+def match(
+    states: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+    *,
+    devices: bool = True,
+    dtypes: bool = True,
+) -> None:
     """Raises unless all states have the keys, shapes and dtypes of the first, and its device.
 
     Args:
@@ -81,7 +99,9 @@ def match(states: Sequence[Mapping[str, Tensor]], names: Sequence[str], *, devic
             continue
         hint = _prefix_hint(state, name, states[0]) or _prefix_hint(states[0], names[0], state)
         count = f"{len(differences):,} {'entry' if len(differences) == 1 else 'entries'}"
-        raise ModeconnError(f"{name} does not match {names[0]} in {count}: {_listed(differences)}{hint}")
+        raise ModeconnError(
+            f"{name} does not match {names[0]} in {count}: {_listed(differences)}{hint}"
+        )
 
 
 def check(state: Mapping[str, Tensor], name: str) -> None:
@@ -96,18 +116,28 @@ def check(state: Mapping[str, Tensor], name: str) -> None:
     _check_dtypes(state, name)
     bad = []
     for key, tensor in state.items():
-        # NaN and inf show in the extremes: one pass, where isfinite() would take the tensor's memory again.
-        if tensor.is_floating_point() and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
+        # NaN and inf show in the extremes: one pass, where isfinite() would take the tensor's
+        # memory again.
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and not all(map(torch.isfinite, tensor.aminmax()))
+        ):
             nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
             bad.append(f"'{key}' has {nan:,} NaN and {inf:,} infinite of {tensor.numel():,} values")
     if bad:
         raise ModeconnError(f"{name}: weights must be finite: {_listed(bad, of=len(state))}")
 
 
-def save(state: Mapping[str, Tensor], file: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+def save(
+    state: Mapping[str, Tensor],
+    file: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes a state as a safetensors file, atomically.
 
-    Tensors that share memory (tied weights) are written one by one, each in full: the format has no sharing.
+    Tensors that share memory (tied weights) are written one by one, each in full: the format has no
+    sharing.
 
     Args:
         state: Names and dense tensors, on any device.
@@ -115,7 +145,8 @@ def save(state: Mapping[str, Tensor], file: str | os.PathLike[str], metadata: Ma
         metadata: Text to keep in the file's header.
 
     Raises:
-        ModeconnError: The state is empty or holds something else than tensors; the file cannot be written.
+        ModeconnError: The state is empty or holds something else than tensors; the file cannot be
+            written.
     """
     from safetensors.torch import save as to_bytes
 
@@ -135,12 +166,14 @@ def atomic_write(file: str | os.PathLike[str], write: Callable[[BinaryIO], objec
 
     Args:
         file: The file to write; its folder must exist.
-        write: Called with the stream to write to. If it raises, or is interrupted, nothing stays behind.
+        write: Called with the stream to write to. If it raises, or is interrupted, nothing stays
+            behind.
 
     Raises:
         ModeconnError: The file cannot be written, with the system's reason.
     """
-    target = Path(os.path.realpath(Path(file).expanduser()))  # through a link to the file that it stands for
+    # through a link to the file that it stands for
+    target = Path(os.path.realpath(Path(file).expanduser()))
     if target.is_dir():
         raise ModeconnError(f"{file}: is a folder; expected the name of a file to write")
     if not target.parent.is_dir():
@@ -159,30 +192,38 @@ def atomic_write(file: str | os.PathLike[str], write: Callable[[BinaryIO], objec
             temporary.unlink()
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ----------------------------------------------------------------------------------------------
+# files
 
 
 def _read(path: Path) -> Any:
     """Whatever the checkpoint file holds, its tensors mapped to the file where the format allows it."""
     if path.is_dir():
-        files = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
+        files = sorted(
+            p.name for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth")
+        )
         inside = f" in it: {_listed(files)}" if files else ""
         raise ModeconnError(f"{path}: is a folder; expected a checkpoint file{inside}")
     try:
         with path.open("rb") as stream:
             head = stream.read(512)
     except FileNotFoundError:
-        raise ModeconnError(f"{path}: no such file; expected a .safetensors or .pt checkpoint") from None
+        raise ModeconnError(
+            f"{path}: no such file; expected a .safetensors or .pt checkpoint"
+        ) from None
     except OSError as error:
         raise ModeconnError(f"{path}: cannot be read: {error.strerror}") from error
     if head.startswith(b"PK"):
         _check_archive(path)
-        return _read_torch(path, mmap=path.suffix != ".safetensors")  # a name that torch.load goes by
+        # a name that torch.load goes by
+        return _read_torch(path, mmap=path.suffix != ".safetensors")
     if head.startswith(_OLD_TORCH):
         return _read_torch(path, mmap=False)
     if head[8:9] == b"{":
         return _read_safetensors(path)
-    raise ModeconnError(f"{path}: {_foreign(head)}; expected a .safetensors file or one that torch.save wrote")
+    raise ModeconnError(
+        f"{path}: {_foreign(head)}; expected a .safetensors file or one that torch.save wrote"
+    )
 
 
 def _read_safetensors(path: Path) -> State:
@@ -200,16 +241,23 @@ def _read_torch(path: Path, *, mmap: bool) -> Any:
 
     try:
         with path.open("rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # notes on old formats that the reader can do nothing about
-            return torch.load(path if mmap else stream, map_location="cpu", weights_only=True, mmap=mmap)
+            # notes on old formats that the reader can do nothing about
+            warnings.simplefilter("ignore")
+            return torch.load(
+                path if mmap else stream, map_location="cpu", weights_only=True, mmap=mmap
+            )
     except pickle.UnpicklingError as error:
         raise _not_weights(path, str(error)) from None
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        raise _damaged(path, (str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        raise _damaged(
+            path, (str(error).strip() or type(error).__name__).splitlines()[0]
+        ) from error
 
 
 def _damaged(path: Path, reason: str) -> ModeconnError:
-    return ModeconnError(f"{path}: truncated or damaged checkpoint ({path.stat().st_size:,} bytes): {reason}")
+    return ModeconnError(
+        f"{path}: truncated or damaged checkpoint ({path.stat().st_size:,} bytes): {reason}"
+    )
 
 
 def _check_archive(path: Path) -> None:
@@ -223,7 +271,9 @@ def _check_archive(path: Path) -> None:
         weights = f"torch.jit.load({str(path)!r}).state_dict()"
         raise ModeconnError(f"{path}: a TorchScript program, not weights; {_recipe(weights)}")
     if "data.pkl" not in members:
-        raise ModeconnError(f"{path}: a zip archive of {_listed(sorted(members))}; expected one that torch.save wrote")
+        raise ModeconnError(
+            f"{path}: a zip archive of {_listed(sorted(members))}; expected one that torch.save wrote"
+        )
 
 
 def _not_weights(path: Path, reason: str) -> ModeconnError:
@@ -236,8 +286,12 @@ def _not_weights(path: Path, reason: str) -> ModeconnError:
         return _damaged(path, "its pickle cannot be decoded")
     whole = any(name.startswith("torch.nn.modules.") for name in found)
     kind = "a whole module" if whole else "a pickle that is not weights alone"
-    weights = f"torch.load({str(path)!r}, weights_only=False)" + (".state_dict()" if whole else "['state_dict']")
-    return ModeconnError(f"{path}: {kind}: reading {_listed(found)} can run code; {_recipe(weights)}")
+    weights = f"torch.load({str(path)!r}, weights_only=False)" + (
+        ".state_dict()" if whole else "['state_dict']"
+    )
+    return ModeconnError(
+        f"{path}: {kind}: reading {_listed(found)} can run code; {_recipe(weights)}"
+    )
 
 
 def _recipe(weights: str) -> str:
@@ -251,7 +305,9 @@ def _foreign(head: bytes) -> str:
     if head.startswith(b"version https://git-lfs"):
         return "is a git-lfs pointer, not the file itself (run `git lfs pull`)"
     if head[257:262] == b"ustar":
-        return "is a tar archive (the format of PyTorch before 0.1.10, or a packed folder: unpack it)"
+        return (
+            "is a tar archive (the format of PyTorch before 0.1.10, or a packed folder: unpack it)"
+        )
     if head.startswith(b"\x80"):
         return "is a Python pickle, which could run code when read"
     if head.lstrip()[:1] == b"<":
@@ -259,17 +315,24 @@ def _foreign(head: bytes) -> str:
     return f"starts with {head[:12]!r}"
 
 
-# -------------------------------------------------------------------------------------------- entries
+# --------------------------------------------------------------------------------------------
+# entries
 
 
 def _nested(found: Any, name: str) -> Mapping[str, Any]:
     """The state in what a training script saved: the mapping itself, or the one under a usual key."""
     if not isinstance(found, Mapping):
-        raise ModeconnError(f"{name}: holds a value of type {type(found).__name__}; expected a state dict")
+        raise ModeconnError(
+            f"{name}: holds a value of type {type(found).__name__}; expected a state dict"
+        )
     inner = {key: found[key] for key in _NESTS if isinstance(found.get(key), Mapping)}
-    states = [key for key, value in inner.items() if any(isinstance(v, Tensor) for v in value.values())]
+    states = [
+        key for key, value in inner.items() if any(isinstance(v, Tensor) for v in value.values())
+    ]
     if len(states) > 1:
-        raise ModeconnError(f"{name}: holds several states, {states}; save or pass the one that you mean")
+        raise ModeconnError(
+            f"{name}: holds several states, {states}; save or pass the one that you mean"
+        )
     return inner[states[0]] if states else found
 
 
@@ -279,14 +342,20 @@ def _tensors(state: Mapping[Any, Any], name: str) -> State:
         raise ModeconnError(f"{name}: holds no entries; expected names and tensors")
     others = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     wrong = [f"{key!r} is {type(value).__name__}" for key, value in others.items()]
-    wrong += [f"the name {key!r} is {type(key).__name__}" for key in state if not isinstance(key, str)]
+    wrong += [
+        f"the name {key!r} is {type(key).__name__}" for key in state if not isinstance(key, str)
+    ]
     if wrong:
         nests = ", ".join(repr(key) for key in _NESTS)
         count = _listed(wrong, of=len(state))
-        raise ModeconnError(f"{name}: not tensors: {count}; expected a state dict, alone or under {nests}")
+        raise ModeconnError(
+            f"{name}: not tensors: {count}; expected a state dict, alone or under {nests}"
+        )
     lazy = [repr(key) for key, value in state.items() if nn.parameter.is_lazy(value)]
     if lazy:
-        raise ModeconnError(f"{name}: not initialised yet: {_listed(lazy)}; run the module once on a batch first")
+        raise ModeconnError(
+            f"{name}: not initialised yet: {_listed(lazy)}; run the module once on a batch first"
+        )
     return {key: value.detach() for key, value in state.items()}
 
 
@@ -294,7 +363,9 @@ def _unwrapped(state: State) -> State:
     """The state without the prefixes that wrappers put before every name."""
     while True:
         names = [name for name in state if name != "n_averaged"]  # AveragedModel's own counter
-        prefix = next((p for p in _WRAPPERS if names and all(name.startswith(p) for name in names)), None)
+        prefix = next(
+            (p for p in _WRAPPERS if names and all(name.startswith(p) for name in names)), None
+        )
         if prefix is None:
             return state
         state = {name.removeprefix(prefix): state[name] for name in names}
@@ -304,7 +375,9 @@ def _converted(tensor: Tensor, dtype: torch.dtype | None, copy: bool = False) ->
     return tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=copy)
 
 
-def _differences(first: Mapping[str, Tensor], other: Mapping[str, Tensor], devices: bool, dtypes: bool) -> Iterable[str]:
+def _differences(
+    first: Mapping[str, Tensor], other: Mapping[str, Tensor], devices: bool, dtypes: bool
+) -> Iterable[str]:
     yield from (f"'{key}' is missing" for key in first if key not in other)
     for key, tensor in other.items():
         if key not in first:
@@ -333,22 +406,30 @@ def _prefix_hint(state: Iterable[str], name: str, other: Iterable[str]) -> str:
 def _check_storage(state: Mapping[str, Tensor], name: str) -> None:
     packed = {key: t for key, t in state.items() if t.layout != torch.strided or t.is_quantized}
     if packed:
-        listed = _listed([f"'{key}' is {t.layout}, {t.dtype}" for key, t in packed.items()], of=len(state))
+        listed = _listed(
+            [f"'{key}' is {t.layout}, {t.dtype}" for key, t in packed.items()], of=len(state)
+        )
         raise ModeconnError(f"{name}: weights must be dense float32 or float64: {listed}")
     where: dict[torch.device, str] = {}
     for key, tensor in state.items():
         where.setdefault(tensor.device, key)
     if torch.device("meta") in where:
-        raise ModeconnError(f"{name}: '{where[torch.device('meta')]}' is on the meta device: it has no values")
+        raise ModeconnError(
+            f"{name}: '{where[torch.device('meta')]}' is on the meta device: it has no values"
+        )
     if len(where) > 1:
         places = _listed([f"'{key}' on {device}" for device, key in where.items()])
-        raise ModeconnError(f"{name}: all entries must be on one device: {places}; move them by .to(device)")
+        raise ModeconnError(
+            f"{name}: all entries must be on one device: {places}; move them by .to(device)"
+        )
 
 
 def _check_dtypes(state: Mapping[str, Tensor], name: str) -> None:
     unfit = {key: t for key, t in state.items() if t.dtype not in (torch.float32, torch.float64)}
     rule = f"{name}: weights must be float32 or float64"
-    low = [f"'{key}' is {tensor.dtype}" for key, tensor in unfit.items() if tensor.is_floating_point()]
+    low = [
+        f"'{key}' is {tensor.dtype}" for key, tensor in unfit.items() if tensor.is_floating_point()
+    ]
     if low:
         listed = _listed(low, of=len(state))
         raise ModeconnError(f"{rule}: {listed}; convert: mc.load(file, dtype=torch.float32)")
@@ -362,7 +443,8 @@ def _check_dtypes(state: Mapping[str, Tensor], name: str) -> None:
         raise ModeconnError(f"{rule}: {_listed(wrong, of=len(state))}")
 
 
-# ---------------------------------------------------------------------------------------------- words
+# ----------------------------------------------------------------------------------------------
+# words
 
 
 def _listed(items: Sequence[str], of: int | None = None) -> str:

@@ -1,7 +1,8 @@
 """Values that several ask for, each some units of it: where one value for all of them costs no more.
 
-What varies, and so what is worth joining, is known only once a plan is made. So a segment is planned first with a value
-for each wish, and again with the joint ones, until nothing is left to join.
+What varies, and so what is worth joining, is known only once a plan is made. So a segment is
+planned first with a value for each wish, and again with the joint ones, until nothing is left to
+join.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class Joint:
             while pair := _pair(several, shape):
                 joint = pair[0][0].union(pair[1][0])
                 self._served |= {(node, units): joint for units, _ in pair if units != joint}
-                several = [(joint, pair[0][1]), *(wish for wish in several if wish not in pair and wish[0] != joint)]
+                several = [
+                    (joint, pair[0][1]),
+                    *(wish for wish in several if wish not in pair and wish[0] != joint),
+                ]
         return len(self._served) > before
 
 
@@ -54,8 +58,9 @@ def _pair(wishes: Sequence[Wish], shape: Shape) -> tuple[Wish, Wish] | None:
 def _worth(one: Wish, other: Wish, shape: Shape) -> bool:
     """Whether one value for both costs no more.
 
-    What varies is done for every point, on this segment alone. Shared values may be taken up by other segments as well,
-    which might want only one of the two; but where one holds the other, that one is enough.
+    What varies is done for every point, on this segment alone. Shared values may be taken up by
+    other segments as well, which might want only one of the two; but where one holds the other,
+    that one is enough.
     """
     (units, form), (others, another) = one, other
     joint = units.union(others)

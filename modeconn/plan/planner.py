@@ -1,9 +1,10 @@
 """Graph × path → program: what is dead, constant, a combination or varying, segment by segment.
 
-The planner walks the graph from its output backwards, asking for each node's value *of certain units only*. Per segment a
-value comes out as a combination of shared values, Σ_j column_j(t) v_j, or as varying. A constant is the combination with
-one term. Shared values are numbered by what they are made of (operation, inputs, contents of the weights), so that equal
-ones are one value, within a segment and between segments.
+The planner walks the graph from its output backwards, asking for each node's value *of certain
+units only*. Per segment a value comes out as a combination of shared values, Σ_j column_j(t) v_j,
+or as varying. A constant is the combination with one term. Shared values are numbered by what they
+are made of (operation, inputs, contents of the weights), so that equal ones are one value, within a
+segment and between segments.
 """
 
 from __future__ import annotations
@@ -39,30 +40,42 @@ from modeconn.plan.rules.table import rule_for
 from modeconn.plan.units import ALL, Units
 from modeconn.plan.weights import Contents, Cut
 
-# Columns that differ by no more than this are rounding of one number: (1 - t) + t is not exactly 1 for every t.
+# Columns that differ by no more than this are rounding of one number: (1 - t) + t is not exactly 1
+# for every t.
 _ROUNDING = 8 * float(np.finfo(np.float64).eps)
-# Taking a part out of a value reads and writes that part once more: it pays where so much less is left to work on.
+# Taking a part out of a value reads and writes that part once more: it pays where so much less is
+# left to work on.
 _WORTH_TAKING = 0.5
 
 
 def make_program(
-    graph: Graph, path: Path, points: np.ndarray, *, dtype: torch.dtype, device: torch.device, frozen: frozenset[str],
-    tables: Mapping[str, Tensor] | None = None, by_content: bool = True,
-) -> Program:  # fmt: skip
+    graph: Graph,
+    path: Path,
+    points: np.ndarray,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    frozen: frozenset[str],
+    tables: Mapping[str, Tensor] | None = None,
+    by_content: bool = True,
+) -> Program:
     """Plan the evaluation of a graph at some points of a path.
 
     Args:
         points: as `Path.points` returns them; repeated ones are evaluated once.
         dtype, device: what will be computed with.
         frozen: entries that stay those of the first control point (`buffers="start"`).
-        tables: entries with a tensor of their own at each of the distinct points in rising order, [T, …], instead of the
-            path's (`buffers="recompute"`).
-        by_content: False for a plan that can be differentiated in the control points: see `Contents`.
+        tables: entries with a tensor of their own at each of the distinct points in rising order,
+            [T, …], instead of the path's (`buffers="recompute"`).
+        by_content: False for a plan that can be differentiated in the control points: see
+            `Contents`.
     """
     start = {name: path.control_points[0][name] for name in frozen}
     distinct, inverse = np.unique(points, axis=0, return_inverse=True)
     coefficients = path.coefficients(distinct).numpy()
-    contents = Contents(path.control_points, {**graph.constants, **start}, dtype, device, by_content)
+    contents = Contents(
+        path.control_points, {**graph.constants, **start}, dtype, device, by_content
+    )
     shared = _Shared(graph)
     segments = []
     segment_of = path.segment_of(distinct)
@@ -71,17 +84,24 @@ def make_program(
         active = np.flatnonzero((coefficients[rows] != 0).any(0))
         # All coefficients zero is a legal point of a mixture: the network with all weights zero.
         active = active if len(active) else np.zeros(1, np.int64)
-        here = {name: table[torch.from_numpy(rows).to(table.device)] for name, table in (tables or {}).items()}
+        here = {
+            name: table[torch.from_numpy(rows).to(table.device)]
+            for name, table in (tables or {}).items()
+        }
         joint = Joint()
         while True:
-            segment = Segment(int(index), rows, tuple(active.tolist()), coefficients[np.ix_(rows, active)])
+            segment = Segment(
+                int(index), rows, tuple(active.tolist()), coefficients[np.ix_(rows, active)]
+            )
             planner = _SegmentPlanner(graph, contents, shared, segment, here, joint)
             planner.plan()
             if not joint.add(graph, planner.forms):
                 break
         segments.append(segment)
     weights = {node.id: [contents.tensor(name, 0) for name in node.entries] for node in graph.nodes}
-    naive = sum(flops(node, weights[node.id], node.numbers()) for node in graph.nodes if node.batched)
+    naive = sum(
+        flops(node, weights[node.id], node.numbers()) for node in graph.nodes if node.batched
+    )
     return Program(graph, distinct, inverse.reshape(-1), shared.steps, segments, naive).pruned()
 
 
@@ -104,16 +124,30 @@ class _SegmentPlanner:
     """Finds the forms of one segment's values."""
 
     def __init__(
-        self, graph: Graph, contents: Contents, shared: _Shared, segment: Segment, tables: Mapping[str, Tensor], joint: Joint
+        self,
+        graph: Graph,
+        contents: Contents,
+        shared: _Shared,
+        segment: Segment,
+        tables: Mapping[str, Tensor],
+        joint: Joint,
     ) -> None:
-        self.graph, self.contents, self.shared, self.segment, self.tables = graph, contents, shared, segment, tables
+        self.graph, self.contents, self.shared, self.segment, self.tables = (
+            graph,
+            contents,
+            shared,
+            segment,
+            tables,
+        )
         self.joint = joint
         self.forms: dict[tuple[int, Units], Form] = {}
-        self.taken: dict[tuple[int, Units], Form] = {}  # parts of values that were delivered with more
+        # parts of values that were delivered with more
+        self.taken: dict[tuple[int, Units], Form] = {}
         self.combined: dict[int, int] = {}  # id of a combination's terms → the step that adds it up
         self.ones = np.ones(len(segment.rows))
         self.everyone = tuple(range(len(segment.active)))
-        # Entries, by the id of their tensor, and shared values that are fixed here and yet those of no control point.
+        # Entries, by the id of their tensor, and shared values that are fixed here and yet those of
+        # no control point.
         self.mixed: set[int] = set()
         self.mixed_values: set[int] = set()
 
@@ -125,7 +159,11 @@ class _SegmentPlanner:
         self.forms = {
             key: form
             for key, form in self.forms.items()
-            if (form.step in steps if isinstance(form, Varying) else all(term.value in values for term in form.terms))
+            if (
+                form.step in steps
+                if isinstance(form, Varying)
+                else all(term.value in values for term in form.terms)
+            )
         }
         for (node_id, _), form in self.forms.items():
             self.segment.forms.setdefault(node_id, []).append(form)
@@ -138,7 +176,7 @@ class _SegmentPlanner:
             self.forms[key] = self._derive(node, key[1])
         return self.forms[key]
 
-    # -- one node -------------------------------------------------------------------------------------------------
+    # -- one node ----------------------------------------------------------------------------------
 
     def _derive(self, node: Node, wanted: Units) -> Form:
         if node.op == "input":
@@ -160,15 +198,21 @@ class _SegmentPlanner:
             form = self._combine_inputs(call, rule, inputs, entries, fit.units)  # type: ignore[arg-type]
         return form or self._vary(call, inputs, entries, fit.units)
 
-    def _stale(self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Moving]) -> bool:
+    def _stale(
+        self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Moving]
+    ) -> bool:
         """Whether a batch norm's input or its statistics are those of no control point."""
         statistics = [entries[leaf.index] for leaf in node.args[1:3] if isinstance(leaf, Entry)]
         return any(
-            not isinstance(form, Combination) or not form.constant or form.terms[0].value in self.mixed_values
+            not isinstance(form, Combination)
+            or not form.constant
+            or form.terms[0].value in self.mixed_values
             for form in inputs
         ) or any(not isinstance(entry, Tensor) or id(entry) in self.mixed for entry in statistics)
 
-    def _inputs(self, node: Node, rule: Rule, wanted: Units, points: Sequence[int]) -> tuple[list[Form], Fit]:
+    def _inputs(
+        self, node: Node, rule: Rule, wanted: Units, points: Sequence[int]
+    ) -> tuple[list[Form], Fit]:
         """The inputs' forms for the wanted units, looking only at some of the active control points' weights."""
         shapes = self._shapes(node)
         wishes = rule.wants(node, wanted, shapes, self._support(node, points))
@@ -176,7 +220,9 @@ class _SegmentPlanner:
         try:
             fit = rule.fit(node, wanted, [form.units for form in inputs], shapes)
         except Mismatch:
-            inputs = [self._narrowed(i, form, wish) for i, form, wish in zip(node.inputs, inputs, wishes)]
+            inputs = [
+                self._narrowed(i, form, wish) for i, form, wish in zip(node.inputs, inputs, wishes)
+            ]
             fit = rule.fit(node, wanted, [form.units for form in inputs], shapes)
         return inputs, replace(fit, units=fit.units.of(node.shape))
 
@@ -198,24 +244,46 @@ class _SegmentPlanner:
             return form
         if (node_id, wish) not in self.taken:
             places, shape = wish.within(form.units), wish.shape(node.shape)
-            take = Node(node.id, "take", Take(places.along), (In(0),), (node.id,), (), shape, node.source, batched=node.batched)
-            self.taken[node_id, wish] = self._vary(take, [form], (), wish) if isinstance(form, Varying) else Combination(
-                tuple(term for t in form.terms for term in self._share(take, [t.value], (), wish, t.column).terms),
-                wish, take.numbers(),
-            )  # fmt: skip
+            take = Node(
+                node.id,
+                "take",
+                Take(places.along),
+                (In(0),),
+                (node.id,),
+                (),
+                shape,
+                node.source,
+                batched=node.batched,
+            )
+            self.taken[node_id, wish] = (
+                self._vary(take, [form], (), wish)
+                if isinstance(form, Varying)
+                else Combination(
+                    tuple(
+                        term
+                        for t in form.terms
+                        for term in self._share(take, [t.value], (), wish, t.column).terms
+                    ),
+                    wish,
+                    take.numbers(),
+                )
+            )
         return self.taken[node_id, wish]
 
     def _support(self, node: Node, points: Sequence[int]) -> Support:
         """The support of the node's weights over some of the active control points."""
 
         def support(entry: int, axis: int, cut: Cut) -> np.ndarray:
-            masks = [self.contents.support(self._tensor(node.entries[entry], k, cut), axis) for k in points]
+            masks = [
+                self.contents.support(self._tensor(node.entries[entry], k, cut), axis)
+                for k in points
+            ]
             live: np.ndarray = np.logical_or.reduce(masks)
             return live
 
         return support
 
-    # -- weights --------------------------------------------------------------------------------------------------
+    # -- weights -----------------------------------------------------------------------------------
 
     def _tensor(self, name: str, k: int, cut: Cut) -> Tensor:
         return self.contents.tensor(name, self.segment.active[k], cut)
@@ -245,13 +313,20 @@ class _SegmentPlanner:
         for axis, index in enumerate(cut):
             if index is not None:
                 table = table.index_select(axis + 1, torch.from_numpy(index).to(table.device))
-        return self.contents.unique(table[0].clone()) if bool((table == table[:1]).all()) else PerPoint(table)
+        return (
+            self.contents.unique(table[0].clone())
+            if bool((table == table[:1]).all())
+            else PerPoint(table)
+        )
 
-    def _group(self, tuples: Sequence[tuple[Tensor, ...]]) -> list[tuple[list[int], tuple[Tensor, ...], np.ndarray]]:
+    def _group(
+        self, tuples: Sequence[tuple[Tensor, ...]]
+    ) -> list[tuple[list[int], tuple[Tensor, ...], np.ndarray]]:
         """Merge active control points with equal tensors by adding their columns; drop those that are all zero.
 
         Returns:
-            for each different tuple of tensors: the control points that have it, the tuple, and its column.
+            for each different tuple of tensors: the control points that have it, the tuple, and its
+                column.
         """
         members: dict[tuple[int, ...], list[int]] = {}
         for k, tensors in enumerate(tuples):
@@ -261,34 +336,57 @@ class _SegmentPlanner:
         for points in members.values():
             column = self.segment.coefficients[:, points].sum(1)
             if np.ptp(column) <= _ROUNDING * np.abs(column).max(initial=1.0):
-                column = np.full_like(column, 1.0 if abs(column[0] - 1.0) <= _ROUNDING else column[0])
+                column = np.full_like(
+                    column, 1.0 if abs(column[0] - 1.0) <= _ROUNDING else column[0]
+                )
             if column.any():
                 groups.append((points, tuples[points[0]], column))
         return groups
 
-    # -- the four classes -----------------------------------------------------------------------------------------
+    # -- the four classes --------------------------------------------------------------------------
 
     def _share(
-        self, node: Node, inputs: Sequence[int], entries: Sequence[Tensor], units: Units, column: np.ndarray
+        self,
+        node: Node,
+        inputs: Sequence[int],
+        entries: Sequence[Tensor],
+        units: Units,
+        column: np.ndarray,
     ) -> Combination:
         """One shared value with a column."""
         numbers = node.numbers()
         key = (node.id, node.op, tuple(inputs), tuple(map(self.contents.number, entries)), units)
-        step = SharedStep(node, tuple(inputs), tuple(entries), units, flops(node, entries, numbers), numbers)
+        step = SharedStep(
+            node, tuple(inputs), tuple(entries), units, flops(node, entries, numbers), numbers
+        )
         value = self.shared.add(key, step)
-        if any(id(entry) in self.mixed for entry in entries) or not self.mixed_values.isdisjoint(inputs):
+        if any(id(entry) in self.mixed for entry in entries) or not self.mixed_values.isdisjoint(
+            inputs
+        ):
             self.mixed_values.add(value)
         return Combination((Term(value, column),), units, numbers)
 
     def _combine_entries(
-        self, node: Node, rule: Rule, wanted: Units, inputs: Sequence[Form], entries: Sequence[Tensor | Moving], fit: Fit
+        self,
+        node: Node,
+        rule: Rule,
+        wanted: Units,
+        inputs: Sequence[Form],
+        entries: Sequence[Tensor | Moving],
+        fit: Fit,
     ) -> Combination | None:
         """Constant inputs, weights that vary, and the value linear in them: one shared value per set of weights."""
         linear = rule.linear_entries(node)
-        if any(not isinstance(entry, Tensor) and i not in linear for i, entry in enumerate(entries)):
+        if any(
+            not isinstance(entry, Tensor) and i not in linear for i, entry in enumerate(entries)
+        ):
             return None
         sets = [
-            tuple(self._tensor(name, k, cut) for i, (name, cut) in enumerate(zip(node.entries, fit.cuts)) if i in linear)
+            tuple(
+                self._tensor(name, k, cut)
+                for i, (name, cut) in enumerate(zip(node.entries, fit.cuts))
+                if i in linear
+            )
             for k in self.everyone
         ]
         groups = self._group(sets)
@@ -304,14 +402,17 @@ class _SegmentPlanner:
                 self._tensor(name, points[0], cut) if i in linear else self._entry(name, cut)
                 for i, (name, cut) in enumerate(zip(node.entries, fit.cuts))
             ]
-            terms += self._share(_called(node, fit), _constants(inputs), values, fit.units, column).terms  # type: ignore[arg-type]
+            called, given = _called(node, fit), _constants(inputs)
+            terms += self._share(called, given, values, fit.units, column).terms  # type: ignore[arg-type]
         return Combination(tuple(terms), fit.units, _called(node, fit).numbers())
 
-    def _apart(self, node: Node, rule: Rule, wanted: Units, groups: Sequence[Sequence[int]]) -> bool:
+    def _apart(
+        self, node: Node, rule: Rule, wanted: Units, groups: Sequence[Sequence[int]]
+    ) -> bool:
         """Whether the sets of weights read inputs that overlap so little that each is better served by its own.
 
-        On a swing of the constructive path the two readouts read disjoint units; taken apart, each is the network at its
-        own end of the segment, which the neighbouring segments need as well.
+        On a swing of the constructive path the two readouts read disjoint units; taken apart, each
+        is the network at its own end of the segment, which the neighbouring segments need as well.
         """
         shapes = self._shapes(node)
 
@@ -322,7 +423,12 @@ class _SegmentPlanner:
         return sum(wished(points) for points in groups) <= wished(self.everyone)
 
     def _combine_inputs(
-        self, node: Node, rule: Rule, inputs: Sequence[Form], entries: Sequence[Tensor], units: Units
+        self,
+        node: Node,
+        rule: Rule,
+        inputs: Sequence[Form],
+        entries: Sequence[Tensor],
+        units: Units,
     ) -> Combination | None:
         """Fixed weights, inputs that are combinations, and the value linear in them: one shared value per column."""
         combinations = [form for form in inputs if isinstance(form, Combination)]
@@ -331,13 +437,17 @@ class _SegmentPlanner:
         moving = frozenset(i for i, form in enumerate(combinations) if not form.constant)
         linearity = rule.linearity(node, moving)
         columns = [term.column for term in combinations[min(moving)].terms]
-        if not linearity or (linearity == "affine" and (np.abs(sum(columns) - 1.0) > _ROUNDING * len(columns)).any()):
+        if not linearity or (
+            linearity == "affine" and (np.abs(sum(columns) - 1.0) > _ROUNDING * len(columns)).any()
+        ):
             return None
         picked: list[list[int]] = []  # per input, its shared value for each column
         for form in combinations:
             if form.constant:
                 picked.append([form.terms[0].value] * len(columns))
-            elif len(form.terms) == len(columns) and all(map(np.array_equal, (t.column for t in form.terms), columns)):
+            elif len(form.terms) == len(columns) and all(
+                map(np.array_equal, (t.column for t in form.terms), columns)
+            ):
                 picked.append([term.value for term in form.terms])
             else:
                 return None
@@ -348,11 +458,17 @@ class _SegmentPlanner:
         ]
         return Combination(tuple(terms), units, node.numbers())
 
-    def _vary(self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Moving], units: Units) -> Varying:
+    def _vary(
+        self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Moving], units: Units
+    ) -> Varying:
         operands = tuple(self._operand(form) for form in inputs)
         numbers = node.numbers()
         weights = [entry if isinstance(entry, Tensor) else entry.like for entry in entries]
-        return self._step(VaryingStep(node, operands, tuple(entries), units, flops(node, weights, numbers), numbers))
+        return self._step(
+            VaryingStep(
+                node, operands, tuple(entries), units, flops(node, weights, numbers), numbers
+            )
+        )
 
     def _operand(self, form: Form) -> Combination | int:
         """What a varying step reads: a constant, or an earlier step; a combination becomes a step that adds it up."""
@@ -375,7 +491,9 @@ def _called(node: Node, fit: Fit) -> Node:
     """The node as it is called on parts of its inputs."""
     if fit.args is None and not fit.units:
         return node
-    return replace(node, args=node.args if fit.args is None else fit.args, shape=fit.units.shape(node.shape))
+    return replace(
+        node, args=node.args if fit.args is None else fit.args, shape=fit.units.shape(node.shape)
+    )
 
 
 def _constants(forms: Sequence[Form]) -> list[int]:
@@ -387,7 +505,8 @@ def flops(node: Node, weights: Sequence[Tensor], numbers: float) -> float:
     """Arithmetic of a node per row: 2 per multiply-add, 1 per number of anything else."""
     if node.op == "addmm" and len(weights) == 2:
         return 2.0 * numbers * len(weights[1])
-    if node.op.startswith("conv_transpose") and weights:  # every input goes to each output of its kernel
+    # every input goes to each output of its kernel
+    if node.op.startswith("conv_transpose") and weights:
         stride = node.args[3] if len(node.args) > 3 else [1]
         steps: int = math.prod(stride) ** ((weights[0].dim() - 2) // len(stride))
         return 2.0 * numbers * weights[0].numel() / max(weights[0].shape[1], 1) / steps

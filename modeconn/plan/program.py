@@ -72,7 +72,9 @@ class Blend:
 
     def arrays(self) -> tuple[list[np.ndarray], np.ndarray]:
         """The tensors as arrays, and their coefficients [points, tensors]."""
-        return [tensor.contiguous().numpy() for tensor in self.tensors], np.stack(self.columns, axis=1)
+        return [tensor.contiguous().numpy() for tensor in self.tensors], np.stack(
+            self.columns, axis=1
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +147,8 @@ class Segment:
         steps: what is done for each point.
         outputs: the form of every node that the output is made of.
         forms: the forms of every node that the output takes, for `explain`.
-        stale: norms whose running statistics move with t, or whose input does: their blend is not what the data give.
+        stale: norms whose running statistics move with t, or whose input does: their blend is not
+            what the data give.
     """
 
     index: int
@@ -167,7 +170,9 @@ class Segment:
     @property
     def flops(self) -> float:
         """Arithmetic per row for one point, the combination of the output included."""
-        combined = sum(form.flops for form in self.outputs.values() if isinstance(form, Combination))
+        combined = sum(
+            form.flops for form in self.outputs.values() if isinstance(form, Combination)
+        )
         return sum(step.flops for step in self.steps) + combined
 
     def used(self) -> set[int]:
@@ -183,7 +188,9 @@ class Segment:
         forms: list[Form | int | None] = list(self.outputs.values())
         for index in self.used():
             forms += [*self.steps[index].inputs, self.steps[index].combine]
-        return {term.value for form in forms if isinstance(form, Combination) for term in form.terms}
+        return {
+            term.value for form in forms if isinstance(form, Combination) for term in form.terms
+        }
 
 
 @dataclass(eq=False)

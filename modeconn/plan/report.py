@@ -53,14 +53,22 @@ class Plan:
             "fallback": program.graph.fallback,
             "closed": list(program.graph.closed),
             "flops_per_sample": {
-                "naive": self.naive_flops, "plan": self.flops, "once": self.network_flops, "per_point": self.point_flops,
+                "naive": self.naive_flops,
+                "plan": self.flops,
+                "once": self.network_flops,
+                "per_point": self.point_flops,
             },
             "segments": [
-                {"segment": s.index, "points": len(s.rows), "active": list(s.active), "flops_per_point": s.flops,
-                 "nodes": self.nodes(s)}
+                {
+                    "segment": s.index,
+                    "points": len(s.rows),
+                    "active": list(s.active),
+                    "flops_per_point": s.flops,
+                    "nodes": self.nodes(s),
+                }
                 for s in program.segments
             ],
-        }  # fmt: skip
+        }
 
     def nodes(self, segment: Segment) -> list[dict[str, Any]]:
         """Each node of the network on one segment: its class, the units that are live, and its arithmetic per sample."""
@@ -75,18 +83,31 @@ class Plan:
             # A shared value that other segments take up as well is listed with each of them.
             once = sum(
                 self.program.shared[value].flops
-                for value in {term.value for f in forms if isinstance(f, Combination) for term in f.terms}
+                for value in {
+                    term.value for f in forms if isinstance(f, Combination) for term in f.terms
+                }
                 if value in self.program.order and self.program.shared[value].node.id == node.id
             )
-            rows.append({
-                "node": node.id, "op": node.op, "source": node.source, "class": _class(forms), "units": _units(node, forms),
-                "once": once, "per_point": each, "note": _note(node),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "node": node.id,
+                    "op": node.op,
+                    "source": node.source,
+                    "class": _class(forms),
+                    "units": _units(node, forms),
+                    "once": once,
+                    "per_point": each,
+                    "note": _note(node),
+                }
+            )
         return rows
 
     def __str__(self) -> str:
         program = self.program
-        ratio, once = self.naive_flops / max(self.flops, 1.0), self.network_flops / max(program.naive_flops, 1.0)
+        ratio, once = (
+            self.naive_flops / max(self.flops, 1.0),
+            self.network_flops / max(program.naive_flops, 1.0),
+        )
         lines = [
             f"{_of(len(program.inverse), 'point')} ({len(program.points)} distinct) on {_of(len(program.segments), 'segment')}",
             f"arithmetic per sample: {_count(self.naive_flops)} by a pass per point, {_count(self.flops)} by this plan",
@@ -94,7 +115,9 @@ class Plan:
             f"  and {_count(self.point_flops)} for the points",
         ]
         if program.graph.fallback:
-            lines.append(f"  runs as it is, once per point, since it could not be captured: {program.graph.fallback}")
+            lines.append(
+                f"  runs as it is, once per point, since it could not be captured: {program.graph.fallback}"
+            )
         alike: dict[str, list[Segment]] = {}
         for segment in program.segments:
             alike.setdefault("\n".join(_table(self.nodes(segment))), []).append(segment)
@@ -110,7 +133,11 @@ def _class(forms: list[Form]) -> str:
         return "dead"
     if any(not isinstance(form, Combination) for form in forms):
         return "varying"
-    return "constant" if all(form.constant for form in forms if isinstance(form, Combination)) else "combination"
+    return (
+        "constant"
+        if all(form.constant for form in forms if isinstance(form, Combination))
+        else "combination"
+    )
 
 
 def _units(node: Node, forms: list[Form]) -> str:
@@ -118,7 +145,10 @@ def _units(node: Node, forms: list[Form]) -> str:
     if not forms:
         return "none"
     live = functools.reduce(Units.union, (form.units for form in forms)).of(node.shape)
-    return " × ".join(f"{len(index)}/{node.shape[axis]}" for axis, index in live.along.items()) or "all"
+    return (
+        " × ".join(f"{len(index)}/{node.shape[axis]}" for axis, index in live.along.items())
+        or "all"
+    )
 
 
 def _note(node: Node) -> str:
@@ -128,7 +158,9 @@ def _note(node: Node) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [f"  {'operation':<22}{'where':<24}{'class':<13}{'units':>14}{'once':>10}{'a point':>10}"]
+    lines = [
+        f"  {'operation':<22}{'where':<24}{'class':<13}{'units':>14}{'once':>10}{'a point':>10}"
+    ]
     for row in rows:
         once, each = (_count(row[key]) if row[key] else "-" for key in ("once", "per_point"))
         line = f"  {row['op'][:21]:<22}{row['source'][:23]:<24}{row['class']:<13}{row['units']:>14}{once:>10}{each:>10}"

@@ -1,7 +1,7 @@
 """Which part of a value is wanted: units (or channels, heads, tokens), by their indices along axes.
 
-A part is the product of index sets, one for each axis that is cut down. So a rule can look at one axis after the other, and
-two parts of a value have a smallest part that holds both.
+A part is the product of index sets, one for each axis that is cut down. So a rule can look at one
+axis after the other, and two parts of a value have a smallest part that holds both.
 """
 
 from __future__ import annotations
@@ -59,15 +59,21 @@ class Units:
 
     def of(self, shape: Shape) -> Units:
         """The same part of a value of this shape, without the axes along which all indices are kept."""
-        return Units({axis: index for axis, index in self.along.items() if len(index) < static(shape[axis])})
+        return Units(
+            {axis: index for axis, index in self.along.items() if len(index) < static(shape[axis])}
+        )
 
     def shape(self, whole: Shape) -> Shape:
         """The part's shape, of a value of shape `whole`."""
-        return tuple(len(self.along[axis]) if axis in self.along else size for axis, size in enumerate(whole))
+        return tuple(
+            len(self.along[axis]) if axis in self.along else size for axis, size in enumerate(whole)
+        )
 
     def share(self, whole: Shape) -> float:
         """The part's size as a share of the whole value's."""
-        return math.prod(len(index) / max(static(whole[axis]), 1) for axis, index in self.along.items())
+        return math.prod(
+            len(index) / max(static(whole[axis]), 1) for axis, index in self.along.items()
+        )
 
     def union(self, other: Units) -> Units:
         """The smallest part that holds both."""
@@ -102,7 +108,10 @@ def regrouped(units: Units, before: Shape, after: Shape) -> Units | None:
     for axes, others in _groups(before, after):
         if not any(axis in units.along for axis in axes):
             continue
-        if any(isinstance(size, Size) for size in (*(before[a] for a in axes), *(after[a] for a in others))):
+        if any(
+            isinstance(size, Size)
+            for size in (*(before[a] for a in axes), *(after[a] for a in others))
+        ):
             return None
         sizes, targets = [static(before[a]) for a in axes], [static(after[a]) for a in others]
         picked = np.ix_(*(_index(units, axis, size) for axis, size in zip(axes, sizes)))
@@ -117,7 +126,8 @@ def regrouped(units: Units, before: Shape, after: Shape) -> Units | None:
 def covering(units: Units, before: Shape, after: Shape) -> Units:
     """The smallest part of a value that holds a part of its view, and is a part of the view itself.
 
-    A head that is needed in some units is needed in all of them, where heads are an axis of the value.
+    A head that is needed in some units is needed in all of them, where heads are an axis of the
+    value.
     """
     result: dict[int, np.ndarray] = {}
     for axes, others in _groups(after, before):
@@ -127,15 +137,21 @@ def covering(units: Units, before: Shape, after: Shape) -> Units:
     return Units(result)
 
 
-def _rounded(units: Units, before: Shape, after: Shape, axes: Sequence[int], others: Sequence[int]) -> Units:
+def _rounded(
+    units: Units, before: Shape, after: Shape, axes: Sequence[int], others: Sequence[int]
+) -> Units:
     """The same within one group of axes, rounded up."""
-    if any(isinstance(size, Size) for size in (*(after[a] for a in axes), *(before[a] for a in others))):
+    if any(
+        isinstance(size, Size) for size in (*(after[a] for a in axes), *(before[a] for a in others))
+    ):
         return ALL
     sizes, targets = [static(after[a]) for a in axes], [static(before[a]) for a in others]
     picked = np.ix_(*(_index(units, axis, size) for axis, size in zip(axes, sizes)))
     places = np.unravel_index(np.ravel_multi_index(picked, sizes).reshape(-1), targets)
     along = {a: np.unique(place) for a, place in zip(others, places)}
-    parts = [Units(kept).of(before) for kept in (along, *({a: index} for a, index in along.items()))]
+    parts = [
+        Units(kept).of(before) for kept in (along, *({a: index} for a, index in along.items()))
+    ]
     return next((part for part in parts if regrouped(part, before, after) is not None), ALL)
 
 
@@ -154,7 +170,10 @@ def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):
-        axes, others = list(range(i, min(i + 1, len(before)))), list(range(j, min(j + 1, len(after))))
+        axes, others = (
+            list(range(i, min(i + 1, len(before)))),
+            list(range(j, min(j + 1, len(after)))),
+        )
         while not (axes and others and _count(before, axes) == _count(after, others)):
             i, j = (axes[-1] + 1 if axes else i), (others[-1] + 1 if others else j)
             shorter = _count(before, axes) <= _count(after, others)
@@ -171,4 +190,7 @@ def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
 
 def _count(shape: Shape, axes: Sequence[int]) -> tuple[int, ...]:
     sizes = [shape[axis] for axis in axes]
-    return tuple(math.prod(size.of(rows) if isinstance(size, Size) else size for size in sizes) for rows in _ROWS)
+    return tuple(
+        math.prod(size.of(rows) if isinstance(size, Size) else size for size in sizes)
+        for rows in _ROWS
+    )

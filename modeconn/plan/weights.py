@@ -1,7 +1,8 @@
 """What the control points hold: which tensors are equal, which weights are zero, cut down to the units that count.
 
-The planner asks the same questions of the same tensors for every segment, so the answers are remembered here. Equality is
-decided by content, not by object: two checkpoints that share a layer's values share its work.
+The planner asks the same questions of the same tensors for every segment, so the answers are
+remembered here. Equality is decided by content, not by object: two checkpoints that share a layer's
+values share its work.
 """
 
 from __future__ import annotations
@@ -30,22 +31,30 @@ class Contents:
         control_points: K state dicts.
         constants: entries that no control point has.
         dtype, device: what to compute with; tensors that differ are converted once.
-        by_content: False for tensors that are to be differentiated, or to change while the plan is in use: then a weight
-            that is zero still counts, and only one and the same tensor is equal.
+        by_content: False for tensors that are to be differentiated, or to change while the plan is
+            in use: then a weight that is zero still counts, and only one and the same tensor is
+            equal.
     """
 
     def __init__(
-        self, control_points: Sequence[State], constants: State, dtype: torch.dtype, device: torch.device,
+        self,
+        control_points: Sequence[State],
+        constants: State,
+        dtype: torch.dtype,
+        device: torch.device,
         by_content: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.by_content = by_content
         self._points = control_points
         self._constants = constants
         self._dtype, self._device = dtype, device
-        self._converted: dict[int, tuple[Tensor, Tensor]] = {}  # id of the source → the source (kept alive), converted
+        # id of the source → the source (kept alive), converted
+        self._converted: dict[int, tuple[Tensor, Tensor]] = {}
         self._cuts: dict[tuple[int, tuple[bytes | None, ...]], Tensor] = {}
-        self._numbers: dict[int, tuple[int, Tensor]] = {}  # id of the tensor → its number, and the tensor (kept alive)
-        self._alike: dict[tuple[object, ...], list[Tensor]] = {}  # fingerprint → tensors with different contents
+        # id of the tensor → its number, and the tensor (kept alive)
+        self._numbers: dict[int, tuple[int, Tensor]] = {}
+        # fingerprint → tensors with different contents
+        self._alike: dict[tuple[object, ...], list[Tensor]] = {}
         self._supports: dict[tuple[int, int], np.ndarray] = {}
         self._zeros: dict[int, bool] = {}
 
@@ -112,4 +121,7 @@ def _fingerprint(tensor: Tensor) -> tuple[float, ...]:
     """Cheap to compute, equal for equal contents."""
     flat = tensor.contiguous().view(-1)  # the order of the sum must not depend on strides
     sample = flat[:: max(1, flat.numel() // 16)][:16].double()
-    return (float(flat.sum(dtype=torch.float64)) if tensor.is_floating_point() else 0.0, *sample.tolist())
+    return (
+        float(flat.sum(dtype=torch.float64)) if tensor.is_floating_point() else 0.0,
+        *sample.tolist(),
+    )

@@ -42,14 +42,17 @@ class Condition:
     Attributes:
         entry: l.
         units, kept: n_l and |I_l|.
-        width: the smallest of the hidden widths m_{l,p} of the subnetwork, 0 if it has none (l = L-1).
-        room: |I_{l+1}| + m_{l,l+1} ≤ n_{l+1} and m_{l+1,p} + m_{l,p} ≤ n_p for p ≥ l+2, and no width is 0.
+        width: the smallest of the hidden widths m_{l,p} of the subnetwork, 0 if it has none (l =
+            L-1).
+        room: |I_{l+1}| + m_{l,l+1} ≤ n_{l+1} and m_{l+1,p} + m_{l,p} ≤ n_p for p ≥ l+2, and no
+            width is 0.
         shortage: what is short of how many units, "" where there is room.
         repeated: samples whose kept features are those of an earlier sample, number by number.
         conflicting: those of them that have another label than the first such sample.
-        root_ratio: the smaller of m_{l,L-2} and m_{l,L-1} over √N; NaN if the subnetwork has fewer than two hidden layers.
-        separable: whether the kept features are linearly separable: True and False are proved, None is not decided or not
-            asked for.
+        root_ratio: the smaller of m_{l,L-2} and m_{l,L-1} over √N; NaN if the subnetwork has fewer
+            than two hidden layers.
+        separable: whether the kept features are linearly separable: True and False are proved, None
+            is not decided or not asked for.
         margin: of the witness (U, c), normed to 1; NaN without one.
         reason: the verdict on separability in words, "" if it was not asked for.
     """
@@ -90,7 +93,13 @@ class ConditionsTable:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and text; numbers that are not defined are None, so that it is valid JSON."""
-        rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()} for row in self.rows]
+        rows = [
+            {
+                k: None if isinstance(v, float) and math.isnan(v) else v
+                for k, v in asdict(row).items()
+            }
+            for row in self.rows
+        ]
         return {"samples": self.samples, "rows": rows}
 
     def to_frame(self) -> pandas.DataFrame:
@@ -102,17 +111,30 @@ class ConditionsTable:
         try:
             import pandas
         except ImportError:
-            raise ModeconnError("to_frame() needs pandas, which is not installed: pip install pandas") from None
-        return pandas.DataFrame([asdict(row) for row in self.rows], columns=[field.name for field in fields(Condition)])
+            raise ModeconnError(
+                "to_frame() needs pandas, which is not installed: pip install pandas"
+            ) from None
+        return pandas.DataFrame(
+            [asdict(row) for row in self.rows], columns=[field.name for field in fields(Condition)]
+        )
 
     def __str__(self) -> str:
         lines = ["entry kept width room equal_rows conflicts width/√N separable margin".split()]
         for row in self.rows:
             decided = {True: "yes", False: "no", None: "?" if row.reason else "-"}[row.separable]
-            lines.append([
-                str(row.entry), f"{row.kept}/{row.units}", str(row.width or "-"), "yes" if row.room else "no",
-                f"{row.repeated:,}", f"{row.conflicting:,}", _number(row.root_ratio), decided, _number(row.margin),
-            ])  # fmt: skip
+            lines.append(
+                [
+                    str(row.entry),
+                    f"{row.kept}/{row.units}",
+                    str(row.width or "-"),
+                    "yes" if row.room else "no",
+                    f"{row.repeated:,}",
+                    f"{row.conflicting:,}",
+                    _number(row.root_ratio),
+                    decided,
+                    _number(row.margin),
+                ]
+            )
         lines[0] = [name.replace("_", " ") for name in lines[0]]
         short = [f"entry layer {row.entry}: {row.shortage}" for row in self.rows if row.shortage]
         return "\n".join([f"{self.samples:,} samples", aligned(lines), *short, _EXPLANATION])
@@ -134,9 +156,10 @@ def conditions(
 ) -> ConditionsTable:
     """Say which of the paper's conditions a network meets at which entry layer.
 
-    Nothing is trained. Room and the √N condition are about widths alone; equal rows and separability are about the features
-    of the kept units over all training samples, which are drawn at random once (all inputs at entry layer 0). The √N
-    condition is reported as a ratio, since the theory asks for the order of √N units and names no constant.
+    Nothing is trained. Room and the √N condition are about widths alone; equal rows and
+    separability are about the features of the kept units over all training samples, which are drawn
+    at random once (all inputs at entry layer 0). The √N condition is reported as a ratio, since the
+    theory asks for the order of √N units and names no constant.
 
     Args:
         model: the architecture, a chain of layers.
@@ -146,7 +169,8 @@ def conditions(
         width: m_{l,p} / n_p, the fraction of a layer's units that a subnetwork has; rounded down.
         entries: the entry layers, 0 … L-1; all of them if None.
         seed: of the kept units.
-        separability: whether to decide linear separability, the dear part; or the entry layers to decide it at.
+        separability: whether to decide linear separability, the dear part; or the entry layers to
+            decide it at.
         iterations: for `linear_separability`.
         batch_size: rows per batch of the pass over the data.
         progress: called with (entry layers done, entry layers).
@@ -156,7 +180,9 @@ def conditions(
     """
     for name, value in (("kept", kept), ("width", width)):
         if not 0 < value <= 1:
-            raise ModeconnError(f"{name} is {value}: expected a fraction of the units, above 0 and at most 1")
+            raise ModeconnError(
+                f"{name} is {value}: expected a fraction of the units, above 0 and at most 1"
+            )
     state = states.load(params)
     source = as_batches(train, batch_size or 1024)
     chain = Chain.of(model, next(iter(source))[0][:2])
@@ -165,15 +191,27 @@ def conditions(
     for entry in [*wanted, *decided]:
         check_entry(chain, entry)
     units = {entry: _kept(chain, entry, kept, seed) for entry in range(chain.length)}
-    features = compute_features(chain, state, source, wanted, kept={entry: units[entry] for entry in wanted})
+    features = compute_features(
+        chain, state, source, wanted, kept={entry: units[entry] for entry in wanted}
+    )
     rows = []
     for number, entry in enumerate(wanted, 1):
         h = features.entry(entry)
         found = coinciding(h, features.labels)
-        rows.append(_condition(chain, entry, units, width, len(features), (found.repeated, found.conflicting)))
+        rows.append(
+            _condition(
+                chain, entry, units, width, len(features), (found.repeated, found.conflicting)
+            )
+        )
         if entry in decided:
-            separation = linear_separability(h, features.labels, classes=chain.classes, iterations=iterations)
-            verdict = {"separable": separation.separable, "margin": separation.margin, "reason": separation.reason}
+            separation = linear_separability(
+                h, features.labels, classes=chain.classes, iterations=iterations
+            )
+            verdict = {
+                "separable": separation.separable,
+                "margin": separation.margin,
+                "reason": separation.reason,
+            }
             rows[-1] = Condition(**{**asdict(rows[-1]), **verdict})
         if progress is not None:
             progress(number, len(wanted))
@@ -190,7 +228,12 @@ def _kept(chain: Chain, entry: int, kept: float, seed: int) -> Tensor:
 
 
 def _condition(
-    chain: Chain, entry: int, units: dict[int, Tensor], width: float, samples: int, rows: tuple[int, int]
+    chain: Chain,
+    entry: int,
+    units: dict[int, Tensor],
+    width: float,
+    samples: int,
+    rows: tuple[int, int],
 ) -> Condition:
     """What follows from widths and counts, without a verdict on separability."""
     hidden = {p: math.floor(width * chain.widths[p]) for p in range(1, chain.length)}
@@ -201,12 +244,25 @@ def _condition(
     lines = room(chain, sizes, widths)
     others = room(chain, sizes, {entry + 1: widths[entry + 1]})
     short = lines[: len(lines) - len(others)]
-    short += [f"layer {p} has too few units for a subnetwork" for p in range(entry + 1, chain.length) if not hidden[p]]
+    short += [
+        f"layer {p} has too few units for a subnetwork"
+        for p in range(entry + 1, chain.length)
+        if not hidden[p]
+    ]
     ratio = min(own[-2:]) / math.sqrt(samples) if len(own) > 1 else math.nan
     return Condition(
-        entry, chain.widths[entry], sizes[entry], min(own, default=0), not short, "; ".join(short), *rows, ratio,
-        None, math.nan, "",
-    )  # fmt: skip
+        entry,
+        chain.widths[entry],
+        sizes[entry],
+        min(own, default=0),
+        not short,
+        "; ".join(short),
+        *rows,
+        ratio,
+        None,
+        math.nan,
+        "",
+    )
 
 
 def _number(value: float) -> str:

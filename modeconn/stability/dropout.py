@@ -27,7 +27,8 @@ from modeconn.stability.table import Level, Row, StabilityTable
 Progress = Callable[[int, "int | None"], None]
 State = Mapping[str, Tensor]
 
-# Bytes for the masked weights of the networks of one pass, and as much for their outputs before they go to a file.
+# Bytes for the masked weights of the networks of one pass, and as much for their outputs before
+# they go to a file.
 MEMORY_BUDGET = 1 << 30
 _ROWS = 1024
 
@@ -49,18 +50,20 @@ def dropout_stability(
 ) -> StabilityTable:
     """Loss and error of a network with units of all layers after an entry layer removed at random (Kuditipudi et al. 2019).
 
-    For entry layer l every hidden layer p > l keeps n_p - floor(n_p / fraction) of its n_p units, drawn at random, with
-    their weights and biases; the outputs are multiplied by the one scalar that makes the training loss smallest. So
-    fraction=2 removes half of the units and fraction=4 a quarter: the room that the theory's |I_l| = n_l - floor(n_l / F)
-    leaves to the kept units. Units of a convolution are its channels. At l = L-1 nothing is removed: every draw is the
-    network itself with the best scale. Entry layer l here is layer l+1 in Kuditipudi et al., definition 1.
+    For entry layer l every hidden layer p > l keeps n_p - floor(n_p / fraction) of its n_p units,
+    drawn at random, with their weights and biases; the outputs are multiplied by the one scalar
+    that makes the training loss smallest. So fraction=2 removes half of the units and fraction=4 a
+    quarter: the room that the theory's |I_l| = n_l - floor(n_l / F) leaves to the kept units. Units
+    of a convolution are its channels. At l = L-1 nothing is removed: every draw is the network
+    itself with the best scale. Entry layer l here is layer l+1 in Kuditipudi et al., definition 1.
 
-    The published code of Nguyen et al. 2021 leaves the random biases of a fresh network in place of the kept units'
-    biases; they are kept here, which can only help.
+    The published code of Nguyen et al. 2021 leaves the random biases of a fresh network in place of
+    the kept units' biases; they are kept here, which can only help.
 
-    All draws are evaluated together in one pass over each data set, as breakpoints of one path: what the networks share
-    is computed once, and removed units are not computed. More passes are made where the networks' weights outgrow the
-    memory budget. The draws of an entry layer depend on the seed, the entry layer and the draw's number alone.
+    All draws are evaluated together in one pass over each data set, as breakpoints of one path:
+    what the networks share is computed once, and removed units are not computed. More passes are
+    made where the networks' weights outgrow the memory budget. The draws of an entry layer depend
+    on the seed, the entry layer and the draw's number alone.
 
     Args:
         model: the architecture, a chain of layers.
@@ -74,15 +77,18 @@ def dropout_stability(
         batch_size: rows per batch, 1024 by default.
         precision: "float32" or "float64", of the networks; sums over samples are in float64.
         progress: called with (samples done, samples in all passes or None).
-        memory_budget: bytes for the networks' weights, and as much again for their outputs, 1 GiB by default.
+        memory_budget: bytes for the networks' weights, and as much again for their outputs, 1 GiB
+            by default.
 
     Returns:
-        a table with a row per entry layer and draw, `scale` among its columns. There may be no best scale, where the
-        network is right on every sample: then one is taken that makes the training loss at most 1e-6.
+        a table with a row per entry layer and draw, `scale` among its columns. There may be no best
+            scale, where the
+        network is right on every sample: then one is taken that makes the training loss at most
+            1e-6.
 
     Raises:
-        ModeconnError: the model is no chain; fraction, draws or entries out of range; data that are empty, do not fit or
-            can be read only once.
+        ModeconnError: the model is no chain; fraction, draws or entries out of range; data that are
+            empty, do not fit or can be read only once.
     """
     budget = MEMORY_BUDGET if memory_budget is None else memory_budget
     _check(fraction, draws, budget)
@@ -121,10 +127,12 @@ def _first_rows(data: Batches) -> Tensor:
     raise ModeconnError("data: holds no samples; expected at least one")
 
 
-# -- masks ----------------------------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------------------
 
 
-def kept_after(chain: Chain, entry: int, draw: int, fraction: float, seed: int) -> dict[int, Tensor]:
+def kept_after(
+    chain: Chain, entry: int, draw: int, fraction: float, seed: int
+) -> dict[int, Tensor]:
     """For every hidden layer p > entry the units that a draw keeps, rising, int64."""
     kept = {}
     for p in range(entry + 1, chain.length):
@@ -150,18 +158,39 @@ def without_units(chain: Chain, state: State, kept: Mapping[int, Tensor]) -> dic
     return masked
 
 
-# -- the passes -----------------------------------------------------------------------------------------------------
+# -- the passes ------------------------------------------------------------------------------------
 
 
 class _Run:
     """Evaluates masked networks, as many at a time as the budget holds."""
 
     def __init__(
-        self, model: nn.Module, chain: Chain, state: State, sets: Sequence[Batches], sample: Tensor, fraction: float,
-        seed: int, precision: str, budget: int, progress: Progress | None,
-    ) -> None:  # fmt: skip
-        self.model, self.chain, self.state, self.sets, self.sample = model, chain, state, sets, sample
-        self.fraction, self.seed, self.precision, self.budget, self.progress = fraction, seed, precision, budget, progress
+        self,
+        model: nn.Module,
+        chain: Chain,
+        state: State,
+        sets: Sequence[Batches],
+        sample: Tensor,
+        fraction: float,
+        seed: int,
+        precision: str,
+        budget: int,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.chain, self.state, self.sets, self.sample = (
+            model,
+            chain,
+            state,
+            sets,
+            sample,
+        )
+        self.fraction, self.seed, self.precision, self.budget, self.progress = (
+            fraction,
+            seed,
+            precision,
+            budget,
+            progress,
+        )
         self.done, self.passes = 0, 1
 
     def all(self, keys: Sequence[tuple[int, int]]) -> tuple[Level, list[Row]]:
@@ -193,7 +222,9 @@ class _Run:
         for entry, draw in keys:
             names = {self.chain.layer(p + 1).weight for p in range(entry + 1, self.chain.length)}
             # The masked weights, and the part of them that is cut out of them.
-            own = 2 * sum(self.state[name].numel() * self.state[name].element_size() for name in names)
+            own = 2 * sum(
+                self.state[name].numel() * self.state[name].element_size() for name in names
+            )
             if not groups or size + own > self.budget:
                 groups.append([])
                 size = 0
@@ -202,8 +233,9 @@ class _Run:
         return groups
 
     def _evaluate(self, networks: list[dict[str, Tensor]]) -> tuple[list[float], list[Level]]:
-        # At breakpoint k of a chain one control point alone is active, so each network is planned by itself and yet
-        # shares equal values with the others. The last control point is repeated, or the last two would share a segment.
+        # At breakpoint k of a chain one control point alone is active, so each network is planned
+        # by itself and yet shares equal values with the others. The last control point is repeated,
+        # or the last two would share a segment.
         path = PolyChain([*networks, networks[-1]])
         t = np.arange(len(networks)) / len(networks)
         forward = Forward(self.model, path, t, self.sample, precision=self.precision)
@@ -211,7 +243,9 @@ class _Run:
         scales = torch.ones(len(networks), dtype=torch.float64)
         with tempfile.TemporaryDirectory(prefix="modeconn-outputs-") as folder:
             for index, data in enumerate(self.sets):
-                chunks = _Outputs(forward, data, self.chain.classes, Path(folder) / f"{index}.bin", self.budget)
+                chunks = _Outputs(
+                    forward, data, self.chain.classes, Path(folder) / f"{index}.bin", self.budget
+                )
                 chunks.read(self._report)
                 if index == 0:
                     scales[1:] = best_scales(chunks, skip=1)
@@ -224,14 +258,24 @@ class _Run:
         if self.progress is not None:
             totals = [data.samples for data in self.sets]
             known = [n for n in totals if n is not None]
-            self.progress(self.done, self.passes * sum(known) if len(known) == len(totals) else None)
+            self.progress(
+                self.done, self.passes * sum(known) if len(known) == len(totals) else None
+            )
 
 
 class _Outputs(Iterable[Chunk]):
     """The outputs [T, B, C] of all networks and the labels [B], batch by batch; on disk once they outgrow the budget."""
 
-    def __init__(self, forward: Forward, data: Batches, classes: int, file: Path, budget: int) -> None:
-        self._forward, self._data, self._classes, self._file, self._budget = forward, data, classes, file, budget
+    def __init__(
+        self, forward: Forward, data: Batches, classes: int, file: Path, budget: int
+    ) -> None:
+        self._forward, self._data, self._classes, self._file, self._budget = (
+            forward,
+            data,
+            classes,
+            file,
+            budget,
+        )
         self._parts: list[tuple[Tensor | tuple[int, tuple[int, ...]], Tensor]] = []
         self._dtype = np.dtype(np.float32)
 
@@ -269,5 +313,7 @@ class _Outputs(Iterable[Chunk]):
             )
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= self._classes:
-            raise ModeconnError(f"label {low if low < 0 else high} is out of range: the model has {self._classes} classes")
+            raise ModeconnError(
+                f"label {low if low < 0 else high} is out of range: the model has {self._classes} classes"
+            )
         return targets.long().cpu()

@@ -1,10 +1,11 @@
 """The proof that there is no w with a · w > 0 for all of given rows a (Farkas' lemma), sound in spite of rounding.
 
-If positive multipliers λ give Σ λ a = 0, no w can make every a · w positive. Multipliers found numerically leave a residual
-r = Σ λ a that is not quite 0. They still prove it: with M = Σ λ a aᵀ the multipliers λ (1 - aᵀ M⁻¹ r) give exactly 0, and
-they are positive as soon as max |a| · |r| is less than the smallest eigenvalue of M, which is checked with bounds on the
-rounding of r and of M. The multipliers are those of a logistic regression at its minimum, where the gradient, Σ λ a with
-λ = sigmoid(-a · w), vanishes. A proof for some of the rows is one for all.
+If positive multipliers λ give Σ λ a = 0, no w can make every a · w positive. Multipliers found
+numerically leave a residual r = Σ λ a that is not quite 0. They still prove it: with M = Σ λ a aᵀ
+the multipliers λ (1 - aᵀ M⁻¹ r) give exactly 0, and they are positive as soon as max |a| · |r| is
+less than the smallest eigenvalue of M, which is checked with bounds on the rounding of r and of M.
+The multipliers are those of a logistic regression at its minimum, where the gradient, Σ λ a with λ
+= sigmoid(-a · w), vanishes. A proof for some of the rows is one for all.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def proves_none(rows: Tensor) -> bool:
                 break
         z = rows @ w
         near = z < _FAR
-        # Rows that a direction separates from the others have multipliers that go to 0: the rest must do without them.
+        # Rows that a direction separates from the others have multipliers that go to 0: the rest
+        # must do without them.
         if bool((z > 0).all()) or bool(near.all()) or not bool(near.any()):
             return False
         rows = rows[near]
@@ -74,7 +76,8 @@ def _newton(rows: Tensor, w: Tensor) -> bool:
         return False
     along, before, length = rows @ step, float(F.softplus(-z).sum()), 1.0
     for _ in range(30):
-        # Near the minimum the loss changes by less than its rounding: there Newton's step is right as it is.
+        # Near the minimum the loss changes by less than its rounding: there Newton's step is right
+        # as it is.
         if float(F.softplus(-(z + length * along)).sum()) <= before * (1 + 1e-12):
             w += length * step
             return True
@@ -88,24 +91,30 @@ def _check(rows: Tensor, w: Tensor) -> bool:
     multipliers = torch.sigmoid(-(rows @ w))
     if not bool((multipliers > 0).all()):
         return False
-    # A sum of m products, in any order, is wrong by at most m ε / 2 times the sum of their sizes (Higham 2002, section 3.1).
+    # A sum of m products, in any order, is wrong by at most m ε / 2 times the sum of their sizes
+    # (Higham 2002, section 3.1).
     rounding = 2 * (m + 8) * _EPS
-    residual = float((rows.T @ multipliers).norm()) + rounding * float((rows.abs().T @ multipliers).norm())
+    residual = float((rows.T @ multipliers).norm()) + rounding * float(
+        (rows.abs().T @ multipliers).norm()
+    )
     squares = rows.square().sum(1)
     needed = 1.01 * float(squares.max().sqrt()) * residual
     if not needed < float(multipliers @ squares) / D:
         return False  # the smallest eigenvalue is no larger than their mean
     matrix = (rows * multipliers[:, None]).T @ rows
-    # The norm of Σ λ |a| |a|ᵀ is at most its trace; a symmetric eigenvalue is wrong by a modest multiple of D ε |M|.
-    smallest = float(torch.linalg.eigvalsh(matrix)[0]) - (rounding + 100 * D * _EPS) * float(matrix.trace())
+    # The norm of Σ λ |a| |a|ᵀ is at most its trace; a symmetric eigenvalue is wrong by a modest
+    # multiple of D ε |M|.
+    smallest = float(torch.linalg.eigvalsh(matrix)[0]) - (rounding + 100 * D * _EPS) * float(
+        matrix.trace()
+    )
     return needed < smallest
 
 
 def _independent(rows: Tensor) -> Tensor:
     """The rows with columns scaled by powers of 2, which is exact, and without those that add nothing to what w can do.
 
-    These are columns of zeros, equal ones, and multiples of a column with one value up to sign: dead features and constant
-    ones, for which the column of ones stands.
+    These are columns of zeros, equal ones, and multiples of a column with one value up to sign:
+    dead features and constant ones, for which the column of ones stands.
     """
     largest = rows.abs().amax(0)
     scaled = rows[:, largest > 0]
@@ -135,7 +144,9 @@ def largest_margin(rows: Tensor) -> Tensor | None:
     m, D = rows.shape
     bounds = [(-1.0, 1.0)] * D + [(None, 1.0)]
     inequalities = torch.cat([-rows, rows.new_ones(m, 1)], 1).numpy()
-    solved = linprog(np.r_[np.zeros(D), -1.0], inequalities, np.zeros(m), bounds=bounds, method="highs")
+    solved = linprog(
+        np.r_[np.zeros(D), -1.0], inequalities, np.zeros(m), bounds=bounds, method="highs"
+    )
     if solved.x is None or solved.x[-1] <= 0:
         return None
     return torch.from_numpy(solved.x[:-1].copy())

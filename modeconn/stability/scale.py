@@ -10,20 +10,23 @@ from torch import Tensor
 # Outputs [T, B, C] of T networks and labels [B].
 Chunk = tuple[Tensor, Tensor]
 
-# A loss that counts as 0: where a network is right on every sample the loss falls for ever as the scale grows.
+# A loss that counts as 0: where a network is right on every sample the loss falls for ever as the
+# scale grows.
 ENOUGH = 1e-6
 _STEPS = 60
 # A step changes the scale by no more than so many times its size (or 1).
 _LONGEST = 3.0
-# The search ends where Newton's step, or the interval, is this small beside the scale: the loss is then exact to its square.
+# The search ends where Newton's step, or the interval, is this small beside the scale: the loss is
+# then exact to its square.
 _PRECISION = {torch.float32: 1e-6, torch.float64: 1e-10}
 
 
 def best_scales(chunks: Iterable[Chunk], skip: int = 0) -> Tensor:
     """The s that minimises the mean cross-entropy of s · z for each network's outputs z, float64 [T - skip].
 
-    Newton's method from s = 1, inside an interval in which the slope changes its sign, halving it where Newton's method
-    is slow. The search ends where the step is lost in the outputs' rounding, or the loss is at most 1e-6.
+    Newton's method from s = 1, inside an interval in which the slope changes its sign, halving it
+    where Newton's method is slow. The search ends where the step is lost in the outputs' rounding,
+    or the loss is at most 1e-6.
 
     Args:
         chunks: read once per step.
@@ -39,7 +42,9 @@ def best_scales(chunks: Iterable[Chunk], skip: int = 0) -> Tensor:
         loss, slope, curvature = _moments(chunks, active + skip, scale[active])
         finite = torch.isfinite(loss) & torch.isfinite(slope)
         newton = -slope / curvature.clamp_min(1e-300)
-        step = newton.clamp(*(sign * _LONGEST * scale[active].abs().clamp_min(1.0) for sign in (-1, 1)))
+        step = newton.clamp(
+            *(sign * _LONGEST * scale[active].abs().clamp_min(1.0) for sign in (-1, 1))
+        )
         small = precision * scale[active].abs().clamp_min(1e-3)
         done = ~finite | (newton.abs() <= small) | (loss <= ENOUGH)
         low[active] = torch.where(slope < 0, scale[active], low[active])
@@ -59,7 +64,9 @@ def best_scales(chunks: Iterable[Chunk], skip: int = 0) -> Tensor:
     return scale
 
 
-def _moments(chunks: Iterable[Chunk], which: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(
+    chunks: Iterable[Chunk], which: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss and its first and second derivative in the scale, summed in float64."""
     sums = torch.zeros(3, len(which), dtype=torch.float64)
     samples = 0
@@ -67,7 +74,8 @@ def _moments(chunks: Iterable[Chunk], which: Tensor, scale: Tensor) -> tuple[Ten
         whole = len(which) == len(outputs)
         z = outputs if whole else outputs[which]
         own = labels[None, :, None].expand(len(z), -1, 1)
-        # Differences to the own class's output: what remains is accurate where the network is confident.
+        # Differences to the own class's output: what remains is accurate where the network is
+        # confident.
         z = z - z.gather(2, own)
         scaled = z * scale.to(z)[:, None, None]
         shift = scaled.amax(2, keepdim=True)

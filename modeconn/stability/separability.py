@@ -1,11 +1,12 @@
 """Are features linearly separable? A witness, a proof that there is none, or "not decided": never a guess.
 
-Separable means: there are U [C, d] and c [C] such that for every sample i and every class k other than its label y
+Separable means: there are U [C, d] and c [C] such that for every sample i and every class k other
+than its label y
 
     (u_y - u_k) · x_i + (c_y - c_k) > 0.
 
-Yes is proved by (U, c), evaluated in float64 with every rounding error bounded; no by multipliers of the inequalities
-(farkas.py).
+Yes is proved by (U, c), evaluated in float64 with every rounding error bounded; no by multipliers
+of the inequalities (farkas.py).
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from modeconn.errors import ModeconnError
 from modeconn.stability.farkas import affine, inequalities, largest_margin, proves_none
 
 _EPS = float(np.finfo(np.float64).eps)
-# L-BFGS iterations between two looks at whether all samples are right, and before the first search for a proof.
+# L-BFGS iterations between two looks at whether all samples are right, and before the first search
+# for a proof.
 _CHECK_EVERY = 20
 _FIRST_PROOF = 100
 # Pairs of classes, the most confused first, that are searched for a proof at a time.
 _PAIRS = 3
-# All constraints together: numbers in their matrix, and multiply-adds in a Newton step, that are still taken on.
+# All constraints together: numbers in their matrix, and multiply-adds in a Newton step, that are
+# still taken on.
 _MOST_NUMBERS = 20_000_000
 _MOST_WORK = 2e10
 _CHUNK = 8192
@@ -58,11 +61,12 @@ class Separation:
         outcome: what was found; its value is the explanation.
         witness: U [C, d] and c [C], float64, of norm 1, if separable.
         margin: a lower bound on the witness's margin, rounding included; NaN without a witness.
-        margin_at_most: no (U, c) of norm 1 has a larger margin: 0 where it is proved that there is none, inf if unknown.
+        margin_at_most: no (U, c) of norm 1 has a larger margin: 0 where it is proved that there is
+            none, inf if unknown.
         radius: the largest norm of (x, 1), to put margins in proportion.
         samples, classes: N and C.
-        proof: for DUPLICATES the numbers of two samples, for NOT_SEPARABLE two classes that are not separable even from each
-            other, or () where it takes more than two.
+        proof: for DUPLICATES the numbers of two samples, for NOT_SEPARABLE two classes that are not
+            separable even from each other, or () where it takes more than two.
     """
 
     outcome: Outcome
@@ -90,7 +94,11 @@ class Separation:
         if self.outcome is Outcome.DUPLICATES:
             return f"{text} (samples {self.proof[0]} and {self.proof[1]})"
         if self.outcome is Outcome.NOT_SEPARABLE:
-            return f"{text} (classes {self.proof[0]} and {self.proof[1]} alone)" if self.proof else text
+            return (
+                f"{text} (classes {self.proof[0]} and {self.proof[1]} alone)"
+                if self.proof
+                else text
+            )
         if self.outcome is Outcome.UNDECIDED:
             return f"{text}; no readout of norm 1 has a margin above {self.margin_at_most:.3g}"
         return text
@@ -134,14 +142,18 @@ def coinciding(features: Tensor, labels: Tensor) -> Coincidence:
     return Coincidence(repeated, conflicting, example)
 
 
-def linear_separability(features: Any, labels: Any, *, classes: int | None = None, iterations: int = 1000) -> Separation:
+def linear_separability(
+    features: Any, labels: Any, *, classes: int | None = None, iterations: int = 1000
+) -> Separation:
     """Decide whether there is a linear readout (U, c) that is right on every sample.
 
-    From cheap to dear: equal features with different labels; a softmax regression by L-BFGS, which finds a witness where
-    there is a margin; Newton's method on the logistic loss of the most confused pairs of classes, and of all inequalities
-    together where they are few enough, for a proof that there is none; a linear program, where scipy is installed.
-    False means that no (U, c) exists, proved up to the bounds on rounding that the module states, which hold for matrix
-    products summed in any order. Where data touch (separable but for points on the boundary) the answer may be None.
+    From cheap to dear: equal features with different labels; a softmax regression by L-BFGS, which
+    finds a witness where there is a margin; Newton's method on the logistic loss of the most
+    confused pairs of classes, and of all inequalities together where they are few enough, for a
+    proof that there is none; a linear program, where scipy is installed. False means that no (U, c)
+    exists, proved up to the bounds on rounding that the module states, which hold for matrix
+    products summed in any order. Where data touch (separable but for points on the boundary) the
+    answer may be None.
 
     Args:
         features: [N, …], flattened; tensor or array of finite numbers.
@@ -150,11 +162,14 @@ def linear_separability(features: Any, labels: Any, *, classes: int | None = Non
         iterations: of L-BFGS, at most.
 
     Raises:
-        ModeconnError: no samples, features that are not finite, labels that are no class numbers or of another length.
+        ModeconnError: no samples, features that are not finite, labels that are no class numbers or
+            of another length.
     """
     raw, y, C = _checked(features, labels, classes, iterations)
     N = len(raw)
-    radius = math.sqrt(max(float(block.double().square().sum(1).max()) for block in raw.split(_CHUNK)) + 1.0)
+    radius = math.sqrt(
+        max(float(block.double().square().sum(1).max()) for block in raw.split(_CHUNK)) + 1.0
+    )
     if len(torch.unique(y)) == 1:
         return Separation(Outcome.ONE_CLASS, N, C, radius)
     example = coinciding(raw, y).example
@@ -164,21 +179,31 @@ def linear_separability(features: Any, labels: Any, *, classes: int | None = Non
     if found.witness is not None:
         return Separation(Outcome.SEPARABLE, N, C, radius, found.witness, found.margin)
     if found.proof is not None:
-        return Separation(Outcome.NOT_SEPARABLE, N, C, radius, margin_at_most=0.0, proof=found.proof)
+        return Separation(
+            Outcome.NOT_SEPARABLE, N, C, radius, margin_at_most=0.0, proof=found.proof
+        )
     return Separation(Outcome.UNDECIDED, N, C, radius, margin_at_most=found.at_most)
 
 
-def _checked(features: Any, labels: Any, classes: int | None, iterations: int) -> tuple[Tensor, Tensor, int]:
+def _checked(
+    features: Any, labels: Any, classes: int | None, iterations: int
+) -> tuple[Tensor, Tensor, int]:
     x, y = torch.as_tensor(features).detach().cpu(), torch.as_tensor(labels).cpu()
     if x.dim() < 2 or not len(x):
-        raise ModeconnError(f"features have shape {list(x.shape)}: expected [N, …] with at least one sample")
+        raise ModeconnError(
+            f"features have shape {list(x.shape)}: expected [N, …] with at least one sample"
+        )
     if y.dim() != 1 or len(y) != len(x) or y.is_floating_point() or y.dtype == torch.bool:
-        raise ModeconnError(f"labels have shape {list(y.shape)} and dtype {y.dtype}: expected integers [{len(x)}]")
+        raise ModeconnError(
+            f"labels have shape {list(y.shape)} and dtype {y.dtype}: expected integers [{len(x)}]"
+        )
     if iterations < 1:
         raise ModeconnError(f"iterations is {iterations}: expected at least 1")
     low, high = int(y.min()), int(y.max())
     if low < 0 or (classes is not None and high >= classes):
-        raise ModeconnError(f"labels run from {low} to {high}: expected class numbers from 0 to {(classes or high + 1) - 1}")
+        raise ModeconnError(
+            f"labels run from {low} to {high}: expected class numbers from 0 to {(classes or high + 1) - 1}"
+        )
     x = (x if x.is_floating_point() else x.double()).flatten(1)
     if not all(bool(torch.isfinite(block).all()) for block in x.split(_CHUNK)):
         raise ModeconnError("features are not finite: expected numbers without NaN and infinity")
@@ -228,7 +253,8 @@ def _last_resort(raw: Tensor, y: Tensor, C: int, regression: _Regression) -> _Fo
         return _Found(proof=())
     w = largest_margin(rows)
     if w is not None:
-        # The last class's readout was taken to be 0: adding one readout to all classes' changes no difference.
+        # The last class's readout was taken to be 0: adding one readout to all classes' changes no
+        # difference.
         full = torch.cat([w.view(C - 1, -1), w.new_zeros(1, raw.shape[1] + 1)])
         readout = _normalised(full[:, :-1], full[:, -1])
         margin = _margin(raw, y, *readout)
@@ -237,7 +263,7 @@ def _last_resort(raw: Tensor, y: Tensor, C: int, regression: _Regression) -> _Fo
     return _Found(at_most=at_most)
 
 
-# -- the witness ----------------------------------------------------------------------------------------------------
+# -- the witness -----------------------------------------------------------------------------------
 
 
 class _Regression:
@@ -252,9 +278,14 @@ class _Regression:
         self.V = torch.zeros(C, x.shape[1], dtype=torch.float64, requires_grad=True)
         self.b = torch.zeros(C, dtype=torch.float64, requires_grad=True)
         self.optimizer = torch.optim.LBFGS(
-            [self.V, self.b], lr=1.0, history_size=20, max_iter=_CHECK_EVERY, tolerance_grad=1e-12, tolerance_change=1e-16,
+            [self.V, self.b],
+            lr=1.0,
+            history_size=20,
+            max_iter=_CHECK_EVERY,
+            tolerance_grad=1e-12,
+            tolerance_change=1e-16,
             line_search_fn="strong_wolfe",
-        )  # fmt: skip
+        )
 
     def run(self, steps: int) -> bool:
         """Go on for some iterations; False once that changes nothing any more."""
@@ -312,8 +343,8 @@ def _normalised(U: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 def _margin(raw: Tensor, y: Tensor, U: Tensor, c: Tensor) -> float:
     """A lower bound on the smallest difference between the own class's output and another's.
 
-    A product of d terms, summed in any order, is wrong by at most d ε Σ |x| |u| (Higham 2002, section 3.1); twice that
-    with a few terms more covers the bound's own rounding.
+    A product of d terms, summed in any order, is wrong by at most d ε Σ |x| |u| (Higham 2002,
+    section 3.1); twice that with a few terms more covers the bound's own rounding.
     """
     worst = math.inf
     factor = 2 * (raw.shape[1] + 8) * _EPS
@@ -327,7 +358,9 @@ def _margin(raw: Tensor, y: Tensor, U: Tensor, c: Tensor) -> float:
     return worst * (1 - 8 * _EPS) if worst > 0 else worst
 
 
-def _pair_proof(raw: Tensor, y: Tensor, confusion: np.ndarray, tried: set[tuple[int, int]]) -> tuple[int, int] | None:
+def _pair_proof(
+    raw: Tensor, y: Tensor, confusion: np.ndarray, tried: set[tuple[int, int]]
+) -> tuple[int, int] | None:
     """Two classes that are not separable from each other, among the pairs confused most."""
     both = confusion + confusion.T
     pairs = sorted(itertools.combinations(range(len(both)), 2), key=lambda pair: -both[pair])

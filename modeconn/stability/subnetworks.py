@@ -47,36 +47,49 @@ def subnetwork_stability(
 ) -> StabilityTable:
     """Loss and error of subnetworks trained on random units of each entry layer (Nguyen et al. 2021, section 5).
 
-    For entry layer l and each draw a subnetwork reads |I_l| = n_l - floor(n_l / F) units of layer l, drawn at random (all
-    inputs where l = 0), has floor(n_p / F) units in each of its hidden layers p, and is trained from new weights. So two
-    consecutive subnetworks always have room side by side. The network is connected to others at the level of the worst
-    entry layer's best draw. All draws of an entry layer are trained together, as one batched network.
+    For entry layer l and each draw a subnetwork reads |I_l| = n_l - floor(n_l / F) units of layer
+    l, drawn at random (all inputs where l = 0), has floor(n_p / F) units in each of its hidden
+    layers p, and is trained from new weights. So two consecutive subnetworks always have room side
+    by side. The network is connected to others at the level of the worst entry layer's best draw.
+    All draws of an entry layer are trained together, as one batched network.
 
     Args:
         model: the architecture, a chain of layers.
         params: its weights: a module, state dict or checkpoint file.
         train: training data, as for `modeconn.evaluation.evaluator`; targets are class labels.
         test: other data that the same subnetworks are evaluated on.
-        fraction: F, above 1: 2 for half of the units, 4 for subnetworks of a quarter of the width on three quarters.
+        fraction: F, above 1: 2 for half of the units, 4 for subnetworks of a quarter of the width
+            on three quarters.
         draws: subnetworks per entry layer.
         entries: the entry layers, 0 … L-1; all of them if None.
-        method: "trained" for subnetworks of full depth, as in the paper; "head" for two hidden layers and "readout" for none,
-            on fixed features, whose logits identity carries to the top (ReLU alone); "auto" for heads where all layers are
-            linear with ReLU, and full depth elsewhere.
+        method: "trained" for subnetworks of full depth, as in the paper; "head" for two hidden
+            layers and "readout" for none, on fixed features, whose logits identity carries to the
+            top (ReLU alone); "auto" for heads where all layers are linear with ReLU, and full depth
+            elsewhere.
         recipe: how they are trained; AdamW for 20 epochs if None.
         seed: of the units, the weights and the order of the samples.
-        folder: keeps the finished entry layers and the unfinished training: the same call goes on from there, to the same
-            table.
+        folder: keeps the finished entry layers and the unfinished training: the same call goes on
+            from there, to the same table.
         log: called with a line of text now and then.
 
     Returns:
         a table with a row per entry layer and draw.
 
     Raises:
-        ModeconnError: the model is no chain; settings out of range; identity carrying asked of a network without ReLU; bad
-            data; a folder that belongs to another run.
+        ModeconnError: the model is no chain; settings out of range; identity carrying asked of a
+            network without ReLU; bad data; a folder that belongs to another run.
     """
-    run = _Run(model, params, train, test, fraction, draws, method, recipe or Recipe(schedule="onecycle"), seed)
+    run = _Run(
+        model,
+        params,
+        train,
+        test,
+        fraction,
+        draws,
+        method,
+        recipe or Recipe(schedule="onecycle"),
+        seed,
+    )
     wanted = range(run.chain.length) if entries is None else sorted(set(entries))
     for entry in wanted:
         check_entry(run.chain, entry)
@@ -102,9 +115,17 @@ class _Run:
     """One network, its data and the settings."""
 
     def __init__(
-        self, model: nn.Module, params: Any, train: Any, test: Any, fraction: float, draws: int, method: str, recipe: Recipe,
+        self,
+        model: nn.Module,
+        params: Any,
+        train: Any,
+        test: Any,
+        fraction: float,
+        draws: int,
+        method: str,
+        recipe: Recipe,
         seed: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if not (fraction > 1 and math.isfinite(fraction)):
             raise ModeconnError(
                 f"fraction is {fraction}: expected a number above 1, as a subnetwork has floor(n / fraction) of n units"
@@ -119,12 +140,16 @@ class _Run:
         self.chain = Chain.of(model, next(iter(as_batches(train, 16)))[0].float())
         reason = why_not_carried(self.chain, 1)
         if method in ("head", "readout") and reason is not None:
-            raise ModeconnError(f'method="{method}" needs identity to carry logits to the top: {reason}; use "trained"')
+            raise ModeconnError(
+                f'method="{method}" needs identity to carry logits to the top: {reason}; use "trained"'
+            )
         self.method = method if method != "auto" else "trained" if reason else "head"
         self.fraction, self.draws, self.recipe, self.seed = fraction, draws, recipe, seed
         for p in range(1, self.chain.length):
             if math.floor(self.chain.widths[p] / fraction) < 1:
-                raise ModeconnError(f"layer {p} has {self.chain.widths[p]} units: fraction {fraction} leaves none of them")
+                raise ModeconnError(
+                    f"layer {p} has {self.chain.widths[p]} units: fraction {fraction} leaves none of them"
+                )
         self.original = self._original()
         # A file of another kind of run is not taken for this one's.
         self.name = f"{self.method}-{fraction:g}-{draws}-{seed}"
@@ -146,16 +171,29 @@ class _Run:
 
         checkpoint = None if file is None else file.with_suffix(".training")
         trained = train_subnetworks(
-            chain, starts, [h] * len(starts), labels, self.recipe, seed=self.seed, progress=show, checkpoint=checkpoint
+            chain,
+            starts,
+            [h] * len(starts),
+            labels,
+            self.recipe,
+            seed=self.seed,
+            progress=show,
+            checkpoint=checkpoint,
         )
         rows = []
         for draw, result in enumerate(trained):
             tested = (math.nan, math.nan)
             if len(features) > 1:
-                tested = measure(chain, result.subnetwork, features[1].entry(entry), features[1].labels)
-            rows.append(Row(entry, draw, result.loss, result.error, *tested, self.method, result.seconds))
+                tested = measure(
+                    chain, result.subnetwork, features[1].entry(entry), features[1].labels
+                )
+            rows.append(
+                Row(entry, draw, result.loss, result.error, *tested, self.method, result.seconds)
+            )
         best = min(rows, key=lambda row: row.train_loss)
-        say(f"entry layer {entry}: best of {self.draws} draws has training loss {best.train_loss:.4g}")
+        say(
+            f"entry layer {entry}: best of {self.draws} draws has training loss {best.train_loss:.4g}"
+        )
         return rows
 
     def _start(self, entry: int, draw: int) -> Subnetwork:
@@ -165,8 +203,14 @@ class _Run:
         units = chain.widths[entry]
         kept = torch.arange(units)
         if entry:
-            kept = torch.randperm(units, generator=generator)[math.floor(units / self.fraction) :].sort().values
-        widths = [math.floor(chain.widths[p] / self.fraction) for p in range(entry + 1, chain.length)]
+            kept = (
+                torch.randperm(units, generator=generator)[math.floor(units / self.fraction) :]
+                .sort()
+                .values
+            )
+        widths = [
+            math.floor(chain.widths[p] / self.fraction) for p in range(entry + 1, chain.length)
+        ]
         depth = {"trained": len(widths), "head": _HEAD_DEPTH, "readout": 0}[self.method]
         return initial(chain, entry, kept, widths[:depth], generator)
 
@@ -178,11 +222,15 @@ def _level(chain: Chain, state: dict[str, Tensor], data: Any) -> tuple[float, fl
     with torch.no_grad():
         for x, y in as_batches(data, _ROWS):
             if y.is_floating_point() or y.dim() != 1:
-                raise ModeconnError(f"targets have shape {list(y.shape)} and dtype {y.dtype}: class labels are integers [N]")
+                raise ModeconnError(
+                    f"targets have shape {list(y.shape)} and dtype {y.dtype}: class labels are integers [N]"
+                )
             logits, labels = chain.run(state, x.to(like)), y.long().to(like.device)
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high >= chain.classes:
-                raise ModeconnError(f"labels run from {low} to {high}, but {chain.name} has {chain.classes} outputs")
+                raise ModeconnError(
+                    f"labels run from {low} to {high}, but {chain.name} has {chain.classes} outputs"
+                )
             loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
             wrong += int((logits.argmax(1) != labels).sum())
             samples += len(labels)
@@ -197,5 +245,7 @@ def _resumed(file: Path, original: Level, entry: int, draws: int) -> list[Row]:
         for a, b in zip(vars(table.original).values(), vars(original).values())
     )
     if not same or table.entries != [entry] or len(table) != draws:
-        raise ModeconnError(f"{file} is of another network, data set or run: expected {draws} draws of entry layer {entry}")
+        raise ModeconnError(
+            f"{file} is of another network, data set or run: expected {draws} draws of entry layer {entry}"
+        )
     return table.rows

@@ -70,7 +70,8 @@ class Summary:
     Attributes:
         entry: the entry layer l.
         draws: how many there are.
-        mean, std: over the draws; the standard deviation is that of the draws themselves (divided by their number).
+        mean, std: over the draws; the standard deviation is that of the draws themselves (divided
+            by their number).
         best: the draw with the smallest training loss.
     """
 
@@ -99,7 +100,9 @@ class StabilityTable:
         self.original = original
         for before, after in zip(self.rows, self.rows[1:]):
             if (before.entry, before.draw) == (after.entry, after.draw):
-                raise ModeconnError(f"entry layer {after.entry}, draw {after.draw} is there twice: expected each draw once")
+                raise ModeconnError(
+                    f"entry layer {after.entry}, draw {after.draw} is there twice: expected each draw once"
+                )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -113,13 +116,17 @@ class StabilityTable:
         """The draws of one entry layer; a ModeconnError lists the ones there are if it has none."""
         rows = [row for row in self.rows if row.entry == entry]
         if not rows:
-            raise ModeconnError(f"entry layer {entry} is not in the table, which has {self.entries or 'none'}")
+            raise ModeconnError(
+                f"entry layer {entry} is not in the table, which has {self.entries or 'none'}"
+            )
         return rows
 
     def column(self, name: str, entry: int | None = None) -> np.ndarray:
         """One of the numeric columns as float64, of all rows or of one entry layer."""
         if name not in COLUMNS or name == "method":
-            raise ModeconnError(f"column {name!r} is unknown: expected one of {', '.join(c for c in COLUMNS if c != 'method')}")
+            raise ModeconnError(
+                f"column {name!r} is unknown: expected one of {', '.join(c for c in COLUMNS if c != 'method')}"
+            )
         rows = self.rows if entry is None else self.select(entry)
         return np.array([getattr(row, name) for row in rows], np.float64)
 
@@ -131,12 +138,15 @@ class StabilityTable:
         """The rows of both, as of a run that was interrupted and taken up again.
 
         Raises:
-            ModeconnError: the original networks' numbers differ by more than rounding, or a draw is in both.
+            ModeconnError: the original networks' numbers differ by more than rounding, or a draw is
+                in both.
         """
         if not isinstance(other, StabilityTable):
             return NotImplemented
         for name, a, b in zip(MEASURES, astuple(self.original), astuple(other.original)):
-            if not (math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))):
+            if not (
+                math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))
+            ):
                 raise ModeconnError(
                     f"the tables are of different networks or data: the original's {name} is {a:.6g} in one and {b:.6g} in "
                     "the other"
@@ -154,7 +164,7 @@ class StabilityTable:
         items: list[Level | Row] = [self.original, *self.rows]
         return [_comparable(astuple(item)) for item in items]
 
-    # -- tables for people and programs ---------------------------------------------------------------------------
+    # -- tables for people and programs ------------------------------------------------------------
 
     def to_frame(self) -> pandas.DataFrame:
         """A pandas table with a row per draw; `attrs["original"]` holds the network's own numbers.
@@ -165,7 +175,9 @@ class StabilityTable:
         try:
             import pandas
         except ImportError:
-            raise ModeconnError("to_frame() needs pandas, which is not installed: pip install pandas") from None
+            raise ModeconnError(
+                "to_frame() needs pandas, which is not installed: pip install pandas"
+            ) from None
         frame = pandas.DataFrame([asdict(row) for row in self.rows], columns=list(COLUMNS))
         frame.attrs[_ORIGINAL] = asdict(self.original)
         return frame
@@ -174,19 +186,33 @@ class StabilityTable:
         return f"StabilityTable(rows={len(self)}, entries={self.entries}, original train_loss={self.original.train_loss:.4g})"
 
     def __str__(self) -> str:
-        tested = not math.isnan(self.original.test_loss) or any(not math.isnan(row.test_loss) for row in self.rows)
+        tested = not math.isnan(self.original.test_loss) or any(
+            not math.isnan(row.test_loss) for row in self.rows
+        )
         names = MEASURES if tested else MEASURES[:2]
-        lines = [["entry", "draws", *(f"{_heading(name)}{part}" for name in names for part in (" mean", " ± std", " best"))]]
+        lines = [
+            [
+                "entry",
+                "draws",
+                *(
+                    f"{_heading(name)}{part}"
+                    for name in names
+                    for part in (" mean", " ± std", " best")
+                ),
+            ]
+        ]
         for each in self.summary():
             cells = [str(each.entry), str(each.draws)]
             for name in names:
-                cells += [_number(name, getattr(part, name)) for part in (each.mean, each.std, each.best)]
+                cells += [
+                    _number(name, getattr(part, name)) for part in (each.mean, each.std, each.best)
+                ]
             lines.append(cells)
         own = [_number(name, getattr(self.original, name)) for name in names]
         lines.append([_ORIGINAL, "", *(cell for number in own for cell in (number, "", ""))])
         return aligned(lines) + "\nbest: the draw with the smallest training loss; errors in %"
 
-    # -- files ----------------------------------------------------------------------------------------------------
+    # -- files -------------------------------------------------------------------------------------
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the table, atomically, as the name says: .csv or .json. Numbers are kept bitwise.
@@ -212,7 +238,9 @@ class StabilityTable:
         except FileNotFoundError:
             raise ModeconnError(f"{file}: no such file") from None
         except (OSError, ValueError, KeyError, TypeError) as error:  # ModeconnError is a ValueError
-            raise ModeconnError(f"{file}: not a table saved by modeconn ({type(error).__name__}: {error})") from error
+            raise ModeconnError(
+                f"{file}: not a table saved by modeconn ({type(error).__name__}: {error})"
+            ) from error
 
     def _csv(self) -> str:
         stream = io.StringIO()
@@ -230,7 +258,10 @@ class StabilityTable:
             raise ValueError(f"columns {header}, expected {list(COLUMNS)}")
         (own,) = (line for line in lines if line[0] == "")
         original = Level(*map(float, own[2:6]))
-        return cls([_row(dict(zip(COLUMNS, line, strict=True))) for line in lines if line[0] != ""], original)
+        return cls(
+            [_row(dict(zip(COLUMNS, line, strict=True))) for line in lines if line[0] != ""],
+            original,
+        )
 
     def _json(self) -> str:
         content = {
@@ -252,8 +283,12 @@ class StabilityTable:
 def aligned(lines: Sequence[Sequence[str]], left: int = 0) -> str:
     """Cells in columns: the first `left` columns flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    pad: list[Callable[[str, int], str]] = [str.ljust if i < left else str.rjust for i in range(len(widths))]
-    return "\n".join("  ".join(p(cell, w) for p, cell, w in zip(pad, line, widths)).rstrip() for line in lines)
+    pad: list[Callable[[str, int], str]] = [
+        str.ljust if i < left else str.rjust for i in range(len(widths))
+    ]
+    return "\n".join(
+        "  ".join(p(cell, w) for p, cell, w in zip(pad, line, widths)).rstrip() for line in lines
+    )
 
 
 def _summary(entry: int, rows: Sequence[Row]) -> Summary:
@@ -261,7 +296,9 @@ def _summary(entry: int, rows: Sequence[Row]) -> Summary:
     with np.errstate(invalid="ignore"):  # the deviation of infinite losses is NaN
         mean, std = values.mean(0), values.std(0)
     losses = np.where(np.isnan(values[:, 0]), np.inf, values[:, 0])
-    return Summary(entry, len(rows), Level(*mean.tolist()), Level(*std.tolist()), rows[int(losses.argmin())])
+    return Summary(
+        entry, len(rows), Level(*mean.tolist()), Level(*std.tolist()), rows[int(losses.argmin())]
+    )
 
 
 def _heading(name: str) -> str:
@@ -276,13 +313,19 @@ def _number(name: str, value: float) -> str:
 
 def _row(values: dict[str, Any]) -> Row:
     texts = {name: values[name] for name in COLUMNS}
-    return Row(int(texts.pop("entry")), int(texts.pop("draw")), method=str(texts.pop("method")),
-               **{name: float(value) for name, value in texts.items()})  # fmt: skip
+    return Row(
+        int(texts.pop("entry")),
+        int(texts.pop("draw")),
+        method=str(texts.pop("method")),
+        **{name: float(value) for name, value in texts.items()},
+    )
 
 
 def _encoded(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN and no infinity: they are written as text, which float() reads."""
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return {
+        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }
 
 
 def _comparable(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -292,5 +335,7 @@ def _comparable(values: tuple[Any, ...]) -> tuple[Any, ...]:
 def _suffix(file: str | os.PathLike[str]) -> str:
     suffix = Path(file).suffix.lower()
     if suffix not in SUFFIXES:
-        raise ModeconnError(f"{file}: a table is saved as {' or '.join(SUFFIXES)}, not as {suffix or 'a bare name'}")
+        raise ModeconnError(
+            f"{file}: a table is saved as {' or '.join(SUFFIXES)}, not as {suffix or 'a bare name'}"
+        )
     return suffix

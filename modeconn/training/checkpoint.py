@@ -1,7 +1,8 @@
 """The state of an unfinished training, as it is kept in ``<checkpoint>.training``.
 
-A safetensors file: the model's entries under ``model.``, the momentum buffers under ``momentum.``, and one
-metadata entry ``training`` of JSON text.  No pickle, so a file from elsewhere cannot run code.
+A safetensors file: the model's entries under ``model.``, the momentum buffers under ``momentum.``,
+and one metadata entry ``training`` of JSON text.  No pickle, so a file from elsewhere cannot run
+code.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Settings:
         """Raise ModeconnError where a saved training was made with other settings or data."""
         for name, mine in asdict(self).items():
             if saved.get(name) != mine:
-                what = "other data" if name == "data_crc" else f"{name} {saved.get(name)}, not {mine}"
+                what = (
+                    "other data" if name == "data_crc" else f"{name} {saved.get(name)}, not {mine}"
+                )
                 raise ModeconnError(f"{file} cannot be resumed: it was started with {what}")
 
 
@@ -76,7 +79,12 @@ class Snapshot:
 
 def save(snapshot: Snapshot, settings: Settings, file: Path) -> None:
     """Write a training state, whole or not at all."""
-    about = {"format": FORMAT, "epoch": snapshot.epoch, "error": snapshot.error, "settings": asdict(settings)}
+    about = {
+        "format": FORMAT,
+        "epoch": snapshot.epoch,
+        "error": snapshot.error,
+        "settings": asdict(settings),
+    }
     tensors = {f"model.{key}": value for key, value in snapshot.weights.items()}
     tensors |= {f"momentum.{key}": value for key, value in snapshot.momentum.items()}
     state.save(tensors, file, {"training": json.dumps(about)})
@@ -93,7 +101,9 @@ def load(file: Path, settings: Settings) -> Snapshot:
             about = json.loads((archive.metadata() or {})["training"])
             tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118  # it is no dict
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ModeconnError(f"{file} is not a training state: {type(error).__name__}: {error}") from error
+        raise ModeconnError(
+            f"{file} is not a training state: {type(error).__name__}: {error}"
+        ) from error
     if about.get("format") != FORMAT:
         raise ModeconnError(f"{file} has format {about.get('format')!r}, expected {FORMAT!r}")
     settings.check_same(about["settings"], file)

@@ -1,8 +1,8 @@
 """Training to zero error: plain SGD with Nesterov momentum, deterministic, interruptible, resumable.
 
-Interrupted or killed at any moment, then resumed, a training gives bitwise the weights of one that ran
-through (same machine, versions and number of threads): each epoch's shuffle depends on (seed, epoch) alone,
-and weights, buffers and momentum are all in the training state.
+Interrupted or killed at any moment, then resumed, a training gives bitwise the weights of one that
+ran through (same machine, versions and number of threads): each epoch's shuffle depends on (seed,
+epoch) alone, and weights, buffers and momentum are all in the training state.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from modeconn.training.checkpoint import Settings, Snapshot
 Labelled = tuple[torch.Tensor, torch.Tensor]
 Progress = Callable[[int, int], None]
 
-# The exact error needs a pass of its own, so it is measured once the error seen while training is this small.
+# The exact error needs a pass of its own, so it is measured once the error seen while training is
+# this small.
 NEARLY_NO_ERROR = 0.005
-# Weights are copied after each epoch but written at most this often: short epochs do not wait for the disk.
+# Weights are copied after each epoch but written at most this often: short epochs do not wait for
+# the disk.
 SECONDS_BETWEEN_SAVES = 5.0
 EVALUATION_ROWS = 1000
 
@@ -93,32 +95,38 @@ def train(
     """Train a classifier in place with SGD and cross-entropy, from the weights that it has.
 
     Args:
-        model: maps inputs ``[N, …]`` to logits ``[N, C]``.  It is trained on the device that it is on.
-        data: a data set of :mod:`modeconn.data.datasets`, or ``(inputs, targets)`` tensors with integer targets
-            ``[N]``.  Kept whole in memory (float32).
+        model: maps inputs ``[N, …]`` to logits ``[N, C]``.  It is trained on the device that it is
+            on.
+        data: a data set of :mod:`modeconn.data.datasets`, or ``(inputs, targets)`` tensors with
+            integer targets ``[N]``.  Kept whole in memory (float32).
         test: data whose loss and error go into the report.
         lr, momentum, nesterov, weight_decay: those of :class:`torch.optim.SGD`.
-        halve_every: the learning rate is half as large after every so many epochs; 0 for a constant one.
+        halve_every: the learning rate is half as large after every so many epochs; 0 for a constant
+            one.
         batch_size: samples per step; the last step of an epoch takes what is left.
         epochs: the most epochs to train, those before a resume included.
         seed: decides the order of the samples (and dropout), not the initial weights.
-        stop_at_zero_error: stop after the first epoch whose weights classify all training samples correctly.
-        checkpoint: a safetensors file for the final weights, written when the training is finished.  Until
-            then the training state is in ``<checkpoint>.training`` beside it, whose last whole version
-            survives a crash at any moment.
-        resume: continue from ``<checkpoint>.training``; settings (but `epochs`) and data must be the same.
+        stop_at_zero_error: stop after the first epoch whose weights classify all training samples
+            correctly.
+        checkpoint: a safetensors file for the final weights, written when the training is finished.
+            Until then the training state is in ``<checkpoint>.training`` beside it, whose last
+            whole version survives a crash at any moment.
+        resume: continue from ``<checkpoint>.training``; settings (but `epochs`) and data must be
+            the same.
         metadata: text added to the checkpoint's metadata.
         progress: called with (epochs done, `epochs`).
         log: called after every epoch.
 
     Returns:
-        How it ended, and loss and error of the final weights, each from a pass over all of `data` and `test`.
+        How it ended, and loss and error of the final weights, each from a pass over all of `data`
+            and `test`.
 
     Raises:
-        ModeconnError: for a setting out of range, data that does not fit the model, a training state that is
-            missing, already there, broken or made with other settings, or a loss that is no longer finite.
-        KeyboardInterrupt: with a message that says what was saved.  The model then has the weights of the
-            last finished epoch.
+        ModeconnError: for a setting out of range, data that does not fit the model, a training
+            state that is missing, already there, broken or made with other settings, or a loss that
+            is no longer finite.
+        KeyboardInterrupt: with a message that says what was saved.  The model then has the weights
+            of the last finished epoch.
     """
     started = time.perf_counter()
     if epochs < 1:
@@ -143,7 +151,9 @@ def train(
     try:
         stopped = loop.run(labelled)
         loss, error = measure(model, labelled)
-        test_loss, test_error = (None, None) if labelled_test is None else measure(model, labelled_test)
+        test_loss, test_error = (
+            (None, None) if labelled_test is None else measure(model, labelled_test)
+        )
         seconds = time.perf_counter() - started
         report = TrainReport(loop.last.epoch, loss, error, test_loss, test_error, seconds, stopped)
         if checkpoint is not None:
@@ -164,9 +174,13 @@ def measure(model: nn.Module, data: Labelled) -> tuple[float, float]:
     """Mean cross-entropy and fraction of errors over ``(inputs [N, …], targets [N])``, in evaluation mode."""
     loss, wrong = torch.zeros((), dtype=torch.float64), 0
     with _mode(model, training=False), torch.no_grad():
-        for inputs, targets in zip(*(tensor.split(EVALUATION_ROWS) for tensor in data), strict=True):
+        for inputs, targets in zip(
+            *(tensor.split(EVALUATION_ROWS) for tensor in data), strict=True
+        ):
             logits = model(inputs)
-            loss += nn.functional.cross_entropy(logits, targets, reduction="none").double().sum().cpu()
+            loss += (
+                nn.functional.cross_entropy(logits, targets, reduction="none").double().sum().cpu()
+            )
             wrong += int((logits.argmax(1) != targets).sum())
     return float(loss) / len(data[1]), wrong / len(data[1])
 
@@ -202,12 +216,20 @@ class _Loop:
             if self.file is None:
                 raise ModeconnError("resume needs a checkpoint to resume from")
             saved = training_state.load(self.file, self.settings)
-            state.match([state.load(self.model), saved.weights], ["the model", str(self.file)], devices=False)
+            state.match(
+                [state.load(self.model), saved.weights],
+                ["the model", str(self.file)],
+                devices=False,
+            )
             self._restore(saved)
             if self.last.epoch > self.epochs:
-                raise ModeconnError(f"{self.file} has {self.last.epoch} epochs, more than epochs = {self.epochs}")
+                raise ModeconnError(
+                    f"{self.file} has {self.last.epoch} epochs, more than epochs = {self.epochs}"
+                )
         elif self.file is not None and self.file.exists():
-            raise ModeconnError(f"{self.file} holds an unfinished training: resume it, or delete it to start anew")
+            raise ModeconnError(
+                f"{self.file} holds an unfinished training: resume it, or delete it to start anew"
+            )
 
     def run(self, data: Labelled) -> Stopped:
         """Train until there is a reason to stop."""
@@ -218,8 +240,13 @@ class _Loop:
         return Stopped.ZERO_ERROR
 
     def _at_zero_error(self, data: Labelled) -> bool:
-        # Depends only on what a snapshot holds, so that a resumed training stops where it would have stopped.
-        return self.stop_at_zero_error and self.last.error < NEARLY_NO_ERROR and measure(self.model, data)[1] == 0
+        # Depends only on what a snapshot holds, so that a resumed training stops where it would
+        # have stopped.
+        return (
+            self.stop_at_zero_error
+            and self.last.error < NEARLY_NO_ERROR
+            and measure(self.model, data)[1] == 0
+        )
 
     def _epoch(self, data: Labelled) -> None:
         began, number = time.perf_counter(), self.last.epoch + 1
@@ -227,7 +254,9 @@ class _Loop:
         if not math.isfinite(loss):
             if self.file is not None:
                 self.file.unlink(missing_ok=True)  # going on from it would diverge again
-            raise ModeconnError(f"the loss is {loss} in epoch {number}: lr {self.settings.lr} is too large for this model")
+            raise ModeconnError(
+                f"the loss is {loss} in epoch {number}: lr {self.settings.lr} is too large for this model"
+            )
         self.last = self._snapshot(number, error)
         if time.perf_counter() - self._saved_at >= SECONDS_BETWEEN_SAVES:
             self._save()
@@ -238,15 +267,23 @@ class _Loop:
 
     def _steps(self, data: Labelled, number: int) -> tuple[float, float]:
         inputs, targets = data
-        seed = int(np.random.SeedSequence([self.settings.seed, number]).generate_state(1, np.uint64)[0]) >> 1
+        seed = (
+            int(
+                np.random.SeedSequence([self.settings.seed, number]).generate_state(1, np.uint64)[0]
+            )
+            >> 1
+        )
         if self.settings.halve_every:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.lr * 0.5 ** ((number - 1) // self.settings.halve_every)
-        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed)).to(targets.device)
+        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed)).to(
+            targets.device
+        )
         loss_sum = torch.zeros((), dtype=torch.float64, device=targets.device)
         wrong = torch.zeros((), dtype=torch.int64, device=targets.device)
         with _mode(self.model, training=True), torch.random.fork_rng(_gpus(targets.device)):
-            torch.manual_seed(seed)  # for dropout and the like, which draw from the global generator
+            # for dropout and the like, which draw from the global generator
+            torch.manual_seed(seed)
             for rows in order.split(self.settings.batch_size):
                 logits, wanted = self.model(inputs[rows]), targets[rows]
                 loss = nn.functional.cross_entropy(logits, wanted)
@@ -271,7 +308,9 @@ class _Loop:
         for name, parameter in self.model.named_parameters():
             self.optimizer.state.pop(parameter, None)
             if name in snapshot.momentum:
-                self.optimizer.state[parameter]["momentum_buffer"] = snapshot.momentum[name].to(parameter.device).clone()
+                self.optimizer.state[parameter]["momentum_buffer"] = (
+                    snapshot.momentum[name].to(parameter.device).clone()
+                )
         self.last = snapshot
 
     def _save(self) -> None:
@@ -300,7 +339,9 @@ def _preload(data: datasets.Images | Labelled, model: nn.Module) -> Labelled:
     if first is None:
         raise ModeconnError(f"{type(model).__name__} has no parameters to train")
     if len(inputs) != len(targets) or not len(targets):
-        raise ModeconnError(f"data has {len(inputs)} inputs and {len(targets)} targets, expected as many, at least one")
+        raise ModeconnError(
+            f"data has {len(inputs)} inputs and {len(targets)} targets, expected as many, at least one"
+        )
     return inputs.to(first.device), targets.to(first.device)
 
 
@@ -325,20 +366,34 @@ def _check_fits(model: nn.Module, data: Labelled) -> None:
             logits = model(inputs[:2])
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ModeconnError(f"the model does not take inputs of shape {shape} per sample: {reason}") from error
+        raise ModeconnError(
+            f"the model does not take inputs of shape {shape} per sample: {reason}"
+        ) from error
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-        raise ModeconnError(f"the model returns {getattr(logits, 'shape', type(logits))}, expected logits [N, classes]")
+        raise ModeconnError(
+            f"the model returns {getattr(logits, 'shape', type(logits))}, expected logits [N, classes]"
+        )
     if targets.dim() != 1 or targets.dtype != torch.int64:
-        raise ModeconnError(f"targets are {targets.dtype} {list(targets.shape)}, expected int64 class numbers [N]")
+        raise ModeconnError(
+            f"targets are {targets.dtype} {list(targets.shape)}, expected int64 class numbers [N]"
+        )
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= logits.shape[1]:
-        raise ModeconnError(f"labels run from {low} to {high}, but the model has {logits.shape[1]} outputs")
+        raise ModeconnError(
+            f"labels run from {low} to {high}, but the model has {logits.shape[1]} outputs"
+        )
 
 
-def _describe(settings: Settings, report: TrainReport, metadata: Mapping[str, str] | None) -> dict[str, str]:
+def _describe(
+    settings: Settings, report: TrainReport, metadata: Mapping[str, str] | None
+) -> dict[str, str]:
     """The metadata of a finished checkpoint: how it was made, and how good it is."""
     made = {key: str(value) for key, value in asdict(settings).items() if key != "data_crc"}
-    results = {key: str(value) for key, value in asdict(report).items() if value is not None and key != "seconds"}
+    results = {
+        key: str(value)
+        for key, value in asdict(report).items()
+        if value is not None and key != "seconds"
+    }
     return {**made, **results, **(metadata or {})}
 
 

@@ -1,8 +1,9 @@
 """The native backend: what the C++ engine knows of a segment runs fused in it, the rest as the reference backend does it.
 
-A segment that is one region (see backends/native/partition.py) runs down to the sums of the head, for blocks of samples that stay in the
-cache. In any other segment the steps outside of regions run one by one, a block of rows at a time, and each region between
-them is one call for the block. The reference backend also computes the shared values.
+A segment that is one region (see backends/native/partition.py) runs down to the sums of the head,
+for blocks of samples that stay in the cache. In any other segment the steps outside of regions run
+one by one, a block of rows at a time, and each region between them is one call for the block. The
+reference backend also computes the shared values.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from modeconn.plan.units import static
 
 # Points of one call into the engine: few enough that progress moves, many enough to fill the cores.
 _POINTS = 16
-# Images of a call for one region at one point, for each thread: fewer leave some of the threads with nothing to do.
+# Images of a call for one region at one point, for each thread: fewer leave some of the threads
+# with nothing to do.
 _ROWS_OF_A_THREAD = 32
 # The same where only outputs are combined.
 _POINTS_OF_OUTPUTS = 256
@@ -46,7 +48,9 @@ class Fused:
     def first(self) -> int:
         return self.region.first
 
-    def run(self, point: int, constant: Callable[[int], Tensor], done: Mapping[int, Tensor]) -> Tensor:
+    def run(
+        self, point: int, constant: Callable[[int], Tensor], done: Mapping[int, Tensor]
+    ) -> Tensor:
         sources: list[Tensor] = []
 
         def given(terms: tuple[Term, ...], step: int | None) -> tuple[list[np.ndarray], np.ndarray]:
@@ -62,9 +66,14 @@ class Fused:
         tail = [static(size) for size in (shape[1:] if len(shape) == 4 else shape[-1:])]
         out = torch.empty((1, len(terms[0]), int(np.prod(tail))), dtype=self.dtype)
         native.extension().chain_outputs(
-            terms, columns[at], layers, out.numpy(), activation=chain.start.activation, slope=chain.start.slope,
+            terms,
+            columns[at],
+            layers,
+            out.numpy(),
+            activation=chain.start.activation,
+            slope=chain.start.slope,
             threads=torch.get_num_threads(),
-        )  # fmt: skip
+        )
         lead = sources[0].shape[: 1 if sources[0].dim() == 4 else -1]
         value = out.reshape(*lead, *tail)
         return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
@@ -75,7 +84,8 @@ class NativeBackend(ReferenceBackend):
 
     Args:
         program, dtype, device: as for `ReferenceBackend`.
-        every: whether to run every region, or, but for whole segments, only those that the cost model says pay.
+        every: whether to run every region, or, but for whole segments, only those that the cost
+            model says pay.
 
     Raises:
         CannotRun: the engine is not built, the device is not the CPU, or there is no region.
@@ -83,7 +93,9 @@ class NativeBackend(ReferenceBackend):
 
     name = "native"
 
-    def __init__(self, program: Program, dtype: torch.dtype, device: torch.device, every: bool = True) -> None:
+    def __init__(
+        self, program: Program, dtype: torch.dtype, device: torch.device, every: bool = True
+    ) -> None:
         super().__init__(program, dtype, device)
         if device.type != "cpu":
             raise CannotRun("native", f"it computes on the CPU, and the device is {device}")
@@ -101,18 +113,32 @@ class NativeBackend(ReferenceBackend):
                 reasons.append(whole)
             regions = [whole] if isinstance(whole, Region) else find_regions(program, segment)
             taken = [r for r in regions if r.last >= 0 and (r is whole or every or r.pays(segment))]
-            self._fused[segment.index] = {r.last: Fused(r, segment.steps[r.last], dtype) for r in taken}
-            # A region may begin with another value than the planner's: the input of a layer that has a norm behind it.
-            self._kept |= {value for region in [*taken, *regions[:1]] for value in region.chain.shared()}
+            self._fused[segment.index] = {
+                r.last: Fused(r, segment.steps[r.last], dtype) for r in taken
+            }
+            # A region may begin with another value than the planner's: the input of a layer that
+            # has a norm behind it.
+            self._kept |= {
+                value for region in [*taken, *regions[:1]] for value in region.chain.shared()
+            }
             if any(region.chain.images for region in taken if region is not whole):
-                self._block = block_rows(program, dtype, device, fewest=_ROWS_OF_A_THREAD * torch.get_num_threads())
+                self._block = block_rows(
+                    program, dtype, device, fewest=_ROWS_OF_A_THREAD * torch.get_num_threads()
+                )
         if not self._whole and not any(self._fused.values()):
             raise CannotRun("native", reasons[0])
 
     def fused(self, segment: Segment) -> dict[int, FusedSteps]:
         return self._fused[segment.index]
 
-    def sums(self, segment: Segment, values: Values, targets: Tensor, head: Head, tick: Callable[..., None]) -> Tensor:
+    def sums(
+        self,
+        segment: Segment,
+        values: Values,
+        targets: Tensor,
+        head: Head,
+        tick: Callable[..., None],
+    ) -> Tensor:
         region = self._whole.get(segment.index)
         if region is None or not head.fused or region.chain.constant:
             return super().sums(segment, values, targets, head, tick)
@@ -145,7 +171,9 @@ def given_values(values: Values, dtype: torch.dtype) -> Given:
     """Shared values as a whole segment's chain takes them."""
 
     def given(terms: tuple[Term, ...], step: int | None) -> tuple[list[np.ndarray], np.ndarray]:
-        return [_rows(values[term.value], dtype) for term in terms], np.stack([term.column for term in terms], axis=1)
+        return [_rows(values[term.value], dtype) for term in terms], np.stack(
+            [term.column for term in terms], axis=1
+        )
 
     return given
 

@@ -23,15 +23,18 @@ class Stage:
 class Layer(Stage):
     """A step of the engine.
 
-    A linear layer or convolution Σ_g columns[:, g] weights[g], with a bias likewise; a pooling; "affine", a scale and shift
-    of each channel; "group_norm"; "batch_norm", by the statistics of the batch; "add", the sum of several values;
-    "multiply", the product of two; "concat", their channels; "take", some channels; "flatten"; or "terms", values from outside.
+    A linear layer or convolution Σ_g columns[:, g] weights[g], with a bias likewise; a pooling;
+    "affine", a scale and shift of each channel; "group_norm"; "batch_norm", by the statistics of
+    the batch; "add", the sum of several values; "multiply", the product of two; "concat", their
+    channels; "take", some channels; "flatten"; or "terms", values from outside.
 
     Attributes:
         reads: the layer whose value it takes; -1: the chain's terms; None: the layer before it.
-        adds: of a layer with weights, an "affine" or "batch_norm": one whose value is added before the activation.
+        adds: of a layer with weights, an "affine" or "batch_norm": one whose value is added before
+            the activation.
         inputs: of "add", "multiply" and "concat": the layers whose values it takes.
-        norm: scale and shift [points, units] of a batch norm that follows, or of an "affine" or a norm itself.
+        norm: scale and shift [points, units] of a batch norm that follows, or of an "affine" or a
+            norm itself.
         terms, step: of "terms": as a chain has them.
     """
 
@@ -72,12 +75,21 @@ class Layer(Stage):
         if self.sums:
             step["add"] = self.adds
         if self.columns is not None:
-            step |= {"weights": self.weights, "coefficients": np.ascontiguousarray(self.columns[points])}
+            step |= {
+                "weights": self.weights,
+                "coefficients": np.ascontiguousarray(self.columns[points]),
+            }
         if self.bias_columns is not None:
-            step |= {"biases": self.biases, "bias_coefficients": np.ascontiguousarray(self.bias_columns[points])}
+            step |= {
+                "biases": self.biases,
+                "bias_coefficients": np.ascontiguousarray(self.bias_columns[points]),
+            }
         if self.norm is not None:
             scale, shift = self.norm
-            step |= {"scale": np.ascontiguousarray(scale[points]), "shift": np.ascontiguousarray(shift[points])}
+            step |= {
+                "scale": np.ascontiguousarray(scale[points]),
+                "shift": np.ascontiguousarray(shift[points]),
+            }
         return step
 
 
@@ -108,18 +120,32 @@ class Chain:
     @property
     def constant(self) -> bool:
         """Whether every point has the same output, so that there is next to nothing to do."""
-        return self.step is None and not self.layers and all(np.ptp(term.column) == 0 for term in self.terms)
+        return (
+            self.step is None
+            and not self.layers
+            and all(np.ptp(term.column) == 0 for term in self.terms)
+        )
 
     @property
     def straight(self) -> bool:
         """Whether each layer reads the one before it and nothing else, and no convolution is grouped or dilated."""
         other = ("add", "affine", "concat", "group_norm", "multiply", "take", "terms")
         plain = (
-            layer.adds is None and layer.op not in other and not {"groups", "dilation", "ceil"} & set(layer.geometry)
+            layer.adds is None
+            and layer.op not in other
+            and not {"groups", "dilation", "ceil"} & set(layer.geometry)
             for layer in self.layers
         )
-        return self.step is None and all(plain) and all(layer.reads in (None, i - 1) for i, layer in enumerate(self.layers))
+        return (
+            self.step is None
+            and all(plain)
+            and all(layer.reads in (None, i - 1) for i, layer in enumerate(self.layers))
+        )
 
     def shared(self) -> set[int]:
         """The shared values that it takes."""
-        return {term.value for terms in (self.terms, *(layer.terms for layer in self.layers)) for term in terms}
+        return {
+            term.value
+            for terms in (self.terms, *(layer.terms for layer in self.layers))
+            for term in terms
+        }

@@ -23,7 +23,9 @@ _PASS_THROUGH = ("clone", "alias", "detach", "dropout", "contiguous")
 
 def passes_through(node: Node, before: Shape) -> bool:
     """Whether an operation leaves a value of a shape as it is."""
-    return node.op in _PASS_THROUGH or (node.op == "adaptive_avg_pool2d" and _pair(node.args[1]) == tuple(before[2:]))
+    return node.op in _PASS_THROUGH or (
+        node.op == "adaptive_avg_pool2d" and _pair(node.args[1]) == tuple(before[2:])
+    )
 
 
 def step_layers(step: VaryingStep, points: int, before: Shape) -> list[Layer] | str:
@@ -44,8 +46,12 @@ def step_layers(step: VaryingStep, points: int, before: Shape) -> list[Layer] | 
         return _every_other(node, size)
     if image and node.op == "pad":
         return _more_channels(node, static(node.shape[1]))
-    if image and (_over_pixels(node) or (node.op == "adaptive_avg_pool2d" and _pair(node.args[1]) == (1, 1))):
-        pool = Layer(op="max_pool2d" if node.op == "amax" else "avg_pool2d", geometry={"kernel": _pair(size)})
+    if image and (
+        _over_pixels(node) or (node.op == "adaptive_avg_pool2d" and _pair(node.args[1]) == (1, 1))
+    ):
+        pool = Layer(
+            op="max_pool2d" if node.op == "amax" else "avg_pool2d", geometry={"kernel": _pair(size)}
+        )
         return [pool, Layer(op="flatten")] if rows else [pool]
     if image and node.op in ("max_pool2d", "avg_pool2d"):
         geometry = pooling_of(node, ceil=True)
@@ -71,7 +77,9 @@ def _every_other(node: Node, size: tuple[Any, ...]) -> list[Layer] | str:
     return _parts({axis: np.arange(static(size[axis - 2]))[slice(*bounds[1:])]}, 1, size)
 
 
-def _parts(along: Mapping[int, np.ndarray], features: int, size: tuple[Any, ...]) -> list[Layer] | str:
+def _parts(
+    along: Mapping[int, np.ndarray], features: int, size: tuple[Any, ...]
+) -> list[Layer] | str:
     """Indices along some axes, as layers: some channels; every so many pixels, a pooling whose windows are one pixel."""
     layers = []
     for axis, index in along.items():
@@ -84,13 +92,22 @@ def _parts(along: Mapping[int, np.ndarray], features: int, size: tuple[Any, ...]
         stride = int(index[1] - index[0]) if len(index) > 1 else pixels
         if not np.array_equal(index, np.arange(0, pixels, stride)):
             return _OTHER_PARTS
-        layers.append(Layer(op="avg_pool2d", geometry={"kernel": (1, 1), "stride": (stride, 1) if axis == 2 else (1, stride)}))
+        layers.append(
+            Layer(
+                op="avg_pool2d",
+                geometry={"kernel": (1, 1), "stride": (stride, 1) if axis == 2 else (1, stride)},
+            )
+        )
     return layers
 
 
 def _more_channels(node: Node, channels: int) -> list[Layer] | str:
     """Channels of zeros before and behind those of images."""
-    width, mode, value = argument(node, 1, "pad", []), argument(node, 2, "mode", "constant"), argument(node, 3, "value", None)
+    width, mode, value = (
+        argument(node, 1, "pad", []),
+        argument(node, 2, "mode", "constant"),
+        argument(node, 3, "value", None),
+    )
     if len(width) != 6 or any(width[:4]) or min(width) < 0 or mode != "constant" or value:
         return "adds something else than channels of zeros"
     own = range(channels - width[4] - width[5])
@@ -108,7 +125,11 @@ def _scale_and_shift(step: VaryingStep, points: int) -> list[Layer] | str:
         shape = tuple(entry.shape if isinstance(entry, Tensor) else entry.arrays()[0][0].shape)
         aligned = [1] * (len(node.shape) - len(shape)) + list(shape)
         aligned[axis] = 1
-        if len(aligned) > len(node.shape) or any(size != 1 for size in aligned) or np.prod(shape) not in (1, channels):
+        if (
+            len(aligned) > len(node.shape)
+            or any(size != 1 for size in aligned)
+            or np.prod(shape) not in (1, channels)
+        ):
             return "takes an entry that has other numbers than one for each channel"
         number = vectors_of(step, other, 0.0, points)
     elif isinstance(other, int | float):
@@ -120,9 +141,12 @@ def _scale_and_shift(step: VaryingStep, points: int) -> list[Layer] | str:
     one, none = np.ones_like(number), np.zeros_like(number)
     with np.errstate(divide="ignore"):
         scale, shift = {
-            "mul": (number, none), "div": (1 / number, none), "add": (one, number), "neg": (-one, none),
+            "mul": (number, none),
+            "div": (1 / number, none),
+            "add": (one, number),
+            "neg": (-one, none),
             "sub": (one, -number) if value_first else (-one, number),
-        }[node.op]  # fmt: skip
+        }[node.op]
     wide = tuple(np.broadcast_to(part, (points, channels)) for part in (scale, shift))
     return [Layer(op="affine", norm=(wide[0], wide[1]))]
 
@@ -154,7 +178,14 @@ def _product(node: Node, entries: Sequence[tuple[list[np.ndarray], np.ndarray]])
         return geometry
     (weights, columns), *bias = entries
     biases, bias_columns = bias[0] if bias else ([], None)
-    return Layer(op=node.op, geometry=geometry, weights=weights, columns=columns, biases=biases, bias_columns=bias_columns)
+    return Layer(
+        op=node.op,
+        geometry=geometry,
+        weights=weights,
+        columns=columns,
+        biases=biases,
+        bias_columns=bias_columns,
+    )
 
 
 def features_axis(node: Node) -> int:
@@ -164,15 +195,22 @@ def features_axis(node: Node) -> int:
 
 def folds(before: Layer) -> bool:
     """Whether a norm behind a layer can be part of it."""
-    return before.columns is not None and before.activation == "identity" and before.norm is None and before.adds is None
+    return (
+        before.columns is not None
+        and before.activation == "identity"
+        and before.norm is None
+        and before.adds is None
+    )
 
 
 def affine(step: VaryingStep, points: int) -> tuple[np.ndarray, np.ndarray]:
     """A batch norm with given statistics as scale and shift [points, channels]."""
     mean, var, weight, bias = (
-        vectors_of(step, step.node.args[i], absent, points) for i, absent in ((1, 0.0), (2, 1.0), (3, 1.0), (4, 0.0))
+        vectors_of(step, step.node.args[i], absent, points)
+        for i, absent in ((1, 0.0), (2, 1.0), (3, 1.0), (4, 0.0))
     )
-    with np.errstate(invalid="ignore"):  # extrapolated variances may be negative: NaN, as PyTorch gives
+    # extrapolated variances may be negative: NaN, as PyTorch gives
+    with np.errstate(invalid="ignore"):
         scale = weight / np.sqrt(var + step.node.args[5])
     return scale, bias - mean * scale
 
@@ -180,9 +218,16 @@ def affine(step: VaryingStep, points: int) -> tuple[np.ndarray, np.ndarray]:
 def batch_norm(step: VaryingStep, points: int, place: int) -> Layer:
     """A norm by the statistics of the batch, of the value of layer `place`."""
     node = step.node
-    weight, bias = (vectors_of(step, node.args[i], absent, points) for i, absent in ((1, 1.0), (2, 0.0)))
+    weight, bias = (
+        vectors_of(step, node.args[i], absent, points) for i, absent in ((1, 1.0), (2, 0.0))
+    )
     scale, shift = (np.broadcast_to(v, (points, static(node.shape[1]))) for v in (weight, bias))
-    return Layer(op="batch_norm", reads=place, norm=(scale, shift), geometry={"of": place, "eps": node.args[3]})
+    return Layer(
+        op="batch_norm",
+        reads=place,
+        norm=(scale, shift),
+        geometry={"of": place, "eps": node.args[3]},
+    )
 
 
 def vectors_of(step: VaryingStep, leaf: Any, absent: float, points: int) -> np.ndarray:
@@ -213,7 +258,11 @@ def begin_with_layer(program: Program, chain: Chain, most: float = DEPTH_PER_TER
         return False
     columns = np.stack([term.column for term in chain.terms], axis=1)
     layer = _product(
-        steps[0].node, [([e.contiguous().numpy() for e in es], columns) for es in zip(*(s.entries for s in steps))]
+        steps[0].node,
+        [
+            ([e.contiguous().numpy() for e in es], columns)
+            for es in zip(*(s.entries for s in steps))
+        ],
     )
     if isinstance(layer, str):
         return False
@@ -258,11 +307,16 @@ def pooling_of(node: Node, ceil: bool = False) -> dict[str, Any] | str:
         plain = _pair(argument(node, 4, "dilation", 1)) == (1, 1) and (ceil or not up)
     else:
         up = False
-        by_kernel = argument(node, 5, "count_include_pad", True) and argument(node, 6, "divisor_override", None) is None
+        by_kernel = (
+            argument(node, 5, "count_include_pad", True)
+            and argument(node, 6, "divisor_override", None) is None
+        )
         plain = by_kernel and not argument(node, 4, "ceil_mode", False)
     if not plain:
         return "rounds up, is dilated, or divides in its own way"
-    return {"kernel": _pair(kernel), "stride": _pair(stride), "padding": _pair(padding)} | ({"ceil": True} if up else {})
+    return {"kernel": _pair(kernel), "stride": _pair(stride), "padding": _pair(padding)} | (
+        {"ceil": True} if up else {}
+    )
 
 
 def _blend(entry: Tensor | Moving, points: int) -> tuple[list[np.ndarray], np.ndarray]:
@@ -274,7 +328,9 @@ def _blend(entry: Tensor | Moving, points: int) -> tuple[list[np.ndarray], np.nd
 
 def activation_of(node: Node) -> Stage | None:
     """A node as an activation that the engine and the kernels for GPUs have, if it is one."""
-    if (node.op == "clamp_min" and node.args[1:] == (0,)) or (node.op == "clamp" and not node.kwargs and node.args[1:] == (0,)):
+    if (node.op == "clamp_min" and node.args[1:] == (0,)) or (
+        node.op == "clamp" and not node.kwargs and node.args[1:] == (0,)
+    ):
         return Stage("relu")
     if node.op in ("relu", "tanh", "silu", "sigmoid"):
         return Stage(node.op)

@@ -1,9 +1,10 @@
 """Which steps of a segment the C++ engine can run together, and how they look to it.
 
-A region is a run of steps that the engine knows, of which only the last one's value is needed outside. Its values are
-images and rows, in any order of reading: a value may be read twice and added later, as in residual networks. Where all of
-a segment's steps are one region, the engine runs the segment down to the sums of the head; any others are run one by one
-between the steps that are left to the reference backend.
+A region is a run of steps that the engine knows, of which only the last one's value is needed
+outside. Its values are images and rows, in any order of reading: a value may be read twice and
+added later, as in residual networks. Where all of a segment's steps are one region, the engine runs
+the segment down to the sums of the head; any others are run one by one between the steps that are
+left to the reference backend.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ from modeconn.capture.graph import In, Node
 from modeconn.capture.ops import mkl_falls_behind
 from modeconn.plan.program import Combination, Program, Segment, Varying, VaryingStep
 
-# "auto" leaves a region to the reference backend where it does fewer operations per number that it takes or gives: bringing
-# them into the engine's layout and back then costs more than is saved.
+# "auto" leaves a region to the reference backend where it does fewer operations per number that it
+# takes or gives: bringing them into the engine's layout and back then costs more than is saved.
 _WORTH = 64.0
-# The same where it has no convolution: PyTorch's products of matrices are as fast as the engine's, unless MKL leaves out
-# instructions that the CPU has, and only the values between the layers stay nearer.
+# The same where it has no convolution: PyTorch's products of matrices are as fast as the engine's,
+# unless MKL leaves out instructions that the CPU has, and only the values between the layers stay
+# nearer.
 _WORTH_OF_LINEARS = 2048.0
-# And where it has fewer layers with weights than this, or less than this share of its segment's arithmetic.
+# And where it has fewer layers with weights than this, or less than this share of its segment's
+# arithmetic.
 _LAYERS, _SHARE = 2, 0.05
 
 
@@ -53,7 +56,9 @@ class Region:
         flops = sum(step.flops for step in steps)
         layers = sum(layer.columns is not None for layer in self.chain.layers)
         faster = mkl_falls_behind() or any(step.node.op == "conv2d" for step in steps)
-        worth = flops >= (_WORTH if faster else _WORTH_OF_LINEARS) * (self.chain.numbers + steps[-1].numbers)
+        worth = flops >= (_WORTH if faster else _WORTH_OF_LINEARS) * (
+            self.chain.numbers + steps[-1].numbers
+        )
         return layers >= _LAYERS and worth and flops >= _SHARE * segment.flops
 
 
@@ -118,7 +123,8 @@ class Builder:
     """Turns steps from `start` on into a chain, one after the other.
 
     Args:
-        plain: for a kernel that has no activations and norms but those of `activation_of` and behind layers.
+        plain: for a kernel that has no activations and norms but those of `activation_of` and
+            behind layers.
     """
 
     def __init__(self, program: Program, segment: Segment, start: int, plain: bool = False) -> None:
@@ -126,13 +132,20 @@ class Builder:
         self._depth: float = math.inf if plain else DEPTH_PER_TERM
         self._activation = activation_of if plain else engine_activation
         self.chain = Chain(())
-        self._images: bool | None = None  # whether the chain begins with images; None: it has not begun
-        self._place: dict[int, int] = {}  # step → the layer that gives its value, -1 for the chain's own terms
-        self._alone: dict[int, bool] = {}  # step → whether only the next step that asks for it reads it
+        # whether the chain begins with images; None: it has not begun
+        self._images: bool | None = None
+        # step → the layer that gives its value, -1 for the chain's own terms
+        self._place: dict[int, int] = {}
+        # step → whether only the next step that asks for it reads it
+        self._alone: dict[int, bool] = {}
         self._sources: dict[object, int] = {}
         self._shape: tuple[str, ...] | None = None  # what all rows have in front of their features
-        self._reads = Counter(i for step in segment.steps for i in step.inputs if isinstance(i, int))
-        self._reads.update(form.step for form in segment.outputs.values() if isinstance(form, Varying))
+        self._reads = Counter(
+            i for step in segment.steps for i in step.inputs if isinstance(i, int)
+        )
+        self._reads.update(
+            form.step for form in segment.outputs.values() if isinstance(form, Varying)
+        )
 
     def ends(self, last: int) -> bool:
         """Whether, of the steps so far, nobody outside needs another value than that of the last."""
@@ -206,7 +219,11 @@ class Builder:
         """A sum of two values: with the later of them, if that is a layer's and nobody else needs it, or on its own."""
         node = step.node
         shapes = [list(map(str, self.program.graph.nodes[i].shape)) for i in node.inputs]
-        if node.kwargs or node.args not in ((In(0), In(1)), (In(1), In(0))) or shapes[0] != shapes[1]:
+        if (
+            node.kwargs
+            or node.args not in ((In(0), In(1)), (In(1), In(0)))
+            or shapes[0] != shapes[1]
+        ):
             return "is no plain sum of two values of one shape"
         reason, places = self._read_all(step.inputs)
         if reason:
@@ -214,8 +231,19 @@ class Builder:
         later, other = max(places), min(places)
         owner = step.inputs[places.index(later)]
         layer = self.chain.layers[later] if later >= 0 else None
-        free = layer is not None and layer.sums and layer.activation == "identity" and layer.adds is None
-        if layer is not None and free and other < later and isinstance(owner, int) and self._alone.get(owner, False):
+        free = (
+            layer is not None
+            and layer.sums
+            and layer.activation == "identity"
+            and layer.adds is None
+        )
+        if (
+            layer is not None
+            and free
+            and other < later
+            and isinstance(owner, int)
+            and self._alone.get(owner, False)
+        ):
             layer.adds = other
         else:
             later = self._append(Layer(op="add", inputs=tuple(places)))
@@ -228,7 +256,11 @@ class Builder:
         shapes = [[str(size) for size in self._nodes(value)[0].shape] for value in step.inputs]
         gate = [*shape[:2], "1", "1"] if len(shape) == 4 else shape
         values = step.inputs if shapes[0] == shape else step.inputs[::-1]
-        if step.node.kwargs or shape not in shapes or not all(other in (shape, gate) for other in shapes):
+        if (
+            step.node.kwargs
+            or shape not in shapes
+            or not all(other in (shape, gate) for other in shapes)
+        ):
             return "is no product of two values of one shape, or with one for each channel"
         reason, places = self._read_all(values)
         if not reason:
@@ -240,7 +272,9 @@ class Builder:
         values, *axis = step.node.args
         axes = len(step.node.shape)
         given = axis[0] if axis else step.node.kwargs.get("dim", 0)
-        if tuple(values) != tuple(map(In, range(len(step.inputs)))) or given % axes != features_axis(step.node):
+        if tuple(values) != tuple(
+            map(In, range(len(step.inputs)))
+        ) or given % axes != features_axis(step.node):
             return "puts other things side by side than channels"
         reason, places = self._read_all(step.inputs)
         if not reason:
@@ -257,7 +291,11 @@ class Builder:
     def _nodes(self, value: Combination | int) -> list[Node]:
         """What gives a value: a step, or the shared values that are combined."""
         shared = self.program.shared
-        return [self.segment.steps[value].node] if isinstance(value, int) else [shared[t.value].node for t in value.terms]
+        return (
+            [self.segment.steps[value].node]
+            if isinstance(value, int)
+            else [shared[t.value].node for t in value.terms]
+        )
 
     def _read(self, value: Combination | int) -> tuple[str, int]:
         """Where the engine has what a step reads; or why it cannot have it."""
@@ -288,7 +326,9 @@ class Builder:
     def _source(self, given: Chain, image: bool) -> tuple[str, int]:
         """Begin the chain with some terms or an earlier step's value, or take them up later."""
         steps = (
-            [self.segment.steps[given.step]] if given.step is not None else [self.program.shared[t.value] for t in given.terms]
+            [self.segment.steps[given.step]]
+            if given.step is not None
+            else [self.program.shared[t.value] for t in given.terms]
         )
         self.chain.numbers += sum(step.numbers for step in steps)
         if self._images is None:

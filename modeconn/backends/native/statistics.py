@@ -1,7 +1,8 @@
 """The statistics of a batch for every norm of a network in training mode, at all points of a path.
 
-`statistics.training_graph` makes the graph whose output they are. The C++ engine runs it where all of it is a chain of the
-engine's steps; anything else is run as the reference backend runs any graph.
+`statistics.training_graph` makes the graph whose output they are. The C++ engine runs it where all
+of it is a chain of the engine's steps; anything else is run as the reference backend runs any
+graph.
 """
 
 from __future__ import annotations
@@ -65,15 +66,25 @@ class NativeStatistics(BatchStatistics):
         given = given_values(values, self._dtype)
         terms, columns = given(chain.terms, None)
         table = native.extension().chain_statistics(
-            terms, columns, [layer.at(points, given) for layer in chain.layers], activation=chain.start.activation,
-            slope=chain.start.slope, threads=torch.get_num_threads(),
-        )  # fmt: skip
+            terms,
+            columns,
+            [layer.at(points, given) for layer in chain.layers],
+            activation=chain.start.activation,
+            slope=chain.start.slope,
+            threads=torch.get_num_threads(),
+        )
         of_norm = found.split(torch.from_numpy(table))
         pairs = []
         for pair in self.program.graph.output:
             forms = [segment.outputs[leaf.index] for leaf in pair]
-            moving = [segment.steps[form.step].inputs[0] for form in forms if isinstance(form, Varying)]
-            pairs.append(of_norm[moving[0]] if moving else tuple(_combined(form, values, points.stop) for form in forms))
+            moving = [
+                segment.steps[form.step].inputs[0] for form in forms if isinstance(form, Varying)
+            ]
+            pairs.append(
+                of_norm[moving[0]]
+                if moving
+                else tuple(_combined(form, values, points.stop) for form in forms)
+            )
         return pairs
 
 
@@ -88,8 +99,11 @@ class TrainingChain(Builder):
     def __init__(self, program: Program, segment: Segment) -> None:
         super().__init__(program, segment, 0)
         self.norms: dict[int, Layer] = {}
-        self._signs: dict[int, np.ndarray] = {}  # of the norms whose input was given with the other sign
-        self.reason = next(filter(None, (self.add(index) for index in range(len(segment.steps)))), "")
+        # of the norms whose input was given with the other sign
+        self._signs: dict[int, np.ndarray] = {}
+        self.reason = next(
+            filter(None, (self.add(index) for index in range(len(segment.steps)))), ""
+        )
         if not self.reason:
             self._pool_first()
 
@@ -107,9 +121,12 @@ class TrainingChain(Builder):
     def split(self, table: Tensor) -> dict[object, tuple[Tensor, ...]]:
         """What the engine returned, [T, 2, channels of all norms], by the norms' steps: means and variances [T, channels]."""
         rows = {step for step in self.norms if len(self.segment.steps[step].node.shape) == 2}
-        steps = sorted(self.norms, key=lambda step: (step in rows, self._place[step]))  # the engine's order
+        # the engine's order
+        steps = sorted(self.norms, key=lambda step: (step in rows, self._place[step]))
         sizes = [static(self.segment.steps[step].node.shape[1]) for step in steps]
-        found: dict[object, tuple[Tensor, ...]] = {s: part.unbind(1) for s, part in zip(steps, table.split(sizes, dim=2))}
+        found: dict[object, tuple[Tensor, ...]] = {
+            s: part.unbind(1) for s, part in zip(steps, table.split(sizes, dim=2))
+        }
         for step, signs in self._signs.items():
             mean, variance = found[step]
             found[step] = mean * torch.from_numpy(signs), variance
@@ -130,8 +147,8 @@ class TrainingChain(Builder):
     def _pool_first(self) -> None:
         """Take a maximum that follows a norm before it, so that only what is left waits for the statistics.
 
-        Where the norm's scale is positive, the greatest of its values comes from its greatest input. Where it is negative,
-        the layer before gives its values with the other sign.
+        Where the norm's scale is positive, the greatest of its values comes from its greatest
+        input. Where it is negative, the layer before gives its values with the other sign.
         """
         layers = self.chain.layers
         for step, norm in self.norms.items():
@@ -151,7 +168,12 @@ class TrainingChain(Builder):
         if (signs > 0).all():
             return True
         before = self.chain.layers[norm.reads] if norm.reads >= 0 else Layer()
-        free = before.columns is not None and before.norm is None and before.adds is None and before.activation == "identity"
+        free = (
+            before.columns is not None
+            and before.norm is None
+            and before.adds is None
+            and before.activation == "identity"
+        )
         if not free or len(self._readers(norm.reads)) > 1:
             return False
         before.norm, norm.norm = (signs, np.zeros_like(signs)), (scale * signs, shift)
@@ -160,10 +182,16 @@ class TrainingChain(Builder):
 
     def _readers(self, place: int) -> list[int]:
         """The layers that take a layer's value."""
-        return [i for i, layer in enumerate(self.chain.layers) if place in (layer.reads, layer.adds, *layer.inputs)]
+        return [
+            i
+            for i, layer in enumerate(self.chain.layers)
+            if place in (layer.reads, layer.adds, *layer.inputs)
+        ]
 
 
-def make_statistics(backend: str, program: Program, dtype: torch.dtype, device: torch.device) -> BatchStatistics:
+def make_statistics(
+    backend: str, program: Program, dtype: torch.dtype, device: torch.device
+) -> BatchStatistics:
     """The engine where the backend asked for is "auto" or "native" and it can be had, else plain PyTorch."""
     wanted = backend in ("auto", "native") and device.type == "cpu" and native.available()
     return (NativeStatistics if wanted else BatchStatistics)(program, dtype, device)
@@ -173,4 +201,6 @@ def _combined(form: Form, values: Values, points: int) -> Tensor:
     """Statistics that are a combination of shared ones, at every point."""
     assert isinstance(form, Combination)
     terms = [values[term.value] for term in form.terms]
-    return torch.stack([blend(terms, [term.column[point] for term in form.terms]) for point in range(points)])
+    return torch.stack(
+        [blend(terms, [term.column[point] for term in form.terms]) for point in range(points)]
+    )

@@ -1,9 +1,10 @@
 """The Triton backend: a segment's steps for many points at once, by the kernels of `modeconn.kernels`.
 
-Each segment is looked at once (backends/triton/segment.py). Then, batch by batch, its points go through in chunks that fit the device's
-free memory: a linear layer, say, is one launch for all points of a chunk. Weights of a point exist only inside the kernels,
-or for a chunk; logits never leave them. What has no kernel is PyTorch's, for all points of the chunk where it can be.
-With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly, for tests.
+Each segment is looked at once (backends/triton/segment.py). Then, batch by batch, its points go
+through in chunks that fit the device's free memory: a linear layer, say, is one launch for all
+points of a chunk. Weights of a point exist only inside the kernels, or for a chunk; logits never
+leave them. What has no kernel is PyTorch's, for all points of the chunk where it can be. With
+TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from modeconn.plan.program import Combination, Program, Segment, Term, Varying
 
 # Layers of no more units than this can be one kernel with the loss.
 _WIDEST = 256
-# Of the free memory, what the values of a chunk may take; the rest is for weights formed for a chunk, and the next batch.
+# Of the free memory, what the values of a chunk may take; the rest is for weights formed for a
+# chunk, and the next batch.
 _SHARE = 0.5
 # Kernels count the numbers of a tensor in 32 bits.
 _MOST_NUMBERS = (1 << 31) - 1
-# Work whose values are no more numbers than this is small: starting its kernels may take longer than they run.
+# Work whose values are no more numbers than this is small: starting its kernels may take longer
+# than they run.
 _SMALL = 1 << 24
 # Points of a chunk, at most: progress moves after each.
 _MOST_POINTS = 256
@@ -50,18 +53,24 @@ class TritonBackend(ReferenceBackend):
         program: what to run.
         dtype, device: of the computation, float32 on a CUDA device.
         precision: of products: "float32", "tf32" or "bf16"; sums are of float32 always.
-        gradients: whether outputs are differentiated; then kernels run linear layers alone, and weights are read anew for
-            each batch.
+        gradients: whether outputs are differentiated; then kernels run linear layers alone, and
+            weights are read anew for each batch.
 
     Raises:
-        CannotRun: no CUDA device or no Triton, float64, or nothing in the program that there is a kernel for.
+        CannotRun: no CUDA device or no Triton, float64, or nothing in the program that there is a
+            kernel for.
     """
 
     name = "triton"
 
     def __init__(
-        self, program: Program, dtype: torch.dtype, device: torch.device, precision: str = "float32", gradients: bool = False
-    ) -> None:  # fmt: skip
+        self,
+        program: Program,
+        dtype: torch.dtype,
+        device: torch.device,
+        precision: str = "float32",
+        gradients: bool = False,
+    ) -> None:
         super().__init__(program, dtype, device)
         reason = why_not(dtype, device)
         if reason:
@@ -70,20 +79,36 @@ class TritonBackend(ReferenceBackend):
         record = replay.recorder(device)
         self._replays = None if record is None else replay.Replays(record)
         self._budget = MEMORY_BUDGET
-        self._plans = {s.index: _SegmentPlan(program, s, device, precision, gradients) for s in program.segments}
+        self._plans = {
+            s.index: _SegmentPlan(program, s, device, precision, gradients)
+            for s in program.segments
+        }
         if not any(plan.kernels for plan in self._plans.values()):
-            raise CannotRun("triton", "nothing that moves with t is a layer that there is a kernel for")
+            raise CannotRun(
+                "triton", "nothing that moves with t is a layer that there is a kernel for"
+            )
         self._kept = self._kept.union(*(plan.steps.kept for plan in self._plans.values()))
         kept = [program.shared[number].node for number in self._kept]
-        self._by_rows = not program.graph.mixes_rows and all(str(node.shape[0]) == "N" for node in kept if node.batched)
+        self._by_rows = not program.graph.mixes_rows and all(
+            str(node.shape[0]) == "N" for node in kept if node.batched
+        )
 
     def most_rows(self, budget: int) -> int:
         self._budget = budget
         return super().most_rows(max(budget, int(self._free() / 4)))
 
-    def sums(self, segment: Segment, values: Values, targets: Tensor, head: Head, tick: Callable[..., None]) -> Tensor:
+    def sums(
+        self,
+        segment: Segment,
+        values: Values,
+        targets: Tensor,
+        head: Head,
+        tick: Callable[..., None],
+    ) -> Tensor:
         plan = self._plans[segment.index]
-        tail = plan.tail if plan.tail is not None and _stands_in(head, plan.classes, targets) else None
+        tail = (
+            plan.tail if plan.tail is not None and _stands_in(head, plan.classes, targets) else None
+        )
         schedule = plan.body if tail is not None else plan.whole
         count = plan.different if tail is not None else len(segment.rows)
         sums = head.zeros(count, targets.device)
@@ -92,15 +117,22 @@ class TritonBackend(ReferenceBackend):
             if tail is None:
                 schedule.run(scope)
                 for point, output in enumerate(plan.outputs(scope)):
-                    sums[points.start + point] += head.sums(self.program.graph.fill_output(output), targets[rows])
+                    sums[points.start + point] += head.sums(
+                        self.program.graph.fill_output(output), targets[rows]
+                    )
             else:
                 part = self._part(plan, tail, scope, labels, rows, top5="top5_error" in head.names)
                 sums[points] += torch.stack([part[:, _SUMS[name]] for name in head.names], 1)
             if rows.stop == len(targets):
-                tick(points.stop * len(segment.rows) // count - points.start * len(segment.rows) // count)
+                tick(
+                    points.stop * len(segment.rows) // count
+                    - points.start * len(segment.rows) // count
+                )
         return sums if count == len(segment.rows) else sums[plan.place]
 
-    def _part(self, plan: _SegmentPlan, tail: Tail, scope: Scope, labels: _Labels, rows: slice, top5: bool) -> Tensor:
+    def _part(
+        self, plan: _SegmentPlan, tail: Tail, scope: Scope, labels: _Labels, rows: slice, top5: bool
+    ) -> Tensor:
         """The kernels' sums for a chunk of points and a block of rows, float64 [T, 3]; by a recording where that pays."""
 
         def work(scope: Scope, labels: _Labels, rows: slice) -> Tensor:
@@ -108,18 +140,32 @@ class TritonBackend(ReferenceBackend):
             return _loss(tail, scope, labels, rows, top5=top5, precision=plan.steps.precision)
 
         values = list(scope.shared.values())
-        small = scope.rows * (scope.points.stop - scope.points.start) * max(plan.body.numbers, 1.0) <= _SMALL
-        if self._replays is None or not small or labels.targets.dim() > 1 or not all(isinstance(v, Tensor) for v in values):
+        small = (
+            scope.rows * (scope.points.stop - scope.points.start) * max(plan.body.numbers, 1.0)
+            <= _SMALL
+        )
+        if (
+            self._replays is None
+            or not small
+            or labels.targets.dim() > 1
+            or not all(isinstance(v, Tensor) for v in values)
+        ):
             return work(scope, labels, rows)
 
         def again(given: Sequence[Tensor]) -> Tensor:
             shared = dict(zip(scope.shared, given))
-            return work(Scope(scope.points, scope.rows, scope.columns, shared), _Labels(given[-1]), slice(None))
+            return work(
+                Scope(scope.points, scope.rows, scope.columns, shared),
+                _Labels(given[-1]),
+                slice(None),
+            )
 
         key = (plan.steps.segment.index, scope.points.start, scope.points.stop, top5)
         return self._replays.run(key, again, [*values, labels.targets[rows]])
 
-    def all_outputs(self, segment: Segment, values: Values, rows: int) -> Iterator[tuple[int, slice, Any]]:
+    def all_outputs(
+        self, segment: Segment, values: Values, rows: int
+    ) -> Iterator[tuple[int, slice, Any]]:
         plan = self._plans[segment.index]
         for points, block, scope in self._scopes(plan, plan.whole, len(segment.rows), values, rows):
             plan.whole.run(scope)
@@ -132,7 +178,10 @@ class TritonBackend(ReferenceBackend):
         """Chunks of points, and blocks of rows where a single point is too large."""
         item = torch.finfo(torch.float32).bits // 8
         per_row = max(schedule.numbers, 1.0)
-        at_once = min(int(_SHARE * self._free() / (item * per_row)), int(_MOST_NUMBERS / max(schedule.widest, 1.0)))
+        at_once = min(
+            int(_SHARE * self._free() / (item * per_row)),
+            int(_MOST_NUMBERS / max(schedule.widest, 1.0)),
+        )
         step = max(1, min(rows, at_once)) if self._by_rows else rows
         chunk = max(1, min(count, at_once // max(rows, 1), _MOST_POINTS))
         blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -141,12 +190,18 @@ class TritonBackend(ReferenceBackend):
         for start in range(0, count, chunk):
             points = slice(start, min(start + chunk, count))
             for block, here, stack in zip(blocks, cut, stacked):
-                yield points, block, Scope(points, block.stop - block.start, plan.steps.columns, here, stack)
+                yield (
+                    points,
+                    block,
+                    Scope(points, block.stop - block.start, plan.steps.columns, here, stack),
+                )
 
     def _cut(self, values: Values, block: slice) -> Values:
         nodes = {number: self.program.shared[number].node for number in values}
         return {
-            number: pytree.tree_map(lambda part: part[block], value) if nodes[number].batched else value
+            number: pytree.tree_map(lambda part: part[block], value)
+            if nodes[number].batched
+            else value
             for number, value in values.items()
         }
 
@@ -154,7 +209,9 @@ class TritonBackend(ReferenceBackend):
         """Bytes that are free on the device; under the interpreter the caller's budget."""
         if self._device.type != "cuda":
             return self._budget
-        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
+            self._device
+        )
         return float(torch.cuda.mem_get_info(self._device)[0] + cached)
 
 
@@ -162,17 +219,24 @@ class _SegmentPlan:
     """How a segment runs: all of its steps (`whole`), or those before the layers that are one kernel with the loss (`body`).
 
     Attributes:
-        different: points with outputs of their own; the others have those of an equal point, at `place`.
+        different: points with outputs of their own; the others have those of an equal point, at
+            `place`.
         classes: shape of the output, of class logits.
         kernels: whether any kernel has a part in it.
     """
 
     def __init__(
-        self, program: Program, segment: Segment, device: torch.device, precision: str, gradients: bool
-    ) -> None:  # fmt: skip
+        self,
+        program: Program,
+        segment: Segment,
+        device: torch.device,
+        precision: str,
+        gradients: bool,
+    ) -> None:
         self.steps = Steps(program, segment, device, precision, gradients)
         self.forms = {
-            node: self.steps.source(form.step) if isinstance(form, Varying) else form for node, form in segment.outputs.items()
+            node: self.steps.source(form.step) if isinstance(form, Varying) else form
+            for node, form in segment.outputs.items()
         }
         self.whole = Schedule(self.steps, list(self.forms.values()))
         self.tail, self.different = find_tail(self.steps, _WIDEST), len(segment.rows)
@@ -185,14 +249,23 @@ class _SegmentPlan:
             self.body = Schedule(self.steps, [self.tail.reads])
             self.classes = program.graph.nodes[program.graph.tensor_output].shape  # type: ignore[index]
             reads = self.tail.reads
-        of_tail = self.tail is not None and (bool(self.tail.layers) or isinstance(reads, Combination))
+        of_tail = self.tail is not None and (
+            bool(self.tail.layers) or isinstance(reads, Combination)
+        )
         self.kernels = of_tail or any(call.kernel for call in self.whole.calls)
 
     def _merge_equal_points(self, tail: Tail) -> None:
         terms = tail.reads.terms  # type: ignore[union-attr]
-        columns, place = np.unique(np.stack([term.column for term in terms], 1), axis=0, return_inverse=True)
-        self.different, self.place = len(columns), torch.from_numpy(place.reshape(-1)).to(self.steps.device)
-        tail.reads = Combination(tuple(Term(term.value, column) for term, column in zip(terms, columns.T)))
+        columns, place = np.unique(
+            np.stack([term.column for term in terms], 1), axis=0, return_inverse=True
+        )
+        self.different, self.place = (
+            len(columns),
+            torch.from_numpy(place.reshape(-1)).to(self.steps.device),
+        )
+        tail.reads = Combination(
+            tuple(Term(term.value, column) for term, column in zip(terms, columns.T))
+        )
 
     def outputs(self, scope: Scope) -> Iterator[dict[int, Any]]:
         """The values that the output is made of, point by point."""
@@ -217,7 +290,8 @@ class _Labels:
         if labels.dim() == 1:
             return x, labels
         tensor = x.tensors if isinstance(x, Blended) else x
-        tensor = tensor.narrow(-2, 0, labels.shape[1]).flatten(-3, -2)  # a text's last token predicts nothing
+        # a text's last token predicts nothing
+        tensor = tensor.narrow(-2, 0, labels.shape[1]).flatten(-3, -2)
         labels = labels.flatten()
         if self.kept is not None:
             which = self.kept[rows].flatten()
@@ -236,13 +310,19 @@ def _loss(tail: Tail, scope: Scope, labels: _Labels, rows: slice, **options: Any
         logits = x[None] if isinstance(x, Tensor) and x.dim() == 2 else x
         of_logits: Tensor = path_cross_entropy(logits, None, None, targets, **options)
         return of_logits
-    layers = [(layer.weight.blended(scope.points), layer.bias and layer.bias.blended(scope.points)) for layer in tail.layers]
+    layers = [
+        (layer.weight.blended(scope.points), layer.bias and layer.bias.blended(scope.points))
+        for layer in tail.layers
+    ]
     if len(layers) == 1:
         of_layer: Tensor = path_cross_entropy(x, *layers[0], targets, **options)
         return of_layer
     from modeconn.kernels.path_mlp import PathLayer, path_mlp
 
-    chain = [PathLayer(weight, bias, layer.activation, layer.slope) for (weight, bias), layer in zip(layers, tail.layers)]
+    chain = [
+        PathLayer(weight, bias, layer.activation, layer.slope)
+        for (weight, bias), layer in zip(layers, tail.layers)
+    ]
     of_chain: Tensor = path_mlp(x, chain, targets, **options)
     return of_chain
 

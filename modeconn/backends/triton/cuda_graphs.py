@@ -1,7 +1,8 @@
 """CUDA graphs: work that is the same for batch after batch of one shape, recorded once and then replayed.
 
-With small networks and batches, starting the kernels one by one takes longer than they run; a graph starts them all at once.
-Nothing here waits for the device. Recording is off until a measurement says that it wins: MODECONN_CUDA_GRAPHS=1 turns it on.
+With small networks and batches, starting the kernels one by one takes longer than they run; a graph
+starts them all at once. Nothing here waits for the device. Recording is off until a measurement
+says that it wins: MODECONN_CUDA_GRAPHS=1 turns it on.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 Work = Callable[[Sequence[Tensor]], Tensor]
-# Records what a function does to memory that stays where it is; what it gives does it again, into the same result.
+# Records what a function does to memory that stays where it is; what it gives does it again, into
+# the same result.
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
-# Recording pays after so many batches of a shape; the first ones also compile kernels and choose among configurations.
+# Recording pays after so many batches of a shape; the first ones also compile kernels and choose
+# among configurations.
 _BEFORE = 3
 # Recordings of one evaluation, at most: each holds its own memory.
 _MOST = 32
@@ -71,7 +74,8 @@ class Replays:
         """What `work` gives for these inputs; to be used before the next call, which may write over it.
 
         Args:
-            key: names the work: with equal keys it differs in the inputs alone, which are read and not kept.
+            key: names the work: with equal keys it differs in the inputs alone, which are read and
+                not kept.
         """
         key = (key, *((tuple(x.shape), x.stride(), x.dtype) for x in inputs))
         seen = self._seen.setdefault(key, _Seen())

@@ -1,7 +1,7 @@
 """Calls of the GPU kernels for a chunk of points at once; what goes together is fused.
 
-A linear layer takes its activation along; a convolution its batch norm, a residual sum and its activation; a combination is
-added up by the layer that reads it.
+A linear layer takes its activation along; a convolution its batch norm, a residual sum and its
+activation; a combination is added up by the layer that reads it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from modeconn.capture.graph import In, Node
 from modeconn.kernels.blended import Blended
 from modeconn.plan.program import Blend, Combination, Term
 
-# A combination of more values than this is added up once, not by each tile of a kernel that reads it.
+# A combination of more values than this is added up once, not by each tile of a kernel that reads
+# it.
 _MOST_TERMS = 4
 
 
@@ -103,7 +104,10 @@ class Schedule:
         calls = [self._call(index) for index in sorted(self._readers) if index not in self._taken]
         self.calls = sorted(calls, key=lambda call: call.step)
         last = {i: n for n, call in enumerate(self.calls) for i in call.reads if isinstance(i, int)}
-        self.drops = [[i for i, n in last.items() if n == at and i not in self._wanted] for at in range(len(self.calls))]
+        self.drops = [
+            [i for i, n in last.items() if n == at and i not in self._wanted]
+            for at in range(len(self.calls))
+        ]
         self.numbers = self._most_alive()
         self.widest = max((call.numbers for call in self.calls), default=0.0)
 
@@ -124,7 +128,7 @@ class Schedule:
             alive -= set(drops)
         return most
 
-    # -- one call ---------------------------------------------------------------------------------------------------
+    # -- one call ----------------------------------------------------------------------------------
 
     def _call(self, index: int) -> Call:
         steps, step = self._steps, self._steps.steps[index]
@@ -132,7 +136,9 @@ class Schedule:
         if step.combine is not None:
             form = step.combine
             first = None if steps.gradients else self._first_convolution(index)
-            return first or Call(index, (form,), lambda scope: scope.read(form), numbers=step.numbers)
+            return first or Call(
+                index, (form,), lambda scope: scope.read(form), numbers=step.numbers
+            )
         if is_linear(step):
             return self._linear(index)
         if steps.gradients:  # the other kernels have no backward
@@ -140,7 +146,11 @@ class Schedule:
         if is_product(step) and convolution(node) is not None:
             weight, bias = weight_and_bias(steps, step)
             return self._convolution(index, node, weight, bias, steps.inputs(index)[0])
-        if node.op in ("max_pool2d", "avg_pool2d") and len(node.shape) == 4 and isinstance(pooling_of(node), dict):
+        if (
+            node.op in ("max_pool2d", "avg_pool2d")
+            and len(node.shape) == 4
+            and isinstance(pooling_of(node), dict)
+        ):
             return self._pool(index)
         if node.op == "batch_norm" and len(step.inputs) == 1:
             return self._scaled(index)
@@ -159,9 +169,15 @@ class Schedule:
         def do(scope: Scope) -> Value:
             values = [scope.read(operand) for operand in reads]
             first = values[0] if len(values) == 1 else None
-            if activation is not None and isinstance(first, Combined) and first.activation == "identity":
+            if (
+                activation is not None
+                and isinstance(first, Combined)
+                and first.activation == "identity"
+            ):
                 return Combined(first.blended, activation.activation, activation.slope)
-            return run(step.node, shapes, list(map(formed, values)), weights, scope.points, scope.rows)
+            return run(
+                step.node, shapes, list(map(formed, values)), weights, scope.points, scope.rows
+            )
 
         return Call(index, reads, do, numbers=step.numbers)
 
@@ -177,14 +193,21 @@ class Schedule:
             x, options = as_read(scope.read(read))
             x, before = as_matrix(x, len(step.node.shape))
             out = path_linear(
-                x, weight.blended(scope.points), bias and bias.blended(scope.points), activation=activation, slope=slope,
-                precision=steps.precision, **options,
-            )  # fmt: skip
+                x,
+                weight.blended(scope.points),
+                bias and bias.blended(scope.points),
+                activation=activation,
+                slope=slope,
+                precision=steps.precision,
+                **options,
+            )
             return AtPoints(out.unflatten(1, before))
 
         return Call(last, (read,), do, kernel=True, numbers=step.numbers)
 
-    def _convolution(self, index: int, node: Node, weight: Weight, bias: Weight | None, read: Operand) -> Call:
+    def _convolution(
+        self, index: int, node: Node, weight: Weight, bias: Weight | None, read: Operand
+    ) -> Call:
         from modeconn.kernels.path_conv2d import path_conv2d
 
         steps = self._steps
@@ -206,10 +229,18 @@ class Schedule:
                 options |= {"scale": norm[0][scope.points], "shift": norm[1][scope.points]}
             if other is not None:
                 options["residual"] = at_points(scope.read(other), scope.points)
-            return AtPoints(path_conv2d(
-                x, weight.blended(scope.points), bias and bias.blended(scope.points), activation=activation, slope=slope,
-                precision=steps.precision, **geometry, **options,
-            ))  # fmt: skip
+            return AtPoints(
+                path_conv2d(
+                    x,
+                    weight.blended(scope.points),
+                    bias and bias.blended(scope.points),
+                    activation=activation,
+                    slope=slope,
+                    precision=steps.precision,
+                    **geometry,
+                    **options,
+                )
+            )
 
         reads = (read,) if other is None else (read, other)
         return Call(last, reads, do, kernel=True, numbers=steps.steps[index].numbers)
@@ -223,7 +254,10 @@ class Schedule:
         terms = step.combine.terms  # type: ignore[union-attr]
         shared = [steps.program.shared[term.value] for term in terms]
         node, columns = shared[0].node, tuple(term.column for term in terms)
-        same = len({(each.node.id, each.inputs) for each in shared}) == 1 and len(shared[0].inputs) == 1
+        same = (
+            len({(each.node.id, each.inputs) for each in shared}) == 1
+            and len(shared[0].inputs) == 1
+        )
         if not same or convolution(node) is None:
             return None
         sets = zip(*(each.entries for each in shared))
@@ -231,7 +265,9 @@ class Schedule:
         (value,) = shared[0].inputs
         steps.kept.add(value)
         read = Combination((Term(value, np.ones(steps.count)),))
-        return self._convolution(index, node, entries[0], entries[1] if len(entries) > 1 else None, read)
+        return self._convolution(
+            index, node, entries[0], entries[1] if len(entries) > 1 else None, read
+        )
 
     def _pool(self, index: int) -> Call:
         from modeconn.kernels.path_pool2d import path_pool2d
@@ -242,7 +278,9 @@ class Schedule:
         kind = step.node.op.removesuffix("_pool2d")
 
         def do(scope: Scope) -> Value:
-            return AtPoints(path_pool2d(at_points(scope.read(reads[0]), scope.points), kind, **geometry))
+            return AtPoints(
+                path_pool2d(at_points(scope.read(reads[0]), scope.points), kind, **geometry)
+            )
 
         return Call(index, reads, do, kernel=True, numbers=step.numbers)
 
@@ -252,7 +290,9 @@ class Schedule:
         steps, step = self._steps, self._steps.steps[index]
         node, reads = step.node, steps.inputs(index)
         weight = steps.weight(step, argument(node, 2, "weight", None))
-        bias = steps.weight(step, argument(node, 3, "bias", None)) if node.op == "layer_norm" else None
+        bias = (
+            steps.weight(step, argument(node, 3, "bias", None)) if node.op == "layer_norm" else None
+        )
         default = 1e-5 if node.op == "layer_norm" else None
         eps = argument(node, 4 if node.op == "layer_norm" else 3, "eps", default)
         if weight is None or eps is None:
@@ -275,19 +315,25 @@ class Schedule:
 
         def do(scope: Scope) -> Value:
             value = formed(scope.read(reads[0])).value
-            here = [v[scope.points].view(-1, 1, v.shape[1], *[1] * (rank - 2)) for v in (shift, scale)]
+            here = [
+                v[scope.points].view(-1, 1, v.shape[1], *[1] * (rank - 2)) for v in (shift, scale)
+            ]
             return AtPoints(torch.addcmul(here[0], value, here[1]))
 
         return Call(index, reads, do, numbers=step.numbers)
 
-    # -- what follows -----------------------------------------------------------------------------------------------
+    # -- what follows ------------------------------------------------------------------------------
 
     def _only_reader(self, index: int) -> int | None:
         """The one step that reads a value and may be fused with it."""
         if index in self._wanted or len(self._readers[index]) != 1:
             return None
         (reader,) = self._readers[index]
-        return None if reader in self._taken or self._steps.steps[reader].combine is not None else reader
+        return (
+            None
+            if reader in self._taken or self._steps.steps[reader].combine is not None
+            else reader
+        )
 
     def _take(self, index: int) -> int:
         self._taken.add(index)
@@ -308,7 +354,12 @@ class Schedule:
         """What a sum adds to one of its two inputs."""
         step = self._steps.steps[index]
         node, inputs = step.node, self._steps.inputs(index)
-        if node.op != "add" or node.kwargs or node.args != (In(0), In(1)) or len(set(map(id, inputs))) < 2:
+        if (
+            node.op != "add"
+            or node.kwargs
+            or node.args != (In(0), In(1))
+            or len(set(map(id, inputs))) < 2
+        ):
             return None
         shapes = {tuple(map(str, self._steps.program.graph.nodes[i].shape)) for i in node.inputs}
         others = [operand for operand in inputs if operand != own]
@@ -328,14 +379,20 @@ def as_matrix(x: Tensor | Blended, rank: int) -> tuple[Tensor | Blended, list[in
     """A value of so many axes as rows × features, and how many rows there are along each of the axes before the last."""
     tensor = x.tensors if isinstance(x, Blended) else x
     flat = tensor.flatten(-rank, -2)
-    return Blended(flat, x.coefficients) if isinstance(x, Blended) else flat, list(tensor.shape[-rank:-1])
+    return Blended(flat, x.coefficients) if isinstance(x, Blended) else flat, list(
+        tensor.shape[-rank:-1]
+    )
 
 
 def at_points(value: Value, points: slice) -> Tensor:
     """A value with the points in front."""
     value = formed(value)
     tensor: Tensor = value.value
-    return tensor if isinstance(value, AtPoints) else tensor.expand(points.stop - points.start, *tensor.shape)
+    return (
+        tensor
+        if isinstance(value, AtPoints)
+        else tensor.expand(points.stop - points.start, *tensor.shape)
+    )
 
 
 def _stack(terms: Sequence[Tensor]) -> Tensor:

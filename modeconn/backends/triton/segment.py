@@ -1,6 +1,7 @@
 """A segment's steps as the Triton backend looks at them: who reads what, the weights, and the layers before the loss.
 
-The layers before the loss, where they are narrow, are one kernel with it (`Tail`); backends/triton/schedule.py does the others.
+The layers before the loss, where they are narrow, are one kernel with it (`Tail`);
+backends/triton/schedule.py does the others.
 """
 
 from __future__ import annotations
@@ -47,16 +48,29 @@ class Steps:
     """
 
     def __init__(
-        self, program: Program, segment: Segment, device: torch.device, precision: str, gradients: bool = False
-    ) -> None:  # fmt: skip
-        self.program, self.segment, self.precision, self.gradients = program, segment, precision, gradients
+        self,
+        program: Program,
+        segment: Segment,
+        device: torch.device,
+        precision: str,
+        gradients: bool = False,
+    ) -> None:
+        self.program, self.segment, self.precision, self.gradients = (
+            program,
+            segment,
+            precision,
+            gradients,
+        )
         self.steps = segment.steps
         self.count = len(segment.rows)
         self.device = device
         self.kept: set[int] = set()  # shared values that calls read, and the planner's steps do not
-        self._same = {i: step.inputs[0] for i, step in enumerate(self.steps) if self._passes_through(step)}
+        self._same = {
+            i: step.inputs[0] for i, step in enumerate(self.steps) if self._passes_through(step)
+        }
         self._weights: dict[int, Weight] = {}
-        self._columns: dict[int, tuple[Combination, Tensor]] = {}  # by id of the form, which is kept alive
+        # by id of the form, which is kept alive
+        self._columns: dict[int, tuple[Combination, Tensor]] = {}
 
     def weight(self, step: VaryingStep, leaf: Any) -> Weight | None:
         """The entry that an argument of a node is."""
@@ -65,7 +79,9 @@ class Steps:
     def entry(self, entry: Tensor | Moving) -> Weight:
         """The weight that stands for an entry."""
         if id(entry) not in self._weights:
-            self._weights[id(entry)] = Weight(entry, self.count, self.device, changes=self.gradients)
+            self._weights[id(entry)] = Weight(
+                entry, self.count, self.device, changes=self.gradients
+            )
         return self._weights[id(entry)]
 
     def columns(self, form: Combination) -> Tensor:
@@ -96,7 +112,11 @@ def find_tail(steps: Steps, widest: int) -> Tail | None:
     """The layers before the loss, of no more than `widest` units if they are several; None where they are no such thing."""
     graph = steps.program.graph
     output = graph.tensor_output
-    if output is None or len(graph.nodes[output].shape) not in (2, 3) or not graph.nodes[output].batched:
+    if (
+        output is None
+        or len(graph.nodes[output].shape) not in (2, 3)
+        or not graph.nodes[output].batched
+    ):
         return None
     form = steps.segment.outputs[output]
     if isinstance(form, Combination):
@@ -109,14 +129,21 @@ def find_tail(steps: Steps, widest: int) -> Tail | None:
         step = steps.steps[before]
         if step.combine is None and is_linear(step):
             weight, bias = weight_and_bias(steps, step)
-            narrow = max(weight.shape) <= widest and all(max(layer.weight.shape) <= widest for layer in tail.layers)
+            narrow = max(weight.shape) <= widest and all(
+                max(layer.weight.shape) <= widest for layer in tail.layers
+            )
             if tail.layers and not (narrow and len(graph.nodes[output].shape) == 2):
                 break
             tail.layers.insert(0, Layer(weight, bias, activation, slope))
             activation, slope = "identity", 0.01
             (before,) = steps.inputs(before)
             tail.reads = before
-        elif tail.layers and step.combine is None and activation == "identity" and (found := activation_of(step.node)):
+        elif (
+            tail.layers
+            and step.combine is None
+            and activation == "identity"
+            and (found := activation_of(step.node))
+        ):
             activation, slope = found.activation, found.slope
             (before,) = steps.inputs(before)
         else:
@@ -128,19 +155,30 @@ def find_tail(steps: Steps, widest: int) -> Tail | None:
 
 def is_linear(step: VaryingStep) -> bool:
     """Whether a step is a linear layer that the kernels take."""
-    return step.node.op == "linear" and is_product(step) and step.node.batched and len(step.node.shape) >= 2
+    return (
+        step.node.op == "linear"
+        and is_product(step)
+        and step.node.batched
+        and len(step.node.shape) >= 2
+    )
 
 
 def is_product(step: VaryingStep) -> bool:
     """Whether a step is a product with a weight of its own, and perhaps a bias."""
     args = step.node.args
-    return args[:1] == (In(0),) and len(step.inputs) == 1 and len(step.entries) == 2 - (len(args) < 3 or args[2] is None)
+    return (
+        args[:1] == (In(0),)
+        and len(step.inputs) == 1
+        and len(step.entries) == 2 - (len(args) < 3 or args[2] is None)
+    )
 
 
 def convolution(node: Node) -> dict[str, Any] | None:
     """Stride and padding of a convolution that there is a kernel for."""
     geometry = geometry_of(node) if node.op == "conv2d" else ""
-    return geometry if isinstance(geometry, dict) and set(geometry) == {"stride", "padding"} else None
+    return (
+        geometry if isinstance(geometry, dict) and set(geometry) == {"stride", "padding"} else None
+    )
 
 
 def weight_and_bias(steps: Steps, step: VaryingStep) -> tuple[Weight, Weight | None]:

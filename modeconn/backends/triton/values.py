@@ -1,7 +1,8 @@
 """Values at many points at once, and plain PyTorch for the operations that have no kernel of their own.
 
-A value of a step is the same at all points (`Fixed`), has the points in front (`AtPoints`, [T, …]), or is an activation of
-a combination that nobody has added up yet (`Combined`): the kernels that can, add it up as they read it.
+A value of a step is the same at all points (`Fixed`), has the points in front (`AtPoints`, [T, …]),
+or is an activation of a combination that nobody has added up yet (`Combined`): the kernels that
+can, add it up as they read it.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ class Weight:
         changes: the tensors may change, and want gradients: they are stacked each time.
     """
 
-    def __init__(self, entry: Tensor | Moving, points: int, device: torch.device, changes: bool = False) -> None:
+    def __init__(
+        self, entry: Tensor | Moving, points: int, device: torch.device, changes: bool = False
+    ) -> None:
         self.entry = entry
         self._changes = changes
         self._points, self._device = points, device
@@ -117,7 +120,11 @@ class Weight:
 
     def formed(self, points: slice) -> Tensor:
         """The entry at some of the points, [T, …]."""
-        return self.entry.table[points] if isinstance(self.entry, PerPoint) else added(self.blended(points))
+        return (
+            self.entry.table[points]
+            if isinstance(self.entry, PerPoint)
+            else added(self.blended(points))
+        )
 
     def exact(self) -> Tensor:
         """The entry at all points in float64, [T, …]; for vectors, since it is formed for all points at once."""
@@ -139,14 +146,19 @@ def formed(value: Value) -> Fixed | AtPoints:
 
 
 def run(
-    node: Node, shapes: Sequence[tuple[Any, ...]], values: Sequence[Fixed | AtPoints], weights: Sequence[Weight],
-    points: slice, rows: int,
-) -> AtPoints:  # fmt: skip
+    node: Node,
+    shapes: Sequence[tuple[Any, ...]],
+    values: Sequence[Fixed | AtPoints],
+    weights: Sequence[Weight],
+    points: slice,
+    rows: int,
+) -> AtPoints:
     """A node's value at some of a segment's points.
 
     Args:
         shapes: of the node's inputs, as in the graph.
-        values: of its inputs, at least one of them, or one of the weights, with the points in front.
+        values: of its inputs, at least one of them, or one of the weights, with the points in
+            front.
         points: which of the segment's.
         rows: of the samples.
     """
@@ -156,13 +168,18 @@ def run(
     if is_elementwise(node):
         rank = len(node.shape)
         operands = [_aligned(v.value, rank) if isinstance(v, AtPoints) else v.value for v in values]
-        entries = [w.entry if isinstance(w.entry, Tensor) else _aligned(w.formed(points), rank) for w in weights]
+        entries = [
+            w.entry if isinstance(w.entry, Tensor) else _aligned(w.formed(points), rank)
+            for w in weights
+        ]
         return AtPoints(node.run(operands, entries, rows))
     with_rows = all(has_rows(shape) for v, shape in zip(values, shapes) if isinstance(v, AtPoints))
     if with_rows and all(weight.fixed for weight in weights) and treats_rows_apart(node, shapes):
         operands = [_folded(v, shape, count) for v, shape in zip(values, shapes)]
         out = node.run(operands, [w.entry for w in weights], count * rows)  # type: ignore[misc]
-        return AtPoints(pytree.tree_map(lambda part: part.unflatten(0, (count, len(part) // count)), out))
+        return AtPoints(
+            pytree.tree_map(lambda part: part.unflatten(0, (count, len(part) // count)), out)
+        )
     entries_at = [w.entry if isinstance(w.entry, Tensor) else w.formed(points) for w in weights]
     outs = [
         node.run(
@@ -182,20 +199,41 @@ _ELEMENTWISE = ("add", "sub", "mul", "div", "pow", "where", "maximum", "minimum"
 def is_elementwise(node: Node) -> bool:
     """Whether a node works number by number, so that more axes in front change nothing."""
     rearranges = ("clone", "contiguous")  # these may be asked for a layout of so many axes
-    return node.op in _ELEMENTWISE or (isinstance(rule_for(node), Elementwise) and node.op not in rearranges)
+    return node.op in _ELEMENTWISE or (
+        isinstance(rule_for(node), Elementwise) and node.op not in rearranges
+    )
 
 
-# Operations that treat rows apart however they are called, once axis 0 of their values is that of the rows.
+# Operations that treat rows apart however they are called, once axis 0 of their values is that of
+# the rows.
 _BY_ROWS = frozenset(
     "linear conv1d conv2d batch_norm layer_norm group_norm rms_norm flatten clone contiguous max_pool1d max_pool2d avg_pool1d "
     "avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d scaled_dot_product_attention expand take".split()
 )
 # Those that do so unless an argument, the one at this position, names axis 0.
 _BY_AXIS = {
-    "softmax": 1, "_softmax": 1, "log_softmax": 1, "_log_softmax": 1, "cat": 1, "stack": 1, "slice": 1, "select": 1,
-    "unsqueeze": 1, "squeeze": 1, "split": 2, "split_with_sizes": 2, "chunk": 2, "unbind": 1, "mean": 1, "sum": 1, "amax": 1,
-    "amin": 1, "glu": 1, "cumsum": 1, "flip": 1,
-}  # fmt: skip
+    "softmax": 1,
+    "_softmax": 1,
+    "log_softmax": 1,
+    "_log_softmax": 1,
+    "cat": 1,
+    "stack": 1,
+    "slice": 1,
+    "select": 1,
+    "unsqueeze": 1,
+    "squeeze": 1,
+    "split": 2,
+    "split_with_sizes": 2,
+    "chunk": 2,
+    "unbind": 1,
+    "mean": 1,
+    "sum": 1,
+    "amax": 1,
+    "amin": 1,
+    "glu": 1,
+    "cumsum": 1,
+    "flip": 1,
+}
 
 
 def has_rows(shape: Sequence[Any]) -> bool:
@@ -205,7 +243,9 @@ def has_rows(shape: Sequence[Any]) -> bool:
 
 def treats_rows_apart(node: Node, shapes: Sequence[tuple[Any, ...]]) -> bool:
     """Whether points can be taken for more rows: axis 0 is that of the rows, and what the node does keeps to a row."""
-    if not any(map(has_rows, shapes)) or any(isinstance(size, Size) for shape in (*shapes, node.shape) for size in shape[1:]):
+    if not any(map(has_rows, shapes)) or any(
+        isinstance(size, Size) for shape in (*shapes, node.shape) for size in shape[1:]
+    ):
         return False
     rank = len(shapes[0])
     if node.op in ("reshape", "view", "_unsafe_view", "expand"):
@@ -240,4 +280,8 @@ def _folded(value: Fixed | AtPoints, shape: tuple[Any, ...], count: int) -> Any:
 
 def at(value: Fixed | AtPoints, point: int) -> Any:
     """The value at one point."""
-    return pytree.tree_map(lambda part: part[point], value.value) if isinstance(value, AtPoints) else value.value
+    return (
+        pytree.tree_map(lambda part: part[point], value.value)
+        if isinstance(value, AtPoints)
+        else value.value
+    )

@@ -1,7 +1,8 @@
 """Rules of operations that take units as they come: each axis of the value goes with one axis of an input or entry.
 
-What such an operation does along these axes it does index by index; along all others it may mix. Number by number, by
-channel, along one axis, or head by head: the rule is the list of the axes that go together.
+What such an operation does along these axes it does index by index; along all others it may mix.
+Number by number, by channel, along one axis, or head by head: the rule is the list of the axes that
+go together.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from typing import Any
 import numpy as np
 
 from modeconn.capture.graph import Entry, In, Node
-from modeconn.plan.rules.base import Fit, Linearity, Mismatch, Rule, Shapes, Support, cut_of, entries_at
+from modeconn.plan.rules.base import (
+    Fit,
+    Linearity,
+    Mismatch,
+    Rule,
+    Shapes,
+    Support,
+    cut_of,
+    entries_at,
+)
 from modeconn.plan.units import Shape, Units
 
 # Axes of the value → axes of an input or entry.
@@ -25,14 +35,20 @@ class Linked(Rule):
     """Units pass along the axes that go together."""
 
     def __init__(
-        self, links: Linking, linear: str | Linearity = "", entries: Callable[[Node], frozenset[int]] | None = None
+        self,
+        links: Linking,
+        linear: str | Linearity = "",
+        entries: Callable[[Node], frozenset[int]] | None = None,
     ) -> None:
         super().__init__(linear, entries)
         self._links = links
 
     def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
         inputs, _ = self._links(node, shapes)
-        return [Units({links[a]: index for a, index in wanted.along.items() if a in links}) for links in inputs]
+        return [
+            Units({links[a]: index for a, index in wanted.along.items() if a in links})
+            for links in inputs
+        ]
 
     def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
         inputs, entries = self._links(node, shapes)
@@ -59,7 +75,9 @@ class Linked(Rule):
 class Elementwise(Linked):
     """Works number by number, with axes of one broadcast."""
 
-    def __init__(self, linear: str | Linearity = "", entries: Callable[[Node], frozenset[int]] | None = None) -> None:
+    def __init__(
+        self, linear: str | Linearity = "", entries: Callable[[Node], frozenset[int]] | None = None
+    ) -> None:
         super().__init__(broadcast, linear, entries)
 
 
@@ -70,7 +88,9 @@ class Expand(Linked):
         super().__init__(broadcast, "homogeneous", entries_at(0))
 
     def arguments(self, node: Node, units: Units) -> tuple[Any, ...] | None:
-        sizes = [len(units.along[a]) if a in units.along else size for a, size in enumerate(node.args[1])]
+        sizes = [
+            len(units.along[a]) if a in units.along else size for a, size in enumerate(node.args[1])
+        ]
         return node.args[0], sizes, *node.args[2:]
 
 
@@ -79,7 +99,9 @@ def broadcast(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
 
     def links(shape: Shape) -> Links:
         first = len(node.shape) - len(shape)
-        return {first + a: a for a, size in enumerate(shape) if str(node.shape[first + a]) == str(size)}
+        return {
+            first + a: a for a, size in enumerate(shape) if str(node.shape[first + a]) == str(size)
+        }
 
     return [links(shape) for shape in shapes.inputs], [links(shape) for shape in shapes.entries]
 
@@ -95,7 +117,9 @@ def along(position: int) -> Linking:
     def links(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
         rank = len(node.shape)
         axis = node.args[position] % rank
-        return [{a: a for a in range(rank) if a != axis}] * len(node.inputs), [{} for _ in node.entries]
+        return [{a: a for a in range(rank) if a != axis}] * len(node.inputs), [
+            {} for _ in node.entries
+        ]
 
     return links
 
@@ -113,7 +137,9 @@ def reduced(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
     gone = {d % rank for d in ([dims] if isinstance(dims, int) else dims)} or set(range(rank))
     keepdim = len(node.args) > 2 and node.args[2]
     stay = [a for a in range(rank) if keepdim or a not in gone]
-    return [{a: before for a, before in enumerate(stay) if before not in gone}], [{} for _ in node.entries]
+    return [{a: before for a, before in enumerate(stay) if before not in gone}], [
+        {} for _ in node.entries
+    ]
 
 
 def permuted(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
@@ -183,7 +209,11 @@ def linear_in_first(node: Node, moving: frozenset[int]) -> str:
 def _batch(node: Node, shapes: Sequence[Shape], count: int) -> list[Links]:
     """The first axes, where an input has them."""
     return [
-        {a: a for a in range(count) if len(shape) == len(node.shape) and str(shape[a]) == str(node.shape[a])}
+        {
+            a: a
+            for a in range(count)
+            if len(shape) == len(node.shape) and str(shape[a]) == str(node.shape[a])
+        }
         for shape in shapes
     ]
 

@@ -2,11 +2,13 @@
 
 A rule answers three questions about a node:
 
-- *Units.* If only some units of the value are wanted, which units of the inputs does that take, and how are the node's
-  weights, and the sizes among its arguments, cut down to match? Units that nobody wants are dead.
-- *Linearity in the inputs.* With fixed entries, is the value linear in them ("homogeneous"), linear up to an offset
-  ("affine"), or neither ("")?
-- *Linearity in the entries.* With fixed inputs, in which entries taken together is the value homogeneous and linear?
+- *Units.* If only some units of the value are wanted, which units of the inputs does that take, and
+  how are the node's weights, and the sizes among its arguments, cut down to match? Units that
+  nobody wants are dead.
+- *Linearity in the inputs.* With fixed entries, is the value linear in them ("homogeneous"), linear
+  up to an offset ("affine"), or neither ("")?
+- *Linearity in the entries.* With fixed inputs, in which entries taken together is the value
+  homogeneous and linear?
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from modeconn.capture.graph import Entry, Node
 from modeconn.plan.units import ALL, Shape, Units
 from modeconn.plan.weights import Cut
 
-# (entry, axis, the part to look at) → which indices along the axis have a non-zero weight at any active control point.
+# (entry, axis, the part to look at) → which indices along the axis have a non-zero weight at any
+# active control point.
 Support = Callable[[int, int, Cut], np.ndarray]
 # (node, inputs that are not fixed) → how the value depends on those, with everything else fixed.
 Linearity = Callable[[Node, frozenset[int]], str]
@@ -65,7 +68,9 @@ class Rule:
 
     takes = False
 
-    def __init__(self, linear: str | Linearity = "", entries: Callable[[Node], frozenset[int]] | None = None) -> None:
+    def __init__(
+        self, linear: str | Linearity = "", entries: Callable[[Node], frozenset[int]] | None = None
+    ) -> None:
         self._linear, self._entries = linear, entries
 
     def linearity(self, node: Node, moving: frozenset[int]) -> str:
@@ -96,7 +101,9 @@ UNKNOWN = Rule()
 
 def entries_at(*positions: int) -> Callable[[Node], frozenset[int]]:
     """The entries among the arguments at these positions."""
-    return lambda node: frozenset(a.index for p, a in enumerate(node.args) if p in positions and isinstance(a, Entry))
+    return lambda node: frozenset(
+        a.index for p, a in enumerate(node.args) if p in positions and isinstance(a, Entry)
+    )
 
 
 def cut_of(units: Units, rank: int) -> Cut:

@@ -27,12 +27,20 @@ class Product(Rule):
     Args:
         outputs, inputs: the weight's axes: [out, in, …] where they are 0 and 1.
         bias_first: whether the bias comes before the weight among the entries.
-        last: whether the features are the last axis, and all others are taken apart; else they are axis 1.
+        last: whether the features are the last axis, and all others are taken apart; else they are
+            axis 1.
     """
 
-    def __init__(self, outputs: int = 0, inputs: int = 1, bias_first: bool = False, last: bool = False) -> None:
+    def __init__(
+        self, outputs: int = 0, inputs: int = 1, bias_first: bool = False, last: bool = False
+    ) -> None:
         super().__init__(_by_bias, _weight_and_bias)
-        self._outputs, self._inputs, self._weight, self._last = outputs, inputs, int(bias_first), last
+        self._outputs, self._inputs, self._weight, self._last = (
+            outputs,
+            inputs,
+            int(bias_first),
+            last,
+        )
 
     def _axis(self, node: Node) -> int:
         return len(node.shape) - 1 if self._last else 1
@@ -100,7 +108,9 @@ class GroupNorm(Rule):
         if index is None:
             return Fit(Units({}), [()] * len(node.entries))
         groups = _whole(index, _size(node.shape, node.args[1]))
-        return Fit(Units({1: index}), [(index,)] * len(node.entries), _replaced(node.args, 1, len(groups)))
+        return Fit(
+            Units({1: index}), [(index,)] * len(node.entries), _replaced(node.args, 1, len(groups))
+        )
 
 
 def _size(shape: Shape, groups: int) -> int:

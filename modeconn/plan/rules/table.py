@@ -33,14 +33,19 @@ _PERMUTATION = Linked(permuted, "homogeneous", entries_at(0))
 _STRUCTURAL = Rule("homogeneous", entries_at(0))
 _POOLING = {
     **dict.fromkeys(
-        ("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"), Linked(by_channel, "homogeneous")
+        ("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
+        Linked(by_channel, "homogeneous"),
     ),
     **dict.fromkeys(("max_pool1d", "max_pool2d"), Linked(by_channel)),
 }
 # Where the numbers among the arguments are that a rule reads: they might be computed.
 _NUMBERS = {
-    "slice": slice(1, 5), "select": slice(1, 3), "squeeze": slice(1, 2), "softmax": slice(1, 2), "log_softmax": slice(1, 2),
-}  # fmt: skip
+    "slice": slice(1, 5),
+    "select": slice(1, 3),
+    "squeeze": slice(1, 2),
+    "softmax": slice(1, 2),
+    "log_softmax": slice(1, 2),
+}
 _RULES: dict[str, Rule] = {
     "linear": _LINEAR,
     **dict.fromkeys(("conv1d", "conv2d"), _CONV),
@@ -65,7 +70,9 @@ _RULES: dict[str, Rule] = {
     "cat": Concatenation("homogeneous"),
     "slice": Slice("homogeneous", entries_at(0)),
     "select": Select("homogeneous", entries_at(0)),
-    **dict.fromkeys(("reshape", "flatten", "unsqueeze", "squeeze"), View("homogeneous", entries_at(0))),
+    **dict.fromkeys(
+        ("reshape", "flatten", "unsqueeze", "squeeze"), View("homogeneous", entries_at(0))
+    ),
     **dict.fromkeys(("permute", "transpose", "t"), _PERMUTATION),
     "expand": Expand(),
     **dict.fromkeys(("contiguous", "movedim", "flip"), _STRUCTURAL),
@@ -88,8 +95,11 @@ def rule_for(node: Node) -> Rule:
 def _product(node: Node, rule: Product) -> Rule:
     """Of a linear layer or convolution, by where its weight comes from and how many groups it has."""
     if rule is _ADDMM:
-        return rule if node.args == (Entry(0), In(0), Entry(1)) and not node.kwargs else UNKNOWN  # else computed, or scaled
-    if node.args[:2] != (In(0), Entry(0)) or not all(isinstance(a, Entry) or a is None for a in node.args[2:3]):
+        # else computed, or scaled
+        return rule if node.args == (Entry(0), In(0), Entry(1)) and not node.kwargs else UNKNOWN
+    if node.args[:2] != (In(0), Entry(0)) or not all(
+        isinstance(a, Entry) or a is None for a in node.args[2:3]
+    ):
         return UNKNOWN  # a weight that is itself computed
     grouped = node.op.startswith("conv") and len(node.args) > 6 and node.args[6] != 1
     return (_GROUPED_TRANSPOSED if rule is _TRANSPOSED else _GROUPED) if grouped else rule
@@ -99,7 +109,9 @@ def _as_expected(node: Node, rule: Rule) -> bool:
     """Whether a node's arguments are such as its rule reads."""
     args = node.args
     if node.op in _POOLING:  # with rows in front: else axis 1 is no axis of channels
-        return len(node.shape) == (3 if node.op.endswith("1d") else 4) and isinstance(node.shape[0], Size)
+        return len(node.shape) == (3 if node.op.endswith("1d") else 4) and isinstance(
+            node.shape[0], Size
+        )
     if node.op == "scaled_dot_product_attention":
         return args[:3] == (In(0), In(1), In(2))
     if node.op in ("matmul", "bmm"):
@@ -113,16 +125,23 @@ def _as_expected(node: Node, rule: Rule) -> bool:
     if rule is UNKNOWN or rule is _STRUCTURAL:
         return True
     numbers = args[_NUMBERS[node.op]] if node.op in _NUMBERS else (0,)
-    plain = len(numbers) > 0 and all(number is None or isinstance(number, int | list) for number in numbers)
+    plain = len(numbers) > 0 and all(
+        number is None or isinstance(number, int | list) for number in numbers
+    )
     return len(node.inputs) == 1 and args[0] == In(0) and plain
 
 
 def _arithmetic(node: Node) -> Rule:
     """add, sub, mul and div, by what is combined with what."""
-    kinds = ["value" if isinstance(a, In) else "entry" if isinstance(a, Entry) else "number" for a in node.args]
+    kinds = [
+        "value" if isinstance(a, In) else "entry" if isinstance(a, Entry) else "number"
+        for a in node.args
+    ]
     additive = node.op in ("add", "sub")
     if kinds == ["value", "value"]:
-        return Elementwise("homogeneous" if additive else bilinear if node.op == "mul" else linear_in_first)
+        return Elementwise(
+            "homogeneous" if additive else bilinear if node.op == "mul" else linear_in_first
+        )
     if kinds == ["value", "number"] or (kinds == ["number", "value"] and node.op != "div"):
         return Elementwise("affine" if additive else "homogeneous")
     if sorted(kinds) == ["entry", "value"] and node.op == "mul":

@@ -17,8 +17,11 @@ class View(Rule):
 
     def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
         (shape,) = shapes.inputs
-        if node.op == "squeeze" and len(shape) - len(node.shape) != len(np.atleast_1d(node.args[1])):
-            return [ALL]  # it names axes that it leaves, of more than one index: of a part there might be one
+        if node.op == "squeeze" and len(shape) - len(node.shape) != len(
+            np.atleast_1d(node.args[1])
+        ):
+            # it names axes that it leaves, of more than one index: of a part there might be one
+            return [ALL]
         return [covering(wanted, shape, node.shape)]
 
     def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
@@ -27,7 +30,9 @@ class View(Rule):
             raise Mismatch
         args = node.args
         if node.op == "reshape":
-            sizes = [len(units.along[a]) if a in units.along else size for a, size in enumerate(args[1])]
+            sizes = [
+                len(units.along[a]) if a in units.along else size for a, size in enumerate(args[1])
+            ]
             args = (args[0], sizes, *args[2:])
         return Fit(units, [()] * len(node.entries), args)
 
@@ -91,7 +96,9 @@ class Concatenation(Rule):
         for start, width in _places(shapes, axis):
             part = index[(index >= start) & (index < start + width)] - start
             # An input that nobody wants still takes part in the concatenation: one unit of it.
-            result.append(Units({**wanted.along, axis: part if len(part) else np.zeros(1, np.int64)}))
+            result.append(
+                Units({**wanted.along, axis: part if len(part) else np.zeros(1, np.int64)})
+            )
         return result
 
     def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
