@@ -40,7 +40,7 @@ def plan_text(program: Program, names: Names) -> Iterator[str]:
             f" weights({entries}){_units(step.units)} {step.flops:.6g} flops"
         )
     for segment in program.segments:
-        yield f"segment {segment.index}: points {segment.rows.tolist()} active {list(segment.active)}"
+        yield f"segment {segment.index}: points {segment.point_indices.tolist()} active {list(segment.active)}"
         for index, step in enumerate(segment.steps):
             entries = ", ".join(_entry(entry, names) for entry in step.entries)
             inputs = [f"s{i}" if isinstance(i, int) else _sum(i) for i in step.inputs]
@@ -61,7 +61,7 @@ def lowered_text(program: Program, names: Names) -> Iterator[str]:
         regions = [whole] if isinstance(whole, Region) else find_regions(program, segment)
         for region in regions:
             chain = region.chain
-            terms = [f"v{term.value}*{_values(term.column)}" for term in chain.terms]
+            terms = [f"v{term.value}*{_values(term.coefficients)}" for term in chain.terms]
             yield f"segment {segment.index}: steps {region.first} to {region.last} from {terms or chain.step}"
             yield f"  {chain.start.activation} {chain.start.slope:g}"
             for number, layer in enumerate(chain.layers):
@@ -70,9 +70,9 @@ def lowered_text(program: Program, names: Names) -> Iterator[str]:
 
 def _layer(layer: Layer, names: Names) -> str:
     weights, biases = (" ".join(map(names.of, arrays)) for arrays in (layer.weights, layer.biases))
-    columns = "" if layer.columns is None else _values(layer.columns)
+    columns = "" if layer.coefficients is None else _values(layer.coefficients)
     norm = "" if layer.norm is None else f" norm{[list(part.shape) for part in layer.norm]}"
-    terms = [f"v{term.value}*{_values(term.column)}" for term in layer.terms]
+    terms = [f"v{term.value}*{_values(term.coefficients)}" for term in layer.terms]
     return (
         f"{layer.op} {layer.geometry} reads {layer.reads} adds {layer.adds} inputs {list(layer.inputs)} terms {terms}"
         f" step {layer.step} weights({weights}) {columns} biases({biases}){norm} {layer.activation} {layer.slope:g}"
@@ -105,13 +105,13 @@ def _leaf(leaf: Any, inputs: Sequence[str]) -> str:
 def _entry(entry: Any, names: Names) -> str:
     if isinstance(entry, Blend):
         return " + ".join(
-            f"{_values(c)}*{names.of(t)}" for c, t in zip(entry.columns, entry.tensors)
+            f"{_values(c)}*{names.of(t)}" for c, t in zip(entry.coefficients, entry.tensors)
         )
     return f"table {names.of(entry.table)}" if isinstance(entry, PerPoint) else names.of(entry)
 
 
 def _sum(form: Combination) -> str:
-    return " + ".join(f"{_values(term.column)}*v{term.value}" for term in form.terms)
+    return " + ".join(f"{_values(term.coefficients)}*v{term.value}" for term in form.terms)
 
 
 def _units(units: Units) -> str:

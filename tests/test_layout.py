@@ -147,31 +147,31 @@ def package(tmp_path: Path):
     ],
 )
 def test_an_upward_import_is_found_however_it_is_written(package, text: str):
-    graph = package(__init__="", state=text, cli__slash____init__="main = None")
-    assert upward_edges(graph) == ["modeconn.state (level 1) imports modeconn.cli (level 7)"]
+    graph = package(__init__="", errors=text, cli__slash____init__="main = None")
+    assert upward_edges(graph) == ["modeconn.errors (level 0) imports modeconn.cli (level 11)"]
 
 
 def test_a_module_below_a_package_stands_at_its_level(package):
     graph = package(
         plan__slash____init__="",
-        plan__slash__cost="from ..evaluate import x\nfrom .liveness import x\nfrom ..state import load",
+        plan__slash__cost="from ..evaluation import x\nfrom .liveness import x\nfrom ..parameters import load",
         plan__slash__liveness="x = 1",
-        evaluate="",
-        state="",
+        evaluation="",
+        parameters="",
     )
     assert graph["modeconn.plan.cost"] == {
-        "modeconn.evaluate",
+        "modeconn.evaluation",
         "modeconn.plan.liveness",
-        "modeconn.state",
+        "modeconn.parameters",
     }
     assert upward_edges(graph) == [
-        "modeconn.plan.cost (level 3) imports modeconn.evaluate (level 4)"
+        "modeconn.plan.cost (level 4) imports modeconn.evaluation (level 6)"
     ]
 
 
 def test_an_import_of_the_public_names_from_inside_is_upward(package):
-    graph = package(__init__="x = 1", state="from modeconn import x")
-    assert upward_edges(graph) == ["modeconn.state (level 1) imports modeconn (level 8)"]
+    graph = package(__init__="x = 1", errors="from modeconn import x")
+    assert upward_edges(graph) == ["modeconn.errors (level 0) imports modeconn (level 12)"]
 
 
 def test_a_cycle_is_found(package):

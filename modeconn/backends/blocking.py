@@ -37,7 +37,7 @@ def block_rows(program: Program, dtype: torch.dtype, device: torch.device, fewes
         return 1 << 30
     steps = [step for segment in program.segments for step in segment.steps] or program.shared
     item = torch.finfo(dtype).bits // 8
-    widest = max(*(2 * step.numbers * item for step in steps), 1.0)
+    widest = max(*(2 * step.numel * item for step in steps), 1.0)
     cache = 2 * torch.get_num_threads() * _second_level()
     images = any(step.node.op == "conv2d" for step in steps)
     least = max(
@@ -50,7 +50,7 @@ def block_rows(program: Program, dtype: torch.dtype, device: torch.device, fewes
 
 def _positions(step: SharedStep | VaryingStep) -> float:
     """Rows of a linear layer's product for each sample: the tokens of a text, say. Convolutions take images as a whole."""
-    return step.numbers / static(step.node.shape[-1]) if step.node.op == "linear" else 1.0
+    return step.numel / static(step.node.shape[-1]) if step.node.op == "linear" else 1.0
 
 
 def _second_level() -> int:

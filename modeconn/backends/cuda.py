@@ -327,18 +327,20 @@ def _fused(program: Program, segment: Segment, device: torch.device) -> Fused | 
 
     layers = []
     for layer in chain.layers:
-        points = len(segment.rows)
+        points = len(segment.point_indices)
         units = layer.weights[0].shape[0]
         scale, shift = layer.norm if layer.norm is not None else (None, None)
         layers.append(
             CudaLayer(
                 weights=tensor(np.stack(layer.weights), torch.float32),
-                coefficients=tensor(np.asarray(layer.columns)),
+                coefficients=tensor(np.asarray(layer.coefficients)),
                 biases=tensor(
                     np.stack(layer.biases) if layer.biases else np.zeros((0, units)), torch.float32
                 ),
                 bias_coefficients=tensor(
-                    np.zeros((points, 0)) if layer.bias_columns is None else layer.bias_columns
+                    np.zeros((points, 0))
+                    if layer.bias_coefficients is None
+                    else layer.bias_coefficients
                 ),
                 scale=None if scale is None else tensor(np.broadcast_to(scale, (points, units))),
                 shift=None if shift is None else tensor(np.broadcast_to(shift, (points, units))),
@@ -346,7 +348,7 @@ def _fused(program: Program, segment: Segment, device: torch.device) -> Fused | 
                 slope=layer.slope,
             )
         )
-    columns = np.stack([term.column for term in chain.terms], axis=1)
+    columns = np.stack([term.coefficients for term in chain.terms], axis=1)
     start = chain.start
     return Fused(
         chain.terms, tensor(columns), start.activation, start.slope, layers, chain.constant

@@ -58,7 +58,7 @@ class ReferenceBackend:
         another first axis (tokens folded into the batch, say), a batch must be one block.
         """
         steps = [self.program.shared[number] for number in self._kept]
-        kept = sum(step.numbers for step in steps if step.node.batched) * self._item
+        kept = sum(step.numel for step in steps if step.node.batched) * self._item
         rows = max(self._block, int(budget // max(kept, 1.0)))
         sliceable = all(
             str(step.node.shape[0]) == "N"
@@ -105,8 +105,8 @@ class ReferenceBackend:
         form = segment.outputs[whole] if whole is not None else None
         if isinstance(form, Combination):
             return self._combined(form, values, targets, head, tick)
-        sums = head.zeros(len(segment.rows), targets.device)
-        for point in range(len(segment.rows)):
+        sums = head.zeros(len(segment.point_indices), targets.device)
+        for point in range(len(segment.point_indices)):
             for rows, outputs in self.outputs(segment, point, values, len(targets)):
                 sums[point] += head.sums(outputs, targets[rows])
             tick()
@@ -124,10 +124,10 @@ class ReferenceBackend:
         # Rows along the fast axis: the head reduces over few classes and many rows.
         terms = [values[term.value] for term in form.terms]
         terms = [v.t().contiguous().t() if v.dim() == 2 else v for v in terms]
-        sums = head.zeros(len(form.terms[0].column), targets.device)
+        sums = head.zeros(len(form.terms[0].coefficients), targets.device)
         before: list[float] = []
         for point in range(len(sums)):
-            row = [float(term.column[point]) for term in form.terms]
+            row = [float(term.coefficients[point]) for term in form.terms]
             sums[point] = (
                 sums[point - 1] if row == before else head.sums(blend(terms, row), targets)
             )
@@ -139,7 +139,7 @@ class ReferenceBackend:
         self, segment: Segment, values: Values, rows: int
     ) -> Iterator[tuple[int, slice, Any]]:
         """The network's output at every point, a block of rows at a time; of each point, the blocks come in their order."""
-        for point in range(len(segment.rows)):
+        for point in range(len(segment.point_indices)):
             for block, output in self.outputs(segment, point, values, rows):
                 yield point, block, output
 
@@ -167,7 +167,7 @@ class ReferenceBackend:
         def combined(form: Combination, block: slice) -> Any:
             return blend(
                 [constant(term.value, block) for term in form.terms],
-                [term.column[point] for term in form.terms],
+                [term.coefficients[point] for term in form.terms],
             )
 
         for block in self._blocks(rows):

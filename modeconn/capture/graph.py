@@ -8,11 +8,14 @@ fill in whatever tensors it wants, for any number of rows.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -76,6 +79,19 @@ class Node:
     batched: bool = True
     random: bool = False
 
+    def __getitem__(self, name: str) -> Any:
+        """An argument by its name in the operation's schema, its default where it is not given."""
+        return self.arguments[name]
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments by name, in order, with the schema's defaults for those that are left out."""
+        parameters = signature_of(self.function)
+        given = dict(zip(parameters, self.args))
+        return {
+            name: given.get(name, default) for name, default in parameters.items()
+        } | self.kwargs
+
     def run(self, values: Sequence[Tensor], entries: Sequence[Tensor], rows: int) -> Any:
         """The node's value from its inputs' values, its entries' tensors and the number of rows."""
         args = [_fill(leaf, values, entries, rows) for leaf in self.args]
@@ -85,10 +101,24 @@ class Node:
             *args, **{key: _fill(leaf, values, entries, rows) for key, leaf in self.kwargs.items()}
         )
 
-    def numbers(self, rows: int = 64) -> float:
+    def numel(self, rows: int = 64) -> float:
         """How many numbers one row of the value has, on average over a block of rows."""
         total = math.prod(d.of(rows) if isinstance(d, Size) else d for d in self.shape)
         return total / rows if self.batched else total
+
+
+def signature_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The names and defaults of what an operation takes; `inspect.Parameter.empty` without one."""
+    if isinstance(function, torch._ops.OpOverload):
+        return _schema_of(function)
+    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
+
+
+@functools.cache
+def _schema_of(operation: Any) -> dict[str, Any]:
+    empty = inspect.Parameter.empty
+    arguments = operation._schema.arguments
+    return {a.name: a.default_value if a.has_default_value() else empty for a in arguments}
 
 
 def _fill(leaf: Any, values: Sequence[Tensor], entries: Sequence[Tensor], rows: int) -> Any:

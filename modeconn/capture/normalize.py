@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +39,7 @@ def canonical(
     if packet == "linear":
         return packet, ops.linear, args, kwargs
     if packet == "rsub" and len(args) == 2 and not kwargs:
-        return "sub", operator.sub, (args[1], args[0]), {}
+        return "sub", ops.subtract, (args[1], args[0]), {}
     before = nodes[inputs[0]] if inputs and args[0] == In(0) else None
     if before is not None and not kwargs:
         found = _of_a_value(packet, args, before, shape, nodes, inputs)
@@ -48,7 +47,7 @@ def canonical(
             return found
     if packet in ("view", "_unsafe_view", "reshape"):
         # A view of a channels-last value would need a copy; reshape makes it where needed.
-        return "reshape", torch.reshape, args, kwargs
+        return "reshape", torch.ops.aten.reshape.default, args, kwargs
     return packet, target, args, kwargs
 
 
@@ -62,7 +61,7 @@ def _of_a_value(
 ) -> Call | None:
     flat = len(shape) == 2 and len(before.shape) > 2 and _same_rows(before.shape, shape)
     if flat and packet in ("view", "_unsafe_view", "reshape"):
-        return "flatten", torch.flatten, (args[0], 1), {}
+        return "flatten", torch.ops.aten.flatten.using_ints, (args[0], 1), {}
     if packet == "slice" and _is_whole(args, before.shape):
         return "alias", ops.identity, (args[0],), {}
     first = (
@@ -80,7 +79,7 @@ def _of_a_value(
     pixel = first.shape[1:] == (shape[1], 1, 1)
     if pixel and packet in ("squeeze", "select") and before.op in ("squeeze", "select"):
         inputs[0] = first.id
-        return "flatten", torch.flatten, (args[0], 1), {}
+        return "flatten", torch.ops.aten.flatten.using_ints, (args[0], 1), {}
     if (
         packet == "mean" == before.op
         and _axis_of(before.args, 4) in (2, 3)

@@ -21,6 +21,11 @@ def identity(x: Any) -> Any:
     return x
 
 
+def subtract(input: Any, other: Any) -> Any:  # noqa: A002  # the name that PyTorch gives it
+    """input - other, where the first may be a number."""
+    return input - other
+
+
 def batch_norm(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:

@@ -194,7 +194,7 @@ def evaluate(
         )
         # Nothing below waits for a device: what the host wants to know of the labels it asks before
         # they travel.
-        places = [torch.from_numpy(segment.rows).to(where) for segment in program.segments]
+        places = [torch.from_numpy(segment.point_indices).to(where) for segment in program.segments]
         host = torch.device("cpu")
         with unfinished.stage("evaluation") as stage:
             zeros = {"sums": head.zeros(len(program.points), where), "counts": head.zeros(1, host)}

@@ -177,7 +177,7 @@ class Forward:
         result: Tensor | None = None
         for segment in program.segments:
             for point, block, output in engine.all_outputs(segment, values, count):
-                row = segment.rows[point]
+                row = segment.point_indices[point]
                 # written into a common tensor, gradients would be copied T times
                 if torch.is_grad_enabled():
                     points[row].append(output)

@@ -176,4 +176,4 @@ def _add(
                 if name not in sums:
                     shape = len(program.points), *value.shape[1:]
                     sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
-                sums[name][segment.rows] += value
+                sums[name][segment.point_indices] += value

@@ -73,5 +73,5 @@ def _alike(form: Form, another: Form) -> bool:
     """Whether both are combinations with the same coefficients."""
     if not isinstance(form, Combination) or not isinstance(another, Combination):
         return False
-    columns, others = ([term.column for term in each.terms] for each in (form, another))
+    columns, others = ([term.coefficients for term in each.terms] for each in (form, another))
     return len(columns) == len(others) and all(map(np.array_equal, columns, others))

@@ -1,7 +1,7 @@
 """Graph × path → program: what is dead, constant, a combination or varying, segment by segment.
 
 The planner walks the graph from its output backwards, asking for each node's value *of certain
-units only*. Per segment a value comes out as a combination of shared values, Σ_j column_j(t) v_j,
+units only*. Per segment a value comes out as a combination of shared values, Σ_j c_j(t) v_j,
 or as varying. A constant is the combination with one term. Shared values are numbered by what they
 are made of (operation, inputs, contents of the weights), so that equal ones are one value, within a
 segment and between segments.
@@ -99,9 +99,7 @@ def make_program(
                 break
         segments.append(segment)
     weights = {node.id: [contents.tensor(name, 0) for name in node.entries] for node in graph.nodes}
-    naive = sum(
-        flops(node, weights[node.id], node.numbers()) for node in graph.nodes if node.batched
-    )
+    naive = sum(flops(node, weights[node.id], node.numel()) for node in graph.nodes if node.batched)
     return Program(graph, distinct, inverse.reshape(-1), shared.steps, segments, naive).pruned()
 
 
@@ -110,7 +108,7 @@ class _Shared:
 
     def __init__(self, graph: Graph) -> None:
         inputs = [node for node in graph.nodes if node.op == "input"]
-        self.steps = [SharedStep(node, (), (), ALL, 0.0, node.numbers()) for node in inputs]
+        self.steps = [SharedStep(node, (), (), ALL, 0.0, node.numel()) for node in inputs]
         self._known: dict[tuple[object, ...], int] = {}
 
     def add(self, key: tuple[object, ...], step: SharedStep) -> int:
@@ -144,7 +142,7 @@ class _SegmentPlanner:
         # parts of values that were delivered with more
         self.taken: dict[tuple[int, Units], Form] = {}
         self.combined: dict[int, int] = {}  # id of a combination's terms → the step that adds it up
-        self.ones = np.ones(len(segment.rows))
+        self.ones = np.ones(len(segment.point_indices))
         self.everyone = tuple(range(len(segment.active)))
         # Entries, by the id of their tensor, and shared values that are fixed here and yet those of
         # no control point.
@@ -180,7 +178,7 @@ class _SegmentPlanner:
 
     def _derive(self, node: Node, wanted: Units) -> Form:
         if node.op == "input":
-            return Combination((Term(node.id, self.ones),), ALL, node.numbers())
+            return Combination((Term(node.id, self.ones),), ALL, node.numel())
         rule = rule_for(node)
         inputs, fit = self._inputs(node, rule, wanted, self.everyone)
         entries = [self._entry(name, cut) for name, cut in zip(node.entries, fit.cuts)]
@@ -262,10 +260,10 @@ class _SegmentPlanner:
                     tuple(
                         term
                         for t in form.terms
-                        for term in self._share(take, [t.value], (), wish, t.column).terms
+                        for term in self._share(take, [t.value], (), wish, t.coefficients).terms
                     ),
                     wish,
-                    take.numbers(),
+                    take.numel(),
                 )
             )
         return self.taken[node_id, wish]
@@ -354,7 +352,7 @@ class _SegmentPlanner:
         column: np.ndarray,
     ) -> Combination:
         """One shared value with a column."""
-        numbers = node.numbers()
+        numbers = node.numel()
         key = (node.id, node.op, tuple(inputs), tuple(map(self.contents.number, entries)), units)
         step = SharedStep(
             node, tuple(inputs), tuple(entries), units, flops(node, entries, numbers), numbers
@@ -390,7 +388,7 @@ class _SegmentPlanner:
             for k in self.everyone
         ]
         groups = self._group(sets)
-        if len(groups) > len(self.segment.rows):
+        if len(groups) > len(self.segment.point_indices):
             return None  # fewer points than summands
         apart = self._apart(node, rule, wanted, [points for points, _, _ in groups])
         terms: list[Term] = []
@@ -404,7 +402,7 @@ class _SegmentPlanner:
             ]
             called, given = _called(node, fit), _constants(inputs)
             terms += self._share(called, given, values, fit.units, column).terms  # type: ignore[arg-type]
-        return Combination(tuple(terms), fit.units, _called(node, fit).numbers())
+        return Combination(tuple(terms), fit.units, _called(node, fit).numel())
 
     def _apart(
         self, node: Node, rule: Rule, wanted: Units, groups: Sequence[Sequence[int]]
@@ -436,7 +434,7 @@ class _SegmentPlanner:
             return None
         moving = frozenset(i for i, form in enumerate(combinations) if not form.constant)
         linearity = rule.linearity(node, moving)
-        columns = [term.column for term in combinations[min(moving)].terms]
+        columns = [term.coefficients for term in combinations[min(moving)].terms]
         if not linearity or (
             linearity == "affine" and (np.abs(sum(columns) - 1.0) > _ROUNDING * len(columns)).any()
         ):
@@ -446,7 +444,7 @@ class _SegmentPlanner:
             if form.constant:
                 picked.append([form.terms[0].value] * len(columns))
             elif len(form.terms) == len(columns) and all(
-                map(np.array_equal, (t.column for t in form.terms), columns)
+                map(np.array_equal, (t.coefficients for t in form.terms), columns)
             ):
                 picked.append([term.value for term in form.terms])
             else:
@@ -456,13 +454,13 @@ class _SegmentPlanner:
             for values, column in zip(zip(*picked), columns)
             for term in self._share(node, values, entries, units, column).terms
         ]
-        return Combination(tuple(terms), units, node.numbers())
+        return Combination(tuple(terms), units, node.numel())
 
     def _vary(
         self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Moving], units: Units
     ) -> Varying:
         operands = tuple(self._operand(form) for form in inputs)
-        numbers = node.numbers()
+        numbers = node.numel()
         weights = [entry if isinstance(entry, Tensor) else entry.like for entry in entries]
         return self._step(
             VaryingStep(
@@ -478,7 +476,7 @@ class _SegmentPlanner:
             return form
         if id(form) not in self.combined:
             node = self.shared.steps[form.terms[0].value].node
-            step = VaryingStep(node, (), (), form.units, form.flops, form.numbers, combine=form)
+            step = VaryingStep(node, (), (), form.units, form.flops, form.numel, combine=form)
             self.combined[id(form)] = self._step(step).step
         return self.combined[id(form)]
 

@@ -15,32 +15,32 @@ from modeconn.plan.units import ALL, Units
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """column(t) · shared value: one summand of a combination. The column is float64 [T], over the segment's points."""
+    """c(t) · shared value: one summand of a combination. The coefficients c are float64 [T], over the segment's points."""
 
     value: int
-    column: np.ndarray
+    coefficients: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Combination:
-    """Σ_j column_j(t) · value_j, of shared values. A constant is one term with a column of ones.
+    """Σ_j c_j(t) · value_j, of shared values. A constant is one term with a column of ones.
 
     Attributes:
-        numbers: size of the value, per row.
+        numel: size of the value, per row.
     """
 
     terms: tuple[Term, ...]
     units: Units = ALL
-    numbers: float = 0.0
+    numel: float = 0.0
 
     @property
     def constant(self) -> bool:
-        return len(self.terms) == 1 and bool((self.terms[0].column == 1.0).all())
+        return len(self.terms) == 1 and bool((self.terms[0].coefficients == 1.0).all())
 
     @property
     def flops(self) -> float:
         """Arithmetic of adding it up for one point, per row; none for a constant."""
-        return 0.0 if self.constant else 2.0 * len(self.terms) * self.numbers
+        return 0.0 if self.constant else 2.0 * len(self.terms) * self.numel
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +56,10 @@ Form = Combination | Varying
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """A weight that varies: Σ_j column_j(t) · tensor_j. Formed once per point, not once per block of rows."""
+    """A weight that varies: Σ_j c_j(t) · tensor_j. Formed once per point, not once per block of rows."""
 
     tensors: tuple[Tensor, ...]
-    columns: tuple[np.ndarray, ...]
+    coefficients: tuple[np.ndarray, ...]
 
     @property
     def like(self) -> Tensor:
@@ -68,12 +68,12 @@ class Blend:
 
     def at(self, point: int) -> Tensor:
         """The weight at one of the segment's points."""
-        return blend(self.tensors, [column[point] for column in self.columns])
+        return blend(self.tensors, [column[point] for column in self.coefficients])
 
     def arrays(self) -> tuple[list[np.ndarray], np.ndarray]:
         """The tensors as arrays, and their coefficients [points, tensors]."""
         return [tensor.contiguous().numpy() for tensor in self.tensors], np.stack(
-            self.columns, axis=1
+            self.coefficients, axis=1
         )
 
 
@@ -107,7 +107,7 @@ class SharedStep:
     Attributes:
         inputs: shared values it takes.
         entries: its weights, cut down to the wanted units.
-        flops, numbers: arithmetic and size of the value, per row.
+        flops, numel: arithmetic and size of the value, per row.
     """
 
     node: Node
@@ -115,7 +115,7 @@ class SharedStep:
     entries: tuple[Tensor, ...]
     units: Units
     flops: float
-    numbers: float
+    numel: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ class VaryingStep:
     entries: tuple[Tensor | Moving, ...]
     units: Units
     flops: float
-    numbers: float
+    numel: float
     combine: Combination | None = None
 
 
@@ -141,7 +141,7 @@ class Segment:
     """The points that share their active control points.
 
     Attributes:
-        rows: which of the plan's distinct points lie here, int [T].
+        point_indices: which of the plan's distinct points lie here, int [T].
         coefficients: float64 [T, K] over the active control points.
         active: their indices.
         steps: what is done for each point.
@@ -152,7 +152,7 @@ class Segment:
     """
 
     index: int
-    rows: np.ndarray
+    point_indices: np.ndarray
     active: tuple[int, ...]
     coefficients: np.ndarray
     steps: list[VaryingStep] = field(default_factory=list)
@@ -221,7 +221,7 @@ class Program:
     @property
     def varying_flops(self) -> float:
         """Arithmetic per row that is done for all points together."""
-        return sum(segment.flops * len(segment.rows) for segment in self.segments)
+        return sum(segment.flops * len(segment.point_indices) for segment in self.segments)
 
     def kept(self) -> list[int]:
         """Shared values that segments take up: what must stay while the points are evaluated."""

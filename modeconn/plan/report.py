@@ -61,7 +61,7 @@ class Plan:
             "segments": [
                 {
                     "segment": s.index,
-                    "points": len(s.rows),
+                    "points": len(s.point_indices),
                     "active": list(s.active),
                     "flops_per_point": s.flops,
                     "nodes": self.nodes(s),
@@ -123,7 +123,7 @@ class Plan:
             alike.setdefault("\n".join(_table(self.nodes(segment))), []).append(segment)
         for table, segments in alike.items():
             names = ", ".join(str(segment.index) for segment in segments)
-            points = sum(len(segment.rows) for segment in segments)
+            points = sum(len(segment.point_indices) for segment in segments)
             lines += [f"segment{'s' if len(segments) > 1 else ''} {names} ({points} points)", table]
         return "\n".join(lines)
 

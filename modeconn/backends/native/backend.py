@@ -56,7 +56,9 @@ class Fused:
         def given(terms: tuple[Term, ...], step: int | None) -> tuple[list[np.ndarray], np.ndarray]:
             values = [done[step]] if step is not None else [constant(term.value) for term in terms]
             sources.extend(values)
-            columns = [term.column for term in terms] if step is None else [np.ones(point + 1)]
+            columns = (
+                [term.coefficients for term in terms] if step is None else [np.ones(point + 1)]
+            )
             return [_rows(value, self.dtype) for value in values], np.stack(columns, axis=1)
 
         chain, at = self.region.chain, slice(point, point + 1)
@@ -146,7 +148,7 @@ class NativeBackend(ReferenceBackend):
 
         given = given_values(values, self._dtype)
         terms, columns = given(chain.terms, None)
-        sums = head.zeros(len(segment.rows), targets.device)
+        sums = head.zeros(len(segment.point_indices), targets.device)
         wanted = [_SUMS[name] for name in head.names]
         together = _POINTS if chain.layers else _POINTS_OF_OUTPUTS
         for start in range(0, len(sums), together):
@@ -172,7 +174,7 @@ def given_values(values: Values, dtype: torch.dtype) -> Given:
 
     def given(terms: tuple[Term, ...], step: int | None) -> tuple[list[np.ndarray], np.ndarray]:
         return [_rows(values[term.value], dtype) for term in terms], np.stack(
-            [term.column for term in terms], axis=1
+            [term.coefficients for term in terms], axis=1
         )
 
     return given

@@ -41,9 +41,9 @@ class Layer(Stage):
     op: str = "linear"
     geometry: dict[str, Any] = field(default_factory=dict)
     weights: list[np.ndarray] = field(default_factory=list)
-    columns: np.ndarray | None = None
+    coefficients: np.ndarray | None = None
     biases: list[np.ndarray] = field(default_factory=list)
-    bias_columns: np.ndarray | None = None
+    bias_coefficients: np.ndarray | None = None
     norm: tuple[np.ndarray, np.ndarray] | None = None
     reads: int | None = None
     adds: int | None = None
@@ -59,7 +59,7 @@ class Layer(Stage):
     @property
     def sums(self) -> bool:
         """Whether the engine can add another value to it."""
-        return self.columns is not None or self.op in ("affine", "batch_norm")
+        return self.coefficients is not None or self.op in ("affine", "batch_norm")
 
     def at(self, points: slice, given: Given) -> dict[str, Any]:
         """The step as the engine takes it, for some of the points."""
@@ -74,15 +74,15 @@ class Layer(Stage):
         step["input"] = self.reads
         if self.sums:
             step["add"] = self.adds
-        if self.columns is not None:
+        if self.coefficients is not None:
             step |= {
                 "weights": self.weights,
-                "coefficients": np.ascontiguousarray(self.columns[points]),
+                "coefficients": np.ascontiguousarray(self.coefficients[points]),
             }
-        if self.bias_columns is not None:
+        if self.bias_coefficients is not None:
             step |= {
                 "biases": self.biases,
-                "bias_coefficients": np.ascontiguousarray(self.bias_columns[points]),
+                "bias_coefficients": np.ascontiguousarray(self.bias_coefficients[points]),
             }
         if self.norm is not None:
             scale, shift = self.norm
@@ -99,18 +99,18 @@ Given = Callable[[tuple[Term, ...], "int | None"], tuple[list[np.ndarray], np.nd
 
 @dataclass
 class Chain:
-    """Steps as the engine takes them: the activation of Σ_j column_j V_j, then layers.
+    """Steps as the engine takes them: the activation of Σ_j c_j V_j, then layers.
 
     Attributes:
         step: the earlier step of the segment whose value it begins with, instead of terms.
-        numbers: of the values from outside that it takes, per row.
+        numel: of the values from outside that it takes, per row.
     """
 
     terms: tuple[Term, ...]
     start: Stage = field(default_factory=Stage)
     layers: list[Layer] = field(default_factory=list)
     step: int | None = None
-    numbers: float = 0.0
+    numel: float = 0.0
 
     @property
     def images(self) -> bool:
@@ -123,7 +123,7 @@ class Chain:
         return (
             self.step is None
             and not self.layers
-            and all(np.ptp(term.column) == 0 for term in self.terms)
+            and all(np.ptp(term.coefficients) == 0 for term in self.terms)
         )
 
     @property

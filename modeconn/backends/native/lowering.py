@@ -177,14 +177,14 @@ def _product(node: Node, entries: Sequence[tuple[list[np.ndarray], np.ndarray]])
     if isinstance(geometry, str):
         return geometry
     (weights, columns), *bias = entries
-    biases, bias_columns = bias[0] if bias else ([], None)
+    biases, bias_coefficients = bias[0] if bias else ([], None)
     return Layer(
         op=node.op,
         geometry=geometry,
         weights=weights,
-        columns=columns,
+        coefficients=columns,
         biases=biases,
-        bias_columns=bias_columns,
+        bias_coefficients=bias_coefficients,
     )
 
 
@@ -196,7 +196,7 @@ def features_axis(node: Node) -> int:
 def folds(before: Layer) -> bool:
     """Whether a norm behind a layer can be part of it."""
     return (
-        before.columns is not None
+        before.coefficients is not None
         and before.activation == "identity"
         and before.norm is None
         and before.adds is None
@@ -256,7 +256,7 @@ def begin_with_layer(program: Program, chain: Chain, most: float = DEPTH_PER_TER
         return False
     if steps[0].entries[0][0].numel() > most * len(steps):
         return False
-    columns = np.stack([term.column for term in chain.terms], axis=1)
+    columns = np.stack([term.coefficients for term in chain.terms], axis=1)
     layer = _product(
         steps[0].node,
         [

@@ -54,10 +54,10 @@ class Region:
         """Whether "auto" takes it: the cost model, of the plan's counts alone."""
         steps = segment.steps[self.first : self.last + 1]
         flops = sum(step.flops for step in steps)
-        layers = sum(layer.columns is not None for layer in self.chain.layers)
+        layers = sum(layer.coefficients is not None for layer in self.chain.layers)
         faster = mkl_falls_behind() or any(step.node.op == "conv2d" for step in steps)
         worth = flops >= (_WORTH if faster else _WORTH_OF_LINEARS) * (
-            self.chain.numbers + steps[-1].numbers
+            self.chain.numel + steps[-1].numel
         )
         return layers >= _LAYERS and worth and flops >= _SHARE * segment.flops
 
@@ -114,7 +114,7 @@ def _longest(program: Program, segment: Segment, start: int) -> Region | None:
         builder = Builder(program, segment, start)
         for index in range(start, last + 1):
             builder.add(index)
-        if any(layer.columns is not None for layer in builder.chain.layers):
+        if any(layer.coefficients is not None for layer in builder.chain.layers):
             return Region(start, last, builder.chain)
     return None
 
@@ -178,7 +178,7 @@ class Builder:
         if passes_through(node, before):
             self._put(index, place, alone)
             return ""
-        points = len(self.segment.rows)
+        points = len(self.segment.point_indices)
         if node.op == "batch_norm":
             if len(node.shape) == 3:
                 return "normalises the second of three axes"
@@ -330,7 +330,7 @@ class Builder:
             if given.step is not None
             else [self.program.shared[t.value] for t in given.terms]
         )
-        self.chain.numbers += sum(step.numbers for step in steps)
+        self.chain.numel += sum(step.numel for step in steps)
         if self._images is None:
             self.chain.terms, self.chain.step, self._images = given.terms, given.step, image
             return "", -1

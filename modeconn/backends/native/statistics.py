@@ -38,7 +38,7 @@ class BatchStatistics(ReferenceBackend):
             ValueError: a norm that gets a single value per channel.
         """
         found = []
-        for point in range(len(segment.rows)):
+        for point in range(len(segment.point_indices)):
             ((_, pairs),) = self.outputs(segment, point, values, rows)
             found.append(pairs)
         return [tuple(torch.stack(value) for value in zip(*of_points)) for of_points in zip(*found)]
@@ -62,7 +62,7 @@ class NativeStatistics(BatchStatistics):
         found = self._chains.get(segment.index)
         if found is None:
             return super().statistics(segment, values, rows)
-        points, chain = slice(0, len(segment.rows)), found.chain
+        points, chain = slice(0, len(segment.point_indices)), found.chain
         given = given_values(values, self._dtype)
         terms, columns = given(chain.terms, None)
         table = native.extension().chain_statistics(
@@ -140,7 +140,7 @@ class TrainingChain(Builder):
             return reason
         if place < 0 and alone and begin_with_layer(self.program, self.chain):
             place = 0
-        self.norms[index] = batch_norm(step, len(self.segment.rows), place)
+        self.norms[index] = batch_norm(step, len(self.segment.point_indices), place)
         self._put(index, self._append(self.norms[index]))
         return ""
 
@@ -169,7 +169,7 @@ class TrainingChain(Builder):
             return True
         before = self.chain.layers[norm.reads] if norm.reads >= 0 else Layer()
         free = (
-            before.columns is not None
+            before.coefficients is not None
             and before.norm is None
             and before.adds is None
             and before.activation == "identity"
@@ -202,5 +202,5 @@ def _combined(form: Form, values: Values, points: int) -> Tensor:
     assert isinstance(form, Combination)
     terms = [values[term.value] for term in form.terms]
     return torch.stack(
-        [blend(terms, [term.column[point] for term in form.terms]) for point in range(points)]
+        [blend(terms, [term.coefficients[point] for term in form.terms]) for point in range(points)]
     )

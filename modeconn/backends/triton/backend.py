@@ -110,7 +110,7 @@ class TritonBackend(ReferenceBackend):
             plan.tail if plan.tail is not None and _stands_in(head, plan.classes, targets) else None
         )
         schedule = plan.body if tail is not None else plan.whole
-        count = plan.different if tail is not None else len(segment.rows)
+        count = plan.different if tail is not None else len(segment.point_indices)
         sums = head.zeros(count, targets.device)
         labels = _Labels(targets)
         for points, rows, scope in self._scopes(plan, schedule, count, values, len(targets)):
@@ -125,10 +125,10 @@ class TritonBackend(ReferenceBackend):
                 sums[points] += torch.stack([part[:, _SUMS[name]] for name in head.names], 1)
             if rows.stop == len(targets):
                 tick(
-                    points.stop * len(segment.rows) // count
-                    - points.start * len(segment.rows) // count
+                    points.stop * len(segment.point_indices) // count
+                    - points.start * len(segment.point_indices) // count
                 )
-        return sums if count == len(segment.rows) else sums[plan.place]
+        return sums if count == len(segment.point_indices) else sums[plan.place]
 
     def _part(
         self, plan: _SegmentPlan, tail: Tail, scope: Scope, labels: _Labels, rows: slice, top5: bool
@@ -141,7 +141,7 @@ class TritonBackend(ReferenceBackend):
 
         values = list(scope.shared.values())
         small = (
-            scope.rows * (scope.points.stop - scope.points.start) * max(plan.body.numbers, 1.0)
+            scope.rows * (scope.points.stop - scope.points.start) * max(plan.body.numel, 1.0)
             <= _SMALL
         )
         if (
@@ -155,7 +155,7 @@ class TritonBackend(ReferenceBackend):
         def again(given: Sequence[Tensor]) -> Tensor:
             shared = dict(zip(scope.shared, given))
             return work(
-                Scope(scope.points, scope.rows, scope.columns, shared),
+                Scope(scope.points, scope.rows, scope.coefficients, shared),
                 _Labels(given[-1]),
                 slice(None),
             )
@@ -167,7 +167,9 @@ class TritonBackend(ReferenceBackend):
         self, segment: Segment, values: Values, rows: int
     ) -> Iterator[tuple[int, slice, Any]]:
         plan = self._plans[segment.index]
-        for points, block, scope in self._scopes(plan, plan.whole, len(segment.rows), values, rows):
+        for points, block, scope in self._scopes(
+            plan, plan.whole, len(segment.point_indices), values, rows
+        ):
             plan.whole.run(scope)
             for point, output in enumerate(plan.outputs(scope)):
                 yield points.start + point, block, self.program.graph.fill_output(output)
@@ -177,7 +179,7 @@ class TritonBackend(ReferenceBackend):
     ) -> Iterator[tuple[slice, slice, Scope]]:
         """Chunks of points, and blocks of rows where a single point is too large."""
         item = torch.finfo(torch.float32).bits // 8
-        per_row = max(schedule.numbers, 1.0)
+        per_row = max(schedule.numel, 1.0)
         at_once = min(
             int(_SHARE * self._free() / (item * per_row)),
             int(_MOST_NUMBERS / max(schedule.widest, 1.0)),
@@ -193,7 +195,7 @@ class TritonBackend(ReferenceBackend):
                 yield (
                     points,
                     block,
-                    Scope(points, block.stop - block.start, plan.steps.columns, here, stack),
+                    Scope(points, block.stop - block.start, plan.steps.coefficients, here, stack),
                 )
 
     def _cut(self, values: Values, block: slice) -> Values:
@@ -239,7 +241,7 @@ class _SegmentPlan:
             for node, form in segment.outputs.items()
         }
         self.whole = Schedule(self.steps, list(self.forms.values()))
-        self.tail, self.different = find_tail(self.steps, _WIDEST), len(segment.rows)
+        self.tail, self.different = find_tail(self.steps, _WIDEST), len(segment.point_indices)
         self.place: slice | Tensor = slice(None)
         self.body, reads = self.whole, None
         self.classes: tuple[Any, ...] = ()
@@ -257,7 +259,7 @@ class _SegmentPlan:
     def _merge_equal_points(self, tail: Tail) -> None:
         terms = tail.reads.terms  # type: ignore[union-attr]
         columns, place = np.unique(
-            np.stack([term.column for term in terms], 1), axis=0, return_inverse=True
+            np.stack([term.coefficients for term in terms], 1), axis=0, return_inverse=True
         )
         self.different, self.place = (
             len(columns),

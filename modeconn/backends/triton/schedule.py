@@ -42,7 +42,7 @@ class Scope:
     Attributes:
         points: which of the segment's.
         rows: how many.
-        columns: a combination's coefficients on the device, [T, J].
+        coefficients: a combination's coefficients on the device, [T, J].
         shared: the shared values, cut down to these rows.
         stacked: shared values of combinations, stacked when they are first used.
         done: values of the steps so far.
@@ -50,7 +50,7 @@ class Scope:
 
     points: slice
     rows: int
-    columns: Callable[[Combination], Tensor]
+    coefficients: Callable[[Combination], Tensor]
     shared: dict[int, Any]
     stacked: dict[int, Tensor] = field(default_factory=dict)
     done: dict[int, Value] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Scope:
         terms = [self.shared[term.value] for term in operand.terms]
         if id(operand) not in self.stacked:
             self.stacked[id(operand)] = _stack(terms)
-        return Combined(Blended(self.stacked[id(operand)], self.columns(operand)[self.points]))
+        return Combined(Blended(self.stacked[id(operand)], self.coefficients(operand)[self.points]))
 
 
 @dataclass
@@ -75,14 +75,14 @@ class Call:
         step: whose value it is: the last of those that it does.
         reads: what it reads.
         kernel: whether a GPU kernel does it.
-        numbers: size of its value, per row and point.
+        numel: size of its value, per row and point.
     """
 
     step: int
     reads: tuple[Operand, ...]
     do: Callable[[Scope], Value]
     kernel: bool = False
-    numbers: float = 0.0
+    numel: float = 0.0
 
 
 class Schedule:
@@ -91,7 +91,7 @@ class Schedule:
     Attributes:
         calls: in order.
         drops: for each of them, the steps whose value nobody reads after it.
-        numbers: of all values alive at once, at most, per row and point.
+        numel: of all values alive at once, at most, per row and point.
         widest: of the largest value.
     """
 
@@ -108,8 +108,8 @@ class Schedule:
             [i for i, n in last.items() if n == at and i not in self._wanted]
             for at in range(len(self.calls))
         ]
-        self.numbers = self._most_alive()
-        self.widest = max((call.numbers for call in self.calls), default=0.0)
+        self.numel = self._most_alive()
+        self.widest = max((call.numel for call in self.calls), default=0.0)
 
     def run(self, scope: Scope) -> None:
         """Do it all; the wanted values are then in `scope.done`."""
@@ -119,7 +119,7 @@ class Schedule:
                 del scope.done[index]
 
     def _most_alive(self) -> float:
-        sizes = {call.step: call.numbers for call in self.calls}
+        sizes = {call.step: call.numel for call in self.calls}
         alive: set[int] = set()
         most = 0.0
         for call, drops in zip(self.calls, self.drops):
@@ -136,9 +136,7 @@ class Schedule:
         if step.combine is not None:
             form = step.combine
             first = None if steps.gradients else self._first_convolution(index)
-            return first or Call(
-                index, (form,), lambda scope: scope.read(form), numbers=step.numbers
-            )
+            return first or Call(index, (form,), lambda scope: scope.read(form), numel=step.numel)
         if is_linear(step):
             return self._linear(index)
         if steps.gradients:  # the other kernels have no backward
@@ -179,7 +177,7 @@ class Schedule:
                 step.node, shapes, list(map(formed, values)), weights, scope.points, scope.rows
             )
 
-        return Call(index, reads, do, numbers=step.numbers)
+        return Call(index, reads, do, numel=step.numel)
 
     def _linear(self, index: int) -> Call:
         from modeconn.kernels.path_linear import path_linear
@@ -203,7 +201,7 @@ class Schedule:
             )
             return AtPoints(out.unflatten(1, before))
 
-        return Call(last, (read,), do, kernel=True, numbers=step.numbers)
+        return Call(last, (read,), do, kernel=True, numel=step.numel)
 
     def _convolution(
         self, index: int, node: Node, weight: Weight, bias: Weight | None, read: Operand
@@ -243,7 +241,7 @@ class Schedule:
             )
 
         reads = (read,) if other is None else (read, other)
-        return Call(last, reads, do, kernel=True, numbers=steps.steps[index].numbers)
+        return Call(last, reads, do, kernel=True, numel=steps.steps[index].numel)
 
     def _first_convolution(self, index: int) -> Call | None:
         """A combination of convolutions of one input that a norm follows: the kernel folds norms into convolutions only."""
@@ -253,7 +251,7 @@ class Schedule:
             return None
         terms = step.combine.terms  # type: ignore[union-attr]
         shared = [steps.program.shared[term.value] for term in terms]
-        node, columns = shared[0].node, tuple(term.column for term in terms)
+        node, columns = shared[0].node, tuple(term.coefficients for term in terms)
         same = (
             len({(each.node.id, each.inputs) for each in shared}) == 1
             and len(shared[0].inputs) == 1
@@ -282,7 +280,7 @@ class Schedule:
                 path_pool2d(at_points(scope.read(reads[0]), scope.points), kind, **geometry)
             )
 
-        return Call(index, reads, do, kernel=True, numbers=step.numbers)
+        return Call(index, reads, do, kernel=True, numel=step.numel)
 
     def _row_norm(self, index: int) -> Call:
         from modeconn.kernels.path_norm import path_layer_norm, path_rms_norm
@@ -304,7 +302,7 @@ class Schedule:
                 return AtPoints(path_rms_norm(x, w, eps))
             return AtPoints(path_layer_norm(x, w, bias and bias.blended(scope.points), eps))
 
-        return Call(index, reads, do, kernel=True, numbers=step.numbers)
+        return Call(index, reads, do, kernel=True, numel=step.numel)
 
     def _scaled(self, index: int) -> Call:
         """A batch norm that no convolution has taken along: a scale and a shift for each channel."""
@@ -320,7 +318,7 @@ class Schedule:
             ]
             return AtPoints(torch.addcmul(here[0], value, here[1]))
 
-        return Call(index, reads, do, numbers=step.numbers)
+        return Call(index, reads, do, numel=step.numel)
 
     # -- what follows ------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ class Steps:
             gradients,
         )
         self.steps = segment.steps
-        self.count = len(segment.rows)
+        self.count = len(segment.point_indices)
         self.device = device
         self.kept: set[int] = set()  # shared values that calls read, and the planner's steps do not
         self._same = {
@@ -84,10 +84,10 @@ class Steps:
             )
         return self._weights[id(entry)]
 
-    def columns(self, form: Combination) -> Tensor:
+    def coefficients(self, form: Combination) -> Tensor:
         """The coefficients of a combination at all points, [T, J], taken to the device once."""
         if id(form) not in self._columns:
-            columns = torch.stack([torch.from_numpy(term.column) for term in form.terms], 1)
+            columns = torch.stack([torch.from_numpy(term.coefficients) for term in form.terms], 1)
             self._columns[id(form)] = (form, columns.to(self.device, torch.float32))
         return self._columns[id(form)][1]
 

@@ -114,7 +114,7 @@ class Weight:
         if isinstance(self.entry, Tensor):
             return Blended.fixed(self.entry.contiguous(), self._points)
         assert not isinstance(self.entry, PerPoint)
-        columns = [torch.from_numpy(column) for column in self.entry.columns]
+        columns = [torch.from_numpy(column) for column in self.entry.coefficients]
         coefficients = torch.stack(columns, 1).to(self._device, torch.float32)
         return Blended(torch.stack(list(self.entry.tensors)), coefficients)
 
@@ -132,7 +132,7 @@ class Weight:
             return self.entry.double().expand(self._points, *self.entry.shape)
         if isinstance(self.entry, PerPoint):
             return self.entry.table.double()
-        columns = [torch.from_numpy(column).to(self._device) for column in self.entry.columns]
+        columns = [torch.from_numpy(column).to(self._device) for column in self.entry.coefficients]
         total = torch.zeros(self._points, *self.shape, dtype=torch.float64, device=self._device)
         for tensor, column in zip(self.entry.tensors, columns):
             column = column.view(-1, *[1] * tensor.dim())
