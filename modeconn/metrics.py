@@ -35,9 +35,9 @@ class Head:
     """
 
     def __init__(self, loss: str | PerSample, metrics: Sequence[str | PerSample] | None) -> None:
-        if not callable(loss) and loss not in _LOSSES:
+        if not callable(loss) and loss not in LOSSES:
             raise ModeconnError(
-                f"loss is {loss!r}: expected one of {', '.join(_LOSSES)}, or a callable"
+                f"loss is {loss!r}: expected one of {', '.join(LOSSES)}, or a callable"
             )
         if metrics is None:
             metrics = ("loss", "error") if loss in (*_LABELLED, "bce") else ("loss",)
@@ -52,9 +52,9 @@ class Head:
                 if isinstance(metric, str)
                 else getattr(metric, "__name__", type(metric).__name__)
             )
-            if isinstance(metric, str) and metric not in _METRICS:
+            if isinstance(metric, str) and metric not in METRICS:
                 raise ModeconnError(
-                    f"metric {metric!r} is unknown: expected one of {', '.join(_METRICS)}, or a callable"
+                    f"metric {metric!r} is unknown: expected one of {', '.join(METRICS)}, or a callable"
                 )
             if metric in ("error", "top5_error") and loss == "mse":
                 raise ModeconnError(
@@ -185,7 +185,7 @@ class Head:
             values |= _cross_entropy(outputs, targets)
             values["perplexity"] = values["loss"]
         else:
-            values |= _LOSSES[self.loss](outputs, targets)
+            values |= LOSSES[self.loss](outputs, targets)
         if "top5_error" in self.names:
             values["top5_error"] = _top5_error(outputs, targets)
         return torch.stack([values[name].sum(dtype=torch.float64) for name in self.names])
@@ -316,10 +316,10 @@ def _bce(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     )
 
 
-_LOSSES: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
+LOSSES: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
     "cross_entropy": _cross_entropy,
     "next_token": _cross_entropy,
     "mse": _mse,
     "bce": _bce,
 }
-_METRICS = ("loss", "error", "top5_error", "perplexity")
+METRICS = ("loss", "error", "top5_error", "perplexity")

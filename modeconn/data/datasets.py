@@ -166,13 +166,13 @@ def load(
         ModeconnError: An unknown name or split; files that are missing, truncated or of another
             format; a mean, std or limit that cannot be used.
     """
-    if name not in _SOURCES:
-        raise ModeconnError(f"data set: {name!r} is unknown; expected one of {', '.join(_SOURCES)}")
+    if name not in SOURCES:
+        raise ModeconnError(f"data set: {name!r} is unknown; expected one of {', '.join(SOURCES)}")
     if split not in ("train", "test"):
         raise ModeconnError(f"split: {split!r} is unknown; expected train or test")
     if limit is not None and limit < 1:
         raise ModeconnError(f"limit: {limit}; expected at least 1")
-    source = _SOURCES[name]
+    source = SOURCES[name]
     inputs, targets = source.read(name, split, root)
     return Images(
         inputs[:limit],
@@ -260,7 +260,7 @@ class _Source:
     scale: float
 
 
-_SOURCES = {
+SOURCES = {
     "digits": _Source(_read_digits, _DIGITS, (0.0,), (1.0,), 16.0),
     "mnist": _Source(_read_mnist, _DIGITS, (0.5,), (0.5,), 255.0),
     "fashion-mnist": _Source(_read_mnist, _CLOTHES, (0.5,), (0.5,), 255.0),

@@ -15,7 +15,7 @@ from modeconn.parameters.paths import Path
 
 BUFFERS = ("interpolate", "start", "recompute")
 # What values have; "tf32" and "bf16" are about what products are made of, on a GPU.
-_PRECISIONS = {
+PRECISIONS = {
     "float32": torch.float32,
     "float64": torch.float64,
     "tf32": torch.float32,
@@ -25,9 +25,9 @@ _PRECISIONS = {
 
 def dtype_of(precision: str) -> torch.dtype:
     """What to compute in."""
-    if precision not in _PRECISIONS:
-        raise ModeconnError(f"precision is {precision!r}: expected one of {', '.join(_PRECISIONS)}")
-    return _PRECISIONS[precision]
+    if precision not in PRECISIONS:
+        raise ModeconnError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
 
 
 def device_of(device: str | torch.device | None, path: Path) -> torch.device:
