@@ -1,4 +1,4 @@
-"""What all tests share: the environment, the real data sets, poisoned memory."""
+"""The tests' environment and shared fixtures: reused graphs, real data sets, poisoned memory."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if os.environ.get("MODECONN_TEST_DEVICE", "cpu") != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from graph_reuse import Reuse
+from modeconn.capture import export
 
 try:
     import hypothesis
@@ -33,7 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.set_num_threads(min(4, torch.get_num_threads()))  # small tests gain nothing from more
+# Small tests gain nothing from more threads than 4, and pytest-xdist's workers share the cores.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(4, torch.get_num_threads() // _workers)))
 
 if hypothesis is not None:  # the tests of kernels do without it
     # No deadline and no check for slow draws: a busy machine is not a failure. In CI the examples
@@ -48,17 +54,31 @@ if hypothesis is not None:  # the tests of kernels do without it
     hypothesis.settings.load_profile("always-the-same" if os.environ.get("CI") else "local")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def graphs() -> Iterator[Reuse]:
+    """Reuse captured graphs between tests (graph_reuse.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        reuse = Reuse(export._captured)
+        patch.setattr(export, "_captured", reuse)
+        yield reuse
+
+
+@pytest.fixture
+def fresh_graphs(graphs: Reuse) -> Iterator[None]:
+    """Capture every module anew: for the tests of capture itself."""
+    with graphs.off():
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with the real data sets and trained networks: beside the checkout, or MODECONN_SHARED."""
+    """The folder of real data and trained networks: MODECONN_SHARED, or beside the checkout."""
     named = os.environ.get("MODECONN_SHARED")
     folder = Path(named) if named else ROOT.parent / "shared"
     if named and not folder.is_dir():
         pytest.fail(f"MODECONN_SHARED is {named!r}: not a folder")
     if not folder.is_dir():
-        pytest.skip(
-            f"the real data and networks are not here: no folder {folder} (MODECONN_SHARED names another)"
-        )
+        pytest.skip(f"no real data and networks: {folder} is no folder (MODECONN_SHARED names it)")
     return folder
 
 
@@ -67,16 +87,17 @@ def _unpacked(shared: Path, name: str) -> Path:
     target = ROOT / ".cache" / "data" / name
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed when it is complete, so that an interrupted run leaves nothing that looks
-        # finished.
+        # Renamed when it is complete: an interrupted run leaves nothing that looks finished.
         partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{name}-"))
         try:
             subprocess.run(
                 [sys.executable, shared / "data" / "unpack.py", partial, name], check=True
             )
-            partial.rename(target)
+            with contextlib.suppress(OSError):  # another process was faster
+                partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        assert target.is_dir(), f"{target} cannot be made"
     return target
 
 
@@ -88,19 +109,19 @@ def mnist_root(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def cifar10_root(shared: Path) -> Path:
-    """A root folder with the real CIFAR-10: cifar-10-batches-bin/{data_batch_1..5,test_batch}.bin."""
+    """A root folder with the real CIFAR-10: cifar-10-batches-bin/{data_batch_*,test_batch}.bin."""
     return _unpacked(shared, "cifar10")
 
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the tests of kernels run: the CPU, under Triton's interpreter, or the GPU where MODECONN_TEST_DEVICE=cuda."""
+    """The device of the kernels' tests: the CPU (interpreted), or MODECONN_TEST_DEVICE."""
     return torch.device(os.environ.get("MODECONN_TEST_DEVICE", "cpu"))
 
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill uninitialised tensors with NaN (integers: the largest value): an element nobody writes then shows.
+    """Fill uninitialised tensors with NaN (integers: the largest value): what nobody writes shows.
 
     For a whole file: `pytestmark = pytest.mark.usefixtures("poisoned_memory")`.
     """

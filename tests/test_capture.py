@@ -10,6 +10,8 @@ from torch.nn import functional as F
 import modeconn as mc
 from modeconn.capture.export import capture, run
 
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
+
 
 class Functional(nn.Module):
     """Functions, methods, views, buffers, a residual sum, a concatenation, and dropout."""

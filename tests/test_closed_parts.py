@@ -100,6 +100,7 @@ X, Y = torch.randn(37, 6, generator=torch.Generator().manual_seed(0)), torch.ara
 PARTS = {"branch": Branch(), "function": Function(), "several": UsesSeveral(), "lstm": Recurrent()}
 CLOSED = {"branch": "2.1", "function": "2.1", "several": "2.1.several", "lstm": ""}
 pytestmark = [
+    pytest.mark.usefixtures("fresh_graphs"),
     pytest.mark.filterwarnings("ignore:part of the model runs as it is"),
     pytest.mark.filterwarnings("ignore:batch norms .* interpolated"),
 ]
