@@ -17,10 +17,15 @@ import torch
 from safetensors import safe_open
 
 from modeconn import models
+from modeconn.backends import NAMES as BACKENDS
 from modeconn.cli import COMMANDS, demo, main, output
+from modeconn.connection.search import METHODS
 from modeconn.data import datasets
+from modeconn.evaluation.arguments import BUFFERS, PRECISIONS
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.evaluation.result import PathResult
+from modeconn.experiments.settings import NAMES as EXPERIMENTS
+from modeconn.metrics import LOSSES, METRICS
 from modeconn.parameters import state
 from modeconn.parameters.paths import Bezier, Line, Plane, PolyChain
 
@@ -107,9 +112,7 @@ def plain_loss(parameters: dict[str, torch.Tensor], split: str = "train") -> flo
 # ---------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "train", "evaluate", "explain", "plane", "mix", "inspect"]
-)
+@pytest.mark.parametrize("command", [command.__name__.rpartition(".")[2] for command in COMMANDS])
 def test_help_ends_with_an_example(command, capsys):
     assert run(command, "--help") == 0
     text = capsys.readouterr().out
@@ -134,6 +137,20 @@ def test_every_option_has_a_help_text():
         command.add(parsers)
         (parser,) = parsers.choices.values()
         assert all(action.help for action in parser._actions), command.__name__
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("evaluate", [*LOSSES, *METRICS, *BACKENDS, *PRECISIONS, *BUFFERS, *datasets.SOURCES]),
+        ("connect", METHODS),
+        ("reproduce", EXPERIMENTS),
+    ],
+)
+def test_help_names_all_that_can_be_chosen(command, names, capsys):
+    assert run(command, "--help") == 0
+    text = re.sub(r"-?\n +", lambda end: end[0][:1].strip(), capsys.readouterr().out)
+    assert [name for name in names if name not in text] == []
 
 
 # ---------------------------------------------------------------- evaluate
@@ -354,7 +371,7 @@ def test_inspect_lists_entries_and_metadata(here: Path, capsys):
     (row,) = [line.split() for line in text.splitlines() if line.startswith("0.weight")]
     assert row[:6] == ["0.weight", "16", "×", "64", "float32", "1,024"]
     assert ["model", SPEC] in [line.split() for line in text.splitlines()]
-    assert "4 entries, 1,210 numbers, 4.73 KiB" in text
+    assert "4 tensors, 1,210 elements, 4.73 KiB" in text
     content = json.loads(Path("i.json").read_text())
     assert content["numbers"] == 64 * 16 + 16 + 16 * 10 + 10
     assert content["entries"]["2.weight"]["shape"] == [10, 16]
@@ -404,7 +421,7 @@ def test_inspect_flags_what_is_not_finite(here: Path, capsys):
     assert run("inspect", "nan.safetensors") == 0
     text = capsys.readouterr().out
     assert "16 not finite" in next(line for line in text.splitlines() if line.startswith("0.bias"))
-    assert "16 numbers not finite" in text
+    assert "16 elements not finite" in text
 
 
 def test_inspect_reads_torch_files_and_half_precision(here: Path, capsys):

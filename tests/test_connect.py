@@ -287,4 +287,4 @@ def test_from_the_command_line(pair, tmp_path: Path, monkeypatch, capsys) -> Non
     assert main(["verify", "c", "--data", "digits", "--a", ends[0], "--b", ends[1]]) == 0
     assert "bear out the certificate" in capsys.readouterr().out
     assert main(arguments) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists: expected the name of a new folder" in capsys.readouterr().err

@@ -1,7 +1,7 @@
-"""The command line: parse, call the library, print.  One file per command.
+"""The command line: parse, call the library, print. One file per command.
 
 Bad input ends with exit code 2 and one line on stderr, Ctrl-C with 130 and a line that says what
-was saved. PyTorch is imported by the commands when they run, so that `--help` answers at once.
+was saved.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ COMMANDS = (demo, train, evaluate, explain, plane, mix, connect, verify, reprodu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Runs one command.
 
     Args:
         argv: the arguments, without the program's name; those of the process if None.
 
     Returns:
-        The exit code: 0, 2 for bad input, 130 after Ctrl-C, 1 where the system failed (a full disk,
-            say).
+        The exit code: 0; 2 for bad input; 130 after Ctrl-C; 1 where the system failed (a full disk,
+        for instance).
     """
     _prepare_streams()
     try:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="modeconn",
-        description="Loss along paths between neural networks, a whole path in one pass over the data.",
+        description="Loss along paths between neural networks, in one pass over the data.",
         epilog=example(
             "modeconn demo",
             "It needs no files. Then see modeconn train --help and modeconn evaluate --help.",
@@ -94,15 +94,19 @@ def _version() -> str:
 
 
 def _prepare_streams() -> None:
-    """Never fail because a terminal cannot show a character of a plot."""
+    """Replaces characters of a plot that a terminal cannot show, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"modeconn: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"modeconn: {_one_line(message)}", file=sys.stderr, flush=True)
     return code
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
 
 
 def _show_warning(
@@ -113,6 +117,4 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(
-        f"modeconn: warning: {' '.join(str(message).split())}", file=file or sys.stderr, flush=True
-    )
+    print(f"modeconn: warning: {_one_line(message)}", file=file or sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`modeconn connect`: a path of certified loss between two networks."""
+"""`modeconn connect`: builds a path of certified loss between two networks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeconn.cli import options, output
+from modeconn.connection.search import METHODS
 from modeconn.errors import ModeconnError
 
 if TYPE_CHECKING:
@@ -16,80 +17,73 @@ if TYPE_CHECKING:
 
     from modeconn.connection.connection import Connection
 
+DESCRIPTION = """\
+Build a path of low loss between two networks through subnetworks, and certify its loss on
+the training data. Loss and error on the test data along the path are bounded as well."""
+EXAMPLE = "modeconn connect a.safetensors b.safetensors --data digits --target 0.01 --out c/"
+RESUME = """\
+Then modeconn verify c/ checks the certificate anew. After an interruption the
+same command continues from c.partial/."""
+
 
 def add(commands: options.Commands) -> None:
-    """Declare the command."""
+    """Declares the command."""
     parser = commands.add_parser(
         "connect",
-        help="a path between two networks with a certified bound on its loss",
-        description="Build the path of low loss between two networks by subnetworks, and certify its loss on the training\n"
-        "data. The loss and error of test data along the same path are bounded as well.",
-        epilog=options.example(
-            "modeconn connect a.safetensors b.safetensors --data digits --target 0.01 --out connection/",
-            "Then modeconn verify connection/ checks the certificate anew. After an interruption the same command goes on\n"
-            "from what is in connection.partial/.",
-        ),
+        help="build a path between two networks with a certified bound on its loss",
+        description=DESCRIPTION,
+        epilog=options.example(EXAMPLE, RESUME),
     )
     parser.add_argument(
-        "checkpoints", metavar="CHECKPOINT", nargs=2, help="the two networks: .safetensors or .pt"
+        "checkpoints", metavar="CHECKPOINT", nargs=2, help=f"the two networks: {options.CHECKPOINT}"
     )
     options.add_model(parser, required=False)
-    parser.add_argument(
-        "--out", metavar="FOLDER", required=True, help="the connection to write: a new folder"
-    )
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="new folder to write")
     options.add_data(parser, split=False)
-    making = parser.add_argument_group("construction")
-    making.add_argument(
+    _add_construction(parser)
+    results = parser.add_argument_group("results")
+    options.add_plot(results, "loss and error along the path")
+    options.add_json(results, "the result")
+    options.add_quiet(results)
+    parser.set_defaults(run=run)
+
+
+def _add_construction(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("construction")
+    group.add_argument(
         "--target",
         metavar="LOSS",
         type=float,
-        help="training loss to get below (default: twice that of the end points)",
+        help="training loss to stay below (default: twice that of the end points)",
     )
-    making.add_argument(
+    group.add_argument(
         "--kept",
         metavar="FRACTION[,…]",
         type=options.numbers,
         default=[0.5],
-        help="part of a layer's units that its subnetwork reads, for all hidden layers or for each (default: 0.5)",
+        help="fraction of a layer's units that its subnetwork reads, for all hidden layers "
+        "or for each (default: 0.5)",
     )
-    making.add_argument(
+    group.add_argument(
         "--subnetworks",
         metavar="KIND",
         default="auto",
-        help="auto, readout, head or trained (default: auto: heads for fully connected ReLU networks, trained elsewhere)",
+        help=f"{options.listed(METHODS)} (default: auto, which takes heads for fully connected "
+        "ReLU networks and trained ones elsewhere)",
     )
-    making.add_argument(
-        "--seed",
-        metavar="N",
-        type=int,
-        default=0,
-        help="of units, weights and order of samples (default: 0)",
-    )
-    results = parser.add_argument_group("results")
-    results.add_argument(
-        "--plot", metavar="FILE", help="draw loss and error along the path: .png, .svg or .pdf"
-    )
-    results.add_argument(
-        "--json",
-        metavar="FILE",
-        help="write the result as JSON; - is stdout, and nothing else then is",
-    )
-    results.add_argument("--quiet", "-q", action="store_true", help="print nothing")
-    parser.set_defaults(run=run)
+    options.add_seed(group, "units, weights and the order of samples")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check everything, connect, print and write."""
+    """Checks everything, connects, prints and writes."""
     options.check_inputs(args.checkpoints)
     options.check_outputs({"--plot": args.plot, "--json": args.json}, args.checkpoints)
     options.check_plot(args.plot)
     out = Path(args.out)
     if out.exists():
-        raise ModeconnError(
-            f"--out {args.out} is there already: name a folder that is not, or remove it"
-        )
+        raise ModeconnError(f"--out {args.out} exists: expected the name of a new folder")
     if not 0 <= args.seed < 2**31:
-        raise ModeconnError(f"--seed {args.seed}: expected at least 0 and below 2**31")
+        raise ModeconnError(f"--seed is {args.seed}: expected at least 0 and below 2**31")
 
     from modeconn.connection.pipeline import connect
 
@@ -128,7 +122,7 @@ def _say(line: str) -> None:
 
 
 def _plot(connection: Connection, model: nn.Module, data: Any, file: str) -> None:
-    """Two more passes, for the curves of the swings and for the straight line."""
+    """Draws the connection; two more passes give the curves of the swings and the straight line."""
     from modeconn.evaluation.evaluator import evaluate
     from modeconn.parameters.paths import Line
 
@@ -148,17 +142,20 @@ def _content(connection: Connection) -> dict[str, Any]:
 
 
 def _print_table(connection: Connection) -> None:
-    rows = [
-        [
-            f"S_{found['entry']}" + ("" if found["entry"] == 0 else f" of {found['side']}"),
-            found["method"],
-            "-".join(map(str, found["widths"])) or "readout",
-            f"{found['loss']:.4g}",
-            f"{100 * found['error']:.3g} %",
-            str(found["epochs"]),
-            output.seconds_text(found["seconds"]),
-        ]
-        for found in connection.details["found"]
-        if found["entry"] or found["side"] == "a"
-    ]
+    rows = []
+    for found in connection.details["found"]:
+        shared = found["entry"] == 0  # both networks have one subnetwork on the input
+        if shared and found["side"] != "a":
+            continue
+        rows.append(
+            [
+                f"S_{found['entry']}" + ("" if shared else f" of {found['side']}"),
+                found["method"],
+                "-".join(map(str, found["widths"])) or "readout",
+                f"{found['loss']:.4g}",
+                f"{100 * found['error']:.3g} %",
+                str(found["epochs"]),
+                output.seconds_text(found["seconds"]),
+            ]
+        )
     output.print_table(["subnetwork", "kind", "widths", "loss", "error", "epochs", "time"], rows)

@@ -1,4 +1,4 @@
-"""`modeconn demo`: two small networks, the barrier between them, and what one pass saves.  Needs no files."""
+"""`modeconn demo`: the barrier between two small networks, and the time that one pass saves."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 MODEL, POINTS = "mlp:64-256x4-10", 51
 LR, BATCH_SIZE = 0.01, 100
 # Rows that a plain loop evaluates at once: about as many as keep a layer's activations in a core's
-# cache.
+# cache, so that our own loop is a fair opponent.
 ROWS_IN_CACHE = 512
 OURS = "modeconn, one pass"
 
 
 def add(commands: options.Commands) -> None:
-    """Declare the command."""
+    """Declares the command."""
     parser = commands.add_parser(
         "demo",
         help="train two small networks and show the barrier between them; needs no files",
@@ -38,15 +38,13 @@ def add(commands: options.Commands) -> None:
         "them, and time one pass against a pass per point.",
         epilog=options.example("modeconn demo --plot barrier.png"),
     )
-    parser.add_argument("--plot", metavar="FILE", help="draw the result: .png, .svg or .pdf")
-    parser.add_argument(
-        "--json", metavar="FILE", help="write it as JSON; - is stdout, and nothing else then is"
-    )
+    options.add_plot(parser, "the result")
+    options.add_json(parser, "the result")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, evaluate, time, print."""
+    """Trains, evaluates, times, prints."""
     options.check_outputs({"--plot": args.plot, "--json": args.json})
     options.check_plot(args.plot)
 
@@ -64,12 +62,7 @@ def run(args: argparse.Namespace) -> None:
     model = new_model(MODEL, 0)
     result = evaluate(model, path, data, points=POINTS, progress=False)
     if talk:
-        print("\nThe straight line between them:\n")
-        output.print_plot(result)
-        print(
-            f"\nbarrier in loss {result.barrier('loss'):.3g}, in error {100 * result.barrier('error'):.3g} %"
-        )
-        print("\nTiming a pass per point against one pass …", flush=True)
+        _print_line(result)
     timings, furthest = _race(model, path, data, result)
     fixed = _fixed_cost(model, path, data)
     result.info |= {"model": MODEL, "data": "digits train", "normalization": data.normalization}
@@ -85,6 +78,14 @@ def run(args: argparse.Namespace) -> None:
     if talk:
         _print_race(result, timings, fixed, furthest)
         output.print_written(args.plot, args.json)
+
+
+def _print_line(result: PathResult) -> None:
+    print("\nThe straight line between them:\n")
+    output.print_plot(result)
+    loss, error = result.barrier("loss"), 100 * result.barrier("error")
+    print(f"\nbarrier in loss {loss:.3g}, in error {error:.3g} %")
+    print("\nTiming a pass per point against one pass …", flush=True)
 
 
 def _trained(seed: int, data: Images, talk: bool) -> State:
@@ -103,7 +104,11 @@ def _trained(seed: int, data: Images, talk: bool) -> State:
 def _race(
     model: nn.Module, path: Path, data: Images, result: PathResult
 ) -> tuple[dict[str, float], float]:
-    """Seconds for all points by contender, the least of two interleaved runs; and how far losses differ."""
+    """Times all contenders, the least of two interleaved runs each.
+
+    Returns:
+        Seconds for all points by contender, and the largest difference between their losses.
+    """
     from torch.utils.data import DataLoader
 
     from modeconn.evaluation.evaluator import evaluate
@@ -111,19 +116,16 @@ def _race(
     inputs, targets = data.slice(0, len(data))
     loader = DataLoader(data, batch_size=BATCH_SIZE)
 
-    def batches(rows: int) -> Batches:
-        return zip(inputs.split(rows), targets.split(rows), strict=True)
+    def split(rows: int) -> Batches:
+        return list(zip(inputs.split(rows), targets.split(rows), strict=True))
+
+    def loop(batches: Batches) -> Callable[[], np.ndarray]:
+        return lambda: _pass_per_point(model, path, result.t, batches)
 
     contenders: dict[str, Callable[[], np.ndarray]] = {
-        "a pass per point, DataLoader": lambda: _pass_per_point(
-            model, path, result.t, lambda: loader
-        ),
-        "a pass per point, whole tensor": lambda: _pass_per_point(
-            model, path, result.t, lambda: batches(len(data))
-        ),
-        "a pass per point, rows in cache": lambda: _pass_per_point(
-            model, path, result.t, lambda: batches(ROWS_IN_CACHE)
-        ),
+        "a pass per point, DataLoader": loop(loader),
+        "a pass per point, whole tensor": loop(split(len(data))),
+        "a pass per point, rows in cache": loop(split(ROWS_IN_CACHE)),
         OURS: lambda: evaluate(model, path, data, points=result.t, progress=False).loss,
     }
     timings = dict.fromkeys(contenders, float("inf"))
@@ -138,9 +140,9 @@ def _race(
 
 
 def _pass_per_point(
-    model: nn.Module, path: Path, points: np.ndarray, batches: Callable[[], Batches]
+    model: nn.Module, path: Path, points: np.ndarray, batches: Batches
 ) -> np.ndarray:
-    """The losses by the usual loop: load the weights of each t, go through the data, add up loss, errors."""
+    """Computes the losses by the usual loop: load the weights of a point, go through the data."""
     import numpy as np
     import torch
     from torch.nn.functional import cross_entropy
@@ -151,7 +153,7 @@ def _pass_per_point(
         for t in points:
             model.load_state_dict(path.at(t))
             loss, wrong, samples = 0.0, 0.0, 0
-            for inputs, targets in batches():
+            for inputs, targets in batches:
                 outputs = model(inputs)
                 loss += cross_entropy(outputs, targets, reduction="sum").item()
                 wrong += (outputs.argmax(1) != targets).sum().item()
@@ -161,7 +163,10 @@ def _pass_per_point(
 
 
 def _fixed_cost(model: nn.Module, path: Path, data: Images) -> float:
-    """Seconds for one point and one image: what capturing and planning take, whatever the data and points."""
+    """Times an evaluation of one point and one image.
+
+    This is what capture and planning take, whatever the number of samples and points.
+    """
     from modeconn.evaluation.evaluator import evaluate
 
     taken = []
@@ -177,15 +182,18 @@ def _print_race(
 ) -> None:
     images = output.counted(result.samples, "image")
     print(
-        f"Loss and error at {len(result.t)} points over {images}, on this machine, the least of two runs:\n"
+        f"Loss and error at {len(result.t)} points over {images}, on this machine, "
+        "the least of two runs:\n"
     )
     rows = [
         [name, output.seconds_text(taken), f"{taken / timings[OURS]:.2f}"]
         for name, taken in timings.items()
     ]
     output.print_table(["", "time", "ratio"], rows)
+    planning, first = output.seconds_text(fixed), output.seconds_text(result.seconds)
     print(
-        f"\nOf the one pass, {output.seconds_text(fixed)} went into the plan: no more for more data or points. A model's "
-        f"first evaluation traces it as well:\nthe one plotted above took {output.seconds_text(result.seconds)} in all. "
+        f"\nThe plan took {planning} of the one pass, whatever the number of samples and points. "
+        "A model's first\nevaluation traces it as well: "
+        f"the one plotted above took {first} in all. "
         f"The losses of all four agree to {furthest:.0e}."
     )

@@ -1,4 +1,7 @@
-"""`modeconn evaluate`: loss and error along the path between checkpoints."""
+"""`modeconn evaluate`: loss and error along the path between checkpoints.
+
+Its options and steps serve the other commands that evaluate: `explain`, `plane` and `mix`.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modeconn.backends import NAMES as BACKENDS
 from modeconn.cli import options, output
 from modeconn.errors import ModeconnError
+from modeconn.evaluation.arguments import BUFFERS, PRECISIONS
+from modeconn.metrics import LOSSES, METRICS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,11 +30,12 @@ RESULT_SUFFIXES = (".npz", ".json")
 
 
 def add(commands: options.Commands) -> None:
-    """Declare the command."""
+    """Declares the command."""
+    summary = "Loss and error along the path between checkpoints, in one pass over the data"
     parser = commands.add_parser(
         "evaluate",
-        help="loss and error along the path between checkpoints, in one pass over the data",
-        description="Loss and error along the path between checkpoints, in one pass over the data.",
+        help=summary[0].lower() + summary[1:],
+        description=f"{summary}.",
         epilog=options.example(
             "modeconn evaluate a.safetensors b.safetensors --data digits --plot barrier.png"
         ),
@@ -40,108 +47,104 @@ def add(commands: options.Commands) -> None:
     parser.set_defaults(run=run)
 
 
-def add_computing(parser: argparse.ArgumentParser) -> None:
-    """The options that say what is computed, and how."""
-    computing = parser.add_argument_group("computing")
-    computing.add_argument(
-        "--loss",
-        metavar="NAME",
-        default="cross_entropy",
-        help="cross_entropy, mse or bce (default: cross_entropy)",
-    )
-    computing.add_argument(
-        "--metrics",
-        metavar="NAMES",
-        type=options.names,
-        help="of loss, error, top5_error, separated by commas (default: loss,error)",
-    )
-    computing.add_argument(
-        "--buffers",
-        choices=("interpolate", "start", "recompute"),
-        default="interpolate",
-        help="the statistics of batch norms between the networks; recompute: from the training data, in a second pass "
-        "(default: interpolate)",
-    )
-    computing.add_argument(
-        "--backend",
-        metavar="NAME",
-        default="auto",
-        help="auto, reference, native or triton (default: auto, the fastest that can)",
-    )
-    computing.add_argument(
-        "--precision",
-        metavar="NAME",
-        default="float32",
-        help="float32 or float64; on a GPU also tf32 or bf16 (default: float32)",
-    )
-    computing.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=options.count,
-        help="samples read at a time (default: chosen for the model)",
-    )
-    computing.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cpu)")
-
-
-def add_results(parser: argparse.ArgumentParser, plot: bool = True) -> None:
-    """The options that say where results go."""
-    results = parser.add_argument_group("results")
-    if plot:
-        results.add_argument("--plot", metavar="FILE", help="draw the result: .png, .svg or .pdf")
-    results.add_argument(
-        "--save",
-        metavar="FILE",
-        help="keep the result for mc.PathResult.load: .npz or .json; interrupted, the same command goes on",
-    )
-    results.add_argument(
-        "--json",
-        metavar="FILE",
-        help="write the result as JSON; - is stdout, and nothing else then is",
-    )
-    results.add_argument(
-        "--quiet", "-q", action="store_true", help="print nothing, and show no progress"
-    )
-
-
 def add_path(parser: argparse.ArgumentParser) -> None:
-    """The options that say which path between which networks, and where on it."""
+    """Declares the options for the networks, the path between them, and the points on it."""
     parser.add_argument(
         "checkpoints",
         metavar="CHECKPOINT",
         nargs="+",
-        help="two or more: .safetensors, or .pt that holds weights only",
+        help=f"two or more: {options.CHECKPOINT}",
     )
     options.add_model(parser, required=False)
     parser.add_argument(
         "--path",
         choices=tuple(PATHS),
-        help="through the checkpoints (default: line, polychain for three or more)",
+        help="path through the checkpoints (default: line, polychain for three or more)",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--points",
         metavar="N",
         type=options.count,
-        help=f"evenly spaced points; for a plane N × N (default: {POINTS}, for a plane {POINTS_OF_A_PLANE})",
+        help="number of evenly spaced points; for a plane N × N "
+        f"(default: {POINTS}, for a plane {POINTS_OF_A_PLANE})",
     )
     where.add_argument(
         "--at",
         metavar="T,T,…",
         type=options.numbers,
-        help="these points instead, such as 0,0.25,1; write --at=-0.1,0 where the first is negative",
+        help="these points instead, such as 0,0.25,1; --at=-0.1,0 where the first is negative",
     )
 
 
+def add_computing(parser: argparse.ArgumentParser) -> None:
+    """Declares the options for what is computed, and by which means."""
+    group = parser.add_argument_group("computing")
+    group.add_argument(
+        "--loss",
+        metavar="NAME",
+        default="cross_entropy",
+        help=f"{options.listed(LOSSES)} (default: cross_entropy)",
+    )
+    group.add_argument(
+        "--metrics",
+        metavar="NAMES",
+        type=options.names,
+        help=f"any of {', '.join(METRICS)}, separated by commas (default: loss, and error where "
+        "the loss has one)",
+    )
+    group.add_argument(
+        "--buffers",
+        choices=BUFFERS,
+        default=BUFFERS[0],
+        help="running statistics of batch norms between the networks; recompute: estimated from "
+        f"the training data, in a second pass (default: {BUFFERS[0]})",
+    )
+    group.add_argument(
+        "--backend",
+        metavar="NAME",
+        default="auto",
+        help=f"{options.listed(('auto', *BACKENDS))} (default: auto, the fastest that can)",
+    )
+    exact, reduced = list(PRECISIONS)[:2], list(PRECISIONS)[2:]
+    group.add_argument(
+        "--precision",
+        metavar="NAME",
+        default="float32",
+        help=f"{options.listed(exact)}; on a GPU also {options.listed(reduced)} (default: float32)",
+    )
+    options.add_batch_size(group)
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cpu)")
+
+
+def add_results(parser: argparse.ArgumentParser, plot: bool = True) -> None:
+    """Declares the options for where results go."""
+    group = parser.add_argument_group("results")
+    if plot:
+        options.add_plot(group, "the result")
+    group.add_argument(
+        "--save",
+        metavar="FILE",
+        help=f"keep the result for mc.PathResult.load: {options.listed(RESULT_SUFFIXES)}; "
+        "after an interruption the same command continues",
+    )
+    options.add_json(group, "the result")
+    options.add_quiet(group)
+
+
 def check_path(args: argparse.Namespace) -> str:
-    """The kind of path, where the checkpoints are there and as many as it needs."""
+    """Checks the checkpoints and their number.
+
+    Returns:
+        The kind of path.
+    """
     kind = args.path or ("line" if len(args.checkpoints) <= 2 else "polychain")
     fewest, most = PATHS[kind]
     given = len(args.checkpoints)
     if given < fewest or (most is not None and given > most):
         expected = f"{fewest}" if most == fewest else f"at least {fewest}"
-        raise ModeconnError(
-            f"a {kind} goes through {expected} checkpoints, got {given}: {', '.join(args.checkpoints)}"
-        )
+        files = ", ".join(args.checkpoints)
+        raise ModeconnError(f"a {kind} goes through {expected} checkpoints, got {given}: {files}")
     if kind == "plane" and args.at is not None:
         raise ModeconnError("--at takes points of a curve, not of a plane: use --points")
     options.check_inputs(args.checkpoints)
@@ -149,7 +152,7 @@ def check_path(args: argparse.Namespace) -> str:
 
 
 def make_path(kind: str, files: list[str]) -> paths.Path:
-    """The path through checkpoint files."""
+    """Makes the path through checkpoint files."""
     from modeconn.parameters import paths
 
     if kind == "plane":
@@ -160,7 +163,7 @@ def make_path(kind: str, files: list[str]) -> paths.Path:
 
 
 def points_of(args: argparse.Namespace, kind: str) -> int | np.ndarray:
-    """What --points or --at say, or the default."""
+    """Returns the points of --at, or the number of --points or its default."""
     import numpy as np
 
     if args.at is not None:
@@ -169,7 +172,7 @@ def points_of(args: argparse.Namespace, kind: str) -> int | np.ndarray:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check everything, evaluate, print and write."""
+    """Checks everything, evaluates, prints and writes."""
     kind = check_path(args)
     check_results(args)
     spec, model = options.load_model(args, args.checkpoints)
@@ -179,16 +182,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_results(args: argparse.Namespace, **more: str | None) -> None:
-    """Check the options of `add_results`, and other files to write, before anything is computed."""
+    """Checks the options of `add_results` before anything is computed.
+
+    Args:
+        args: the parsed options.
+        **more: other files to write, by option.
+    """
     plot = getattr(args, "plot", None)
-    options.check_outputs(
-        {"--plot": plot, "--save": args.save, "--json": args.json, **more}, args.checkpoints
-    )
+    outputs = {"--plot": plot, "--save": args.save, "--json": args.json, **more}
+    options.check_outputs(outputs, args.checkpoints)
     options.check_plot(plot)
     if args.save is not None and not args.save.lower().endswith(RESULT_SUFFIXES):
-        raise ModeconnError(
-            f"--save {args.save}: the name must end in {' or '.join(RESULT_SUFFIXES)}"
-        )
+        expected = options.listed(RESULT_SUFFIXES)
+        raise ModeconnError(f"--save {args.save}: the name must end in {expected}")
 
 
 def evaluated(
@@ -199,10 +205,20 @@ def evaluated(
     points: int | np.ndarray,
     resume: bool = True,
 ) -> PathResult:
-    """The evaluation that the options ask for, with what it was of noted in the result."""
+    """Evaluates as the options ask, and notes in the result what was evaluated.
+
+    Args:
+        args: the parsed options.
+        spec: of the model.
+        model: the model.
+        path: the path.
+        points: where on it.
+        resume: continue an unfinished evaluation beside the file of --save, and keep one there.
+    """
     from modeconn.evaluation.evaluator import evaluate
 
     data = options.load_data(args)
+    estimated = args.buffers == "recompute" and args.split != "train"
     unfinished = f"{args.save}.unfinished" if args.save is not None and resume else None
     try:
         result = evaluate(
@@ -218,9 +234,7 @@ def evaluated(
             batch_size=args.batch_size,
             precision=args.precision,
             progress=output.on_terminal() and not args.quiet,
-            recompute_data=options.load_data(args, "train")
-            if args.buffers == "recompute" and args.split != "train"
-            else None,
+            recompute_data=options.load_data(args, "train") if estimated else None,
             resume=unfinished,
         )
     except KeyboardInterrupt:
@@ -239,7 +253,7 @@ def evaluated(
 
 
 def write(result: PathResult, args: argparse.Namespace) -> None:
-    """Write the result where the options say; what was kept of the unfinished evaluation can go then."""
+    """Writes the files of --save and --json, and removes what was kept of the unfinished one."""
     if args.save is not None:
         result.save(args.save)
         with contextlib.suppress(FileNotFoundError):
@@ -249,7 +263,13 @@ def write(result: PathResult, args: argparse.Namespace) -> None:
 
 
 def report(result: PathResult, args: argparse.Namespace, **drawn: str | None) -> None:
-    """Write the files that were asked for, and print the rest."""
+    """Writes the files that were asked for, and prints the rest.
+
+    Args:
+        result: the result.
+        args: the parsed options.
+        **drawn: figures that are written already, to be named as well.
+    """
     if args.plot is not None:
         output.write_plot(result, args.plot)
     write(result, args)

@@ -1,4 +1,4 @@
-"""`modeconn explain`: what an evaluation would compute, and why."""
+"""`modeconn explain`: shows what an evaluation would compute, and why."""
 
 from __future__ import annotations
 
@@ -7,30 +7,26 @@ import argparse
 from modeconn.cli import options, output
 from modeconn.cli.evaluate import add_path, check_path, make_path, points_of
 
-# Rows of the sample that the model is captured with; the plan does not depend on how many.
+# Rows that the model is captured with; the plan does not depend on their number.
 ROWS = 8
 
 
 def add(commands: options.Commands) -> None:
-    """Declare the command."""
+    """Declares the command."""
     parser = commands.add_parser(
         "explain",
-        help="what is computed once and what at every point, without computing it",
-        description="The plan of an evaluation: what is computed once, what at every point.",
+        help="show what is computed once and what at every point, without computing it",
+        description="Show the plan of an evaluation: what is computed once, what at every point.",
         epilog=options.example("modeconn explain a.safetensors b.safetensors --data digits"),
     )
     add_path(parser)
     options.add_data(parser)
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        help="write the plan as JSON; - is stdout, and nothing else then is",
-    )
+    options.add_json(parser, "the plan")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check everything, plan, print."""
+    """Checks everything, plans, prints."""
     kind = check_path(args)
     options.check_outputs({"--json": args.json}, args.checkpoints)
 

@@ -1,4 +1,4 @@
-"""`modeconn mix`: many weighted sums of checkpoints in one pass, and the best of them as a checkpoint."""
+"""`modeconn mix`: evaluates many weighted sums of checkpoints in one pass, and writes the best."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ if TYPE_CHECKING:
     from modeconn.evaluation.result import PathResult
     from modeconn.parameters.paths import Mixture
 
+# Sums that the table of the best shows.
 SHOWN = 5
+DESCRIPTION = """\
+Evaluate many weighted sums of checkpoints in one pass over the data, and write the best.
+If no option chooses the sums, they are the means of all subsets."""
+TASK_ARITHMETIC = """\
+For task arithmetic, add --base pretrained.safetensors --scales 0,0.5,1 instead of --grid."""
 
 
 def add(commands: options.Commands) -> None:
-    """Declare the command."""
+    """Declares the command."""
     parser = commands.add_parser(
         "mix",
         help="many weighted sums of checkpoints (soups, task arithmetic) in one pass",
-        description="Evaluate many weighted sums of checkpoints in one pass over the data, and write the best.\n"
-        "If no option says which: the mean of every subset.",
+        description=DESCRIPTION,
         epilog=options.example(
-            "modeconn mix a.safetensors b.safetensors --data digits --grid 10 --out best.safetensors",
-            "Task arithmetic: modeconn mix t1.safetensors t2.safetensors --base t0.safetensors --scales 0,0.5,1 …",
+            "modeconn mix a.safetensors b.safetensors --data digits --grid 10 --out m.safetensors",
+            TASK_ARITHMETIC,
         ),
     )
     parser.add_argument(
@@ -39,40 +44,12 @@ def add(commands: options.Commands) -> None:
     parser.add_argument(
         "--base", metavar="CHECKPOINT", help="the network that the others were trained from"
     )
-    which = parser.add_argument_group("which sums").add_mutually_exclusive_group()
-    which.add_argument(
-        "--grid",
-        metavar="N",
-        type=options.count,
-        help="all weights that are multiples of 1/N and add up to 1",
-    )
-    which.add_argument(
-        "--random",
-        metavar="N",
-        type=options.count,
-        help="the mean, and N random weights that add up to 1",
-    )
-    which.add_argument(
-        "--greedy",
-        action="store_true",
-        help="a greedy soup: the next best network joins the mean if that helps; a pass a step",
-    )
-    which.add_argument(
-        "--scales",
-        metavar="X,X,…",
-        type=options.numbers,
-        help="with --base: base + Σ x · (checkpoint - base), for all choices of x",
-    )
-    which.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="a text file: a line of weights for each sum, the base's last",
-    )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of --random (default: 0)")
+    _add_sums(parser)
+    options.add_seed(parser, "--random")
     parser.add_argument(
         "--by",
         metavar="METRIC",
-        help="the best is where this is lowest (default: the last of --metrics)",
+        help="metric that the best sum minimises (default: the last of --metrics)",
     )
     parser.add_argument(
         "--out", metavar="FILE", help="write the best sum as a checkpoint: .safetensors"
@@ -83,14 +60,46 @@ def add(commands: options.Commands) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_sums(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("which sums").add_mutually_exclusive_group()
+    group.add_argument(
+        "--grid",
+        metavar="N",
+        type=options.count,
+        help="all weights that are multiples of 1/N and add up to 1",
+    )
+    group.add_argument(
+        "--random",
+        metavar="N",
+        type=options.count,
+        help="the mean, and N random weights that add up to 1",
+    )
+    group.add_argument(
+        "--greedy",
+        action="store_true",
+        help="greedy soup: the next best network joins the mean if that helps; one pass a step",
+    )
+    group.add_argument(
+        "--scales",
+        metavar="X,X,…",
+        type=options.numbers,
+        help="with --base: base + Σ x · (checkpoint - base), for all choices of x",
+    )
+    group.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="text file with a line of weights for each sum, the base's last",
+    )
+
+
 def run(args: argparse.Namespace) -> None:
-    """Check everything, evaluate, print and write."""
+    """Checks everything, evaluates, prints and writes."""
     check(args)
     spec, model = options.load_model(args, args.checkpoints)
 
     from modeconn.parameters.paths import Mixture
 
-    files = [*args.checkpoints, *([args.base] if args.base else [])]
+    files = files_of(args)
     path = Mixture(files)
     result = evaluate.evaluated(args, spec, model, path, weights_of(args, spec, model, path))
     by = args.by or list(result.values)[-1]
@@ -101,24 +110,27 @@ def run(args: argparse.Namespace) -> None:
         "by": by,
     }
     if args.out is not None:
-        write_best(args, spec, model, path, result, best)
+        write_best(args, spec, model, path, result.t[best])
     evaluate.write(result, args)
     if not args.quiet and args.json != "-":
         _print(result, by, [Path(file).stem for file in files])
         output.print_written(args.out, args.save, args.json)
 
 
+def files_of(args: argparse.Namespace) -> list[str]:
+    """Lists the files of the networks, the base's last."""
+    return [*args.checkpoints, *([args.base] if args.base else [])]
+
+
 def check(args: argparse.Namespace) -> None:
-    """Check the options before anything is computed."""
+    """Checks the options before anything is computed."""
     if len(args.checkpoints) < (1 if args.base else 2):
-        raise ModeconnError(
-            f"a mixture needs at least 2 checkpoints, or 1 and --base, got {', '.join(args.checkpoints)}"
-        )
+        given = ", ".join(args.checkpoints)
+        raise ModeconnError(f"a mixture needs at least 2 checkpoints, or 1 and --base, got {given}")
     if args.weights is None and (args.scales is None) != (args.base is None):
         raise ModeconnError("--base and --scales go together: base + Σ scale · (checkpoint - base)")
-    options.check_inputs([*args.checkpoints, *([args.base] if args.base else [])])
-    if args.out is not None and not args.out.endswith(".safetensors"):
-        raise ModeconnError(f"--out {args.out}: the name must end in .safetensors")
+    options.check_inputs(files_of(args))
+    options.check_checkpoint_name(args.out)
     evaluate.check_results(args, **{"--out": args.out})
     names = args.metrics or ("loss", "error")
     if args.by is not None and args.by not in names:
@@ -126,80 +138,73 @@ def check(args: argparse.Namespace) -> None:
 
 
 def weights_of(args: argparse.Namespace, spec: str, model: nn.Module, path: Mixture) -> np.ndarray:
-    """The coefficients to evaluate, [T, checkpoints], the base's last."""
-    from modeconn.parameters import mixtures as soups
+    """Returns the coefficients to evaluate, [T, checkpoints], the base's last."""
+    from modeconn.parameters import mixtures
 
     count = len(args.checkpoints)
     if args.weights is not None:
         return _from_file(args.weights, path.dim)
     if args.scales is not None:
-        return soups.task_arithmetic(count, args.scales)
+        return mixtures.task_arithmetic(count, args.scales)
     if args.random is not None:
-        return soups.random_simplex(count, args.random, args.seed)
+        return mixtures.random_simplex(count, args.random, args.seed)
     if args.grid is not None:
-        return soups.simplex_grid(count, args.grid)
+        return mixtures.simplex_grid(count, args.grid)
     if not args.greedy:
-        return soups.subset_means(count)
+        return mixtures.subset_means(count)
 
     def score(coefficients: np.ndarray) -> np.ndarray:
         result = evaluate.evaluated(args, spec, model, path, coefficients, resume=False)
         return result.metric(args.by or list(result.values)[-1])
 
-    return soups.greedy_soup(count, score)
+    return mixtures.greedy_soup(count, score)
 
 
 def write_best(
-    args: argparse.Namespace,
-    spec: str,
-    model: nn.Module,
-    path: Mixture,
-    result: PathResult,
-    best: int,
+    args: argparse.Namespace, spec: str, model: nn.Module, path: Mixture, weights: np.ndarray
 ) -> None:
-    """Write the best network; where norms' statistics were recomputed, with these."""
+    """Writes the sum with these weights, with recomputed statistics where --buffers says so."""
     from modeconn.evaluation.statistics import network_at
     from modeconn.parameters import state
 
     data = options.load_data(args, "train") if args.buffers == "recompute" else None
     network = network_at(
-        model, path, result.t[best], data, batch_size=args.batch_size, precision=args.precision
+        model, path, weights, data, batch_size=args.batch_size, precision=args.precision
     )
-    mixed = dict(zip(result.info["networks"].split(", "), result.t[best].tolist()))  # type: ignore[union-attr]
-    state.save(network, args.out, {"model": spec, "data": args.data, "mixed": json.dumps(mixed)})
+    mixed = json.dumps(dict(zip(files_of(args), weights.tolist())))
+    state.save(network, args.out, {"model": spec, "data": args.data, "mixed": mixed})
 
 
 def _from_file(file: str, count: int) -> np.ndarray:
     import numpy as np
 
     options.check_inputs([file])
+    lines = Path(file).read_text().splitlines()
     try:
-        rows = np.array(
-            [
-                [float(v) for v in line.replace(",", " ").split()]
-                for line in Path(file).read_text().splitlines()
-            ]
-        )
+        weights = np.array([_numbers(line) for line in lines])
     except ValueError as error:
         raise ModeconnError(
             f"--weights {file}: {error}; expected lines of {count} numbers"
         ) from None
-    if rows.ndim != 2 or rows.shape[1] != count:
+    if weights.ndim != 2 or weights.shape[1] != count:
         raise ModeconnError(
-            f"--weights {file} has shape {list(rows.shape)}: expected a line of {count} numbers for each sum"
+            f"--weights {file} has shape {list(weights.shape)}: "
+            f"expected a line of {count} numbers for each sum"
         )
-    return rows
+    return weights
+
+
+def _numbers(line: str) -> list[float]:
+    return [float(text) for text in line.replace(",", " ").split()]
 
 
 def _print(result: PathResult, by: str, names: list[str]) -> None:
     order = result.metric(by).argsort(kind="stable")[:SHOWN]
-    rows = [
-        [
-            f"{place + 1}",
-            *(f"{c:.4g}" for c in result.t[i]),
-            *(output.metric_text(n, v[i]) for n, v in result.values.items()),
-        ]
-        for place, i in enumerate(order)
-    ]
+    rows = []
+    for place, i in enumerate(order):
+        weights = [f"{c:.4g}" for c in result.t[i]]
+        values = [output.metric_text(name, column[i]) for name, column in result.values.items()]
+        rows.append([f"{place + 1}", *weights, *values])
     output.print_table(["", *names, *result.values], rows)
     print()
     output.print_effort(result)

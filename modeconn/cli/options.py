@@ -1,4 +1,4 @@
-"""What the commands share: the parser, options, and checks made before any long work."""
+"""Parts shared by the commands: parser, common options, and checks made before any long work."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from modeconn.data import datasets
 from modeconn.errors import ModeconnError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from modeconn.data.datasets import Images
-
     Commands = argparse._SubParsersAction["Parser"]
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+CHECKPOINT = ".safetensors, or a .pt that holds weights only"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose help keeps the lines of its example."""
+    """Argument parser whose errors are one line, and whose help keeps the lines of its example."""
 
     def __init__(self, **options: Any) -> None:
         layout = argparse.RawDescriptionHelpFormatter
@@ -34,12 +34,22 @@ class Parser(argparse.ArgumentParser):
 
 
 def example(command: str, comment: str = "") -> str:
-    """The end of a help text."""
+    """Returns the end of a help text: a command to copy, and a comment."""
     return f"example:\n  {command}" + (f"\n\n{comment}" if comment else "")
 
 
+def listed(values: Iterable[str], last: str = "or") -> str:
+    """Joins names as a sentence does: ``a, b or c``."""
+    *others, final = values
+    return f"{', '.join(others)} {last} {final}" if others else final
+
+
+# ----------------------------------------------------------------------------------------
+# types of arguments
+
+
 def count(text: str) -> int:
-    """A whole number of at least one."""
+    """Parses a whole number of at least one."""
     try:
         value = int(text)
     except ValueError:
@@ -50,7 +60,7 @@ def count(text: str) -> int:
 
 
 def numbers(text: str) -> list[float]:
-    """Numbers separated by commas."""
+    """Parses numbers separated by commas."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -60,31 +70,34 @@ def numbers(text: str) -> list[float]:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Names separated by commas."""
+    """Parses names separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+# ----------------------------------------------------------------------------------------
+# options that several commands have
+
+
 def add_model(parser: argparse.ArgumentParser, required: bool) -> None:
-    """The option --model."""
+    """Declares --model."""
+    default = "" if required else " (default: the one noted in the first checkpoint)"
     parser.add_argument(
         "--model",
         metavar="SPEC",
         required=required,
         help="mlp:784-245x10-10, vgg11:width=16, resnet20, vit, … or package.module:factory"
-        + ("" if required else " (default: what `modeconn train` noted in the first checkpoint)"),
+        + default,
     )
 
 
 def add_data(parser: argparse.ArgumentParser, split: bool = True) -> None:
-    """The options that choose a data set."""
+    """Declares the options that choose a data set."""
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", metavar="NAME", required=True, help="digits, mnist, fashion-mnist or cifar10"
-    )
+    group.add_argument("--data", metavar="NAME", required=True, help=listed(datasets.SOURCES))
     group.add_argument(
         "--data-root",
         metavar="DIR",
-        help="the folder that holds MNIST/raw, FashionMNIST/raw or cifar-10-batches-bin "
+        help="folder with MNIST/raw, FashionMNIST/raw or cifar-10-batches-bin "
         "(default: $MODECONN_DATA; digits needs none)",
     )
     if split:
@@ -92,24 +105,72 @@ def add_data(parser: argparse.ArgumentParser, split: bool = True) -> None:
             "--split",
             choices=("train", "test"),
             default="train",
-            help="which part of the data (default: train)",
+            help="part of the data (default: train)",
         )
     group.add_argument(
         "--limit", metavar="N", type=count, help="only the first N samples (default: all)"
     )
-    for name, what in (("mean", "subtracted from"), ("std", "dividing")):
+    for name, role in (("mean", "subtracted from"), ("std", "dividing")):
         group.add_argument(
             f"--{name}",
             metavar="NUMBERS",
             type=numbers,
-            help=f"{what} the inputs, one number or one per channel (default: the data set's usual ones)",
+            help=f"{role} the inputs: one number, or one per channel "
+            "(default: the usual ones of the data set)",
         )
 
 
-def load_data(args: argparse.Namespace, split: str | None = None) -> Images:
-    """The data set that the options name."""
-    from modeconn.data import datasets
+def add_seed(group: argparse._ActionsContainer, decides: str, default: int = 0) -> None:
+    """Declares --seed."""
+    group.add_argument(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=default,
+        help=f"seed of {decides} (default: {default})",
+    )
 
+
+def add_batch_size(group: argparse._ActionsContainer) -> None:
+    """Declares --batch-size of an evaluation."""
+    group.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=count,
+        help="samples read at a time (default: chosen for the model)",
+    )
+
+
+def add_plot(group: argparse._ActionsContainer, drawn: str) -> None:
+    """Declares --plot."""
+    group.add_argument("--plot", metavar="FILE", help=f"draw {drawn}: {listed(PLOT_SUFFIXES)}")
+
+
+def add_json(group: argparse._ActionsContainer, content: str) -> None:
+    """Declares --json."""
+    group.add_argument(
+        "--json",
+        metavar="FILE",
+        help=f"write {content} as JSON; - writes to stdout, and nothing else there",
+    )
+
+
+def add_quiet(group: argparse._ActionsContainer) -> None:
+    """Declares --quiet."""
+    group.add_argument("--quiet", "-q", action="store_true", help="print nothing, show no progress")
+
+
+# ----------------------------------------------------------------------------------------
+# loading what they name
+
+
+def load_data(args: argparse.Namespace, split: str | None = None) -> datasets.Images:
+    """Loads the data set that the options name.
+
+    Args:
+        args: the parsed options of `add_data`.
+        split: "train" or "test"; that of the options if None.
+    """
     return datasets.load(
         args.data,
         args.data_root,
@@ -121,7 +182,11 @@ def load_data(args: argparse.Namespace, split: str | None = None) -> Images:
 
 
 def load_model(args: argparse.Namespace, files: Iterable[str]) -> tuple[str, nn.Module]:
-    """The model of --model, or the built-in one that a checkpoint says it holds; and its spec."""
+    """Builds the model of --model, or the built-in one that the first checkpoint names.
+
+    Returns:
+        The spec and the model.
+    """
     from modeconn import models
 
     spec = args.model
@@ -137,7 +202,7 @@ def load_model(args: argparse.Namespace, files: Iterable[str]) -> tuple[str, nn.
 
 
 def checkpoint_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
-    """The text that a safetensors file carries beside its tensors; empty for other files."""
+    """Reads the text that a safetensors file carries beside its tensors; empty for other files."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -147,17 +212,21 @@ def checkpoint_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
         return {}
 
 
+# ----------------------------------------------------------------------------------------
+# checks
+
+
 def check_inputs(files: Iterable[str]) -> None:
-    """Raise ModeconnError for a checkpoint that is not there."""
+    """Raises ModeconnError for a checkpoint that does not exist."""
     for file in files:
+        if Path(file).is_dir():
+            raise ModeconnError(f"{file}: a folder, not a checkpoint")
         if not Path(file).is_file():
-            raise ModeconnError(
-                f"{file}: {'a folder, not a checkpoint' if Path(file).is_dir() else 'no such file'}"
-            )
+            raise ModeconnError(f"{file}: no such file")
 
 
 def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str] = ()) -> None:
-    """Raise ModeconnError where a file could not be written later, or would replace an input.
+    """Raises ModeconnError where a file could not be written later, or would replace an input.
 
     Args:
         outputs: option name to file; None and ``-`` (stdout) are left out.
@@ -179,8 +248,14 @@ def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str] = ()) ->
         taken[path.resolve()] = f"the file of {option}"
 
 
+def check_checkpoint_name(file: str | None, option: str = "--out") -> None:
+    """Raises ModeconnError where a checkpoint to write is not named as one."""
+    if file is not None and Path(file).suffix != ".safetensors":
+        raise ModeconnError(f"{option} {file}: the name must end in .safetensors")
+
+
 def check_plot(file: str | None, option: str = "--plot") -> None:
-    """Raise ModeconnError where a plot could not be drawn later."""
+    """Raises ModeconnError where a plot could not be drawn later."""
     if file is None:
         return
     from importlib.util import find_spec

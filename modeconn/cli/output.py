@@ -1,4 +1,4 @@
-"""What the commands print and write."""
+"""Printing and writing for the commands."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def on_terminal() -> bool:
-    """Whether someone is watching: both streams are terminals, so bars may be drawn."""
+    """Whether both streams are terminals, so that progress bars may be drawn."""
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
 def write_json(content: dict[str, Any], file: str) -> None:
-    """Write JSON to a file, whole or not at all, or to stdout if it is ``-``."""
+    """Writes JSON to a file, whole or not at all, or to stdout if it is ``-``."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     if file == "-":
         sys.stdout.write(text)
@@ -34,12 +34,18 @@ def write_json(content: dict[str, Any], file: str) -> None:
 
 
 def write_plot(result: PathResult, file: str) -> None:
-    """Draw a result into a PNG, SVG or PDF file, whole or not at all."""
+    """Draws a result into a PNG, SVG or PDF file, whole or not at all."""
     write_figure(result.plot, file)
 
 
 def write_figure(draw: Callable[[Axes], object], file: str, surface: bool = False) -> None:
-    """Write what `draw` draws, in three dimensions for a surface, into a PNG, SVG or PDF file, whole or not at all."""
+    """Writes a figure into a PNG, SVG or PDF file, whole or not at all.
+
+    Args:
+        draw: draws into the axes.
+        file: whose suffix chooses the format.
+        surface: give `draw` axes in three dimensions.
+    """
     from pathlib import Path
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -56,13 +62,13 @@ def write_figure(draw: Callable[[Axes], object], file: str, surface: bool = Fals
 
 
 def print_plot(result: PathResult) -> None:
-    """The small picture, as wide as the terminal allows, up to 80 columns."""
+    """Prints the small picture, as wide as the terminal allows, up to 80 columns."""
     width = min(80, max(30, shutil.get_terminal_size((80, 24)).columns))
     print(result.terminal_plot(width=width, height=14))
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns, the first aligned left and the others right."""
+    """Prints columns, the first aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in [header, *rows]:
         cells = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
@@ -71,7 +77,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 
 
 def metric_text(name: str, value: float | None) -> str:
-    """A value as people read it: error rates in per cent."""
+    """Formats a value; error rates are in per cent."""
     if value is None:
         return "–"
     if name.endswith("error") and math.isfinite(value):
@@ -80,7 +86,7 @@ def metric_text(name: str, value: float | None) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """A duration with about three digits."""
+    """Formats a duration with about three digits."""
     if seconds < 1:
         return f"{1000 * seconds:.3g} ms"
     if seconds < 100:
@@ -93,7 +99,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def bytes_text(count: int) -> str:
-    """A size in memory with about three digits."""
+    """Formats a size in memory with about three digits."""
     size, unit = float(count), "bytes"
     for larger in ("KiB", "MiB", "GiB"):
         if size >= 1000:
@@ -102,13 +108,13 @@ def bytes_text(count: int) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 pass``, ``60,000 samples``."""
+    """Formats a number of things: ``1 pass``, ``60,000 samples``."""
     plural = {"pass": "passes"}.get(noun, f"{noun}s")
     return f"{number:,} {noun if number == 1 else plural}"
 
 
 def print_result(result: PathResult) -> None:
-    """The picture and the numbers of an evaluation."""
+    """Prints the picture and the numbers of an evaluation."""
     print_plot(result)
     print()
     if result.t.ndim == 1:
@@ -120,7 +126,7 @@ def print_result(result: PathResult) -> None:
 
 
 def print_effort(result: PathResult) -> None:
-    """What an evaluation was of, how long it took, and with what."""
+    """Prints the size of an evaluation, its time, and the backend."""
     print(
         f"{counted(result.samples, 'sample')}, {counted(len(result.t), 'point')}, "
         f"{counted(result.passes, 'pass')} over the data in {seconds_text(result.seconds)}"
@@ -130,7 +136,7 @@ def print_effort(result: PathResult) -> None:
 
 
 def print_written(*files: str | None) -> None:
-    """Say which files were written."""
+    """Names the files that were written."""
     for file in files:
         if file is not None and file != "-":
             print(f"wrote {file}")
@@ -167,21 +173,23 @@ def _print_plane(result: PathResult) -> None:
 
 
 def json_number(value: float) -> float | str:
-    """A float as JSON can hold it: "nan", "inf" and "-inf" are strings, as in a saved result."""
+    """Returns a float as JSON holds it: NaN and infinities are strings, as in a saved result."""
     return value if math.isfinite(value) else str(value)
 
 
 @contextmanager
 def epoch_bar(epochs: int, quiet: bool) -> Iterator[Callable[[Epoch], None]]:
-    """What shows the epochs of a training: a bar on a terminal, a line each elsewhere, nothing if `quiet`."""
+    """Shows the epochs of a training: a bar on a terminal, a line each elsewhere, or nothing."""
     if quiet:
         yield lambda epoch: None
     elif not on_terminal():
         width = len(str(epochs))
-        yield lambda epoch: print(
-            f"epoch {epoch.epoch:>{width}}/{epochs}  {_progress_text(epoch)}  {epoch.seconds:.2f} s",
-            flush=True,
-        )
+
+        def print_line(epoch: Epoch) -> None:
+            number = f"epoch {epoch.epoch:>{width}}/{epochs}"
+            print(f"{number}  {_progress_text(epoch)}  {epoch.seconds:.2f} s", flush=True)
+
+        yield print_line
     else:
         from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""`modeconn reproduce`: the paper's experiments."""
+"""`modeconn reproduce`: runs the paper's experiments in small, or with its settings."""
 
 from __future__ import annotations
 
@@ -7,26 +7,30 @@ import sys
 import time
 
 from modeconn.cli import options, output
+from modeconn.experiments.settings import NAMES
+
+DESCRIPTION = """\
+Run an experiment of Nguyen, Bréchet, Mondelli (NeurIPS 2021). It writes tables (CSV, JSON)
+and the figure; the same command continues after an interruption."""
 
 
 def add(commands: options.Commands) -> None:
-    """Declare the command."""
+    """Declares the command."""
     parser = commands.add_parser(
         "reproduce",
-        help="the experiments of the paper on connected solutions",
-        description="Run an experiment of Nguyen, Bréchet, Mondelli 2021: mnist-fcn, cifar10-fcn, cifar10-vgg11, widths,\n"
-        "widths-cifar10 or path. It writes tables (CSV, JSON) and the figure; the same command goes on after an interruption.",
+        help="run an experiment of the paper on connected solutions",
+        description=DESCRIPTION,
         epilog=options.example("modeconn reproduce mnist-fcn --data-root data/ --out mnist-fcn/"),
     )
-    parser.add_argument("experiment", metavar="NAME", help="which experiment")
+    parser.add_argument("experiment", metavar="NAME", help=options.listed(NAMES))
     parser.add_argument(
         "--out",
         metavar="FOLDER",
         required=True,
-        help="new, or of the same experiment, which then goes on",
+        help="new folder, or one of the same experiment, which is continued",
     )
     parser.add_argument(
-        "--data-root", metavar="DIR", help="the data set's folder (default: $MODECONN_DATA)"
+        "--data-root", metavar="DIR", help="folder of the data set (default: $MODECONN_DATA)"
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="minutes on two cores (the default)")
@@ -38,19 +42,13 @@ def add(commands: options.Commands) -> None:
         default=[],
         help="a trained network, twice for path (default: train)",
     )
-    parser.add_argument(
-        "--seed",
-        metavar="N",
-        type=int,
-        default=1,
-        help="of training, draws and subnetworks (default: 1)",
-    )
-    parser.add_argument("--quiet", "-q", action="store_true", help="print nothing")
+    options.add_seed(parser, "training, draws and subnetworks", default=1)
+    options.add_quiet(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run, and print the table."""
+    """Runs the experiment, and prints its table."""
     options.check_inputs(args.solution)
 
     from modeconn.experiments.run import reproduce
@@ -70,14 +68,12 @@ def run(args: argparse.Namespace) -> None:
     if args.quiet:
         return
     lines = result["lines"]
-    output.print_table(
-        [name.replace("_", " ") for name in lines[0]],
-        [[_cell(*item) for item in ln.items()] for ln in lines],
-    )
+    header = [name.replace("_", " ") for name in lines[0]]
+    output.print_table(header, [_row(line) for line in lines])
     if "better" in lines[0]:
-        worse = [line for line in lines if not line["better"]]
+        better = sum(line["better"] for line in lines)
         print(
-            f"subnetworks have the smaller training loss at {len(lines) - len(worse)} of {len(lines)} entry layers"
+            f"subnetworks have the smaller training loss at {better} of {len(lines)} entry layers"
         )
     print(f"{output.seconds_text(time.perf_counter() - began)}; tables and figure in {args.out}")
 
@@ -92,11 +88,18 @@ def _estimated(args: argparse.Namespace) -> str:
         for what, seconds in parts.items()
         if seconds
     )
-    return f"training takes at most about {times or 'minutes'} on this machine; it ends early once no error is left"
+    return (
+        f"training takes at most about {times or 'minutes'} on this machine; "
+        "it ends early once no error is left"
+    )
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _row(line: dict[str, object]) -> list[str]:
+    return [_cell(name, value) for name, value in line.items()]
 
 
 def _cell(name: str, value: object) -> str:

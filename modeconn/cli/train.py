@@ -1,10 +1,9 @@
-"""`modeconn train`: a network trained to zero error, as a checkpoint to evaluate."""
+"""`modeconn train`: trains a network to zero error, as a checkpoint to evaluate."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeconn.cli import options, output
@@ -17,79 +16,66 @@ if TYPE_CHECKING:
 
 
 def add(commands: options.Commands) -> None:
-    """Declare the command."""
+    """Declares the command."""
     parser = commands.add_parser(
         "train",
         help="train a network to zero training error",
         description="Train a network by SGD with Nesterov momentum to zero training error.",
         epilog=options.example(
             "modeconn train --model mlp:64-64x3-10 --data digits --seed 1 --out a.safetensors",
-            "Ctrl-C keeps the finished epochs; --resume goes on from there, to the same weights.",
+            "Ctrl-C keeps the finished epochs; --resume continues from there, to the same weights.",
         ),
     )
     options.add_model(parser, required=True)
     parser.add_argument(
-        "--out", metavar="FILE", required=True, help="the checkpoint to write: .safetensors"
+        "--out", metavar="FILE", required=True, help="checkpoint to write: .safetensors"
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue the unfinished training in FILE.training"
     )
     options.add_data(parser, split=False)
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "--seed",
-        metavar="N",
-        type=int,
-        default=0,
-        help="of the initial weights and the order of samples (default: 0)",
-    )
-    for name, default, what in (
-        ("lr", 0.003, "learning rate"),
-        ("momentum", 0.95, "Nesterov momentum"),
-        ("weight-decay", 0.0, "weight decay"),
-    ):
-        training.add_argument(
-            f"--{name}",
-            metavar="X",
-            type=float,
-            default=default,
-            help=f"{what} (default: {default:g})",
-        )
-    training.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=options.count,
-        default=100,
-        help="samples per step (default: 100)",
-    )
-    training.add_argument(
-        "--epochs",
-        metavar="N",
-        type=options.count,
-        default=200,
-        help="at most so many (default: 200)",
-    )
-    training.add_argument(
-        "--to-the-end", action="store_true", help="do not stop at zero training error"
-    )
-    training.add_argument(
-        "--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)"
-    )
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        help="write how it went as JSON; - is stdout, and nothing else then is",
-    )
-    parser.add_argument(
-        "--quiet", "-q", action="store_true", help="print nothing, and show no progress"
-    )
+    _add_training(parser)
+    options.add_json(parser, "losses, errors and times of the epochs")
+    options.add_quiet(parser)
     parser.set_defaults(run=run)
 
 
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    options.add_seed(group, "the initial weights and the order of samples")
+    rates = {
+        "lr": (0.003, "learning rate"),
+        "momentum": (0.95, "Nesterov momentum"),
+        "weight-decay": (0.0, "weight decay"),
+    }
+    for name, (rate, meaning) in rates.items():
+        group.add_argument(
+            f"--{name}",
+            metavar="X",
+            type=float,
+            default=rate,
+            help=f"{meaning} (default: {rate:g})",
+        )
+    counts = {"batch-size": (100, "samples per step"), "epochs": (200, "largest number of epochs")}
+    for name, (count, meaning) in counts.items():
+        group.add_argument(
+            f"--{name}",
+            metavar="N",
+            type=options.count,
+            default=count,
+            help=f"{meaning} (default: {count})",
+        )
+    group.add_argument(
+        "--to-the-end", action="store_true", help="do not stop at zero training error"
+    )
+    group.add_argument(
+        "--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)"
+    )
+
+
 def run(args: argparse.Namespace) -> None:
-    """Check everything, train, print and write."""
-    if Path(args.out).suffix != ".safetensors":
-        raise ModeconnError(f"--out {args.out}: the name must end in .safetensors")
+    """Checks everything, trains, prints and writes."""
+    options.check_checkpoint_name(args.out)
     options.check_outputs({"--out": args.out, "--json": args.json})
 
     from modeconn.training.train import train
@@ -98,9 +84,8 @@ def run(args: argparse.Namespace) -> None:
     data, test = (options.load_data(args, split) for split in ("train", "test"))
     quiet = args.quiet or args.json == "-"
     if not quiet:
-        print(
-            f"{args.model} on {args.data}: {output.counted(len(data), 'training sample')}, seed {args.seed}"
-        )
+        samples = output.counted(len(data), "training sample")
+        print(f"{args.model} on {args.data}: {samples}, seed {args.seed}")
     history: list[Epoch] = []
     with output.epoch_bar(args.epochs, quiet) as show:
 
@@ -131,13 +116,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def new_model(spec: str, seed: int, device: str = "cpu") -> nn.Module:
-    """The model with weights drawn from a seed: as He et al. 2015 for built-in ones, else by its factory."""
+    """Builds a model with weights drawn from a seed.
+
+    The weights of built-in models are drawn as in He et al. 2015; a factory draws its own.
+    """
     import torch
 
     from modeconn import models
 
     if not 0 <= seed < 2**63:
-        raise ModeconnError(f"seed is {seed}, expected at least 0 and below 2**63")
+        raise ModeconnError(f"seed is {seed}: expected at least 0 and below 2**63")
     torch.manual_seed(seed)
     model = models.build(spec)
     if models.is_builtin(spec):
@@ -150,14 +138,12 @@ def new_model(spec: str, seed: int, device: str = "cpu") -> nn.Module:
 
 
 def _content(args: argparse.Namespace, report: TrainReport, history: list[Epoch]) -> dict[str, Any]:
+    settings = ("seed", "lr", "momentum", "weight_decay", "batch_size")
     return {
         "checkpoint": args.out,
         "model": args.model,
         "data": args.data,
-        **{
-            name: getattr(args, name)
-            for name in ("seed", "lr", "momentum", "weight_decay", "batch_size")
-        },
+        **{name: getattr(args, name) for name in settings},
         **asdict(report),
         "stopped": str(report.stopped),
         "history": [asdict(epoch) for epoch in history],
@@ -165,25 +151,14 @@ def _content(args: argparse.Namespace, report: TrainReport, history: list[Epoch]
 
 
 def _print(file: str, report: TrainReport) -> None:
-    print(
-        f"{output.counted(report.epochs, 'epoch')} in {output.seconds_text(report.seconds)}: {report.stopped}"
-    )
-    print()
-    rows = [
-        [
-            "train",
-            output.metric_text("loss", report.loss),
-            output.metric_text("error", report.error),
-        ]
-    ]
+    epochs, taken = output.counted(report.epochs, "epoch"), output.seconds_text(report.seconds)
+    print(f"{epochs} in {taken}: {report.stopped}\n")
+    measured: dict[str, tuple[float | None, float]] = {"train": (report.loss, report.error)}
     if report.test_error is not None:
-        rows.append(
-            [
-                "test",
-                output.metric_text("loss", report.test_loss),
-                output.metric_text("error", report.test_error),
-            ]
-        )
+        measured["test"] = (report.test_loss, report.test_error)
+    rows = []
+    for split, (loss, error) in measured.items():
+        rows.append([split, output.metric_text("loss", loss), output.metric_text("error", error)])
     output.print_table(["", "loss", "error"], rows)
     print()
     output.print_written(file)

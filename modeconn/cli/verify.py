@@ -1,4 +1,4 @@
-"""`modeconn verify`: recompute the certificate of a connection, trusting nothing but its breakpoints and the data."""
+"""`modeconn verify`: recomputes a connection's certificate from its break points and the data."""
 
 from __future__ import annotations
 
@@ -15,52 +15,46 @@ if TYPE_CHECKING:
     from modeconn.connection.certificate import Certificate
     from modeconn.connection.connection import Connection
 
+DESCRIPTION = """\
+Recompute the certificate of a connection from its break points and the data, and compare.
+A false certificate ends with exit code 2 and one line that names the first false value."""
+
 
 def add(commands: options.Commands) -> None:
-    """Declare the command."""
+    """Declares the command."""
     parser = commands.add_parser(
         "verify",
-        help="check a connection's certificate from its breakpoints and the data",
-        description="Recompute the certificate of a connection from its breakpoints and the data, and compare.\n"
-        "Exit code 2 and one line that says what is false, where it is.",
+        help="check a connection's certificate from its break points and the data",
+        description=DESCRIPTION,
         epilog=options.example("modeconn verify connection/ --data mnist --data-root DIR"),
     )
     parser.add_argument(
-        "folder", metavar="FOLDER", help="what `modeconn connect --out` or Connection.save wrote"
+        "folder", metavar="FOLDER", help="written by `modeconn connect --out` or Connection.save"
     )
     parser.add_argument(
         "--model",
         metavar="SPEC",
-        help="mlp:IN-HIDDENxCOUNT-OUT, …, or package.module:factory (default: the built-in one that the connection names)",
+        help="mlp:IN-HIDDENxCOUNT-OUT, …, or package.module:factory "
+        "(default: the built-in model that the connection names)",
     )
-    for end, which in (("a", "first"), ("b", "last")):
+    for end, place in (("a", "first"), ("b", "last")):
         parser.add_argument(
             f"--{end}",
             metavar="CHECKPOINT",
-            help=f"the network that the path's {which} point must be, bit for bit (default: not compared)",
+            help=f"network that the path's {place} point must equal, bit for bit "
+            "(default: not compared)",
         )
     options.add_data(parser)
-    parser.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=options.count,
-        help="samples read at a time (default: chosen)",
-    )
+    options.add_batch_size(parser)
     results = parser.add_argument_group("results")
-    results.add_argument(
-        "--plot", metavar="FILE", help="draw loss and error along the path: .png, .svg or .pdf"
-    )
-    results.add_argument(
-        "--json",
-        metavar="FILE",
-        help="write the certificate as JSON; - is stdout, and nothing else then is",
-    )
-    results.add_argument("--quiet", "-q", action="store_true", help="print nothing")
+    options.add_plot(results, "loss and error along the path")
+    options.add_json(results, "the certificate")
+    options.add_quiet(results)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, verify, print and write."""
+    """Loads, verifies, prints and writes."""
     ends = [file for file in (args.a, args.b) if file is not None]
     options.check_inputs(ends)
     options.check_outputs({"--plot": args.plot, "--json": args.json}, ends)
@@ -108,7 +102,7 @@ def _content(found: Certificate, args: argparse.Namespace) -> dict[str, Any]:
 def _plot(
     connection: Connection, model: nn.Module, data: Any, found: Certificate, file: str
 ) -> None:
-    """One more pass, for the curves of the swings and the straight line."""
+    """Draws the certificate; two more passes give the swings' curves and the straight line."""
     from modeconn.connection import figure
     from modeconn.evaluation.evaluator import evaluate
     from modeconn.parameters.paths import Line
@@ -120,12 +114,13 @@ def _plot(
 
 
 def _print(found: Certificate, args: argparse.Namespace, seconds: float) -> None:
-    what = f"{args.data} {args.split}"
+    data = f"{args.data} {args.split}"
     if found.same_data:
-        print(f"verified: the weights and {what} bear out the certificate")
+        print(f"verified: the weights and {data} bear out the certificate")
     else:
         print(
-            f"verified for {what}, which are not the data of the stored certificates: their numbers were not compared"
+            f"verified for {data}, which are not the data of the stored certificates: "
+            "their numbers were not compared"
         )
     print(found)
     print(f"\none pass over the data in {output.seconds_text(seconds)}")
