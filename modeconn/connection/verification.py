@@ -23,8 +23,8 @@ from modeconn.connection.swing import Steps, SwingError, correct
 from modeconn.data.batches import Batches, as_batches
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import check_fit, positive
-from modeconn.evaluation.evaluator import Progress
 from modeconn.evaluation.outputs import Forward
+from modeconn.evaluation.progress import Progress
 from modeconn.metrics import Head
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import PolyChain

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from modeconn.capture.graph import Graph
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import Path
@@ -87,36 +85,6 @@ def positive(name: str, value: Any) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ModeconnError(f"{name} is {value!r}: expected a whole number, at least 1")
     return value
-
-
-def warn_of(graph: Graph, batch: str) -> None:
-    """Warn, on behalf of the caller's caller, of a network that runs otherwise than one would expect.
-
-    Args:
-        batch: what the result depends on where a sample's output depends on the other samples of
-            its batch.
-    """
-    if graph.fallback:
-        warnings.warn(
-            f"the model runs as it is, once per point, since it could not be captured: {graph.fallback}",
-            stacklevel=3,
-        )
-    if graph.closed:
-        parts = "; ".join(graph.closed)
-        warnings.warn(
-            f"part of the model runs as it is, once per point, since it could not be captured: {parts}",
-            stacklevel=3,
-        )
-    if graph.mixes_rows:
-        warnings.warn(
-            f"the model's output for a sample depends on the other samples of its batch: results depend on {batch}",
-            stacklevel=3,
-        )
-    if any(node.random for node in graph.nodes):
-        warnings.warn(
-            "the model draws random numbers in eval mode: results differ from run to run",
-            stacklevel=3,
-        )
 
 
 def _quoted(text: str) -> str:

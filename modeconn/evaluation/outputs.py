@@ -24,8 +24,8 @@ from modeconn.evaluation.arguments import (
     dtype_of,
     frozen_entries,
     positive,
-    warn_of,
 )
+from modeconn.evaluation.notices import warn_of_capture
 from modeconn.parameters.paths import Path, Points
 from modeconn.plan.planner import make_program
 from modeconn.plan.report import Plan
@@ -98,7 +98,7 @@ class Forward:
         few = take(x, 0, 2)
         with eval_mode(self._model), torch.no_grad():
             _check_output(graph, call(self._model, few), rows(few))
-        warn_of(graph, "the rows that are given together")
+        warn_of_capture(graph, "the rows that are given together")
         self._weights_move = any(
             tensor.requires_grad for point in path.control_points for tensor in point.values()
         )

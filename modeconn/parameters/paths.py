@@ -7,6 +7,7 @@ modeconn works on those two.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -141,6 +142,10 @@ class Path:
             else first[key]
             for key in first
         }
+
+    def info(self) -> dict[str, str]:
+        """Returns facts of the path to keep with a result, as text by name."""
+        return {"path": repr(self)}
 
     def __repr__(self) -> str:
         count = sum(v.numel() for v in self.control_points[0].values() if v.is_floating_point())
@@ -305,6 +310,13 @@ class Plane(Path):
     def grid(self, count: int) -> np.ndarray:
         x, y = np.meshgrid(*(np.linspace(*ends, count) for ends in self.extent), indexing="ij")
         return np.stack([x.ravel(), y.ravel()], axis=1)
+
+    def info(self) -> dict[str, str]:
+        marks = {"control_points": json.dumps(self.marks.tolist())}
+        if self.explained is None:
+            return super().info() | marks
+        shares = " and ".join(f"{share:.4f}" for share in self.explained)
+        return super().info() | marks | {"trajectory": f"{shares} of the squared distances explained"}
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
         x, y = t[:, 0], t[:, 1]

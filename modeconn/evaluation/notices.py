@@ -1,0 +1,87 @@
+"""Warnings about networks and results that are otherwise than one would expect."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+
+from modeconn.capture.graph import Graph
+from modeconn.capture.opaque import Opaque
+from modeconn.plan.program import Program
+
+# Points that one warning names.
+_LISTED = 5
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, and name as the place the line outside this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def warn_of_capture(graph: Graph, batch: str) -> None:
+    """Warn of a network that runs otherwise than as a captured graph, row by row.
+
+    Args:
+        graph: the captured network.
+        batch: what a result depends on where a sample's output depends on the other samples of its
+            batch.
+    """
+    if graph.fallback:
+        warn(
+            "the model runs as it is, once per point, since it could not be captured: "
+            f"{graph.fallback}"
+        )
+    if graph.closed:
+        warn(
+            "part of the model runs as it is, once per point, since it could not be captured: "
+            f"{'; '.join(graph.closed)}"
+        )
+    if graph.mixes_rows:
+        warn(
+            "the model's output for a sample depends on the other samples of its batch: "
+            f"results depend on {batch}"
+        )
+    if any(node.random for node in graph.nodes):
+        warn("the model draws random numbers in eval mode: results differ from run to run")
+
+
+def warn_of_stale_statistics(program: Program) -> None:
+    """Warn of norms whose interpolated running statistics are not those of their inputs."""
+    stale: set[int] = set()
+    for segment in program.segments:
+        if segment.between.any():
+            stale |= segment.stale
+    functions = [node.function for node in program.graph.nodes]
+    closed = [part for part in functions if isinstance(part, Opaque) and part.statistics()]
+    norms = [part.path or "the model" for part in closed]
+    norms += [program.graph.nodes[node].source for node in sorted(stale)]
+    if not norms:
+        return
+    more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
+    warn(
+        f"batch norms ({norms[0]}{more}) have interpolated running statistics, which are not those "
+        'of the networks between the control points; buffers="recompute" estimates them from the '
+        "training data for all points, in one more pass"
+    )
+
+
+def warn_of_non_finite(values: Mapping[str, np.ndarray], t: np.ndarray) -> None:
+    """Warn of metrics that are NaN or infinite at some points."""
+    for name, column in values.items():
+        bad = ~np.isfinite(column)
+        if not bad.any():
+            continue
+        first = ", ".join(map(str, t[bad][:_LISTED].tolist()))
+        count = int(bad.sum())
+        more = f" and {count - _LISTED} more" if count > _LISTED else ""
+        warn(f"{name} is not finite at t = {first}{more}", RuntimeWarning)
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] == __name__.partition(".")[0]

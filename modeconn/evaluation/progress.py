@@ -1,0 +1,106 @@
+"""Progress of an evaluation, shown as a bar or given to a callable."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from modeconn.data.batches import Batches
+
+# Called with (samples done, samples in all); the second is None where the data does not say.
+Progress = Callable[[int, "int | None"], None]
+
+
+@contextlib.contextmanager
+def reporting(progress: bool | Progress | None) -> Iterator[Progress]:
+    """Yield the callable that receives the progress.
+
+    Args:
+        progress: a callable, used as it is; True for a bar, False for none, None for a bar where
+            stderr is a terminal.
+    """
+    if callable(progress):
+        yield progress
+        return
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        yield lambda done, total: None
+        return
+    from tqdm import tqdm
+
+    # A bar that is gone within half a second would only flicker.
+    with tqdm(unit=" samples", unit_scale=True, leave=False, delay=0.5, desc="evaluate") as bar:
+
+        def report(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
+class Meter:
+    """Reports the samples of an evaluation, and of the pass that recomputes statistics before it.
+
+    A sample counts alike in both passes.
+
+    Args:
+        report: called with (samples done, samples in all).
+        evaluated: the data of the evaluation.
+        training: the data that statistics are recomputed from, if any.
+        limit: the most batches of `training` that are read.
+    """
+
+    def __init__(
+        self,
+        report: Progress,
+        evaluated: Batches,
+        training: Batches | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self._report, self._evaluated = report, evaluated
+        self._training, self._limit = training, limit
+        self._recomputed = self._before = 0
+
+    def recomputed(self, rows: int) -> None:
+        """Report that some rows of the first of two passes are done."""
+        self._recomputed += rows
+        self._report(self._recomputed, self._expected())
+
+    def part(self, rows: int, points: int) -> Callable[..., None]:
+        """Begin a part of the evaluation.
+
+        Args:
+            rows: samples of the part.
+            points: points of the path that it is evaluated at.
+
+        Returns:
+            A callable for points that are done, one by default. They count as a share of the rows.
+        """
+        before, done = self._before, 0
+        self._before += rows
+
+        def tick(more: int = 1) -> None:
+            nonlocal done
+            done += more
+            self._evaluated_rows(before + rows * done // points)
+
+        return tick
+
+    def skip(self, rows: int) -> None:
+        """Report a part of the evaluation that was done by an earlier call."""
+        self._before += rows
+        self._evaluated_rows(self._before)
+
+    def _evaluated_rows(self, done: int) -> None:
+        total = self._evaluated.samples
+        self._report(self._recomputed + done, None if total is None else self._recomputed + total)
+
+    def _expected(self) -> int | None:
+        """Samples of both passes, as far as the data says."""
+        evaluated = self._evaluated.samples
+        training = None if self._training is None else self._training.samples
+        if evaluated is None or training is None or self._training is None:
+            return None
+        if self._limit is not None:
+            training = min(training, self._limit * self._training.batch_size)
+        return evaluated + training

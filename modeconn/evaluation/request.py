@@ -1,0 +1,140 @@
+"""The arguments of one evaluation, checked, with their defaults filled in."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from modeconn.backends import check_name
+from modeconn.backends.blocking import MEMORY_BUDGET
+from modeconn.data.batches import Batches, as_batches
+from modeconn.data.prefetch import resident
+from modeconn.errors import ModeconnError
+from modeconn.evaluation.arguments import (
+    check_fit,
+    device_of,
+    dtype_of,
+    frozen_entries,
+    positive,
+)
+from modeconn.evaluation.statistics import BATCH_SIZE
+from modeconn.metrics import Head, PerSample
+from modeconn.parameters.paths import Path, Points
+
+# Rows read at a time at most: more make nothing faster.
+_MOST_ROWS = 1 << 16
+# Bytes of a row whose shape is unknown before it is read, and the fewest that are reckoned with: a
+# row of a few numbers costs as much as one of 16 in all that is computed from it.
+_UNKNOWN_ROW, _SMALLEST_ROW = 4096, 64
+
+
+@dataclass(kw_only=True)
+class Request:
+    """What `evaluate` was called with; its fields are that function's arguments.
+
+    Attributes:
+        t: the points, float64 [T] for a curve, [T, dim] otherwise.
+        head: the sums that the loss and the metrics ask for.
+        dtype, where: of the computation.
+        frozen: names of entries that do not move along the path.
+        budget: bytes for a batch and for what is shared between points.
+
+    Raises:
+        ModeconnError: an argument is out of range, or the path does not fit the model.
+    """
+
+    model: nn.Module
+    path: Path
+    data: Any
+    points: Points
+    loss: str | PerSample
+    metrics: Sequence[str | PerSample] | None
+    buffers: str
+    backend: str
+    device: str | torch.device | None
+    batch_size: int | None
+    precision: str
+    memory_budget: int | None
+    recompute_data: Any
+    recompute_batches: int | None
+    resume: str | os.PathLike[str] | None
+    t: np.ndarray = field(init=False)
+    head: Head = field(init=False)
+    dtype: torch.dtype = field(init=False)
+    where: torch.device = field(init=False)
+    frozen: frozenset[str] = field(init=False)
+    budget: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.t = self.path.points(self.points)
+        self.head = Head(self.loss, self.metrics)
+        self.dtype = dtype_of(self.precision)
+        self.where = device_of(self.device, self.path)
+        check_name(self.backend, self.precision, self.where)
+        self.frozen = frozen_entries(self.buffers, self.path)
+        check_fit(self.model, self.path)
+        positive("batch_size", self.batch_size)
+        self.budget = positive("memory_budget", self.memory_budget) or MEMORY_BUDGET
+        for name in ("recompute_data", "recompute_batches"):
+            if getattr(self, name) is not None and not self.recomputes:
+                raise ModeconnError(
+                    f'{name} is for buffers="recompute", and buffers is {self.buffers!r}'
+                )
+        positive("recompute_batches", self.recompute_batches)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether norms' statistics are recomputed in a pass of their own."""
+        return self.buffers == "recompute"
+
+    def sources(self) -> tuple[Batches, Batches | None]:
+        """The data of the evaluation, and those that statistics are recomputed from, if any."""
+        data = self.data
+        if self.recomputes and self.recompute_data is None:
+            data = resident(data, self.where)  # it is read twice
+        evaluated = as_batches(data, self.batch_size or _rows_within(self.budget, data))
+        if not self.recomputes:
+            return evaluated, None
+        training = data if self.recompute_data is None else self.recompute_data
+        return evaluated, as_batches(training, self.batch_size or BATCH_SIZE)
+
+    def settings(self) -> dict[str, Any]:
+        """The plain values that decide the sums, besides the path, the points and the data."""
+        loss = self.loss
+        if not isinstance(loss, str):
+            loss = getattr(loss, "__qualname__", type(loss).__qualname__)
+        return {
+            "model": type(self.model).__name__,
+            "loss": loss,
+            "metrics": self.head.names,
+            "buffers": self.buffers,
+            "backend": self.backend,
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "memory_budget": self.budget,
+            "recompute_batches": self.recompute_batches,
+        }
+
+
+def _rows_within(budget: int, data: Any) -> int:
+    """Rows to read at a time, so that inputs of float32 take up half of the budget."""
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        inputs = data[0]
+    else:
+        inputs = getattr(data, "inputs", data)
+    if isinstance(inputs, Mapping):
+        parts = list(inputs.values())
+    else:
+        parts = list(inputs) if isinstance(inputs, tuple) else [inputs]
+    shapes = [getattr(part, "shape", ()) for part in parts]
+    per_row = _UNKNOWN_ROW
+    if all(shapes):
+        per_row = sum(4 * math.prod(shape[1:]) for shape in shapes)
+    return max(1, min(_MOST_ROWS, budget // (2 * max(per_row, _SMALLEST_ROW))))
