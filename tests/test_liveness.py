@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from test_plan import agrees, moved
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
 from modeconn.models import build
 from naive import clone, pass_per_point
+from test_plan import agrees, moved
 
 WIDTH, HEADS, TOKENS = 12, 3, 5
 SIZE = WIDTH // HEADS

@@ -1,19 +1,18 @@
-"""The engine's chains against PyTorch: the error to float64 is at most twice that of PyTorch at the same precision."""
+"""The engine's chains of layers against PyTorch, by the tolerance of policy.py."""
 
 import itertools
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-engine = pytest.importorskip("modeconn._native", reason="the C++ extension is not built")
+from native_cases import engine, python
+from policy import assert_within_policy
 
 ISAS = engine.isas()
 DTYPES = {"float32": np.float32, "float64": np.float64}
+PLAIN = {"float32": torch.float32, "float64": torch.float64}
 ACTIVATIONS = {
     "identity": lambda x: x,
     "relu": F.relu,
@@ -147,22 +146,10 @@ def sums(case, targets, isa, threads=1, **options):
     )
 
 
-def assert_close(ours, plain, exact):
-    ours, plain = torch.as_tensor(np.array(ours)), torch.as_tensor(plain)
-    eps = torch.finfo(plain.dtype).eps
-    assert torch.isfinite(ours).all()
-    error = lambda x: (x.double() - exact).abs()
-    # float64 is its own reference: only the floor is left
-    scale = 64 if plain.dtype == torch.float64 else 4
-    floor = scale * eps * max(exact.abs().max().item() if exact.numel() else 0, 1e-30)
-    assert error(ours).max() <= 2 * error(plain).max() + floor if exact.numel() else True
-
-
 def check_outputs(case, isa, dtype, **options):
-    plain = torch.float32 if dtype == "float32" else torch.float64
-    assert_close(
-        outputs(case, isa, **options), reference(case, plain), reference(case, torch.float64)
-    )
+    plain, exact = (reference(case, precision) for precision in (PLAIN[dtype], torch.float64))
+    got = outputs(case, isa, **options)
+    assert_within_policy("outputs", got, plain, exact, PLAIN[dtype])
 
 
 SHAPES = [  # rows, widths, points
@@ -275,10 +262,7 @@ def test_sums(isa, dtype, layers, classes, loss):
     rows, points = 777, 5
     case = make(rows, [classes] * (layers + 1), points, DTYPES[dtype], terms=3, pad=1)
     rng = np.random.default_rng(1)
-    plain, exact = (
-        reference(case, torch.float32 if dtype == "float32" else torch.float64),
-        reference(case, torch.float64),
-    )
+    plain, exact = (reference(case, precision) for precision in (PLAIN[dtype], torch.float64))
     if loss == "mse":
         targets = rng.standard_normal((rows, classes)).astype(DTYPES[dtype])
         got = sums(case, targets, isa, loss="mse")
@@ -289,7 +273,8 @@ def test_sums(isa, dtype, layers, classes, loss):
         labels = torch.from_numpy(targets)
         per_row = lambda y: torch.stack([F.cross_entropy(z, labels, reduction="none") for z in y])
         assert_same_counts(got, exact, labels)
-    assert_close(got[:, 0], per_row(plain).double().sum(1), per_row(exact).double().sum(1))
+    plain_sums, exact_sums = (per_row(y).double().sum(1) for y in (plain, exact))
+    assert_within_policy("sums", got[:, 0], plain_sums, exact_sums, PLAIN[dtype])
 
 
 def assert_same_counts(got, exact, labels):
@@ -479,17 +464,6 @@ def test_outputs_must_be_writable_and_of_the_right_shape():
             engine.chain_outputs(case["terms"], case["coefficients"], case["layers"], bad)
 
 
-def python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", f"import modeconn._native as e\n{code}"],
-        check=False,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
 def test_the_environment_forces_an_instruction_set():
     for isa in ISAS:
         assert python("print(e.kernel_names()[0])", MODECONN_ISA=isa).stdout.strip() == isa
@@ -520,12 +494,16 @@ import numpy as np, signal, threading, time, os
 n = 512
 f = lambda *s: np.zeros(s, np.float32)
 layers = [dict(weights=[f(n, n)], coefficients=np.ones((500, 1))) for _ in range(10)]
-threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-start = time.perf_counter()
+def interrupt():
+    global start
+    start = time.process_time()
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Timer(0.5, interrupt).start()
 try:
     e.chain_sums([f(20000, n)], np.ones((500, 1)), layers, np.zeros(20000, np.int64), threads=2)
 except KeyboardInterrupt:
-    print("interrupted", time.perf_counter() - start)
+    print("interrupted", time.process_time() - start)
 """
     done = python(code)
-    assert done.stdout.startswith("interrupted") and float(done.stdout.split()[1]) < 1.5, done
+    # CPU seconds of two threads: other processes on the machine do not count.
+    assert done.stdout.startswith("interrupted") and float(done.stdout.split()[1]) < 2, done

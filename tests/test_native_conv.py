@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from image_cases import Maker, check, outputs, reference, vgg
 from test_native_chain import ACTIVATIONS, DTYPES, ISAS, engine
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,18 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn.backends.native import extension as native
 from modeconn.backends.reference import ReferenceBackend
 from modeconn.capture.export import capture
 from modeconn.evaluation.resume import Unfinished
 from modeconn.evaluation.statistics import recompute
 from modeconn.models import build
 from modeconn.parameters.paths import Path
+from native_cases import engine, python
 from policy import assert_within_policy
-
-if not native.available():
-    pytest.skip(f"no C++ extension: {native.reason()}", allow_module_level=True)
-engine = native.extension()
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 T = [0.0, 0.4, 1.0]
@@ -476,27 +469,17 @@ def test_bad_chains_are_refused(name):
 
 def test_an_interrupt_ends_it():
     code = """
-import os, signal, threading, time
+import os, signal, threading
 import numpy as np
-from modeconn.backends.native import extension as native
-e = native.extension()
 f = lambda *shape: np.zeros(shape, np.float32)
 ones = np.ones((2000, 1))
 conv = dict(op="conv2d", weights=[f(16, 16, 3, 3)], coefficients=ones, padding=(1, 1))
 norm = dict(op="batch_norm", scale=np.ones((2000, 16)), shift=np.zeros((2000, 16)), eps=1e-5)
 threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-start = time.perf_counter()
 try:
     e.chain_statistics([f(256, 16, 32, 32)], ones, [conv, norm] * 4, threads=2)
 except KeyboardInterrupt:
     print("interrupted")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ,
-        timeout=60,
-    )
+    done = python(code)
     assert done.stdout.startswith("interrupted"), done

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+
 from image_cases import PLAIN, Maker, check, outputs, reference
-from test_native_chain import ACTIVATIONS, DTYPES, ISAS, assert_close
+from policy import assert_within_policy
+from test_native_chain import ACTIVATIONS, DTYPES, ISAS
 
 every = lambda f: pytest.mark.parametrize("isa", ISAS)(pytest.mark.parametrize("dtype", DTYPES)(f))
 
@@ -70,7 +72,7 @@ def test_winograd_with_a_value_added(isa, dtype, activation):
                 dict(maker.case, layers=[layers[0], dict(layers[1], activation="identity")]), kind
             )
         )
-    assert_close(got, plain[PLAIN[dtype]], plain[torch.float64])
+    assert_within_policy("outputs", got, plain[PLAIN[dtype]], plain[torch.float64], PLAIN[dtype])
 
 
 def leaks(shape, isa):

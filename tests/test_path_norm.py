@@ -62,7 +62,8 @@ def test_a_mean_far_from_zero_costs_no_digits(monkeypatch, elements):
     monkeypatch.setattr(module, "ELEMENTS", elements)
     x = torch.randn(2, 9, 65) + 3000
     got, referee = path_layer_norm(x, None), path_layer_norm_reference(x.double(), None)
-    assert (got - referee).abs().max() <= 8 * torch.finfo(torch.float32).eps * referee.abs().max()
+    # Plain PyTorch at the same precision may lose digits here: the floor alone is allowed.
+    assert_within_policy("values", got, referee, referee, torch.float32)
 
 
 def test_rows_in_pieces(monkeypatch):

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from plan_networks import CASES, networks, paths
-from plan_text import Names, bits, lowered_text, plan_text
 
 import modeconn as mc
 from modeconn.backends.native import extension as native
 from modeconn.capture.export import capture
 from modeconn.plan.planner import make_program
+from plan_networks import CASES, networks, paths
+from plan_text import Names, bits, lowered_text, plan_text
 
 FOLDER = Path(__file__).parent / "plans"
 POINTS = 5
