@@ -9,15 +9,15 @@ fill in whatever tensors it wants, for any number of rows.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from modeconn.capture.signature import Parameter, call, parameters_of
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,11 @@ class Node:
         id: its position in the graph.
         op: the operation's name, which selects its rule (plan/rules/table.py); operations without a
             rule still run.
-        function: what computes it, called with the filled template.
-        args, kwargs: the template: Python constants, `In`, `Entry` and `Size` leaves, in nested
-            lists and tuples.
+        function: computes the value from the filled template.
+        arguments: the template, by the names of the function's schema and in its order, defaults
+            included: Python constants, `In`, `Entry` and `Size` leaves, in nested lists and tuples.
+            PyTorch calls the first tensor `input` (linear, convolutions, norms) or `self` (most
+            others).
         inputs: ids of the nodes whose values it takes.
         entries: names of the parameters and buffers it takes.
         shape: of its value; the batch axis and what follows from it are `Size`.
@@ -70,36 +72,44 @@ class Node:
     id: int
     op: str
     function: Callable[..., Any]
-    args: tuple[Any, ...]
+    arguments: dict[str, Any]
     inputs: tuple[int, ...] = ()
     entries: tuple[str, ...] = ()
     shape: tuple[Dim, ...] = ()
     source: str = ""
-    kwargs: dict[str, Any] = field(default_factory=dict)
     batched: bool = True
     random: bool = False
 
     def __getitem__(self, name: str) -> Any:
-        """An argument by its name in the operation's schema, its default where it is not given."""
         return self.arguments[name]
 
+    @property
+    def first(self) -> Any:
+        """The first argument: the tensor that the operation is about, for most operations."""
+        return next(iter(self.arguments.values()))
+
     @functools.cached_property
-    def arguments(self) -> dict[str, Any]:
-        """All arguments by name, in order, with the schema's defaults for those that are left out."""
-        parameters = signature_of(self.function)
-        given = dict(zip(parameters, self.args))
+    def args(self) -> tuple[Any, ...]:
+        """The positional arguments without those defaults that end them."""
+        parameters = [p for p in parameters_of(self.function) if not p.keyword_only]
+        values = [self.arguments[p.name] for p in parameters]
+        while values and _is_default(values[-1], parameters[len(values) - 1]):
+            values.pop()
+        return tuple(values)
+
+    @functools.cached_property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword-only arguments that are not the defaults."""
         return {
-            name: given.get(name, default) for name, default in parameters.items()
-        } | self.kwargs
+            p.name: self.arguments[p.name]
+            for p in parameters_of(self.function)
+            if p.keyword_only and not _is_default(self.arguments[p.name], p)
+        }
 
     def run(self, values: Sequence[Tensor], entries: Sequence[Tensor], rows: int) -> Any:
         """The node's value from its inputs' values, its entries' tensors and the number of rows."""
-        args = [_fill(leaf, values, entries, rows) for leaf in self.args]
-        if not self.kwargs:
-            return self.function(*args)
-        return self.function(
-            *args, **{key: _fill(leaf, values, entries, rows) for key, leaf in self.kwargs.items()}
-        )
+        filled = {name: _fill(leaf, values, entries, rows) for name, leaf in self.arguments.items()}
+        return call(self.function, filled)
 
     def numel(self, rows: int = 64) -> float:
         """How many numbers one row of the value has, on average over a block of rows."""
@@ -107,18 +117,9 @@ class Node:
         return total / rows if self.batched else total
 
 
-def signature_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The names and defaults of what an operation takes; `inspect.Parameter.empty` without one."""
-    if isinstance(function, torch._ops.OpOverload):
-        return _schema_of(function)
-    return {p.name: p.default for p in inspect.signature(function).parameters.values()}
-
-
-@functools.cache
-def _schema_of(operation: Any) -> dict[str, Any]:
-    empty = inspect.Parameter.empty
-    arguments = operation._schema.arguments
-    return {a.name: a.default_value if a.has_default_value() else empty for a in arguments}
+def _is_default(value: Any, parameter: Parameter) -> bool:
+    same_kind = type(value) is type(parameter.default)
+    return same_kind and bool(value == parameter.default)
 
 
 def _fill(leaf: Any, values: Sequence[Tensor], entries: Sequence[Tensor], rows: int) -> Any:
@@ -180,7 +181,9 @@ class Graph:
             last is None
             or last.op != "log_softmax"
             or len(last.shape) != 2
-            or last.args not in ((In(0), 1), (In(0), -1))
+            or last["self"] != In(0)
+            or last["dim"] not in (1, -1)
+            or last["dtype"] is not None
         ):
             return self
         return replace(self, output=In(last.inputs[0]))

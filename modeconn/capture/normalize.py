@@ -1,8 +1,13 @@
-"""One form for what can be written in many ways, so that rules and backends meet each operation under one name."""
+"""Normal form of operations: one name for what can be written in many ways.
+
+Arguments are named here, once, by the operation's schema and with its defaults
+(capture/signature.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,111 +15,124 @@ import torch
 from modeconn.capture import ops
 from modeconn.capture.graph import Dim, In, Node, Size
 from modeconn.capture.opaque import closed_part, operation
+from modeconn.capture.signature import named
 
-Call = tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+_VIEWS = ("view", "_unsafe_view", "reshape")
+_ATEN = torch.ops.aten
 
 
-def canonical(
-    target: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+@dataclass(frozen=True)
+class Call:
+    """An operation with its arguments, and the nodes whose values it takes."""
+
+    op: str
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    inputs: tuple[int, ...]
+
+
+def normalize(
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
     nodes: Sequence[Node],
-    inputs: list[int],
+    inputs: tuple[int, ...],
     shape: tuple[Dim, ...],
 ) -> Call:
-    """Name an operation for the rules, and replace the few that would not run on every layout.
+    """Names an operation for the rules, and replaces those that would not run on every layout.
 
     Args:
+        function, arguments: the call; arguments by name.
         nodes: those before it.
-        inputs: of it; changed in place where it can do without the operation just before it.
+        inputs: ids of the nodes that it takes.
         shape: of its value.
     """
-    if target is operation():
-        return "module", closed_part(args[2]), args[:2], {}
-    name = getattr(target, "__name__", str(target))
-    packet = name.removesuffix("." + name.rsplit(".", 1)[-1]) if "." in name else name
-    if packet == "_native_batch_norm_legit_no_training":
-        x, weight, bias, mean, var, _, eps = args
-        return "batch_norm", ops.batch_norm, (x, mean, var, weight, bias, eps), kwargs
-    if packet == "linear":
-        return packet, ops.linear, args, kwargs
-    if packet == "rsub" and len(args) == 2 and not kwargs:
-        return "sub", ops.subtract, (args[1], args[0]), {}
-    before = nodes[inputs[0]] if inputs and args[0] == In(0) else None
-    if before is not None and not kwargs:
-        found = _of_a_value(packet, args, before, shape, nodes, inputs)
-        if found is not None:
-            return found
-    if packet in ("view", "_unsafe_view", "reshape"):
+    if function is operation():
+        part = closed_part(arguments.pop("number"))
+        return Call("module", part, arguments, inputs)
+    call = _named(function, arguments, inputs)
+    before = nodes[inputs[0]] if inputs and _first(arguments) == In(0) else None
+    if before is not None:
+        call = _merged(call, before, nodes, shape) or _simplified(call, before, shape) or call
+    if call.op in _VIEWS:
         # A view of a channels-last value would need a copy; reshape makes it where needed.
-        return "reshape", torch.ops.aten.reshape.default, args, kwargs
-    return packet, target, args, kwargs
+        return _replaced(call, "reshape", _ATEN.reshape.default, *arguments.values())
+    return call
 
 
-def _of_a_value(
-    packet: str,
-    args: tuple[Any, ...],
-    before: Node,
-    shape: tuple[Dim, ...],
-    nodes: Sequence[Node],
-    inputs: list[int],
-) -> Call | None:
+def _named(function: Any, arguments: dict[str, Any], inputs: tuple[int, ...]) -> Call:
+    """The call under the operation's name without its overload."""
+    name = getattr(function, "__name__", str(function))
+    call = Call(name.rpartition(".")[0] or name, function, arguments, inputs)
+    if call.op == "_native_batch_norm_legit_no_training":
+        names = ("input", "running_mean", "running_var", "weight", "bias", "eps")
+        values = [arguments[name] for name in names]
+        return _replaced(call, "batch_norm", ops.batch_norm, *values)
+    if call.op == "linear":
+        return _replaced(call, "linear", ops.linear, *arguments.values())
+    if call.op == "rsub" and arguments["alpha"] == 1:
+        return _replaced(call, "sub", ops.subtract, arguments["other"], arguments["self"])
+    return call
+
+
+def _simplified(call: Call, before: Node, shape: tuple[Dim, ...]) -> Call | None:
+    """The call as one of a simpler operation, where it is one for a value of this shape."""
     flat = len(shape) == 2 and len(before.shape) > 2 and _same_rows(before.shape, shape)
-    if flat and packet in ("view", "_unsafe_view", "reshape"):
-        return "flatten", torch.ops.aten.flatten.using_ints, (args[0], 1), {}
-    if packet == "slice" and _is_whole(args, before.shape):
-        return "alias", ops.identity, (args[0],), {}
-    first = (
-        nodes[before.inputs[0]]
-        if len(before.inputs) == 1 and before.args[:1] == (In(0),) and not before.kwargs
-        else None
-    )
-    if (
-        first is None
-        or len(first.shape) != 4
-        or len(shape) != 2
-        or not _same_rows(first.shape, shape)
-    ):
-        return None
-    pixel = first.shape[1:] == (shape[1], 1, 1)
-    if pixel and packet in ("squeeze", "select") and before.op in ("squeeze", "select"):
-        inputs[0] = first.id
-        return "flatten", torch.ops.aten.flatten.using_ints, (args[0], 1), {}
-    if (
-        packet == "mean" == before.op
-        and _axis_of(before.args, 4) in (2, 3)
-        and _axis_of(args, 3) == 2
-    ):
-        inputs[0] = first.id
-        return "mean", torch.ops.aten.mean.dim, (args[0], [2, 3]), {}
+    if flat and call.op in _VIEWS:
+        return _flattened(call)
+    if call.op == "slice" and _is_whole(call.arguments, before.shape):
+        return _replaced(call, "alias", _ATEN.alias.default, In(0))
     return None
+
+
+def _merged(call: Call, before: Node, nodes: Sequence[Node], shape: tuple[Dim, ...]) -> Call | None:
+    """Two calls that take the axes of an image [N, C, H, W] one by one, as a single call."""
+    if len(before.inputs) != 1 or before.first != In(0):
+        return None
+    image = nodes[before.inputs[0]]
+    if len(image.shape) != 4 or len(shape) != 2 or not _same_rows(image.shape, shape):
+        return None
+    from_image = replace(call, inputs=(image.id,))
+    pixel = image.shape[1:] == (shape[1], 1, 1)
+    if pixel and call.op in ("squeeze", "select") and before.op in ("squeeze", "select"):
+        return _flattened(from_image)
+    means = call.op == "mean" == before.op
+    if means and _averaged(before.arguments, 4) in (2, 3) and _averaged(call.arguments, 3) == 2:
+        return _replaced(from_image, "mean", _ATEN.mean.dim, In(0), [2, 3])
+    return None
+
+
+def _flattened(call: Call) -> Call:
+    return _replaced(call, "flatten", _ATEN.flatten.using_ints, In(0), 1)
+
+
+def _replaced(call: Call, op: str, function: Callable[..., Any], *args: Any) -> Call:
+    return Call(op, function, named(function, args), call.inputs)
+
+
+def _first(arguments: dict[str, Any]) -> Any:
+    return next(iter(arguments.values()), None)
 
 
 def _same_rows(before: Sequence[Dim], after: Sequence[Dim]) -> bool:
     """Whether both begin with the rows of the batch."""
-    return (
-        isinstance(before[0], Size)
-        and isinstance(after[0], Size)
-        and str(before[0]) == str(after[0])
-    )
+    first, second = before[0], after[0]
+    return isinstance(first, Size) and isinstance(second, Size) and str(first) == str(second)
 
 
-def _is_whole(args: tuple[Any, ...], shape: Sequence[Dim]) -> bool:
+def _is_whole(arguments: dict[str, Any], shape: Sequence[Dim]) -> bool:
     """Whether a slice takes all of its axis."""
-    given: list[Any] = [*args[1:], *[0, None, None, 1][len(args) - 1 :]]
-    axis, start, end, step = given
-    size = shape[axis]
+    size, end = shape[arguments["dim"]], arguments["end"]
+    if arguments["start"] not in (0, None) or arguments["step"] != 1:
+        return False
     most = size if isinstance(size, int) else torch.iinfo(torch.int64).max
-    return (
-        start in (0, None) and step == 1 and (end is None or (isinstance(end, int) and end >= most))
-    )
+    return end is None or (isinstance(end, int) and end >= most)
 
 
-def _axis_of(args: tuple[Any, ...], axes: int) -> int | None:
+def _averaged(arguments: dict[str, Any], axes: int) -> int | None:
     """The only axis that a mean is taken over, if it is one and is left out."""
-    over = args[1] if len(args) == 2 else None
-    return (
-        over[0] % axes
-        if isinstance(over, list) and len(over) == 1 and isinstance(over[0], int)
-        else None
-    )
+    dim = arguments.get("dim")
+    if arguments.get("keepdim") or arguments["dtype"] is not None:
+        return None
+    if not isinstance(dim, list) or len(dim) != 1 or not isinstance(dim[0], int):
+        return None
+    return dim[0] % axes

@@ -1,4 +1,7 @@
-"""The few operations that run otherwise than torch.export wrote them, for every layout or for speed."""
+"""Operations that replace those of torch.export, to run on every memory layout or to be faster.
+
+Their parameters have the names that PyTorch gives them: rules and backends read arguments by name.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,28 @@ from torch.nn import functional as F
 _FEW_ROWS = 64
 
 
-def identity(x: Any) -> Any:
-    """The input."""
-    return x
+def placeholder() -> None:
+    """Stands for an input of the network, whose value is given."""
 
 
-def subtract(input: Any, other: Any) -> Any:  # noqa: A002  # the name that PyTorch gives it
-    """input - other, where the first may be a number."""
-    return input - other
+def subtract(self: Any, other: Any) -> Any:
+    """self - other, where the first may be a number."""
+    return self - other
 
 
 def batch_norm(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    input: Tensor,  # noqa: A002
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> Tensor:
     """Batch norm with given statistics."""
-    return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+    return F.batch_norm(input, mean, var, weight, bias, training=False, eps=eps)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
     """A linear layer [N, in] → [N, out], by the faster of PyTorch's two matrix products on this CPU.
 
     PyTorch's CPU builds multiply matrices with MKL, which keeps to AVX2 on processors of other
@@ -41,14 +48,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     the same sum at twice the speed.
     """
     if (
-        x.dim() != 2
-        or len(x) < _FEW_ROWS
-        or x.dtype != torch.float32
-        or x.device.type != "cpu"
+        input.dim() != 2
+        or len(input) < _FEW_ROWS
+        or input.dtype != torch.float32
+        or input.device.type != "cpu"
         or not mkl_falls_behind()
     ):
-        return F.linear(x, weight, bias)
-    image = x.contiguous()[None, None].permute(0, 3, 1, 2)  # channels last, one row of pixels
+        return F.linear(input, weight, bias)
+    image = input.contiguous()[None, None].permute(0, 3, 1, 2)  # channels last, one row of pixels
     return F.conv2d(image, weight[:, :, None, None], bias)[0, :, 0].t()
 
 

@@ -1,4 +1,4 @@
-"""The graph of a network whose batch norms normalise by the statistics of the batch, as in training, and hand them out."""
+"""Graphs with batch norms in training mode: they normalise by the batch's statistics and return them."""
 
 from __future__ import annotations
 
@@ -8,97 +8,119 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modeconn.capture.graph import Entry, Graph, In, Node
+from modeconn.capture.graph import Dim, Entry, Graph, In, Node
 from modeconn.capture.opaque import Names, Opaque
 
 
 def training_graph(graph: Graph) -> tuple[Graph, list[Names]]:
-    """The graph whose output is, per batch norm, the mean and the unbiased variance of its input over the batch."""
-    nodes: list[Node] = []
-    place: dict[int, int] = {}
-    names: list[Names] = []
-    found: list[tuple[In, In]] = []
+    """Rewrites a graph for an estimate of its batch norms' statistics.
+
+    Returns:
+        the graph whose output is, per batch norm, the mean and the unbiased variance of its input
+        over the batch; and per batch norm the names of its running statistics.
+    """
+    rewriting = _Rewriting()
     for node in graph.nodes:
-        inputs = tuple(place[i] for i in node.inputs)
-        pair = _running(node)
+        rewriting.add(node)
+    nodes, found = tuple(rewriting.nodes), rewriting.statistics
+    training = Graph(nodes, found, graph.constants, mixes_rows=True, inputs=graph.inputs)
+    return training, rewriting.names
+
+
+class _Rewriting:
+    """The nodes rewritten so far.
+
+    Attributes:
+        names: per batch norm the names of its running mean and variance.
+        statistics: per batch norm the leaves that are the batch's mean and variance.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.names: list[Names] = []
+        self.statistics: list[tuple[In, In]] = []
+        self._ids: dict[int, int] = {}  # id of a node in the given graph → its id here
+
+    def add(self, node: Node) -> None:
+        """Adds a node of the given graph."""
+        inputs = tuple(self._ids[i] for i in node.inputs)
         if isinstance(node.function, Opaque) and node.function.statistics():
-            place[node.id] = len(nodes)
-            names += _closed(nodes, node, inputs, found)
-            continue
-        if pair is None:
-            nodes.append(replace(node, id=len(nodes), inputs=inputs))
-            place[node.id] = nodes[-1].id
-            continue
-        weight, bias = (
-            (leaf.index if isinstance(leaf, Entry) else None) for leaf in node.args[3:5]
-        )
-        entries = [node.entries[i] for i in (weight, bias) if i is not None]
-        leaves = [
-            None if i is None else Entry(entries.index(node.entries[i])) for i in (weight, bias)
-        ]
-        joint = len(nodes)
-        nodes.append(
-            Node(
-                joint,
-                "batch_norm_training",
-                normalised,
-                (In(0), *leaves, node.args[5]),
-                inputs,
-                tuple(entries),
-                node.shape,
-                node.source,
-            )
-        )
-        for part, shape in enumerate((node.shape, node.shape[1:2], node.shape[1:2])):
-            nodes.append(
-                Node(len(nodes), "getitem", _part, (In(0), part), (joint,), (), shape, node.source)
-            )
-        place[node.id] = joint + 1
-        names.append(pair)
-        found.append((In(joint + 2), In(joint + 3)))
-    return Graph(tuple(nodes), found, graph.constants, mixes_rows=True, inputs=graph.inputs), names
+            self._add_module(node, node.function, inputs)
+        elif (names := _running(node)) is not None:
+            self._add_norm(node, names, inputs)
+        else:
+            self._ids[node.id] = self._append(replace(node, id=len(self.nodes), inputs=inputs))
 
+    def _append(self, node: Node) -> int:
+        self.nodes.append(node)
+        return node.id
 
-def _closed(
-    nodes: list[Node], node: Node, inputs: tuple[int, ...], found: list[tuple[In, In]]
-) -> list[Names]:
-    """The same for a module that could not be captured: it runs as it is, with its norms in training mode."""
-    part: Opaque = node.function  # type: ignore[assignment]
-    joint = len(nodes)
-    nodes.append(replace(node, id=joint, inputs=inputs, function=part.training))
-    own = dict(zip(part.names, node.entries, strict=True))
-    pairs = part.statistics()
-    for number in range(-2 * len(pairs), 0):
-        nodes.append(
-            Node(len(nodes), "getitem", _part, (In(0), number), (joint,), (), (), node.source)
+    def _append_part(self, whole: Node, index: int, shape: tuple[Dim, ...]) -> int:
+        """Adds one of the values that a node returns."""
+        arguments = {"values": In(0), "index": index}
+        id_ = len(self.nodes)
+        part = Node(id_, "getitem", _part, arguments, (whole.id,), (), shape, whole.source)
+        return self._append(part)
+
+    def _add_norm(self, node: Node, names: Names, inputs: tuple[int, ...]) -> None:
+        given = [leaf for leaf in (node["weight"], node["bias"]) if leaf is not None]
+        entries = tuple(node.entries[leaf.index] for leaf in given)
+        arguments = {
+            "input": In(0),
+            "weight": None if node["weight"] is None else Entry(0),
+            "bias": None if node["bias"] is None else Entry(len(given) - 1),
+            "eps": node["eps"],
+        }
+        norm = Node(
+            len(self.nodes),
+            "batch_norm_training",
+            normalised,
+            arguments,
+            inputs,
+            entries,
+            node.shape,
+            node.source,
         )
-    found += [(In(joint + 1 + 2 * i), In(joint + 2 + 2 * i)) for i in range(len(pairs))]
-    return [(own[mean], own[var]) for mean, var in pairs]
+        self._append(norm)
+        channels = node.shape[1:2]
+        self._ids[node.id] = self._append_part(norm, 0, node.shape)
+        mean, var = (self._append_part(norm, index, channels) for index in (1, 2))
+        self.names.append(names)
+        self.statistics.append((In(mean), In(var)))
+
+    def _add_module(self, node: Node, part: Opaque, inputs: tuple[int, ...]) -> None:
+        """Adds a closed part that runs as it is, with its batch norms in training mode."""
+        module = replace(node, id=len(self.nodes), inputs=inputs, function=part.training)
+        self._ids[node.id] = self._append(module)
+        own = dict(zip(part.names, node.entries, strict=True))
+        pairs = part.statistics()
+        # The statistics come after the tensors of the output, of which there may be any number.
+        leaves = [In(self._append_part(module, i, ())) for i in range(-2 * len(pairs), 0)]
+        self.statistics += zip(leaves[::2], leaves[1::2])
+        self.names += [(own[mean], own[var]) for mean, var in pairs]
 
 
 def normalised(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    input: Tensor,  # noqa: A002
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch norm in training mode: its value, and the mean and unbiased variance of the batch, [channels] each."""
-    channels, count = x.shape[1], x.numel() // x.shape[1]
-    if (
-        count > 1
-        and x.dim() == 4
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not x.is_contiguous()
-    ):
+    """Batch norm in training mode: its value, the batch's mean and unbiased variance [channels]."""
+    channels, count = input.shape[1], input.numel() // input.shape[1]
+    image = input.dim() == 4
+    channels_last = image and input.is_contiguous(memory_format=torch.channels_last)
+    if count > 1 and channels_last and not input.is_contiguous():
         # PyTorch's own kernel for this layout loses three digits of the variance in float32: two
         # passes keep them.
-        flat = x.permute(0, 2, 3, 1).reshape(-1, channels)
+        flat = input.permute(0, 2, 3, 1).reshape(-1, channels)
         mean = flat.mean(0)
         var = (flat - mean).square_().mean(0)
-        return (
-            F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps),
-            mean,
-            var * (count / (count - 1)),
-        )
-    mean, var = x.new_zeros(channels), x.new_zeros(channels)
-    return F.batch_norm(x, mean, var, weight, bias, training=True, momentum=1.0, eps=eps), mean, var
+        value = F.batch_norm(input, mean, var, weight, bias, training=False, eps=eps)
+        return value, mean, var * (count / (count - 1))
+    mean, var = input.new_zeros(channels), input.new_zeros(channels)
+    value = F.batch_norm(input, mean, var, weight, bias, training=True, momentum=1.0, eps=eps)
+    return value, mean, var
 
 
 def _part(values: tuple[Tensor, ...], index: int) -> Tensor:
@@ -107,12 +129,11 @@ def _part(values: tuple[Tensor, ...], index: int) -> Tensor:
 
 def _running(node: Node) -> Names | None:
     """The names of a batch norm's running statistics; None for anything else."""
-    if node.op != "batch_norm" or len(node.inputs) != 1 or node.args[0] != In(0):
+    if node.op != "batch_norm" or len(node.inputs) != 1 or node["input"] != In(0):
         return None
-    leaves = node.args[1:3]
-    if not all(isinstance(leaf, Entry) for leaf in leaves) or any(
-        isinstance(leaf, In) for leaf in node.args[3:5]
-    ):
+    mean, var = node["mean"], node["var"]
+    if not isinstance(mean, Entry) or not isinstance(var, Entry):
         return None
-    mean, var = (node.entries[leaf.index] for leaf in leaves)
-    return mean, var
+    if isinstance(node["weight"], In) or isinstance(node["bias"], In):
+        return None
+    return node.entries[mean.index], node.entries[var.index]

@@ -200,7 +200,8 @@ class _SegmentPlanner:
         self, node: Node, inputs: Sequence[Form], entries: Sequence[Tensor | Moving]
     ) -> bool:
         """Whether a batch norm's input or its statistics are those of no control point."""
-        statistics = [entries[leaf.index] for leaf in node.args[1:3] if isinstance(leaf, Entry)]
+        leaves = (node["mean"], node["var"])
+        statistics = [entries[leaf.index] for leaf in leaves if isinstance(leaf, Entry)]
         return any(
             not isinstance(form, Combination)
             or not form.constant
@@ -246,7 +247,7 @@ class _SegmentPlanner:
                 node.id,
                 "take",
                 Take(places.along),
-                (In(0),),
+                {"x": In(0)},
                 (node.id,),
                 (),
                 shape,
@@ -487,11 +488,10 @@ class _SegmentPlanner:
 
 def _called(node: Node, fit: Fit) -> Node:
     """The node as it is called on parts of its inputs."""
-    if fit.args is None and not fit.units:
+    if not fit.arguments and not fit.units:
         return node
-    return replace(
-        node, args=node.args if fit.args is None else fit.args, shape=fit.units.shape(node.shape)
-    )
+    arguments = {**node.arguments, **fit.arguments}
+    return replace(node, arguments=arguments, shape=fit.units.shape(node.shape))
 
 
 def _constants(forms: Sequence[Form]) -> list[int]:
@@ -505,7 +505,7 @@ def flops(node: Node, weights: Sequence[Tensor], numbers: float) -> float:
         return 2.0 * numbers * len(weights[1])
     # every input goes to each output of its kernel
     if node.op.startswith("conv_transpose") and weights:
-        stride = node.args[3] if len(node.args) > 3 else [1]
+        stride = node["stride"]
         steps: int = math.prod(stride) ** ((weights[0].dim() - 2) // len(stride))
         return 2.0 * numbers * weights[0].numel() / max(weights[0].shape[1], 1) / steps
     if node.op == "linear" or node.op.startswith("conv"):

@@ -21,7 +21,8 @@ from modeconn.plan.rules.base import (
     Shapes,
     Support,
     cut_of,
-    entries_at,
+    entries_of,
+    resized,
 )
 from modeconn.plan.units import Shape, Units
 
@@ -67,9 +68,9 @@ class Linked(Rule):
         ]
         return Fit(Units(along), cuts, self.arguments(node, Units(along)))
 
-    def arguments(self, node: Node, units: Units) -> tuple[Any, ...] | None:
-        """The arguments, where sizes among them change."""
-        return None
+    def arguments(self, node: Node, units: Units) -> dict[str, Any]:
+        """The arguments that change with the units, by name: sizes among them."""
+        return {}
 
 
 class Elementwise(Linked):
@@ -85,13 +86,10 @@ class Expand(Linked):
     """expand: the sizes that it names are those of the part."""
 
     def __init__(self) -> None:
-        super().__init__(broadcast, "homogeneous", entries_at(0))
+        super().__init__(broadcast, "homogeneous", entries_of("self"))
 
-    def arguments(self, node: Node, units: Units) -> tuple[Any, ...] | None:
-        sizes = [
-            len(units.along[a]) if a in units.along else size for a, size in enumerate(node.args[1])
-        ]
-        return node.args[0], sizes, *node.args[2:]
+    def arguments(self, node: Node, units: Units) -> dict[str, Any]:
+        return {"size": resized(node["size"], units)}
 
 
 def broadcast(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
@@ -111,35 +109,29 @@ def by_channel(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
     return [{1: 1}], [{1: 0} for _ in node.entries]
 
 
-def along(position: int) -> Linking:
-    """Along the axis that an argument names, and alike at each place of the others."""
-
-    def links(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
-        rank = len(node.shape)
-        axis = node.args[position] % rank
-        return [{a: a for a in range(rank) if a != axis}] * len(node.inputs), [
-            {} for _ in node.entries
-        ]
-
-    return links
+def along_dim(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
+    """softmax: along one axis, and alike at each place of the others."""
+    rank = len(node.shape)
+    axis = node["dim"] % rank
+    links = {a: a for a in range(rank) if a != axis}
+    return [links] * len(node.inputs), [{} for _ in node.entries]
 
 
 def over_last(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
     """Layer norm: over as many of the last axes as its second argument names."""
-    kept = len(node.shape) - len(node.args[1])
+    kept = len(node.shape) - len(node["normalized_shape"])
     return [{a: a for a in range(kept)}], [{} for _ in node.entries]
 
 
 def reduced(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
     """mean, sum, …: over some axes; the others stay, in their order."""
     rank = len(shapes.inputs[0])
-    dims = node.args[1] if len(node.args) > 1 and node.args[1] is not None else []
-    gone = {d % rank for d in ([dims] if isinstance(dims, int) else dims)} or set(range(rank))
-    keepdim = len(node.args) > 2 and node.args[2]
+    # The overloads that reduce over everything have neither argument; no axis at all means every.
+    dims, keepdim = node.arguments.get("dim") or [], node.arguments.get("keepdim", False)
+    gone = {d % rank for d in dims} or set(range(rank))
     stay = [a for a in range(rank) if keepdim or a not in gone]
-    return [{a: before for a, before in enumerate(stay) if before not in gone}], [
-        {} for _ in node.entries
-    ]
+    links = {a: before for a, before in enumerate(stay) if before not in gone}
+    return [links], [{} for _ in node.entries]
 
 
 def permuted(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
@@ -147,9 +139,9 @@ def permuted(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
     rank = len(node.shape)
     order = list(range(rank))
     if node.op == "permute":
-        order = [axis % rank for axis in node.args[1]]
+        order = [axis % rank for axis in node["dims"]]
     elif rank > 1:
-        a, b = (0, 1) if node.op == "t" else (node.args[1] % rank, node.args[2] % rank)
+        a, b = (0, 1) if node.op == "t" else (node["dim0"] % rank, node["dim1"] % rank)
         order[a], order[b] = b, a
     links = dict(enumerate(order))
     return [links] * len(node.inputs), [links] * len(node.entries)
@@ -175,8 +167,7 @@ def attended(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
     """Attention [N, heads, tokens, features]: head by head and query by query; a head is wanted with all its features."""
     rank = len(node.shape)
     inputs = _batch(node, shapes.inputs, rank - 2)
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
+    mask, causal = node["attn_mask"], node["is_causal"]
     masks = _mask(node, mask, shapes, tokens=not causal)
     if not causal:  # "those before it" are counted from the first query
         inputs[0][rank - 2] = rank - 2
@@ -193,7 +184,7 @@ def attended(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
 
 def linear_in_values(node: Node, moving: frozenset[int]) -> str:
     """Attention with fixed weights is a weighted mean of the values."""
-    return "homogeneous" if moving == {node.args[2].index} else ""
+    return "homogeneous" if moving == {node["value"].index} else ""
 
 
 def bilinear(node: Node, moving: frozenset[int]) -> str:
@@ -203,7 +194,7 @@ def bilinear(node: Node, moving: frozenset[int]) -> str:
 
 def linear_in_first(node: Node, moving: frozenset[int]) -> str:
     """Quotients of two values."""
-    return "homogeneous" if moving == {0} and node.args[0] == In(0) else ""
+    return "homogeneous" if moving == {0} and node["self"] == In(0) else ""
 
 
 def _batch(node: Node, shapes: Sequence[Shape], count: int) -> list[Links]:

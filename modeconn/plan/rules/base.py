@@ -13,8 +13,8 @@ A rule answers three questions about a node:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,12 +45,12 @@ class Fit:
     Attributes:
         units: of its value.
         cuts: for each entry how it is cut down.
-        args: its arguments, where sizes among them change with the units.
+        arguments: those of the node's arguments that change with the units, by name.
     """
 
     units: Units
     cuts: Sequence[Cut] = ()
-    args: tuple[Any, ...] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Mismatch(Exception):
@@ -99,11 +99,19 @@ class Rule:
 UNKNOWN = Rule()
 
 
-def entries_at(*positions: int) -> Callable[[Node], frozenset[int]]:
-    """The entries among the arguments at these positions."""
-    return lambda node: frozenset(
-        a.index for p, a in enumerate(node.args) if p in positions and isinstance(a, Entry)
-    )
+def entries_of(*names: str) -> Callable[[Node], frozenset[int]]:
+    """The entries that some arguments are, by the arguments' names."""
+
+    def entries(node: Node) -> frozenset[int]:
+        leaves = [node[name] for name in names]
+        return frozenset(leaf.index for leaf in leaves if isinstance(leaf, Entry))
+
+    return entries
+
+
+def resized(sizes: Sequence[Any], units: Units) -> list[Any]:
+    """The sizes among an operation's arguments for some units of its value."""
+    return [len(units.along[a]) if a in units.along else size for a, size in enumerate(sizes)]
 
 
 def cut_of(units: Units, rank: int) -> Cut:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -83,34 +82,33 @@ class Grouped(Rule):
         index = wanted.get(1)
         if index is None:
             return [Units({})]
-        groups = _touched(index, _size(node.shape, node.args[6]))
-        return [Units({1: _members(groups, _size(shapes.inputs[0], node.args[6]))})]
+        groups = _touched(index, _size(node.shape, node["groups"]))
+        return [Units({1: _members(groups, _size(shapes.inputs[0], node["groups"]))})]
 
     def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
         index = have[0].get(1)
         if index is None:
             return Fit(Units({}), [()] * len(node.entries))
-        groups = _whole(index, _size(shapes.inputs[0], node.args[6]))
-        out = _members(groups, _size(node.shape, node.args[6]))
+        groups = _whole(index, _size(shapes.inputs[0], node["groups"]))
+        out = _members(groups, _size(node.shape, node["groups"]))
         cuts: list[Cut] = [(index if self._transposed else out,), (out,)]
-        return Fit(Units({1: out}), cuts[: len(node.entries)], _replaced(node.args, 6, len(groups)))
+        return Fit(Units({1: out}), cuts[: len(node.entries)], {"groups": len(groups)})
 
 
 class GroupNorm(Rule):
     """Group norm: groups of channels are normalised together, and apart from the others."""
 
     def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
-        index, size = wanted.get(1), _size(node.shape, node.args[1])
+        index, size = wanted.get(1), _size(node.shape, node["num_groups"])
         return [Units({}) if index is None else Units({1: _members(_touched(index, size), size)})]
 
     def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
         index = have[0].get(1)
         if index is None:
             return Fit(Units({}), [()] * len(node.entries))
-        groups = _whole(index, _size(node.shape, node.args[1]))
-        return Fit(
-            Units({1: index}), [(index,)] * len(node.entries), _replaced(node.args, 1, len(groups))
-        )
+        groups = _whole(index, _size(node.shape, node["num_groups"]))
+        cuts: list[Cut] = [(index,)] * len(node.entries)
+        return Fit(Units({1: index}), cuts, {"num_groups": len(groups)})
 
 
 def _size(shape: Shape, groups: int) -> int:
@@ -135,7 +133,3 @@ def _whole(index: np.ndarray, size: int) -> np.ndarray:
     if not np.array_equal(index, _members(groups, size)):
         raise Mismatch
     return groups
-
-
-def _replaced(args: tuple[Any, ...], position: int, value: Any) -> tuple[Any, ...]:
-    return (*args[:position], value, *args[position + 1 :])

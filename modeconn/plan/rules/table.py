@@ -7,7 +7,7 @@ from modeconn.plan.rules.axiswise import (
     Elementwise,
     Expand,
     Linked,
-    along,
+    along_dim,
     attended,
     bilinear,
     by_channel,
@@ -19,7 +19,7 @@ from modeconn.plan.rules.axiswise import (
     permuted,
     reduced,
 )
-from modeconn.plan.rules.base import UNKNOWN, Rule, entries_at
+from modeconn.plan.rules.base import UNKNOWN, Rule, entries_of
 from modeconn.plan.rules.products import Grouped, GroupNorm, Product
 from modeconn.plan.rules.views import Concatenation, Select, Slice, View
 
@@ -28,9 +28,9 @@ _CONV = Product()
 _TRANSPOSED = Product(outputs=1, inputs=0)
 _ADDMM = Product(outputs=1, inputs=0, bias_first=True, last=True)
 _GROUPED, _GROUPED_TRANSPOSED = Grouped(), Grouped(transposed=True)
-_PERMUTATION = Linked(permuted, "homogeneous", entries_at(0))
+_PERMUTATION = Linked(permuted, "homogeneous", entries_of("self"))
 # Rearranging an entry is linear in it, as rearranging a value is.
-_STRUCTURAL = Rule("homogeneous", entries_at(0))
+_STRUCTURAL = Rule("homogeneous", entries_of("self"))
 _POOLING = {
     **dict.fromkeys(
         ("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
@@ -40,12 +40,14 @@ _POOLING = {
 }
 # Where the numbers among the arguments are that a rule reads: they might be computed.
 _NUMBERS = {
-    "slice": slice(1, 5),
-    "select": slice(1, 3),
-    "squeeze": slice(1, 2),
-    "softmax": slice(1, 2),
-    "log_softmax": slice(1, 2),
+    "slice": ("dim", "start", "end", "step"),
+    "select": ("dim", "index"),
+    "squeeze": ("dim",),
+    "softmax": ("dim",),
+    "log_softmax": ("dim",),
 }
+# In the place of an argument that an overload does not have: no number.
+_MISSING = object()
 _RULES: dict[str, Rule] = {
     "linear": _LINEAR,
     **dict.fromkeys(("conv1d", "conv2d"), _CONV),
@@ -58,31 +60,31 @@ _RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("clone", "alias", "detach", "neg", "dropout"), Elementwise("homogeneous")),
     **_POOLING,
-    "batch_norm": Linked(by_channel, "affine", entries_at(3, 4)),
-    "layer_norm": Linked(over_last, "", entries_at(2, 3)),
-    "rms_norm": Linked(over_last, "", entries_at(2)),
-    "group_norm": GroupNorm("", entries_at(2, 3)),
+    "batch_norm": Linked(by_channel, "affine", entries_of("weight", "bias")),
+    "layer_norm": Linked(over_last, "", entries_of("weight", "bias")),
+    "rms_norm": Linked(over_last, "", entries_of("weight")),
+    "group_norm": GroupNorm("", entries_of("weight", "bias")),
     **dict.fromkeys(("mean", "sum"), Linked(reduced, "homogeneous")),
     **dict.fromkeys(("amax", "amin"), Linked(reduced)),
-    **dict.fromkeys(("softmax", "log_softmax"), Linked(along(1))),
+    **dict.fromkeys(("softmax", "log_softmax"), Linked(along_dim)),
     "scaled_dot_product_attention": Linked(attended, linear_in_values),
     **dict.fromkeys(("matmul", "bmm"), Linked(multiplied, bilinear)),
     "cat": Concatenation("homogeneous"),
-    "slice": Slice("homogeneous", entries_at(0)),
-    "select": Select("homogeneous", entries_at(0)),
+    "slice": Slice("homogeneous", entries_of("self")),
+    "select": Select("homogeneous", entries_of("self")),
     **dict.fromkeys(
-        ("reshape", "flatten", "unsqueeze", "squeeze"), View("homogeneous", entries_at(0))
+        ("reshape", "flatten", "unsqueeze", "squeeze"), View("homogeneous", entries_of("self"))
     ),
     **dict.fromkeys(("permute", "transpose", "t"), _PERMUTATION),
     "expand": Expand(),
     **dict.fromkeys(("contiguous", "movedim", "flip"), _STRUCTURAL),
-    "embedding": Linked(looked_up, "", entries_at(0)),
+    "embedding": Linked(looked_up, "", entries_of("weight")),
 }
 
 
 def rule_for(node: Node) -> Rule:
     """The rule that fits the node as it is called, which may be narrower than its operation's name suggests."""
-    if node.op in ("add", "sub", "mul", "div") and not node.kwargs:
+    if node.op in ("add", "sub", "mul", "div") and _unscaled(node):
         return _arithmetic(node)
     rule = _RULES.get(node.op, UNKNOWN)
     if isinstance(rule, Product):
@@ -95,47 +97,48 @@ def rule_for(node: Node) -> Rule:
 def _product(node: Node, rule: Product) -> Rule:
     """Of a linear layer or convolution, by where its weight comes from and how many groups it has."""
     if rule is _ADDMM:
-        # else computed, or scaled
-        return rule if node.args == (Entry(0), In(0), Entry(1)) and not node.kwargs else UNKNOWN
-    if node.args[:2] != (In(0), Entry(0)) or not all(
-        isinstance(a, Entry) or a is None for a in node.args[2:3]
-    ):
+        plain = list(node.arguments.values()) == [Entry(0), In(0), Entry(1), 1, 1]
+        return rule if plain else UNKNOWN  # else computed, or scaled by beta or alpha
+    if node["input"] != In(0) or node["weight"] != Entry(0) or isinstance(node["bias"], In):
         return UNKNOWN  # a weight that is itself computed
-    grouped = node.op.startswith("conv") and len(node.args) > 6 and node.args[6] != 1
-    return (_GROUPED_TRANSPOSED if rule is _TRANSPOSED else _GROUPED) if grouped else rule
+    if node.op == "linear" or node["groups"] == 1:
+        return rule
+    return _GROUPED_TRANSPOSED if rule is _TRANSPOSED else _GROUPED
 
 
 def _as_expected(node: Node, rule: Rule) -> bool:
     """Whether a node's arguments are such as its rule reads."""
-    args = node.args
     if node.op in _POOLING:  # with rows in front: else axis 1 is no axis of channels
-        return len(node.shape) == (3 if node.op.endswith("1d") else 4) and isinstance(
-            node.shape[0], Size
-        )
+        rank = 3 if node.op.endswith("1d") else 4
+        return len(node.shape) == rank and isinstance(node.shape[0], Size)
     if node.op == "scaled_dot_product_attention":
-        return args[:3] == (In(0), In(1), In(2))
+        return [node["query"], node["key"], node["value"]] == [In(0), In(1), In(2)]
     if node.op in ("matmul", "bmm"):
-        return args == (In(0), In(1))
+        return list(node.arguments.values()) == [In(0), In(1)]
     if node.op == "embedding":
-        return args[:2] == (Entry(0), In(0))
+        return [node["weight"], node["indices"]] == [Entry(0), In(0)]
     if node.op == "cat":
-        return list(args[0]) == list(map(In, range(len(node.inputs))))
+        return list(node["tensors"]) == [In(i) for i in range(len(node.inputs))]
     if rule is _PERMUTATION or isinstance(rule, Expand):
         return len(node.inputs) + len(node.entries) == 1
     if rule is UNKNOWN or rule is _STRUCTURAL:
         return True
-    numbers = args[_NUMBERS[node.op]] if node.op in _NUMBERS else (0,)
-    plain = len(numbers) > 0 and all(
-        number is None or isinstance(number, int | list) for number in numbers
-    )
-    return len(node.inputs) == 1 and args[0] == In(0) and plain
+    numbers = [node.arguments.get(name, _MISSING) for name in _NUMBERS.get(node.op, ())]
+    plain = all(number is None or isinstance(number, int | list) for number in numbers)
+    return len(node.inputs) == 1 and node.first == In(0) and plain
+
+
+def _unscaled(node: Node) -> bool:
+    """Whether an operation of arithmetic neither scales its second operand nor rounds."""
+    alpha, rounding = node.arguments.get("alpha", 1), node.arguments.get("rounding_mode")
+    return bool(alpha == 1) and rounding is None
 
 
 def _arithmetic(node: Node) -> Rule:
     """add, sub, mul and div, by what is combined with what."""
     kinds = [
         "value" if isinstance(a, In) else "entry" if isinstance(a, Entry) else "number"
-        for a in node.args
+        for a in (node["self"], node["other"])
     ]
     additive = node.op in ("add", "sub")
     if kinds == ["value", "value"]:

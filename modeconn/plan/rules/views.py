@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from modeconn.capture.graph import Node, Size
-from modeconn.plan.rules.base import Fit, Mismatch, Rule, Shapes, Support
+from modeconn.plan.rules.base import Fit, Mismatch, Rule, Shapes, Support, resized
 from modeconn.plan.units import ALL, Shape, Units, covering, regrouped, static
 
 
@@ -17,10 +16,8 @@ class View(Rule):
 
     def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
         (shape,) = shapes.inputs
-        if node.op == "squeeze" and len(shape) - len(node.shape) != len(
-            np.atleast_1d(node.args[1])
-        ):
-            # it names axes that it leaves, of more than one index: of a part there might be one
+        if node.op == "squeeze" and len(shape) - len(node.shape) != np.size(node["dim"]):
+            # Squeeze leaves axes of more than one index; in a part, they might have only one.
             return [ALL]
         return [covering(wanted, shape, node.shape)]
 
@@ -28,13 +25,8 @@ class View(Rule):
         units = regrouped(have[0], shapes.inputs[0], node.shape)
         if units is None:
             raise Mismatch
-        args = node.args
-        if node.op == "reshape":
-            sizes = [
-                len(units.along[a]) if a in units.along else size for a, size in enumerate(args[1])
-            ]
-            args = (args[0], sizes, *args[2:])
-        return Fit(units, [()] * len(node.entries), args)
+        changed = {"shape": resized(node["shape"], units)} if node.op == "reshape" else {}
+        return Fit(units, [()] * len(node.entries), changed)
 
 
 class Slice(Rule):
@@ -58,8 +50,8 @@ class Slice(Rule):
         if not len(places) or places[-1] - places[0] >= len(places):
             raise Mismatch
         index = np.searchsorted(taken, kept[places])
-        args = (node.args[0], axis, int(places[0]), int(places[-1]) + 1, 1)
-        return Fit(Units({**have[0].along, axis: index}), (), args)
+        bounds = {"dim": axis, "start": int(places[0]), "end": int(places[-1]) + 1, "step": 1}
+        return Fit(Units({**have[0].along, axis: index}), (), bounds)
 
 
 class Select(Rule):
@@ -71,7 +63,7 @@ class Select(Rule):
         axis, size = _axis(node, shapes.inputs[0])
         along = {a + (a >= axis): index for a, index in wanted.along.items()}
         if size is not None:
-            along[axis] = np.array([node.args[2] % size])
+            along[axis] = np.array([node["index"] % size])
         return [Units(along)]
 
     def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
@@ -80,8 +72,8 @@ class Select(Rule):
         units = Units({a - (a > axis): index for a, index in have[0].along.items() if a != axis})
         if kept is None or size is None:
             return Fit(units)
-        place = int(np.searchsorted(kept, node.args[2] % size))
-        return Fit(units, (), (node.args[0], axis, place))
+        place = int(np.searchsorted(kept, node["index"] % size))
+        return Fit(units, (), {"dim": axis, "index": place})
 
 
 class Concatenation(Rule):
@@ -116,7 +108,7 @@ class Concatenation(Rule):
 
 
 def _joined(node: Node) -> int:
-    axis: int = (node.args[1] if len(node.args) > 1 else 0) % len(node.shape)
+    axis: int = node["dim"] % len(node.shape)
     return axis
 
 
@@ -127,8 +119,8 @@ def _places(shapes: Shapes, axis: int) -> list[tuple[int, int]]:
 
 
 def _axis(node: Node, shape: Shape) -> tuple[int, int | None]:
-    """The axis that an operation's second argument names, and its size, None where that is a number of rows."""
-    axis = (node.args[1] if len(node.args) > 1 else 0) % len(shape)
+    """The axis that an operation's argument names, and its size; None where it depends on the rows."""
+    axis = node["dim"] % len(shape)
     size = shape[axis]
     return axis, None if isinstance(size, Size) else size
 
@@ -138,5 +130,4 @@ def _taken(node: Node, shape: Shape) -> tuple[int, np.ndarray | None]:
     axis, size = _axis(node, shape)
     if size is None:
         return axis, None
-    bounds: list[Any] = [*node.args[2:5], *[None] * (3 - len(node.args[2:5]))]
-    return axis, np.arange(size)[slice(*bounds)]
+    return axis, np.arange(size)[node["start"] : node["end"] : node["step"]]
