@@ -80,14 +80,13 @@ def _layer(layer: Layer, names: Names) -> str:
 
 
 def _called(node: Any, inputs: Sequence[str]) -> str:
-    args = ", ".join(_leaf(leaf, inputs) for leaf in node.args)
-    kwargs = "".join(f", {key}={_leaf(leaf, inputs)}" for key, leaf in node.kwargs.items())
+    given = [f"{name}={_leaf(leaf, inputs)}" for name, leaf in node.arguments.items()]
     function = (
         f" { ({a: i.tolist() for a, i in node.function.along.items()}) }"
         if isinstance(node.function, Take)
         else ""
     )
-    return f"{node.op}{function}({args}{kwargs}) -> [{', '.join(map(str, node.shape))}]"
+    return f"{node.op}{function}({', '.join(given)}) -> [{', '.join(map(str, node.shape))}]"
 
 
 def _leaf(leaf: Any, inputs: Sequence[str]) -> str:
