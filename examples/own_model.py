@@ -1,0 +1,64 @@
+"""Your own model, data loader, loss and metric.
+
+Any `nn.Module` is evaluated as it is. Here a convolutional network of images and a number beside
+them is trained twice; its loader gives dicts, whose "labels" are the targets and whose other keys
+are arguments of `forward`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import modeconn as mc
+
+
+class Net(nn.Module):
+    """Classifies an image with the help of one more number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(4))
+        self.classify = nn.Linear(8 * 2 * 2 + 1, 10)
+
+    def forward(self, image: Tensor, brightness: Tensor) -> Tensor:
+        features = self.features(image).flatten(1)
+        return self.classify(torch.cat([features, brightness], 1))
+
+
+def confidence(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A metric: one number per sample."""
+    return outputs.softmax(1).amax(1)
+
+
+def main() -> None:
+    images = mc.datasets.load("digits")
+    samples = []
+    for image, label in images:
+        samples.append({"image": image, "brightness": image.mean().reshape(1), "labels": label})
+    loader = DataLoader(samples, batch_size=100)
+
+    nets = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        net = Net()
+        optimizer = torch.optim.Adam(net.parameters(), lr=2e-2)
+        for _ in range(5):
+            for batch in loader:
+                outputs = net(batch["image"], batch["brightness"])
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(outputs, batch["labels"]).backward()
+                optimizer.step()
+        nets.append(net)
+
+    metrics = ["loss", "error", confidence]
+    result = mc.evaluate(nets[0], mc.Line(*nets), loader, points=11, metrics=metrics)
+    for t, loss, error, sure in zip(
+        result.t, result.loss, result.error, result.metric("confidence")
+    ):
+        print(f"t = {t:.1f}  loss {loss:.3f}  error {error:6.2%}  confidence {sure:.3f}")
+
+
+if __name__ == "__main__":
+    main()
