@@ -32,6 +32,20 @@ def confidence(outputs: Tensor, targets: Tensor) -> Tensor:
     return outputs.softmax(1).amax(1)
 
 
+def trained(seed: int, loader: DataLoader) -> Net:
+    """Trains a network from a seed."""
+    torch.manual_seed(seed)
+    net = Net()
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-2)
+    for _ in range(5):
+        for batch in loader:
+            outputs = net(batch["image"], batch["brightness"])
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(outputs, batch["labels"]).backward()
+            optimizer.step()
+    return net
+
+
 def main() -> None:
     images = mc.datasets.load("digits")
     samples = []
@@ -39,25 +53,12 @@ def main() -> None:
         samples.append({"image": image, "brightness": image.mean().reshape(1), "labels": label})
     loader = DataLoader(samples, batch_size=100)
 
-    nets = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        net = Net()
-        optimizer = torch.optim.Adam(net.parameters(), lr=2e-2)
-        for _ in range(5):
-            for batch in loader:
-                outputs = net(batch["image"], batch["brightness"])
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(outputs, batch["labels"]).backward()
-                optimizer.step()
-        nets.append(net)
-
-    metrics = ["loss", "error", confidence]
+    nets = [trained(seed, loader) for seed in (1, 2)]
+    metrics = ["loss", confidence]
     result = mc.evaluate(nets[0], mc.Line(*nets), loader, points=11, metrics=metrics)
-    for t, loss, error, sure in zip(
-        result.t, result.loss, result.error, result.metric("confidence")
-    ):
-        print(f"t = {t:.1f}  loss {loss:.3f}  error {error:6.2%}  confidence {sure:.3f}")
+    sure = result.metric("confidence")
+    for i, t in enumerate(result.t):
+        print(f"t = {t:.1f}  loss {result.loss[i]:.3f}  confidence {sure[i]:.3f}")
 
 
 if __name__ == "__main__":
