@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: blended tensors, their copies in other precisions, and the comparison."""
+"""Shared by the kernels' tests: blended tensors, copies in other precisions, and the comparison."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def compare(
     arguments: tuple,
     **options: Any,
 ) -> None:
-    """A kernel's values and gradients against the reference in float64, as close as the reference in float32 is."""
+    """Compare a kernel's values and gradients with the reference's in float64, by policy.py."""
     results = []
     for function, dtype in (
         (kernel, torch.float32),

@@ -1,4 +1,4 @@
-"""What modeconn replaces: load the weights of a point, run the data through the network, go on to the next point."""
+"""Plain PyTorch, as modeconn replaces it: a pass over the data per point, and small networks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pass_per_point(
     t: np.ndarray,
     dtype: torch.dtype,
 ) -> dict[str, np.ndarray]:
-    """Mean cross-entropy and error at each t, by plain PyTorch at a precision; of tokens, where outputs and y have them."""
+    """Mean cross-entropy and error at each t, per token where the outputs and y have tokens."""
     network = copy.deepcopy(model).to(dtype).eval()
     rows = []
     for row in path.coefficients(t):
@@ -57,7 +57,7 @@ def re_estimated(
     batches: int | None = None,
     train: Tensor | None = None,
 ) -> dict[str, np.ndarray]:
-    """The same with batch norms: at each t reset their statistics, a pass in training mode, a pass for the numbers."""
+    """Mean cross-entropy and error at each t, behind a pass that re-estimates batch norms anew."""
     rows = []
     for t_value in t:
         network = copy.deepcopy(model)

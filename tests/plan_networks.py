@@ -1,4 +1,4 @@
-"""Thirty networks, one for each way in which the planner and the engine are used, and the paths that they are planned on."""
+"""Networks for each way in which planner and engine are used, and the paths to plan them on."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def networks(case: Case, count: int = 3) -> list[nn.Module]:
 
 
 def dead_units(network: nn.Module) -> dict[str, Tensor]:
-    """The network's state with every second column of its last weight zero, and with its first layer's first unit zero."""
+    """Return the state with zeros in every second column of the last weight and a first unit."""
     state = {name: value.clone() for name, value in network.state_dict().items()}
     weights = [
         name for name, value in state.items() if value.is_floating_point() and value.dim() >= 2
@@ -310,7 +310,7 @@ def dead_units(network: nn.Module) -> dict[str, Tensor]:
 
 
 def paths(made: list[nn.Module]) -> dict[str, mc.Line | mc.PolyChain | mc.Bezier | mc.Plane]:
-    """A line; a chain on which layers stay and units die; and a curve whose coefficients are all active."""
+    """Make a line, a chain on which layers stay and units die, and a curve."""
     a, b, c = (dict(network.state_dict()) for network in made)
     dead = dead_units(made[0])
     last = list(b)[-1]

@@ -1,4 +1,4 @@
-"""Plans and lowered programs as text, in which tensors are numbered by content: equal on every machine."""
+"""Plans and lowered programs as text; tensors are numbered by content, on every machine alike."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def plan_text(program: Program, names: Names) -> Iterator[str]:
             f" weights({entries}){_units(step.units)} {step.flops:.6g} flops"
         )
     for segment in program.segments:
-        yield f"segment {segment.index}: points {segment.point_indices.tolist()} active {list(segment.active)}"
+        points, active = segment.point_indices.tolist(), list(segment.active)
+        yield f"segment {segment.index}: points {points} active {active}"
         for index, step in enumerate(segment.steps):
             entries = ", ".join(_entry(entry, names) for entry in step.entries)
             inputs = [f"s{i}" if isinstance(i, int) else _sum(i) for i in step.inputs]
@@ -49,7 +50,8 @@ def plan_text(program: Program, names: Names) -> Iterator[str]:
                 if step.combine is not None
                 else _called(step.node, inputs)
             )
-            yield f"  s{index} = {what} weights({entries}){_units(step.units)} {step.flops:.6g} flops"
+            units = _units(step.units)
+            yield f"  s{index} = {what} weights({entries}){units} {step.flops:.6g} flops"
         for node, form in segment.outputs.items():
             yield f"  output {node}: {f's{form.step}' if isinstance(form, Varying) else _sum(form)}"
 
@@ -62,7 +64,8 @@ def lowered_text(program: Program, names: Names) -> Iterator[str]:
         for region in regions:
             chain = region.chain
             terms = [f"v{term.value}*{_values(term.coefficients)}" for term in chain.terms]
-            yield f"segment {segment.index}: steps {region.first} to {region.last} from {terms or chain.step}"
+            steps, source = f"{region.first} to {region.last}", terms or chain.step
+            yield f"segment {segment.index}: steps {steps} from {source}"
             yield f"  {chain.start.activation} {chain.start.slope:g}"
             for number, layer in enumerate(chain.layers):
                 yield f"  {number}: {_layer(layer, names)}"
@@ -74,8 +77,10 @@ def _layer(layer: Layer, names: Names) -> str:
     norm = "" if layer.norm is None else f" norm{[list(part.shape) for part in layer.norm]}"
     terms = [f"v{term.value}*{_values(term.coefficients)}" for term in layer.terms]
     return (
-        f"{layer.op} {layer.geometry} reads {layer.reads} adds {layer.adds} inputs {list(layer.inputs)} terms {terms}"
-        f" step {layer.step} weights({weights}) {columns} biases({biases}){norm} {layer.activation} {layer.slope:g}"
+        f"{layer.op} {layer.geometry} reads {layer.reads} adds {layer.adds}"
+        f" inputs {list(layer.inputs)} terms {terms}"
+        f" step {layer.step} weights({weights}) {columns} biases({biases}){norm}"
+        f" {layer.activation} {layer.slope:g}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The user's own network, unchanged: several inputs and outputs, tied weights, tokens, half precision, odd architectures."""
+"""Users' networks, unchanged: several inputs and outputs, tied weights, tokens, half precision."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENS = torch.randint(0, 11, (7, 6), generator=torch.Generator().manual_seed(0)
 
 
 def two(make: Any, **options: Any) -> list[nn.Module]:
-    """Two networks of one kind, with every tensor drawn anew so that nothing is zero by initialisation."""
+    """Make two networks with every tensor drawn anew: nothing is zero by initialisation."""
     nets = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -262,7 +262,7 @@ def test_forward_and_explain_take_several_inputs():
 
 
 class Masked(nn.Module):
-    """A buffer that is not in the state dict, an output in half precision's range, a parameter that nobody uses."""
+    """A buffer outside the state dict, an output in half precision's range, an unused parameter."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Capture: many ways of writing a network become the same graph, and what cannot be captured still runs."""
+"""Capture: many ways of writing a network give one graph; what cannot be captured still runs."""
 
 from __future__ import annotations
 

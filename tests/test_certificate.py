@@ -1,4 +1,4 @@
-"""Certificates: what a segment is, by its weights; bounds against dense sampling; every tampering is found."""
+"""Certificates: kinds of segments, bounds against dense sampling, and every tampering is found."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_a_variance_below_zero_is_refused_even_in_a_dead_unit():
 
 
 def test_a_dead_unit_that_overflows_is_found():
-    """A weight of zero times infinity is no number: the plain network gives NaN where the engine leaves the unit out."""
+    """Zero times infinity: the plain network gives NaN where the engine leaves the unit out."""
     w = walk_of("relu")
     points = [
         point | {"0.weight": point["0.weight"].clone(), "2.weight": point["2.weight"].clone()}
@@ -466,7 +466,7 @@ def fitted(certificate: Certificate, k: int, **changes) -> Certificate:
 
 
 def lower_loss(c: Certificate) -> Certificate:
-    """A consistent lie: a lower loss at the worst breakpoint, and everything that follows from it."""
+    """Lie consistently: a lower loss at the worst breakpoint, and all that follows from it."""
     losses = list(c.losses)
     losses[c.worst] *= 0.99
     segments = [

@@ -255,7 +255,9 @@ def test_evaluate_recomputes_the_statistics(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "norms_for_test.py").write_text(
         "from torch import nn\n"
-        "def make(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))\n"
+        "def make():\n"
+        "    layers = [nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10)]\n"
+        "    return nn.Sequential(nn.Flatten(), *layers)\n"
     )
     try:
         nets = [models.build("norms_for_test:make") for _ in range(2)]

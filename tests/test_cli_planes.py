@@ -191,12 +191,13 @@ def test_task_arithmetic(files):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_best_is_written_with_its_own_statistics(tmp_path, monkeypatch):
-    """With recomputed statistics: the checkpoint alone, evaluated as it is, gives the loss that made it the best."""
+    """With recomputed statistics the checkpoint alone gives the loss that made it the best."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "normed.py").write_text(
         "from torch import nn\n"
         "def net():\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 10))\n"
+        "    layers = [nn.Linear(64, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 10)]\n"
+        "    return nn.Sequential(nn.Flatten(), *layers)\n"
     )
     model = models.build("normed:net")
     for seed, name in enumerate("ab"):

@@ -1,4 +1,4 @@
-"""Parts of a network that cannot be captured: only they run as they are, and the plan says which and why."""
+"""Parts of a network that cannot be captured run as they are; the plan says which and why."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from policy import assert_within_policy
 
 
 class Branch(nn.Module):
-    """What it does depends on the data; `sign` is a parameter of its own, the norm has statistics."""
+    """Branches on the data; `sign` is a parameter of its own, the norm has statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Function(nn.Module):
 
 
 class Several(nn.Module):
-    """Keyword arguments and several outputs, one of them with other sizes, and a number among them."""
+    """Keyword arguments; several outputs, one of other sizes, one a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def test_its_statistics_are_recomputed():
 
 
 def test_hooks_run_once_and_stay():
-    """A hook of a closed part is part of it; the module has its hooks and its forward afterwards."""
+    """A hook of a closed part belongs to it; the module keeps its hooks and its forward."""
     model = network(PARTS["branch"], 1).eval()
     part = model[2][1]
     part.register_forward_hook(lambda module, args, output: 2 * output)

@@ -1,4 +1,4 @@
-"""Two trained networks connected: bounds that hold everywhere, from the command line too, and what is refused."""
+"""Two trained networks connected: bounds that hold everywhere, the command line, refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections: saved and loaded bit for bit, small on disk, refused where damaged; evaluated, drawn and printed."""
+"""Connections: saved bit for bit, small on disk, refused where damaged; evaluated and drawn."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_connection_comes_back_bit_for_bit(made, saved):
 
 @st.composite
 def random_points(draw):
-    """A few states, each the one before with some numbers changed, signs of zeros and counters among them."""
+    """Draw states that each change some numbers of the one before, signs of zeros among them."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     shapes = {"w": (5, 4), "b": (5,), "c": (3, 2, 2, 2), "s": ()}
     points = [{key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}]

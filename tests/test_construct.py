@@ -1,4 +1,4 @@
-"""The constructive path: rewrites and shifts change nothing, swings are convex, the end points are the given networks."""
+"""The constructive path: rewrites and shifts change nothing, swings are convex, ends are exact."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_path_of_random_networks(kind: str, shared: bool) -> None:
 
 
 def test_general_join_moves_twins() -> None:
-    """Different kept sets on the two sides leave the second S_0 at places that the first occupies."""
+    """Kept sets of two sides that differ: the second S_0 stands where the first one does."""
     models = [mlp(6, 12, 13, 12, 4, seed=s).double() for s in (1, 2)]
     x = torch.randn(20, 6, dtype=torch.float64)
     a, b = map(clone, models)

@@ -1,4 +1,4 @@
-"""The fused CUDA chain: its source, compiled for the CPU with an emulated device, against float64; and what nvcc makes of it.
+"""The fused CUDA chain, compiled for an emulated device, against float64; and nvcc's code.
 
 Whether the emulation would notice a missing wait or barrier is tested too, by taking them out.
 """

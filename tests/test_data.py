@@ -1,4 +1,4 @@
-"""Any source gives the same rows in the same order, in batches of the size asked for, never loaded whole."""
+"""Any source gives the same rows in order, in batches of the requested size, never whole."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_batches_stay_what_they_are():
 
 
 def test_order_and_randomness_are_the_users():
-    """A shuffling loader is used as it is; a Dataset is read in order and leaves the random state alone."""
+    """A shuffling loader is used as it is; a Dataset is read in order, without random numbers."""
     torch.manual_seed(3)
     before = torch.get_rng_state()
     check_pass(as_batches(Samples(), 4), 4, INPUTS, TARGETS)
@@ -249,7 +249,7 @@ def test_full_batches_share_the_sources_memory(data: object):
 
 
 class Watched(np.memmap):
-    """A memory map that remembers the longest slice taken from it, and refuses to be read in one go."""
+    """A memory map that remembers its longest slice, and refuses to be read in one go."""
 
     longest = 0
 

@@ -1,4 +1,4 @@
-"""The built-in sets: files in every layout that users have, their normalisation, and damaged files."""
+"""Built-in data sets: files in every usual layout, their normalisation, damaged files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_mnist(folder: Path, split: str = "train", count: int = 12, seed: int =
 
 
 def write_cifar10(folder: Path) -> np.ndarray:
-    """Random records in all files of the binary version; returns the training set's, [50000, 3073]."""
+    """Write random records in all files of the binary version; return the training set's."""
     folder.mkdir(parents=True, exist_ok=True)
     records = np.random.default_rng(0).integers(0, 256, (50_000, CIFAR_RECORD), dtype=np.uint8)
     records[:, 0] = np.arange(50_000) % 10

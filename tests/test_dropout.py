@@ -1,4 +1,4 @@
-"""Dropout stability against plain PyTorch: activations multiplied by masks, network by network, in float64."""
+"""Dropout stability against plain PyTorch: activations times masks, per network, in float64."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def case(kind: str) -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def masked_logits(chain: Chain, model: nn.Module, x: Tensor, kept: dict[int, Tensor]) -> Tensor:
-    """The model's outputs with the values of all units that are not kept set to 0 behind each layer."""
+    """Run the model with the values of units that are not kept set to 0 behind each layer."""
     state = model.state_dict()
     h = chain.input(x)
     for layer in chain.layers:

@@ -1,4 +1,4 @@
-"""mc.evaluate: exact numbers in one pass, whatever the batches, the order of t, the architecture; and what is refused."""
+"""mc.evaluate: exact in one pass, whatever the batches, the order of t and the architecture."""
 
 from __future__ import annotations
 
@@ -356,7 +356,8 @@ PEAK = """
         mc.evaluate(a, mc.Line(a, b), (x, y), argument, progress=False)
     else:
         x = np.memmap(sys.argv[3], np.float32, "r", shape=(argument, 64))
-        mc.evaluate(a, mc.Line(a, b), (x, np.zeros(argument, np.int64)), 2, memory_budget=4 << 20, progress=False)
+        data = x, np.zeros(argument, np.int64)
+        mc.evaluate(a, mc.Line(a, b), data, 2, memory_budget=4 << 20, progress=False)
     # Pages of a mapped file are the system's to drop; what the process holds itself is the
     # anonymous memory.
     own = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
@@ -458,7 +459,7 @@ def test_a_good_run_warns_of_nothing(nets):
 
 
 class Folded(nn.Module):
-    """Tokens folded into the batch: the first axis of what is shared between points is not that of the samples."""
+    """Tokens folded into the batch: the first axis of a shared value is not that of the samples."""
 
     def __init__(self, transposed: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every kind of model that issues and papers are about: loss and error along a line and a chain, against float64."""
+"""Every kind of model of issues and papers: loss and error along paths, against float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MASK = (torch.arange(6) < torch.tensor([6, 5, 4, 6, 2, 3, 6])[:, None]).long()
 
 
 class Tied(nn.Module):
-    """The layer that goes back has the weight of the one that went in; a last layer is used twice."""
+    """A layer back with the weight of the layer in, transposed; a last layer used twice."""
 
     def __init__(self) -> None:
         super().__init__()

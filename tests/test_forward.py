@@ -1,4 +1,4 @@
-"""mc.forward: the outputs at each t, as functional_call would give them for the weights at that t."""
+"""mc.forward: the outputs at each t that functional_call gives for the weights at that t."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def conv(seed: int) -> nn.Sequential:
 
 
 def chain() -> tuple[nn.Sequential, mc.PolyChain]:
-    """Dead units are rewritten, the last layer swings over to them, and the others are rewritten."""
+    """Rewrite dead units, swing the last layer over to them, and rewrite the others."""
     model = mlp(7, 10, 12, 4, seed=1)
     points = [clone(model)]
     points[0]["4.weight"][:, 6:] = 0

@@ -1,4 +1,4 @@
-"""The kernels and the Triton backend as on a GPU: on CUDA tensors where MODECONN_TEST_DEVICE=cuda, else interpreted and tiny.
+"""Kernels and Triton backend as on a GPU: CUDA tensors (MODECONN_TEST_DEVICE=cuda), else tiny.
 
 Every kernel is compared with its reference in float64 at odd sizes and, on a GPU, at large ones;
 gradients with the reference's. Shapes whose products the interpreter cannot do in time are the

@@ -48,7 +48,8 @@ def test_rates_and_kernels(tmp_path):
 def test_a_part_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "sitecustomize.py").write_text(
-        "import sys\nif len(sys.argv) > 1 and sys.argv[1] == 'machine':\n    import os; os._exit(9)\n"
+        "import sys\n"
+        "if len(sys.argv) > 1 and sys.argv[1] == 'machine':\n    import os; os._exit(9)\n"
     )
     sys.path.insert(0, str(ROOT / "bench"))
     try:

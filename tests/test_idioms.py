@@ -1,4 +1,4 @@
-"""Many ways of writing the same: one name in the graph, and one region of the engine for the whole network."""
+"""Many ways of writing one thing: one name in the graph, one subgraph of the engine for all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold for the kernels whatever the shapes: drawn by hypothesis, run by Triton's interpreter."""
+"""Invariants of the kernels, whatever the shapes: drawn by hypothesis, run interpreted."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_path_linear_is_its_reference(kind, points, rows, depth, units, terms, s
 @FEW
 @given(st.integers(1, 4), SIZES, SIZES, SIZES, st.integers(0, 1000))
 def test_points_are_apart(points, rows, depth, units, seed):
-    """A point's outputs have the same bits whatever the other points are, and at a control point those of its weights."""
+    """A point's bits do not depend on other points; a control point's are those of its weights."""
     torch.manual_seed(seed)
     x, tensors = torch.randn(rows, depth), torch.randn(2, units, depth)
     coefficients = torch.rand(points, 2)

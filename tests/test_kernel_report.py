@@ -1,4 +1,4 @@
-"""What the kernels take of a GPU: none spills, all fit, tensor cores are used; compiled without one, by another process."""
+"""Resources of the kernels, compiled without a GPU: none spills, all fit, tensor cores are used."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def imports_of(name: str, path: Path, modules: dict[str, Path]) -> Iterator[str]
 
 
 def level_of(name: str) -> int | None:
-    """The level of the closest entry that covers a module; the one of "modeconn" covers that module alone."""
+    """Return the level of the closest entry above a module; "modeconn" covers itself alone."""
     while name not in LEVELS and name.count(".") > 1:
         name = name.rpartition(".")[0]
     return LEVELS.get(name)
@@ -154,7 +154,8 @@ def test_an_upward_import_is_found_however_it_is_written(package, text: str):
 def test_a_module_below_a_package_stands_at_its_level(package):
     graph = package(
         plan__slash____init__="",
-        plan__slash__cost="from ..evaluation import x\nfrom .liveness import x\nfrom ..parameters import load",
+        plan__slash__cost="from ..evaluation import x\n"
+        "from .liveness import x\nfrom ..parameters import load",
         plan__slash__liveness="x = 1",
         evaluation="",
         parameters="",
@@ -202,9 +203,9 @@ IMPORT_COST = f"""
 import sys, time, json
 import torch
 before = set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 import modeconn
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 new = set(sys.modules) - before
 heavy = [name for name in {HEAVY} if any(m == name or m.startswith(name + ".") for m in new)]
 print(json.dumps([heavy, seconds]))
@@ -212,7 +213,7 @@ print(json.dumps([heavy, seconds]))
 
 
 def test_importing_modeconn_is_cheap(tmp_path):
-    """Nothing optional or slow comes with it, and beyond `import torch` it costs 100 ms at most, once it is compiled."""
+    """Nothing optional or slow comes with it; beyond torch it takes at most 100 ms of CPU time."""
     compiled = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     # as an installation has it, whatever the environment says of caches
     compiled["PYTHONPYCACHEPREFIX"] = str(tmp_path)

@@ -1,4 +1,4 @@
-"""Which parts of a value are asked for, through heads of attention, tokens, groups, and sums: each in both directions."""
+"""Requested parts of values, through heads, tokens, groups and sums: each in both directions."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def flops(model: nn.Module, path: mc.Line, x: Tensor) -> float:
     ids=lambda f: f.__name__,
 )
 def test_dead_heads(parts, attend):
-    """Heads whose columns of the output projection are zero are not computed; those that are live in part are."""
+    """Heads whose output columns are zero are not computed; heads that are live in part are."""
     model = Attention(parts, attend)
     state = clone(model)
     state["out.weight"][:, SIZE : 2 * SIZE] = 0
@@ -211,7 +211,7 @@ def test_tokens_that_nobody_reads():
 
 
 def test_heads_among_the_rows_are_not_told_apart():
-    """PyTorch's own attention folds heads into the batch: all of them are computed, and only the tokens that are read."""
+    """PyTorch's attention folds heads into the batch: all are computed, of the tokens read."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(
         WIDTH, HEADS, 16, batch_first=True, activation="gelu", norm_first=True
@@ -308,7 +308,7 @@ def test_depthwise_convolutions(multiplier):
 
 
 class Skip(nn.Module):
-    """relu(x + f(x)), twice, where the head reads some channels and the convolutions read others."""
+    """relu(x + f(x)), twice: the head reads some channels and the convolutions read others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ class Skip(nn.Module):
 
 
 def test_what_several_ask_for_is_computed_once():
-    """A sum asks for the channels that the head reads, a convolution for others: one value serves both."""
+    """A sum requests the head's channels, a convolution others: one value serves both."""
     model = Skip()
     state, other = clone(model), clone(model)
     for at in (state, other):
@@ -353,7 +353,7 @@ def test_what_several_ask_for_is_computed_once():
 
 
 def test_a_branch_that_adds_nothing_to_some_units():
-    """x + f(x), where f's weights and bias are zero in some units: the sum's other side is still there."""
+    """x + f(x), with weights and bias of f zero in some units: the sum's other side remains."""
     model = Skip()
     state = clone(model)
     state["one.weight"][3:] = 0
@@ -363,7 +363,7 @@ def test_a_branch_that_adds_nothing_to_some_units():
 
 
 def test_scales_by_hand_and_reductions():
-    """An RMS norm written out, a product with an entry, softmax over another axis, sums and squeezes."""
+    """RMS norm written out, a product with a parameter, softmax over another axis, sums."""
 
     class Written(nn.Module):
         def __init__(self) -> None:
@@ -431,7 +431,7 @@ def test_gradients_through_heads():
 
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_every_backend(backend):
-    """Parts of values under every backend: heads, tokens, and a sum that takes some units of its input."""
+    """Parts of values under every backend: heads, tokens, a sum over some units of its input."""
     if backend == "triton":
         pytest.importorskip("triton")
     model = Attention()

@@ -89,7 +89,7 @@ def test_a_bad_name_is_one_clear_line(spec, message):
 
 
 def test_vgg11_fits_the_trained_checkpoints(shared):
-    """Bitwise what they hold, and a low loss on real images would follow: tests/test_real.py evaluates them."""
+    """Bitwise what they hold; tests/test_real.py evaluates them on real images."""
     model = build("vgg11:width=16")
     model.load_state_dict(mc.load(shared / "checkpoints" / "cifar10-vgg11-w16-seed1.safetensors"))
 
@@ -237,7 +237,10 @@ def test_a_seed_gives_the_weights(spec):
     [
         (
             "vgg11:",
-            "option '' is not known, expected some of width=64, hidden=0, classes=0, form=cifar, channels=3",
+            (
+                "option '' is not known, expected some of "
+                "width=64, hidden=0, classes=0, form=cifar, channels=3"
+            ),
         ),
         ("vgg11:wide=16", "option 'wide' is not known"),
         ("vgg11:depth=16", "option 'depth' is not known"),
@@ -276,11 +279,13 @@ def test_the_options_of_each_model_are_listed():
 
 @pytest.fixture
 def factories(tmp_path: Path, monkeypatch):
-    """A module of the user's in the current folder, which is not on sys.path, as for an installed command."""
+    """A user's module in the current folder, off sys.path, as for an installed command."""
     (tmp_path / "mine_for_test.py").write_text(
         "from torch import nn\n"
         "class Nets:\n"
-        "    small = staticmethod(lambda width=4: nn.Sequential(nn.Linear(2, width), nn.Linear(width, 3)))\n"
+        "    def small(width=4):\n"
+        "        return nn.Sequential(nn.Linear(2, width), nn.Linear(width, 3))\n"
+        "    small = staticmethod(small)\n"
         "def broken():\n"
         "    raise RuntimeError('first line\\nsecond line')\n"
     )

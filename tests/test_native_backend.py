@@ -1,4 +1,4 @@
-"""The native backend against the reference: the same program, the same numbers, and a reason where it cannot run."""
+"""The native backend against the reference: one program, equal numbers, or a reason."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ def test_residual_convolutions_run_whole(precision):
 
 @pytest.mark.parametrize("behind", [False, True])
 def test_regions_around_what_the_engine_does_not_have(monkeypatch, behind):
-    """Of linear layers alone, "auto" takes them where PyTorch's products are slow; each saves too little otherwise."""
+    """ "auto" takes linear layers alone only where PyTorch's products are slow."""
     monkeypatch.setattr("modeconn.backends.native.partition.mkl_falls_behind", lambda: behind)
     a, b = gated(0), gated(1)
     program = mc.explain(a, mc.Line(a, b), X, 5).program
@@ -508,7 +508,7 @@ def test_channels_that_nobody_reads_behind_a_sum_run_whole():
 
 @pytest.mark.parametrize("depth", [16, 17])
 def test_a_norm_behind_the_first_layer(depth):
-    """Of little depth the layer is computed again with the norm in it, else what was combined is normalised."""
+    """A shallow layer is computed again with its norm; else the combination is normalised."""
     torch.manual_seed(0)
     make = lambda: nn.Sequential(
         nn.Linear(2 * depth, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 10)

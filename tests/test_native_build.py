@@ -1,4 +1,4 @@
-"""The engine's sources on their own: under the address and undefined-behaviour sanitizers, and free of shared symbols."""
+"""The engine's sources alone: clean under sanitizers, and free of shared symbols."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def isa_flags() -> dict[str, list[str]]:
 
 
 def build(sources: list[Path], folder: Path, flags: list[str]) -> list[Path]:
-    """Compile sources to object files, each with its folder's instruction set; skips where the target is not x86-64."""
+    """Compile sources, each with its folder's instruction set; skip where it is not x86-64."""
     sets = isa_flags()
     machine = subprocess.run(
         [CXX, "-dumpmachine"], capture_output=True, text=True, check=True
@@ -65,7 +65,7 @@ def build(sources: list[Path], folder: Path, flags: list[str]) -> list[Path]:
 
 
 def test_sanitizers_find_nothing(tmp_path: Path):
-    """Reads and writes beyond an array, leaks, misaligned access, overflow: the C++ driver ends every array where it must."""
+    """No access beyond an array, leak, misaligned access or overflow in the C++ driver."""
     csrc = ROOT / "csrc"
     sources = [
         *csrc.glob("engine/*.cpp"),
@@ -91,7 +91,7 @@ def test_sanitizers_find_nothing(tmp_path: Path):
 
 
 def test_no_code_of_an_instruction_set_is_shared(tmp_path: Path):
-    """A weak symbol compiled for AVX-512 might be the one that the linker keeps for all: there must be none."""
+    """No weak symbol: the linker might keep the one that is compiled for AVX-512 for all."""
     kernels = sorted((ROOT / "csrc" / "cpu").glob("*/kernels_*.cpp"))
     assert len(kernels) == 3
     for source, target in zip(kernels, build(kernels, tmp_path, ["-O3", "-fvisibility=hidden"])):

@@ -60,7 +60,7 @@ def reference(case, dtype):
 
 
 def unaligned(a, pad):
-    """The same values with a row stride of columns + pad, starting one element past an aligned address."""
+    """Copy into rows of stride columns + pad, one element past an aligned address."""
     if not pad:
         return np.ascontiguousarray(a)
     store = np.full((a.shape[0], a.shape[1] + pad), np.nan, a.dtype)
@@ -110,7 +110,7 @@ def make(
 
 
 def outputs(case, isa, threads=1, pad=0, width=None):
-    """Into memory full of NaN; what lies between the rows must stay. `width`: of an output, if it does not end with a layer."""
+    """Write into memory full of NaN, whose padding must stay; `width`: of layerless outputs."""
     points, rows = len(case["coefficients"]), len(case["terms"][0])
     if width is None:
         width = (

@@ -1,4 +1,4 @@
-"""Convolutions and pooling in the engine's chains against PyTorch, by the same rule as the chains of linear layers."""
+"""Convolutions and pooling in the engine's chains against PyTorch, by policy.py."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Graphs of the engine's steps, which read and add earlier values, against PyTorch; and its losses of rows."""
+"""Graphs of engine steps that read and add earlier values, against PyTorch; losses of rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ every = lambda f: pytest.mark.parametrize("isa", ISAS)(pytest.mark.parametrize("
 
 
 class Net:
-    """Draws a graph step by step; `values` are the shapes of the terms and of each step behind the rows."""
+    """Draws a graph step by step; `values`: the shapes of the terms and of each step's rows."""
 
     def __init__(self, rows, shape, points=3, dtype="float32", seed=0):
         self.rng, self.rows, self.points, self.dtype = (
@@ -259,7 +259,7 @@ def test_wide_residual_rows_in_parts(isa, dtype, width):
 @every
 @pytest.mark.parametrize("rows", [0, 1, 35])
 def test_residual_images(isa, dtype, rows):
-    """As in a residual network: a shortcut, a convolution of 1 × 1 with a stride as one, means over pixels."""
+    """A residual network: a shortcut, a strided 1 × 1 convolution as one, means over pixels."""
     net = Net(rows, (3, 7, 6), dtype=dtype)
     first = net.product(5, padding=(1, 1), norm=True)
     net.product(5, padding=(1, 1), norm=True)
@@ -574,7 +574,10 @@ BAD = {
     ),
     "factors": (
         bad(dict(op="max_pool2d", kernel=(2, 2)), dict(op="multiply", inputs=[0, 1])),
-        r"of one shape, or the second one pixel, got images of \[3, 4, 5\] and images of \[3, 2, 2\]",
+        (
+            r"of one shape, or the second one pixel, "
+            r"got images of \[3, 4, 5\] and images of \[3, 2, 2\]"
+        ),
     ),
     "no channels": (bad(dict(op="take", channels=[])), r"layers\[1\] \(take\) must have channels"),
     "channels": (
@@ -595,7 +598,10 @@ BAD = {
     ),
     "sizes": (
         bad(dict(op="max_pool2d", kernel=(2, 2)), dict(op="concat", inputs=[0, 1])),
-        r"layers\[2\].inputs must be rows, or images of one size, got images of \[3, 4, 5\] and images of \[3, 2, 2\]",
+        (
+            r"layers\[2\].inputs must be rows, or images of one size, "
+            r"got images of \[3, 4, 5\] and images of \[3, 2, 2\]"
+        ),
     ),
     "shapes": (
         bad(dict(op="flatten"), dict(op="add", inputs=[1, 0])),

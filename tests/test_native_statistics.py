@@ -1,4 +1,4 @@
-"""The native statistics pass against PyTorch's own: reset, momentum=None, a pass in training mode, point by point."""
+"""The native statistics pass against PyTorch's: reset, momentum=None, a training-mode pass."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def images(rows: int, channels: int = 3, height: int = 12, width: int = 10) -> T
 
 
 class Residual(nn.Module):
-    """Blocks that add before or behind their norms, with and without a convolution on the shortcut."""
+    """Blocks that add before or behind their norms, with or without a convolved shortcut."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -351,7 +351,7 @@ def test_nan_stays():
 
 
 def test_what_does_not_move_is_computed_once(alone):
-    """Segments differ in what moves: the norms below it are shared, and the later ones of a chain are the engine's."""
+    """Segments move different layers: norms below are shared, a chain's later ones the engine's."""
     first = drawn(Residual, 1)
     points = [first.state_dict()]
     for key in ("b1.weight", "first.weight"):

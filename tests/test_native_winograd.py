@@ -1,4 +1,4 @@
-"""3 × 3 convolutions by Winograd's F(2 × 2, 3 × 3) in the engine: values, where it is taken, and what is not finite."""
+"""3 × 3 convolutions by Winograd's F(2 × 2, 3 × 3): values, where it is taken, non-finite data."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def convolution(channels, out, image, padding, dtype="float32", points=2, rows=3
 @every
 @pytest.mark.parametrize("shape", SQUARES, ids=str)
 def test_winograd(isa, dtype, shape):
-    """Alone, with a norm, before poolings that take its rows in pairs or not, and with an activation of its own pass."""
+    """Alone, with a norm, before poolings of paired rows or not, with an activation apart."""
     check(convolution(*shape, dtype), isa, dtype, threads=2)
     check(
         convolution(*shape, dtype, rows=3, norm=True, pad=1, blocks=3).pool("max", (2, 2)),
@@ -76,7 +76,7 @@ def test_winograd_with_a_value_added(isa, dtype, activation):
 
 
 def leaks(shape, isa):
-    """Whether a large pixel whose weights are zeros changes an output's last digits: in Winograd's sums it does."""
+    """Whether a large pixel under zero weights changes last digits: in Winograd's sums it does."""
     maker = convolution(*shape, points=1, rows=1, activation="identity", blocks=1)
     maker.case["layers"][0]["weights"][0][:, :, (1, 2)] = maker.case["layers"][0]["weights"][0][
         :, :, :, (1, 2)
@@ -102,7 +102,7 @@ def test_where_winograd_is_taken(isa):
 @every
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_non_finite_values_stay_in_their_place_by_winograd(isa, dtype, value):
-    """In an input, then in a weight, too: an infinity would be NaN in a square. (Padding by zeros would make NaN of it.)"""
+    """Infinities in an input, then in a weight: in Winograd's squares they would become NaN."""
     for padding, weight in ((1, False), (0, True)):
         maker = convolution(40, 46, (10, 8), padding, dtype, activation="identity")
         maker.pool("max", (2, 2)).conv(24, padding=(padding, padding), activation="identity")

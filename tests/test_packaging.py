@@ -1,4 +1,4 @@
-"""The package as users get it: built, installed into a clean environment, used from another folder."""
+"""The package as installed: built, put into a clean environment, used from another folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOT_SOURCE += ("__pycache__", "*.so", "_native_missing.txt", "_cuda_missing.txt"
 
 
 def run(command: Sequence[str | Path], cwd: Path, expected: int = 0, **environment: str) -> str:
-    """Run a command with nothing of this environment on Python's path; its output, both streams together.
+    """Run a command without this environment's Python path; return both streams together.
 
     The CUDA part is left out unless it is asked for: nvcc takes its time, and
     tests/test_cuda_chain.py has it compile.
@@ -63,7 +63,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def clean_environment(folder: Path, wheel: Path) -> Path:
-    """A new virtual environment with the wheel alone, which finds the dependencies where this Python does.
+    """Make a virtual environment with the wheel alone, and this Python's dependencies.
 
     A .pth file lists those folders; the .pth files in them are not read, so an editable modeconn
     stays out.
@@ -121,14 +121,15 @@ from modeconn.backends.native import extension as native
 print(mc.__file__, modeconn.kernels.__file__)
 print(native.available(), native.reason())
 a, b = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
-result = mc.evaluate(a, mc.Line(a, b), (torch.rand(7, 4), torch.arange(7) % 3), points=5, batch_size=4)
+data = torch.rand(7, 4), torch.arange(7) % 3
+result = mc.evaluate(a, mc.Line(a, b), data, points=5, batch_size=4)
 print(f"{result.passes} pass, {result.samples} samples, {len(result.loss)} points")
 """
 
 
 @pytest.mark.slow
 def test_a_wheel_works_in_a_clean_environment(checkout: Path, tmp_path: Path):
-    """sdist, wheel from it, install, use from another folder: library, extension, kernels, command line."""
+    """Make an sdist, a wheel from it, install it, and use library, extension, kernels, command."""
     run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", checkout],
         tmp_path,
@@ -183,7 +184,8 @@ def small(checkout: Path) -> Path:
     (checkout / "csrc").mkdir()
     (checkout / "csrc" / "bindings.cpp").write_text(
         "#include <Python.h>\n"
-        'static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr};\n'
+        "static PyModuleDef definition =\n"
+        '    {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, nullptr};\n'
         "PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&definition); }\n",
         encoding="utf-8",
     )
@@ -193,7 +195,7 @@ def small(checkout: Path) -> Path:
 def build_extension(
     checkout: Path, expected: int = 0, **environment: str
 ) -> tuple[str, list[str], str]:
-    """Run only the extension's build: its output, the shared libraries it made, the note it left."""
+    """Build the extension alone: the output, the shared libraries made, the note left."""
     command = [
         sys.executable,
         "setup.py",
@@ -247,7 +249,8 @@ def test_each_source_gets_the_flags_of_its_instruction_set_and_no_other(small: P
         path = small / "csrc" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
-            f"#if !({has}) || {has_not} || defined(__FAST_MATH__)\n#error wrong flags for {file}\n#endif\n",
+            f"#if !({has}) || {has_not} || defined(__FAST_MATH__)\n"
+            f"#error wrong flags for {file}\n#endif\n",
             encoding="utf-8",
         )
 

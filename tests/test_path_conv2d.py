@@ -1,4 +1,4 @@
-"""Convolutions at many points: the kernel in Triton's interpreter against plain PyTorch in float64."""
+"""path_conv2d in Triton's interpreter against plain PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_norm_that_cancels_a_great_bias():
 
 
 def test_points_go_in_chunks(monkeypatch):
-    """Formed weights are bounded; so many points as fit go at a time, and the same comes out, with every kind of input."""
+    """Materialized weights are bounded: as many points as fit go at a time, with equal values."""
     weight, bias = blended(2, 5, 4, 3, 3, 3), blended(2, 5, 4)
     options = {"scale": torch.randn(5, 4), "shift": torch.randn(5, 4), "padding": (1, 1)}
     options["residual"] = torch.randn(5, 2, 4, 5, 5)
@@ -145,7 +145,7 @@ def test_weights_that_are_left_out_do_not_matter():
 
 
 def test_infinity_stays_beside_the_padding():
-    """A masked tap is zero times nothing: infinite pixels make no NaN at places that do not see them."""
+    """A masked tap is no product: infinite pixels make no NaN where no window sees them."""
     x = torch.zeros(1, 2, 4, 4)
     x[0, 0, 0, 0] = float("inf")
     got = path_conv2d(x, Blended.fixed(torch.ones(3, 2, 3, 3), 2), padding=(1, 1))
@@ -195,7 +195,7 @@ def test_no_channels():
 
 
 def test_bf16_rounds_the_operands_and_nothing_else():
-    """Each operand by less than 2⁻⁷ of itself (the interpreter cuts off), and what bfloat16 holds not at all."""
+    """Rounds an operand by under 2⁻⁷ of itself (the interpreter cuts), bfloat16's not at all."""
     x, weight = torch.randn(2, 2, 18, 5, 5), blended(2, 2, 5, 18, 3, 3)
     got, referee = (
         path_conv2d(x, weight, precision="bf16"),

@@ -1,4 +1,4 @@
-"""path_cross_entropy in Triton's interpreter against its reference: sums, gradients, ties, what is not finite, bad input."""
+"""path_cross_entropy, interpreted, against its reference: sums, gradients, ties, bad input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""path_linear in Triton's interpreter against its reference: values and gradients, odd shapes, strides, bad input."""
+"""path_linear, interpreted, against its reference: values, gradients, odd shapes, bad input."""
 
 from __future__ import annotations
 

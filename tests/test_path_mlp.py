@@ -1,4 +1,4 @@
-"""path_mlp in Triton's interpreter against its reference: sums and gradients of whole chains, bad input."""
+"""path_mlp, interpreted, against its reference: sums and gradients of chains, bad input."""
 
 from __future__ import annotations
 

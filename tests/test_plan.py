@@ -1,4 +1,4 @@
-"""The planner: each rule in both directions, what is shared between segments, and what it all costs."""
+"""The planner: each rule in both directions, sharing between segments, and the cost of it."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_residual_branches_and_different_live_units():
 
 
 def chain(model: nn.Module, segments: int, kind: str) -> mc.PolyChain:
-    """Control points that move dead units of the last hidden layer ("rewrite") or the last layer ("swing")."""
+    """Make points that move dead units of the last hidden layer ("rewrite") or the last one."""
     state = clone(model)
     state["4.weight"][:, 16:] = 0
     points = [state]
@@ -311,7 +311,7 @@ def test_a_prefix_is_computed_once_for_all_segments(model):
 
 
 def test_readouts_of_disjoint_units_are_taken_apart():
-    """On a swing between two subnetworks side by side, each end is its own narrow network, shared with its neighbours."""
+    """A swing between subnetworks: each end is its own narrow network, shared with neighbours."""
     model = mlp(20, 32, 32, 10)
     state = clone(model)
     state["2.weight"][:16, 16:] = 0
@@ -388,7 +388,7 @@ def test_the_printed_plan(model):
 
 
 def test_transposed_convolutions_have_units():
-    """Their weight is [in, out, …]: dead channels on both sides fall away, and the first is a combination."""
+    """Their weight is [in, out, …]: dead channels fall away on both sides, the first combines."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.ConvTranspose2d(2, 6, 3, stride=2, padding=1, output_padding=1),

@@ -1,4 +1,4 @@
-"""Plans of thirty networks on three kinds of paths, and what the engine runs of them, are those that are written down.
+"""Plans of networks on three kinds of paths, and the engine's part of them, as written down.
 
 They are what the planner's and the engine's rules give on small networks: a change of rules shows
 here as a difference that can be read. `python tests/test_plans.py` writes them anew; with a file's

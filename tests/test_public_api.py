@@ -1,4 +1,4 @@
-"""The public names, pinned: a change here is a change of the contract and takes a line in the CHANGELOG."""
+"""The public names, pinned: a change here changes the contract and takes a line in CHANGELOG."""
 
 from __future__ import annotations
 

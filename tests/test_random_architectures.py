@@ -1,4 +1,4 @@
-"""Networks made at random, of everything that the planner has rules for, with dead and unmoved parts, along every path."""
+"""Random networks of all that the planner has rules for, with dead parts, along every path."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Parts(nn.Module):
 
 
 class Attend(nn.Module):
-    """Attention between pixels, heads taken apart in one of the usual ways, behind a norm of one kind or by hand."""
+    """Attention between pixels, in one of the usual ways, behind a norm of one kind or by hand."""
 
     def __init__(self, channels: int, heads: int, norm: str, idiom: str, causal: bool) -> None:
         super().__init__()
@@ -103,7 +103,8 @@ def divisor(r: random.Random, number: int) -> int:
 def random_block(r: random.Random, channels: int, depth: int = 0) -> tuple[nn.Module, int]:
     """A piece of a network that keeps the number of pixels, and its channels."""
     kind = r.choice(
-        "conv conv grouped transposed norm activation residual residual concat gate parts attend attend group_norm pool".split()
+        "conv conv grouped transposed norm activation residual residual "
+        "concat gate parts attend attend group_norm pool".split()
     )
     if kind in ("conv", "grouped", "transposed"):
         after, dilation, bias = 2 * r.randint(1, 4), r.randint(1, 2), r.random() < 0.7
@@ -171,7 +172,7 @@ def random_network(seed: int) -> nn.Sequential:
 
 
 def random_state(model: nn.Module, seed: int, like: State | None = None) -> State:
-    """Random entries. Some, or some rows of them, stay those of `like`; some inputs of layers are dead, some rows zero."""
+    """Draw a state: parts stay those of `like`, some inputs of layers are dead, some rows zero."""
     r, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     state = clone(model)
     for key, value in state.items():
@@ -226,7 +227,7 @@ def test_random_architectures(seed):
 
 
 def agree(model: nn.Module, seed: int) -> None:
-    """Random control points, and every kind of path through them: the losses are those of a pass per point."""
+    """Compare every kind of path through random control points with a pass per point."""
     first = random_state(model, seed)
     states = [first, *(random_state(model, seed + k, like=first) for k in (1, 2))]
     dead_heads(model, states, seed)

@@ -1,4 +1,4 @@
-"""The two trained MNIST networks on real MNIST: the barrier, exactness, and one pass over all 60,000 samples."""
+"""Two trained networks on real MNIST: the barrier, exactness, one pass over 60,000 samples."""
 
 from __future__ import annotations
 

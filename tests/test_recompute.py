@@ -1,4 +1,4 @@
-"""buffers="recompute": the statistics that PyTorch re-estimates at each point, for all points in one pass."""
+"""buffers="recompute": PyTorch's re-estimated statistics of every point, in one pass."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_other_data_some_batches_and_every_backend(backend):
 
 
 def test_what_does_not_move_is_shared():
-    """Only the last layer differs: the statistics are the same at every point, and the outputs are combinations."""
+    """The last layer alone differs: equal statistics at every point, outputs are combinations."""
     a = small(0).double()
     b = copy.deepcopy(a)
     nn.init.normal_(b[7].weight)

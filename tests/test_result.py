@@ -290,7 +290,7 @@ def test_plots_refuse_what_they_cannot_show(ax):
 
 
 def heights(text: str, margin: int) -> list[float]:
-    """The topmost dot of each column of a Braille picture, in dots above the bottom; -1 where none is."""
+    """Find the topmost dot of each column of a Braille picture, from the bottom; -1: none."""
     rows = [line[margin:] for line in text.splitlines()[1:-2]]
     width = max(map(len, rows))
     tops = []

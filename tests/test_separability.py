@@ -1,4 +1,4 @@
-"""Linear separability: witnesses and proofs are checked by exact rational arithmetic, and undecided stays undecided."""
+"""Linear separability: witnesses and proofs in exact rational arithmetic; undecided stays so."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ def test_one_wrong_label() -> None:
 
 
 def test_far_points_do_not_hide_a_proof() -> None:
-    """(5, 5) is on the right side of a direction in which the others do not differ; the three on a line are not separable."""
+    """Three points on a line are inseparable; (5, 5) is right where they do not differ."""
     found = linear_separability([[0.0, 0], [2, 0], [5, 5], [1, 0]], [0, 0, 0, 1])
     assert found.separable is False
 
 
 def test_three_classes_that_are_separable_in_pairs_only() -> None:
-    """Each class runs along a side of a triangle and beyond its end: the pairs' lines do not meet in one point."""
+    """Classes along the sides of a triangle and beyond: the pairs' lines meet in no one point."""
     corners = torch.tensor(
         [[np.cos(2 * np.pi * k / 3), np.sin(2 * np.pi * k / 3)] for k in range(3)]
     )
@@ -140,7 +140,7 @@ def test_duplicates_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rounding_cannot_fake_a_margin() -> None:
-    """The first sample's numbers add up to nearly 0: what is left over is rounding, of either sign."""
+    """A first sample whose numbers add up to nearly 0: the rest is rounding, of either sign."""
     x = torch.tensor([[0.1, 0.2, -0.3], [0.7, 0.1, 0.3]], dtype=torch.float64)
     U = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     y = torch.tensor([0, 0])
@@ -153,7 +153,7 @@ def test_rounding_cannot_fake_a_margin() -> None:
 @settings(max_examples=25)
 @given(st.integers(0, 10**6))
 def test_touching_points_are_not_claimed_to_be_apart(seed: int) -> None:
-    """Points of the two classes an ulp apart along a line: separable in exact arithmetic, by a margin below the rounding."""
+    """Classes an ulp apart along a line: separable exactly, by a margin below the rounding."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(1, 3, generator=generator, dtype=torch.float64)
     other = torch.nextafter(base, torch.full_like(base, torch.inf))

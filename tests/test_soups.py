@@ -1,4 +1,4 @@
-"""Weighted sums of networks: which ones, and that a mixture of them is evaluated as they are one by one."""
+"""Weighted sums of networks: their weights, and a mixture equals the sums one by one."""
 
 from __future__ import annotations
 

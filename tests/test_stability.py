@@ -1,4 +1,4 @@
-"""Subnetwork stability: widths by the paper's rule, the trained numbers recomputed by hand, resumed runs."""
+"""Subnetwork stability: the paper's widths, trained numbers recomputed by hand, resumed runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints in every form that users have, the rules for states that can be used, and atomic writing."""
+"""Checkpoints in every usual form, the rules for usable states, and atomic writing."""
 
 from __future__ import annotations
 

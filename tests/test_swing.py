@@ -1,4 +1,4 @@
-"""The exact error along a segment with affine logits, against brute force in rational numbers and dense sampling."""
+"""Exact errors along segments of affine logits, against rational brute force and sampling."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 
 class Noisy(nn.Module):
-    """Batch norm has buffers, dropout draws from the global generator: both must survive a resume."""
+    """Make a network whose buffers and random draws must survive a resume: batch norm, dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def noisy() -> nn.Module:
 
 
 def test_the_steps_are_those_of_torch_sgd(digits):
-    """Against a loop written out here, in float64: the update rule of Nesterov momentum with weight decay."""
+    """Compare with Nesterov momentum and weight decay, written out in float64."""
     inputs, targets = digits.slice(0, 10)
     inputs = inputs.double()
     model, twin = network().double(), network().double()
@@ -231,7 +231,7 @@ def test_resumed_is_bitwise_the_same_as_uninterrupted(digits, tmp_path: Path, ma
 
 
 class Interrupting(nn.Module):
-    """Raises KeyboardInterrupt in the middle of an epoch, when some of its steps are already taken."""
+    """Raises KeyboardInterrupt in the middle of an epoch, behind some of its steps."""
 
     def __init__(self, inner: nn.Module, call: int) -> None:
         super().__init__()
@@ -388,7 +388,7 @@ train.train(model, data, lr=0.001, batch_size=64, seed=3, epochs=10**6,
 
 
 def test_killed_at_any_moment_old_files_are_whole(tmp_path: Path):
-    """The training writes its state all the time here; a kill must leave a whole one, and the old checkpoint."""
+    """A training that always saves its state: a kill leaves a whole one, and the old checkpoint."""
     file = tmp_path / "a.safetensors"
     file.write_bytes(b"an older checkpoint")
     epochs = []

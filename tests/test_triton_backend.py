@@ -1,4 +1,4 @@
-"""The Triton backend against the reference: the same program and the same numbers, and a reason where it cannot run."""
+"""The Triton backend against the reference: one program, equal numbers, or a reason."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def agrees(
 
 
 def kernels(model: nn.Module, path: Any, x: Tensor, points: Any = 3) -> list[list[str]]:
-    """Of each segment, what its calls begin with and what the loss is one kernel with, as `op` names."""
+    """List each segment's calls by their first operation, and the length of its epilogue."""
     program = mc.explain(model, path, x[:2], points).program
     found = []
     for segment in program.segments:
@@ -247,7 +247,7 @@ def test_statistics_that_are_recomputed():
 
 
 class Residual(nn.Module):
-    """A sum that no convolution is there to take along, a norm that follows it, and an operation of an unknown kind."""
+    """A sum without a convolution to take it along, a norm behind it, and an unknown operation."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -360,7 +360,8 @@ def test_auto_leaves_the_interpreter_alone():
 def test_nothing_of_triton_is_imported_until_it_is_asked_for():
     code = (
         "import sys, torch, modeconn.backends.triton.backend\n"
-        "print([name for name in sys.modules if name.split('.')[0] == 'triton' or name.startswith('modeconn.kernels.path_')])"
+        "print([name for name in sys.modules if name.split('.')[0] == 'triton'"
+        " or name.startswith('modeconn.kernels.path_')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""A path with every kind of segment, made by hand from a network's chain: what certificates are tested on."""
+"""A hand-made path with every kind of segment, from a network's chain, to test certificates on."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def walk(
     samples: int = 60,
     dtype: torch.dtype = torch.float32,
 ) -> Walk:
-    """Half A of every layer is live first; B is written and swung to; A becomes B's twin and takes over; B is free again."""
+    """Start with half A of every layer; swing to B; A becomes B's twin and takes over, B free."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, *row, generator=generator).to(dtype)
     model = model.to(dtype)
