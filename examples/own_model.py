@@ -23,8 +23,7 @@ class Net(nn.Module):
         self.classify = nn.Linear(8 * 2 * 2 + 1, 10)
 
     def forward(self, image: Tensor, brightness: Tensor) -> Tensor:
-        features = self.features(image).flatten(1)
-        return self.classify(torch.cat([features, brightness], 1))
+        return self.classify(torch.cat([self.features(image).flatten(1), brightness], 1))
 
 
 def confidence(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -36,29 +35,26 @@ def trained(seed: int, loader: DataLoader) -> Net:
     """Trains a network from a seed."""
     torch.manual_seed(seed)
     net = Net()
-    optimizer = torch.optim.Adam(net.parameters(), lr=2e-2)
+    adam = torch.optim.Adam(net.parameters(), lr=2e-2)
     for _ in range(5):
         for batch in loader:
+            adam.zero_grad()
             outputs = net(batch["image"], batch["brightness"])
-            optimizer.zero_grad()
             nn.functional.cross_entropy(outputs, batch["labels"]).backward()
-            optimizer.step()
+            adam.step()
     return net
 
 
 def main() -> None:
     images = mc.datasets.load("digits")
-    samples = []
-    for image, label in images:
-        samples.append({"image": image, "brightness": image.mean().reshape(1), "labels": label})
+    samples = [{"image": x, "brightness": x.mean().reshape(1), "labels": y} for x, y in images]
     loader = DataLoader(samples, batch_size=100)
 
     nets = [trained(seed, loader) for seed in (1, 2)]
     metrics = ["loss", confidence]
     result = mc.evaluate(nets[0], mc.Line(*nets), loader, points=11, metrics=metrics)
-    sure = result.metric("confidence")
-    for i, t in enumerate(result.t):
-        print(f"t = {t:.1f}  loss {result.loss[i]:.3f}  confidence {sure[i]:.3f}")
+    for t, loss, sure in zip(result.t, result.loss, result.metric("confidence")):
+        print(f"t = {t:.1f}  loss {loss:.3f}  confidence {sure:.3f}")
 
 
 if __name__ == "__main__":
