@@ -1,20 +1,23 @@
-"""Builds the C++ extension modeconn._native and, where there is nvcc, modeconn._cuda; what is declarative is in pyproject.toml.
+"""Builds the C++ extension modeconn._native and, where there is nvcc, modeconn._cuda.
 
-What it finds is printed with a ✓ or ✗ (pip shows it with -v). Without a compiler the package
-installs as pure Python and says so; modeconn/_native_missing.txt and _cuda_missing.txt then keep
-the reasons for run time.
+Declarative metadata is in pyproject.toml. Each finding is printed with a ✓ or ✗ (pip shows it with
+-v). Without a compiler the package installs as pure Python and says so;
+modeconn/_native_missing.txt and _cuda_missing.txt then keep the reasons for run time.
 
 Environment:
-    MODECONN_NATIVE      auto (default): build where possible; 0: never; 1: a failure to build is an
-    error MODECONN_CUDA        the same for modeconn._cuda MODECONN_CUDA_ARCHS  what to compile it
-    for; by default 80,90a,100; 80,90a in editable installs, to be quicker MODECONN_SANITIZE    for
-    instance "address,undefined": a slow debug build of modeconn._native with these sanitizers
-    CUDA_HOME            where nvcc is; otherwise it is looked for on the PATH CXX, CXXFLAGS
-    as usual
+    MODECONN_NATIVE      auto (default): build where possible; 0: never; 1: a failure is an error
+    MODECONN_CUDA        likewise for modeconn._cuda
+    MODECONN_CUDA_ARCHS  architectures of modeconn._cuda: 80,90a,100 by default; 80,90a in editable
+                         installs, which are then quicker
+    MODECONN_SANITIZE    "address,undefined", for instance: a slow debug build of modeconn._native
+                         under these sanitizers
+    CUDA_HOME            folder of the CUDA toolkit; by default nvcc is looked for on the PATH
+    CXX, CXXFLAGS        as usual
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -47,22 +50,32 @@ X86_PROBES = {
     "avx2": "__m256 f(__m256 a) { return _mm256_fmadd_ps(a, a, a); }\n",
     "avx512": "__m512i f(__m512i a) { return _mm512_add_epi8(a, _mm512_mullo_epi64(a, a)); }\n",
 }
+# What is missing if a program does not compile.
+PROBES = {
+    "no working C++17 compiler": "#include <optional>\nstd::optional<int> f() { return {}; }\n",
+    "no Python headers (package python3-dev or python3-devel)": "#include <Python.h>\n",
+    "no usable pybind11 headers": "#include <pybind11/detail/common.h>\n",
+}
 NATIVE, CUDA = "modeconn._native", "modeconn._cuda"
+# Where a toolkit may have its libraries, below its folder.
+CUDA_LIBRARIES = (["lib64"], ["lib"], ["targets", "x86_64-linux", "lib"])
+
+Macros = list[tuple[str, str | None]]
 
 
 class NotBuilt(Exception):
-    """An extension cannot, or shall not, be built; the text is the reason."""
+    """Raised where an extension cannot, or shall not, be built; the text is the reason."""
 
 
 def say(mark: str, text: str) -> None:
-    """Print one line of the report, on a terminal of any encoding."""
+    """Prints one line of the report, on a terminal of any encoding."""
     line = f"  {mark} {text}"
     encoding = sys.stdout.encoding or "utf-8"
     print(line.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def switch_of(extension: str) -> str:
-    """MODECONN_NATIVE or MODECONN_CUDA, checked."""
+    """Returns the checked value of MODECONN_NATIVE or MODECONN_CUDA."""
     name = switch_name(extension)
     value = os.environ.get(name, "auto")
     if value not in ("auto", "0", "1"):
@@ -73,16 +86,17 @@ def switch_of(extension: str) -> str:
 
 
 def switch_name(extension: str) -> str:
+    """Names the environment variable of an extension."""
     return extension.replace("._", "_").upper()
 
 
 def note_name(extension: str) -> str:
-    """The file that keeps the reason why an extension is missing."""
+    """Names the file that keeps the reason why an extension is missing."""
     return f"{extension.partition('.')[2]}_missing.txt"
 
 
 def instruction_set(source: Path) -> str:
-    """The instruction set that a source is for, by its folder or the end of its name: "generic" for most."""
+    """Returns the instruction set of a source, by its folder or name; "generic" for most."""
     for name in X86_FLAGS:
         if name in source.parts[:-1] or source.stem.endswith(f"_{name}"):
             return name
@@ -90,9 +104,10 @@ def instruction_set(source: Path) -> str:
 
 
 def first_error(output: str) -> str:
-    """The line of a compiler's output that says most."""
+    """Returns the first line with an error in a compiler's output, or else the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[-1] if lines else "no output")
+    last = lines[-1] if lines else "no output"
+    return next((line for line in lines if "error" in line), last)
 
 
 class Toolchain:
@@ -103,7 +118,7 @@ class Toolchain:
         self.includes = [f"-I{folder}" for folder in include_dirs]
 
     def failure(self, code: str, flags: list[str]) -> str | None:
-        """Compile `code` to an object file: None if that works, otherwise the reason."""
+        """Compiles `code` to an object file; returns None, or the reason why that fails."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text(code, encoding="utf-8")
@@ -118,28 +133,22 @@ class Toolchain:
             return None if done.returncode == 0 else first_error(done.stderr)
 
     def version(self) -> str:
+        """Returns the first line of the compiler's --version."""
         done = subprocess.run(
             [self.command[0], "--version"], capture_output=True, text=True, check=False
         )
         return (done.stdout.splitlines() or [self.command[0]])[0]
 
     def check(self) -> None:
-        """Raise NotBuilt unless this is a C++17 compiler that finds Python's and pybind11's headers."""
-        for what, code in (
-            (
-                "no working C++17 compiler",
-                "#include <optional>\nstd::optional<int> f() { return {}; }\n",
-            ),
-            ("no Python headers (package python3-dev or python3-devel)", "#include <Python.h>\n"),
-            ("no usable pybind11 headers", "#include <pybind11/detail/common.h>\n"),
-        ):
+        """Raises NotBuilt unless the compiler knows C++17, Python's headers and pybind11's."""
+        for what, code in PROBES.items():
             problem = self.failure(code, [])
             if problem:
                 raise NotBuilt(f"{what}: {problem}")
         say("✓", f"compiler: {self.version()}")
 
     def instruction_sets(self) -> list[str]:
-        """The names of X86_FLAGS that can be compiled; none where the target is not x86-64 alone."""
+        """Lists the names of X86_FLAGS that compile; none unless the target is x86-64 alone."""
         if self.failure("#ifndef __x86_64__\n#error not x86-64\n#endif\n", []):
             say("✗", "instruction sets: generic only (the target is not x86-64)")
             return []
@@ -167,25 +176,22 @@ class Nvcc:
         top = re.search(r"TOP=(.*)", done.stderr)
         if done.returncode or top is None:
             raise NotBuilt(f"{path} does not work: {first_error(done.stderr)}")
-        folders = [
-            Path(top[1].strip(), *parts)
-            for parts in (["lib64"], ["lib"], ["targets", "x86_64-linux", "lib"])
-        ]
-        self.runtime = next(
-            (f / "libcudart_static.a" for f in folders if (f / "libcudart_static.a").exists()), None
-        )
+        folders = [Path(top[1].strip(), *parts) for parts in CUDA_LIBRARIES]
+        libraries = [folder / "libcudart_static.a" for folder in folders]
+        self.runtime = next((library for library in libraries if library.exists()), None)
         if self.runtime is None:
             raise NotBuilt(f"{path} has no libcudart_static.a in {', '.join(map(str, folders))}")
         say("✓", f"nvcc: {path}")
 
     def compile(self, source: str, target: Path, architectures: list[str]) -> None:
+        """Compiles one CUDA source for all architectures; raises NotBuilt where that fails."""
         # The newest architecture goes in as PTX too, which later GPUs compile for themselves; not
         # those of one GPU alone (90a).
         newest = max((a for a in architectures if a.isdigit()), key=int, default="")
         codes = [f"[sm_{a},compute_{a}]" if a == newest else f"sm_{a}" for a in architectures]
-        generate = [
-            f"-gencode=arch=compute_{a},code={code}" for a, code in zip(architectures, codes)
-        ]
+        generate = []
+        for a, code in zip(architectures, codes):
+            generate.append(f"-gencode=arch=compute_{a},code={code}")
         flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *generate]
         done = subprocess.run(
             [*self.command, *flags, "-c", source, "-o", target],
@@ -199,7 +205,7 @@ class Nvcc:
 
 
 def cuda_architectures(editable: bool) -> list[str]:
-    """MODECONN_CUDA_ARCHS, checked."""
+    """Returns the checked architectures of MODECONN_CUDA_ARCHS."""
     text = os.environ.get("MODECONN_CUDA_ARCHS") or ("80,90a" if editable else "80,90a,100")
     architectures = text.replace(";", ",").split(",")
     if not all(re.fullmatch(r"[1-9][0-9]{1,2}[af]?", a) for a in architectures):
@@ -208,7 +214,7 @@ def cuda_architectures(editable: bool) -> list[str]:
 
 
 class BuildExtensions(build_ext):
-    """Compile in parallel, each source with its flags, and leave out an extension that cannot be built."""
+    """Compiles in parallel, each source with its flags; leaves out what cannot be built."""
 
     def run(self) -> None:
         self.in_source = bool(self.inplace)
@@ -216,7 +222,7 @@ class BuildExtensions(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        """Build one extension, or leave it out and say why."""
+        """Builds one extension, or leaves it out and says why."""
         try:
             switch_of(ext.name)
             if ext.name == CUDA:
@@ -234,7 +240,7 @@ class BuildExtensions(build_ext):
             self.write_note(ext, None)
 
     def prepare(self) -> Toolchain:
-        """The C++ compiler, looked for once; raises NotBuilt where there is none that works."""
+        """Finds the C++ compiler, once; raises NotBuilt where none works."""
         if self.toolchain is None:
             if os.name == "nt":
                 raise NotBuilt("Windows is not supported by the extension")
@@ -250,7 +256,7 @@ class BuildExtensions(build_ext):
         return self.toolchain
 
     def build_native(self, ext: Extension) -> None:
-        """Build modeconn._native; raises NotBuilt with the reason where that fails."""
+        """Builds modeconn._native; raises NotBuilt with the reason where that fails."""
         found = self.prepare().instruction_sets()
         sanitizers = os.environ.get("MODECONN_SANITIZE", "")
         speed = ["-O3"]
@@ -260,32 +266,29 @@ class BuildExtensions(build_ext):
             link.append(f"-fsanitize={sanitizers}")
             say("✓", f"sanitizers: {sanitizers} (a slow build, for tests)")
         # -iquote, since a header of ours must never stand in for a system header of the same name.
-        common = ["-iquotecsrc", *speed, "-pthread", "-Wall", "-Wextra"]
-        # a multiply-add is one rounding less; nothing else is given up
-        common.append("-ffp-contract=fast")
-        version = self.distribution.get_version()
-        macros: list[tuple[str, str | None]] = [("MODECONN_VERSION", f'"{version}"')]
+        # A multiply-add is one rounding less: -ffp-contract=fast gives nothing else up.
+        common = ["-iquotecsrc", *speed, "-pthread", "-Wall", "-Wextra", "-ffp-contract=fast"]
+        macros: Macros = [
+            ("MODECONN_VERSION", f'"{self.distribution.get_version()}"'),
+            ("MODECONN_SANITIZERS", f'"{sanitizers}"'),
+        ]
         macros += [(f"MODECONN_HAVE_{name.upper()}", None) for name in found]
-        macros += [("MODECONN_SANITIZERS", f'"{sanitizers}"')]
 
         def compile_one(source: str) -> list[str]:
-            return self.compile_cpp(
-                source, macros, [*common, *X86_FLAGS.get(instruction_set(Path(source)), [])]
-            )
+            flags = X86_FLAGS.get(instruction_set(Path(source)), [])
+            return self.compile_cpp(source, macros, [*common, *flags])
 
         sources = [s for s in ext.sources if instruction_set(Path(s)) in ("generic", *found)]
         self.link(ext, in_parallel(compile_one, sources), link)
 
     def build_cuda(self, ext: Extension) -> None:
-        """Build modeconn._cuda; raises NotBuilt with the reason where that fails."""
+        """Builds modeconn._cuda; raises NotBuilt with the reason where that fails."""
         nvcc = Nvcc(self.prepare().command[0])
         architectures = cuda_architectures(self.in_source)
 
         def compile_one(source: str) -> list[str]:
             if source.endswith(".cpp"):
-                macros: list[tuple[str, str | None]] = [
-                    ("MODECONN_CUDA_ARCHS", f'"{",".join(architectures)}"')
-                ]
+                macros: Macros = [("MODECONN_CUDA_ARCHS", f'"{",".join(architectures)}"')]
                 return self.compile_cpp(source, macros, ["-O2", "-Wall", "-Wextra"])
             target = Path(self.build_temp, source).with_suffix(".cu.o")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -295,13 +298,12 @@ class BuildExtensions(build_ext):
         objects = in_parallel(compile_one, ext.sources)
         # The runtime is linked in, and hidden: PyTorch brings one of its own, and a machine without
         # a driver has none.
-        self.link(
-            ext, objects, [str(nvcc.runtime), "-ldl", "-lrt", "-pthread", "-Wl,--exclude-libs,ALL"]
-        )
+        flags = [str(nvcc.runtime), "-ldl", "-lrt", "-pthread", "-Wl,--exclude-libs,ALL"]
+        self.link(ext, objects, flags)
         say("✓", f"CUDA architectures: {', '.join(architectures)}")
 
     def choose_compiler(self) -> None:
-        """Use another C++ compiler where the one that built Python is not on this machine."""
+        """Takes another C++ compiler where the one that built Python is not on this machine."""
         command = self.compiler.compiler_so_cxx
         if shutil.which(command[0]) or "CXX" in os.environ:
             return
@@ -313,9 +315,8 @@ class BuildExtensions(build_ext):
         self.compiler.set_executable("compiler_so_cxx", [other, *command[1:]])
         self.compiler.set_executable("linker_so_cxx", [other, *self.compiler.linker_so_cxx[1:]])
 
-    def compile_cpp(
-        self, source: str, macros: list[tuple[str, str | None]], flags: list[str]
-    ) -> list[str]:
+    def compile_cpp(self, source: str, macros: Macros, flags: list[str]) -> list[str]:
+        """Compiles one C++ source; returns its object file."""
         try:
             return self.compiler.compile(
                 [source],
@@ -328,6 +329,7 @@ class BuildExtensions(build_ext):
             raise NotBuilt(f"the compiler failed, see its messages above ({error})") from error
 
     def link(self, ext: Extension, objects: list[str], flags: list[str]) -> None:
+        """Links an extension's object files."""
         try:
             target = self.get_ext_fullpath(ext.name)
             self.compiler.link_shared_object(
@@ -337,24 +339,23 @@ class BuildExtensions(build_ext):
             raise NotBuilt(f"the linker failed, see its messages above ({error})") from error
 
     def leave_out(self, ext: Extension, problem: str) -> None:
-        """Take an extension out of this build, with what an earlier build left of it."""
+        """Takes an extension out of this build, and removes the result of an earlier one."""
         say("✗", f"C++ extension {ext.name}: not built: {problem}")
         if ext.name == NATIVE:
-            say(
-                " ",
-                "modeconn is installed as pure Python and works on PyTorch alone (MODECONN_NATIVE=1 insists)",
-            )
+            without = "modeconn is installed as pure Python and works on PyTorch alone"
+            say(" ", f"{without} (MODECONN_NATIVE=1 insists)")
         for folder in self.package_folders():
             folder.joinpath(Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
         self.extensions = [other for other in self.extensions if other is not ext]
         self.write_note(ext, problem)
 
     def package_folders(self) -> list[Path]:
+        """Lists the folders that an extension and its note are written to."""
         built = Path(self.build_lib, "modeconn")
         return [built, Path("modeconn")] if self.in_source else [built]
 
     def write_note(self, ext: Extension, problem: str | None) -> None:
-        """Keep the reason for run time, or remove that of an earlier build."""
+        """Keeps the reason for run time, or removes that of an earlier build."""
         for folder in self.package_folders():
             note = folder / note_name(ext.name)
             if problem is None:
@@ -365,15 +366,17 @@ class BuildExtensions(build_ext):
 
 
 def in_parallel(compile_one: Callable[[str], list[str]], sources: list[str]) -> list[str]:
-    """The object files of all sources, compiled on all cores."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    """Compiles all sources on all cores; returns their object files."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool:
-        return [path for paths in pool.map(compile_one, sources) for path in paths]
+        return list(itertools.chain.from_iterable(pool.map(compile_one, sources)))
 
 
 def extension(name: str, sources: list[Path], headers: list[Path]) -> Extension:
+    """Declares an extension."""
     # Relative paths: object files of absolute ones would land outside the build folder.
     return Extension(
         name,

@@ -1,8 +1,7 @@
 """Your own model, data loader, loss and metric.
 
-Any `nn.Module` is evaluated as it is. Here a convolutional network of images and a number beside
-them is trained twice; its loader gives dicts, whose "labels" are the targets and whose other keys
-are arguments of `forward`.
+Any `nn.Module` is evaluated as it is. The loader here gives dicts, whose "labels" are the targets
+and whose other keys are arguments of `forward`.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ def trained(seed: int, loader: DataLoader) -> Net:
 
 
 def main() -> None:
-    images = mc.datasets.load("digits")
-    samples = [{"image": x, "brightness": x.mean().reshape(1), "labels": y} for x, y in images]
+    digits = mc.datasets.load("digits")
+    samples = [{"image": x, "brightness": x.mean().reshape(1), "labels": y} for x, y in digits]
     loader = DataLoader(samples, batch_size=100)
 
     nets = [trained(seed, loader) for seed in (1, 2)]
-    metrics = ["loss", confidence]
-    result = mc.evaluate(nets[0], mc.Line(*nets), loader, points=11, metrics=metrics)
+    line = mc.Line(*nets)
+    result = mc.evaluate(nets[0], line, loader, points=11, metrics=["loss", confidence])
     for t, loss, sure in zip(result.t, result.loss, result.metric("confidence")):
         print(f"t = {t:.1f}  loss {loss:.3f}  confidence {sure:.3f}")
 
