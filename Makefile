@@ -32,7 +32,7 @@ bench: $(STAMP) ## the side-by-side table: this library against a pass per point
 	$(BIN)/python bench/run.py
 
 kernel-report: $(STAMP) ## compile the GPU kernels, without a GPU; what they take of one goes into docs/kernels.md
-	env -u TRITON_INTERPRET $(BIN)/python -m modeconn.kernels.report --write docs/kernels.md
+	env -u TRITON_INTERPRET $(BIN)/python bench/kernel_report.py --write docs/kernels.md
 
 dev: $(STAMP) ## only set up .venv, with modeconn in it (editable)
 

@@ -1,4 +1,4 @@
-"""The activations, by the names that the C++ engine has for them: in Triton, their derivatives, and in PyTorch.
+"""The activations, by the C++ engine's names: in Triton with their derivatives, and in PyTorch.
 
     identity  u                         gelu       u Φ(u), Φ the normal distribution's
     relu      max(u, 0)                 gelu_tanh  u (1 + tanh(√(2/π) (u + 0.044715 u³))) / 2
@@ -31,24 +31,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def act(u: Tensor, activation: str, slope: float = 0.01) -> Tensor:
-    """The activation in PyTorch, in any dtype: the reference."""
+    """Applies an activation in PyTorch, in any dtype: the reference."""
     return ACTIVATIONS[activation](u, slope)
 
 
 def derivative_from_output(activation: str, slope: float) -> bool:
-    """Whether `derivative` may be given the activation's output, which has the sign of its input."""
+    """Whether `derivative` may take the activation's output, which has the sign of its input."""
     return activation in ("identity", "relu") or (activation == "leaky_relu" and slope > 0)
 
 
 @triton.jit
 def sigmoid(u):
-    """1 / (1 + exp(−u)); exp overflows to infinity, which is right."""
+    """Computes 1 / (1 + exp(−u)); where exp overflows to infinity, the quotient is right, 0."""
     return 1.0 / (1.0 + tl.exp(-u))
 
 
 @triton.jit
 def tanh(u):
-    """By its series where the quotient would cancel."""
+    """Computes tanh(u), by its series below 1/4, where the quotient would cancel."""
     square = u * u
     series = u + u * square * (
         -1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))
@@ -60,14 +60,14 @@ def tanh(u):
 
 @triton.jit
 def bell(u):
-    """σ(u) (1 − σ(u)), which is the derivative of σ; small values keep their digits."""
+    """Computes σ'(u) = σ(u) (1 − σ(u)); small values keep their digits."""
     small = tl.exp(-tl.abs(u))
     return small / ((1.0 + small) * (1.0 + small))
 
 
 @triton.jit
 def activate(u, ACTIVATION: tl.constexpr, slope):
-    """The activation of a float32 block."""
+    """Applies an activation to a float32 block."""
     if ACTIVATION == "relu":
         u = tl.where(u < 0, 0.0, u)
     elif ACTIVATION == "leaky_relu":
@@ -87,7 +87,10 @@ def activate(u, ACTIVATION: tl.constexpr, slope):
 
 @triton.jit
 def derivative(u, ACTIVATION: tl.constexpr, slope):
-    """d activation / du; relu has 0 at 0 and lets NaN pass, leaky_relu has its slope at 0, as in PyTorch."""
+    """Computes d activation / du.
+
+    As in PyTorch, relu has 0 at 0 and lets NaN pass, and leaky_relu has its slope at 0.
+    """
     d = u * 0.0 + 1.0
     if ACTIVATION == "identity":
         d = tl.full(u.shape, 1.0, tl.float32)

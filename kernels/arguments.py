@@ -1,4 +1,4 @@
-"""The kernels' arguments, checked and brought into the forms that launches take."""
+"""Checks the kernels' arguments and brings them into the forms that launches take."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Samples:
-    """An input of the samples in the one form that kernels take.
+    """The input of the samples, in the one form that kernels take.
 
     Attributes:
         values: [T, N, …], [N, …] the same at all points, or [J, N, …] shared values.
         coefficients: [T, J] of shared values, else None.
         points: T, or None where the input does not say.
+        per_point: whether values are [T, N, …].
     """
 
     values: Tensor
@@ -34,24 +35,18 @@ class Samples:
     @property
     def shape(self) -> torch.Size:
         """The shape at one point, [N, …]."""
-        return (
-            self.values.shape[1:]
-            if self.per_point or self.coefficients is not None
-            else self.values.shape
-        )
+        stacked = self.per_point or self.coefficients is not None
+        return self.values.shape[1:] if stacked else self.values.shape
 
     @property
     def terms(self) -> int:
-        """J, or 0 where there is nothing to combine."""
+        """The number of shared values J, or 0 where there is nothing to combine."""
         return 0 if self.coefficients is None else self.coefficients.shape[1]
 
     def strides(self) -> tuple[int, ...]:
-        """Of the points (0 where they share) or the shared values, then of the axes at one point."""
-        return (
-            self.values.stride()
-            if self.values.dim() > len(self.shape)
-            else (0, *self.values.stride())
-        )
+        """Strides of the points (0 where they share) or the shared values, then of other axes."""
+        own = self.values.stride()
+        return own if self.values.dim() > len(self.shape) else (0, *own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +59,21 @@ class PathLayer:
     slope: float = 0.01
 
 
+@dataclass(frozen=True)
+class Options:
+    """The arguments of a linear layer that are no tensors."""
+
+    activation: str = "identity"
+    slope: float = 0.01
+    input_activation: str = "identity"
+    input_slope: float = 0.01
+    precision: str = "float32"
+
+
 def samples_of(
     name: str, x: Tensor | Blended, dim: int, input_activation: str = "identity"
 ) -> Samples:
-    """Check an input of the samples and bring it into the one form.
+    """Checks an input of the samples and brings it into the one form.
 
     Args:
         dim: how many axes it has at one point, samples included.
@@ -83,17 +89,15 @@ def samples_of(
     if not isinstance(values, Tensor) or values.dim() not in expected:
         shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ModeconnError(
-            f"{name} has shape {shape}: expected {' or '.join(str(d) for d in sorted(expected))} axes"
+            f"{name} has shape {shape}: expected {' or '.join(map(str, sorted(expected)))} axes"
         )
-    if values.dtype not in DTYPES:
-        raise ModeconnError(
-            f"{name} has dtype {values.dtype}: the kernels take {', '.join(map(str, DTYPES))}"
-        )
+    _check_dtype(name, values)
     if isinstance(x, Blended):
         return Samples(values, check_blended(name, x).coefficients, x.points, False)
     if input_activation != "identity":
         raise ModeconnError(
-            f"input_activation is {input_activation!r} and {name} is a tensor: it belongs to a Blended"
+            f"input_activation is {input_activation!r} and {name} is a tensor: "
+            "it belongs to a Blended"
         )
     per_point = values.dim() == dim + 1
     return Samples(values, None, len(values) if per_point else None, per_point)
@@ -102,19 +106,17 @@ def samples_of(
 def check_blended(
     name: str, blended: Blended, shape: tuple[int, ...] | None = None, points: int | None = None
 ) -> Blended:
-    """A `Blended` that kernels can read, with contiguous float32 coefficients.
+    """Checks a `Blended` and returns it with contiguous float32 coefficients.
 
     Raises:
         ModeconnError: a dtype, shape at one point or number of points that is not the expected one.
     """
     if not isinstance(blended, Blended):
         raise ModeconnError(
-            f"{name} is a {type(blended).__name__}: expected a Blended (Blended.fixed for what does not move)"
+            f"{name} is a {type(blended).__name__}: expected a Blended "
+            "(Blended.fixed for what does not move)"
         )
-    if blended.tensors.dtype not in DTYPES:
-        raise ModeconnError(
-            f"{name} has dtype {blended.tensors.dtype}: the kernels take {', '.join(map(str, DTYPES))}"
-        )
+    _check_dtype(name, blended.tensors)
     if shape is not None and tuple(blended.shape) != shape:
         raise ModeconnError(
             f"{name} has shape {list(blended.shape)} at one point: expected {list(shape)}"
@@ -125,15 +127,23 @@ def check_blended(
         )
     if blended.coefficients.requires_grad:
         raise ModeconnError(
-            f"the coefficients of {name} require a gradient, which the kernels do not compute: detach them"
+            f"the coefficients of {name} require a gradient, which the kernels do not compute: "
+            "detach them"
         )
     return Blended(blended.tensors, blended.coefficients.float().contiguous())
 
 
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        kinds = ", ".join(map(str, DTYPES))
+        raise ModeconnError(f"{name} has dtype {tensor.dtype}: expected one of {kinds}")
+
+
 def check_layer(name: str, layer: PathLayer, depth: int, first: Blended | None = None) -> PathLayer:
-    """A layer whose weight takes `depth` inputs, and has as many points as the chain's first weight.
+    """Checks a layer whose weight takes `depth` inputs, and returns it as kernels read it.
 
     Args:
+        first: the chain's first weight, which has as many points.
         name: a prefix of the messages' names, such as "layer 2's ".
     """
     if not isinstance(layer, PathLayer):
@@ -143,18 +153,17 @@ def check_layer(name: str, layer: PathLayer, depth: int, first: Blended | None =
     weight = check_blended(f"{name}weight", layer.weight, None, points)
     if len(weight.shape) != 2 or weight.shape[1] != depth:
         raise ModeconnError(
-            f"{name}weight has shape {list(weight.shape)} at one point: expected [out, in] with in = {depth}"
+            f"{name}weight has shape {list(weight.shape)} at one point: "
+            f"expected [out, in] with in = {depth}"
         )
-    bias = (
-        None
-        if layer.bias is None
-        else check_blended(f"{name}bias", layer.bias, (weight.shape[0],), weight.points)
-    )
+    bias = layer.bias
+    if bias is not None:
+        bias = check_blended(f"{name}bias", bias, (weight.shape[0],), weight.points)
     return PathLayer(weight, bias, layer.activation, layer.slope)
 
 
 def check_points(x: Samples, weight: Blended) -> int:
-    """T, the same of an input and a weight."""
+    """Checks that an input and a weight have as many points, and returns T."""
     if x.points not in (None, weight.points):
         raise ModeconnError(
             f"x has {x.points} points and the weight {weight.points}: expected as many"
@@ -163,45 +172,44 @@ def check_points(x: Samples, weight: Blended) -> int:
 
 
 def check_activation(name: str, activation: str) -> None:
-    """One of the activations' names."""
+    """Checks an activation's name."""
     if activation not in ACTIVATIONS:
         raise ModeconnError(f"{name} is {activation!r}: expected one of {', '.join(ACTIVATIONS)}")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
-    """All on one device that kernels run on.
+    """Checks that all tensors are on one device that kernels run on.
 
     Raises:
         ModeconnError: several devices, or a CPU outside of Triton's interpreter.
     """
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
-        raise ModeconnError(
-            f"tensors are on several devices: {', '.join(f'{n} on {d}' for n, d in devices.items())}"
-        )
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ModeconnError(f"tensors are on several devices: {places}: expected one")
     name, device = next(iter(devices.items()))
     if device.type != ("cpu" if INTERPRETED else "cuda"):
-        where = (
-            "the CPU (TRITON_INTERPRET is set)"
-            if INTERPRETED
-            else "CUDA devices (on the CPU with TRITON_INTERPRET=1)"
-        )
+        where = "CUDA devices (on the CPU with TRITON_INTERPRET=1)"
+        if INTERPRETED:
+            where = "the CPU (TRITON_INTERPRET is set)"
         raise ModeconnError(f"{name} is on {device}: the kernels run on {where}")
 
 
 def check_targets(targets: Tensor, samples: int) -> Tensor:
-    """Class labels [N], contiguous. Their values are not looked at: a label that is no class gives a loss of NaN."""
+    """Checks class labels [N] and returns them contiguous.
+
+    Their values are not read, which would wait for the device: a label that is no class gives a
+    loss of NaN.
+    """
     integers = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
     if (
         not isinstance(targets, Tensor)
         or targets.shape != (samples,)
         or targets.dtype not in integers
     ):
-        given = (
-            f"{list(targets.shape)} and dtype {targets.dtype}"
-            if isinstance(targets, Tensor)
-            else type(targets).__name__
-        )
+        given = type(targets).__name__
+        if isinstance(targets, Tensor):
+            given = f"{list(targets.shape)} and dtype {targets.dtype}"
         raise ModeconnError(
             f"targets have shape {given}: expected integers [{samples}], one class per sample"
         )

@@ -1,4 +1,4 @@
-"""What moves with t: Σ_k coefficients[t, k] · tensors[k], never stored for all t at once."""
+"""Tensors that move with t: Σ_k coefficients[t, k] · tensors[k], not stored for all t at once."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ class Blended:
         tensors, coefficients = self.tensors, self.coefficients
         if coefficients.dim() != 2 or tensors.dim() < 1 or coefficients.shape[1] != len(tensors):
             raise ModeconnError(
-                f"coefficients have shape {list(coefficients.shape)} and tensors {list(tensors.shape)}: expected [T, K] and "
-                "[K, …]"
+                f"coefficients have shape {list(coefficients.shape)} and tensors "
+                f"{list(tensors.shape)}: expected [T, K] and [K, …]"
             )
         if coefficients.device != tensors.device:
             raise ModeconnError(
-                f"coefficients are on {coefficients.device}, tensors on {tensors.device}: expected one device"
+                f"coefficients are on {coefficients.device}, tensors on {tensors.device}: "
+                "expected one device"
             )
 
     @classmethod
     def fixed(cls, tensor: Tensor, points: int) -> Blended:
-        """A tensor that is the same at all points."""
+        """Returns a tensor that is the same at all points, as a `Blended` of one term."""
         return cls(tensor[None], torch.ones((points, 1), device=tensor.device))
 
     @property
     def points(self) -> int:
-        """T."""
+        """The number of points, T."""
         return len(self.coefficients)
 
     @property
@@ -55,8 +56,8 @@ class Blended:
         """The shape at one point."""
         return self.tensors.shape[1:]
 
-    def formed(self) -> Tensor:
-        """The tensor at every point, [T, …]: what the kernels avoid, and their reference."""
+    def materialized(self) -> Tensor:
+        """Returns the tensor at every point, [T, …], which the kernels avoid: their reference."""
         columns = self.coefficients.to(self.tensors)
         total = self.tensors.new_zeros((self.points, *self.shape))
         for tensor, column in zip(self.tensors, columns.T):

@@ -1,4 +1,4 @@
-"""Kernels without a backward say so instead of dropping gradients silently."""
+"""Refusal of gradients by kernels that have no backward."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from modeconn.errors import ModeconnError
 
 
 def refuse_gradients(op: str, **tensors: Tensor | None) -> None:
-    """Raise if autograd would record the call.
+    """Raises if autograd would record the call, rather than dropping its gradients silently.
 
     Raises:
         ModeconnError: a tensor requires a gradient, outside of torch.no_grad().
@@ -17,5 +17,6 @@ def refuse_gradients(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             raise ModeconnError(
-                f"{name} requires a gradient, which {op} does not compute: detach it, or use {op}_reference"
+                f"{name} requires a gradient, which {op} does not compute: detach it, "
+                f"or use {op}_reference"
             )

@@ -1,4 +1,4 @@
-"""The head on tiles of logits: cross-entropy, error and top-5 error, with one pass over the classes.
+"""The head on tiles of logits: cross-entropy, error and top-5 error in one pass over the classes.
 
 A row's state is its greatest logit m and the class of it, the others' Σ exp(x_c − m), and the
 label's logit x_l:
@@ -22,25 +22,32 @@ _NO_CLASS = tl.constexpr(2**31 - 1)
 
 
 def head_reference(logits: Tensor, targets: Tensor, top5: bool = False) -> Tensor:
-    """Sums over samples of loss, errors, top-5 errors of logits [T, N, C], in their dtype [T, 3]; the loss differentiable."""
+    """Sums loss, errors and top-5 errors of logits [T, N, C] over the samples, in plain PyTorch.
+
+    Returns:
+        [T, 3] of the logits' dtype; the loss is differentiable.
+    """
     # NaN is greatest, and the first of equals is taken
     greatest, first = logits.detach().max(-1, keepdim=True)
     own = logits.gather(-1, targets.expand(logits.shape[:-1])[..., None])
     classes = torch.arange(logits.shape[-1], device=logits.device)
     greatest = logits.gather(-1, first)
     others = (logits - greatest).exp().masked_fill(classes == first, 0)
-    loss = (others.sum(-1).log1p() + (greatest - own)[..., 0]).masked_fill(
-        ~greatest[..., 0].isfinite(), float("nan")
-    )
+    loss = others.sum(-1).log1p() + (greatest - own)[..., 0]
+    loss = loss.masked_fill(~greatest[..., 0].isfinite(), float("nan"))
     above = (logits > own) | (logits.isnan() & ~own.isnan())
     above |= ((logits == own) | (logits.isnan() & own.isnan())) & (classes < targets[:, None])
     ranked = above.sum(-1) >= 5 if top5 else torch.zeros_like(loss)
-    return torch.stack([v.to(logits).sum(-1) for v in (loss, first[..., 0] != targets, ranked)], -1)
+    columns = loss, first[..., 0] != targets, ranked
+    return torch.stack([column.to(logits).sum(-1) for column in columns], -1)
 
 
 @triton.jit
 def log1p(s):
-    """Of s ≥ 0, to the last digits: by the series of 2 artanh(s / (2 + s)) while 1 + s would lose them."""
+    """Computes log(1 + s) of s ≥ 0 to the last digits.
+
+    While 1 + s would lose them, by the series of 2 artanh(s / (2 + s)).
+    """
     z = s / (2.0 + s)
     q = z * z
     series = 2.0 * z * (1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9)))))
@@ -49,10 +56,12 @@ def log1p(s):
 
 @triton.jit
 def head_start(ROWS: tl.constexpr):
-    """The state before any class: greatest logit, its class, the sum of the others, the label's logit."""
-    lowest = tl.full((ROWS,), float("-inf"), tl.float32)
+    """Returns the state of rows before any class.
+
+    The state is (greatest logit, its class, Σ exp of the others, the label's logit), each [ROWS].
+    """
     return (
-        lowest,
+        tl.full((ROWS,), float("-inf"), tl.float32),
         tl.zeros((ROWS,), tl.int32),
         tl.zeros((ROWS,), tl.float32),
         tl.full((ROWS,), float("nan"), tl.float32),
@@ -60,8 +69,9 @@ def head_start(ROWS: tl.constexpr):
 
 
 @triton.jit
-def head_update(z, c, classes, label, greatest, first, others, own):
-    """Take in the logits z [rows, columns] of the classes c, which come in order."""
+def head_update(z, c, classes, label, state):
+    """Returns the state after the logits z [rows, columns] of the next classes c, in order."""
+    greatest, first, others, own = state
     c = c[None, :]
     inside = c < classes
     z = tl.where(inside, z, float("-inf"))
@@ -86,8 +96,9 @@ def head_update(z, c, classes, label, greatest, first, others, own):
 
 
 @triton.jit
-def head_rank(z, c, classes, label, own):
-    """How many of the classes c rank above the label."""
+def head_rank(z, c, classes, label, state):
+    """Counts, for each row, the classes among c that rank above the label."""
+    _, _, _, own = state
     c = c[None, :]
     own = own[:, None]
     equal = (z == own) | ((z != z) & (own != own))
@@ -96,8 +107,9 @@ def head_rank(z, c, classes, label, own):
 
 
 @triton.jit
-def head_store(sums, row, rows, label, greatest, first, others, own, rank, TOP5: tl.constexpr):
-    """Write the sums over the rows of a tile of loss, errors and top-5 errors, in float64."""
+def head_store(sums, row, rows, label, state, rank, TOP5: tl.constexpr):
+    """Writes a tile's sums over its rows of loss, errors and top-5 errors, in float64."""
+    greatest, first, others, own = state
     exists = row < rows
     loss = tl.where(tl.abs(greatest) < float("inf"), log1p(others) + (greatest - own), float("nan"))
     tl.store(sums, tl.sum(tl.where(exists, loss, 0.0).to(tl.float64), 0))

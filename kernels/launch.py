@@ -1,10 +1,10 @@
-"""What all kernels share around a launch: Triton itself, precisions, configurations, chunks of points."""
+"""Launching kernels: Triton itself, precisions, configurations and chunks of points."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ except ModuleNotFoundError as missing:
 __all__ = [
     "INTERPRETED",
     "PRECISIONS",
-    "AotCase",
     "blackwell",
     "chunks",
     "dot_precision",
@@ -39,15 +38,15 @@ __all__ = [
 # first imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# What stands behind a precision's name in tl.dot. Three tf32 products carry 21 bits of each
+# The `input_precision` of tl.dot for each precision. Three tf32 products carry 21 bits of each
 # operand, so their error stays below that of adding up more than about fifty products in float32,
 # at 2.5 times the rate of the CUDA cores; "ieee" is exact products on CUDA cores. Which is right
 # for "float32" is the one choice that a GPU can still overrule.
 PRECISIONS = {"float32": "tf32x3", "tf32": "tf32", "bf16": "bf16"}
 
 if INTERPRETED:
-    # Twice as fast without the search for integer overflow, and NumPy's warnings are about values
-    # that may be infinite.
+    # Twice as fast without the search for integer overflow. NumPy's warnings, which `launch` turns
+    # off, are about values that may be infinite.
     import numpy as np
     from triton.runtime import interpreter
 
@@ -56,33 +55,9 @@ if INTERPRETED:
         _builder.options = replace(_builder.options, sanitize_overflow=False)
 
 
-@dataclass(frozen=True)
-class AotCase:
-    """A default configuration that can be compiled without a GPU, for the resource report.
-
-    Attributes:
-        name: what it is, for people.
-        kernel: the jitted function.
-        signature: the Triton type of each argument at run time, ":16" behind it where it is
-            divisible by 16.
-        constexprs: the others.
-        tensor_cores: whether the machine code must use them.
-        archs: those that it is the default of, as compute capabilities.
-    """
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    tensor_cores: bool
-    archs: tuple[int, ...] = (80, 90, 100)
-
-
 @triton.jit
 def multiply(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b in float32, operands as the precision says."""
+    """Returns total + a @ b in float32, the operands rounded as the precision says."""
     if PRECISION == "bf16":
         total = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
     elif PRECISION == "bf16_rounded":  # the interpreter cannot multiply bfloat16
@@ -93,10 +68,10 @@ def multiply(a, b, total, PRECISION: tl.constexpr):
 
 
 def dot_precision(precision: str) -> str:
-    """What `multiply` takes for a precision.
+    """Returns the `PRECISION` of `multiply` for a precision's name.
 
     Raises:
-        ModeconnError: a precision that is none.
+        ModeconnError: an unknown precision.
     """
     if precision not in PRECISIONS:
         raise ModeconnError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}")
@@ -111,7 +86,7 @@ def launch(
     *arguments: Any,
     **options: Any,
 ) -> None:
-    """Start a kernel on the device of a tensor.
+    """Starts a kernel on the device of a tensor.
 
     Args:
         programs: how many, at least one; or a function of the configuration.
@@ -125,15 +100,15 @@ def launch(
 
 
 def blackwell(device: torch.device) -> bool:
-    """Whether a device is a CUDA one of compute capability 10 or later, where some configurations are others."""
+    """Whether a device is of compute capability 10 or later, where some configurations differ."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
 
 
 def tuned(configs: list[Any], key: list[str]) -> Callable[[Any], Any]:
-    """Chooses among a kernel's few configurations by measuring on the GPU, once per key; the first without one.
+    """Returns a decorator that chooses among configurations by measuring on the GPU, once per key.
 
-    They differ in nothing that changes the order of a sum, so the choice changes no bit of the
-    result.
+    Without a GPU the kernel is returned as it is. Configurations differ in nothing that changes the
+    order of a sum, so the choice changes no bit of the result.
     """
     return lambda kernel: (
         kernel if INTERPRETED else triton.autotune(configs, key=key, cache_results=True)(kernel)
@@ -141,12 +116,12 @@ def tuned(configs: list[Any], key: list[str]) -> Callable[[Any], Any]:
 
 
 def padded(width: int, multiple: int = 16) -> int:
-    """The next multiple."""
+    """Rounds a width up to the next multiple."""
     return -(-width // multiple) * multiple
 
 
 def chunks(points: int, bytes_per_point: int, budget: int) -> Iterator[slice]:
-    """Points in groups whose temporary values fit a budget."""
+    """Yields the points in chunks whose temporary values fit a budget of bytes."""
     step = max(1, budget // max(1, bytes_per_point))
     for begin in range(0, points, step):
         yield slice(begin, min(begin + step, points))

@@ -1,8 +1,9 @@
-"""Gradients of a linear layer at many points, from g[t, n] = ∂L/∂(x W(t)ᵀ + b(t)); the one of x[t] is the product g[t] W(t).
+"""Gradients of a linear layer at many points, from g[t, n] = ∂L/∂(x W(t)ᵀ + b(t)).
 
     through the activation   g = ∂L/∂y · act'(u)
     shared values            ∂L/∂v_j = Σ_t c[t, j] act'(Σ_i c[t, i] v_i) ∂L/∂x[t]
     control points           ∂L/∂W_k = Σ_t c[t, k] g[t]ᵀ x[t];   ∂L/∂b_k = Σ_t c[t, k] Σ_n g[t, n]
+    one x per point          ∂L/∂x[t] = g[t] W(t), which is path_linear's product
 
 A program owns a tile of ∂L/∂W_k for all k and some of the points: it adds each point's product
 g[t]ᵀ x[t], in registers over the rows, to K tiles in L2. So there are no T gradients in memory,
@@ -13,18 +14,14 @@ read once per 64 columns of the other.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from modeconn.kernels.activations import derivative
-from modeconn.kernels.arguments import Samples
+from modeconn.kernels.arguments import Options, Samples
 from modeconn.kernels.blended import Blended
 from modeconn.kernels.launch import (
     INTERPRETED,
-    PRECISIONS,
-    AotCase,
     dot_precision,
     launch,
     multiply,
@@ -32,16 +29,17 @@ from modeconn.kernels.launch import (
     tl,
     triton,
 )
-from modeconn.kernels.tiles import blend, load_samples, samples_arguments, where_active
+from modeconn.kernels.tiles import blend, load_samples, sample_rows, samples_arguments, where_active
 
-# Programs that fill a device of 132 multiprocessors twice. A constant, so that sums do not depend
-# on the device.
+# Programs of a weight gradient that fill a device of 132 multiprocessors twice. A constant, so that
+# sums do not depend on the device.
 _PROGRAMS = 4 if INTERPRETED else 264
-_ROWS, _COLUMNS = 32, 64
+# Rows of a tile, and columns; a tile of ∂L/∂W_k has as many columns in both directions.
+ROWS, COLUMNS = 32, 64
 
 
 @triton.jit
-def _activation_kernel(
+def activation_gradient_kernel(
     grad,
     y,
     out,
@@ -79,7 +77,7 @@ def _activation_kernel(
 
 
 @triton.jit
-def _shared_kernel(
+def shared_gradient_kernel(
     grad,
     x,
     x_coefficients,
@@ -131,7 +129,7 @@ def _shared_kernel(
 
 
 @triton.jit
-def _weight_kernel(
+def weight_gradient_kernel(
     grad,
     w_coefficients,
     out,
@@ -173,6 +171,7 @@ def _weight_kernel(
     target = out + split.to(tl.int64) * out_split + unit.to(tl.int64)[:, None] * depth + d[None, :]
     mask = (unit < units)[:, None] & (d < depth)[None, :]
     here = first.to(tl.int64)
+    samples = x, x_coefficients, x_stride, x_row, x_depth, end, depth, read_depth, input_slope
     for t in range(first, tl.minimum(first + split_points, points)):
         total = tl.zeros((COLUMNS, COLUMNS), tl.float32)
         for start in range(begin, end, ROWS):
@@ -183,25 +182,8 @@ def _weight_kernel(
                 mask=(row < end)[None, :] & (unit < units)[:, None],
                 other=0.0,
             )
-            x_rows = x + far[:, None] * x_row
-            if X_TERMS == 0:
-                x_rows += here * x_stride
-            value = load_samples(
-                x_rows,
-                x_coefficients,
-                x_stride,
-                x_depth,
-                row,
-                d,
-                t,
-                end,
-                depth,
-                read_depth,
-                INPUT_ACTIVATION,
-                input_slope,
-                X_TERMS,
-                X_PADDED,
-            )
+            x_rows = sample_rows(samples, row, here, X_TERMS)
+            value = load_samples(x_rows, samples, row, d, t, INPUT_ACTIVATION, X_TERMS, X_PADDED)
             total = multiply(g, value, total, PRECISION)
         for k in tl.static_range(W_TERMS):
             c = tl.load(w_coefficients + t * W_TERMS + k)
@@ -214,19 +196,20 @@ def _weight_kernel(
 def through_activation(
     grad: Tensor, y: Tensor, out: Tensor, activation: str, slope: float
 ) -> Tensor:
-    """Write g of [T, N, units] into out, of padded rows; y is what `derivative` takes."""
+    """Writes g = ∂L/∂y · act' of [T, N, units] into out, and returns it.
+
+    Args:
+        y: the activation's input or output, as `derivative` takes it.
+        out: of rows that may be padded, as `new_rows` gives them.
+    """
     points, rows, units = grad.shape
-    row_tiles, out_units = triton.cdiv(rows, _ROWS), min(padded(units), out.stride(1))
+    row_tiles, out_units = triton.cdiv(rows, ROWS), min(padded(units), out.stride(1))
     strides = dict(zip(("grad_point", "grad_row", "grad_unit"), grad.stride()))
-    strides |= {
-        "y_point": y.stride(0),
-        "y_row": y.stride(1),
-        "out_point": out.stride(0),
-        "out_row": out.stride(1),
-    }
+    strides |= dict(zip(("y_point", "y_row"), y.stride()))
+    strides |= dict(zip(("out_point", "out_row"), out.stride()))
     launch(
-        _activation_kernel,
-        points * row_tiles * triton.cdiv(out_units, 2 * _COLUMNS),
+        activation_gradient_kernel,
+        points * row_tiles * triton.cdiv(out_units, 2 * COLUMNS),
         out,
         grad=grad,
         y=y,
@@ -238,24 +221,27 @@ def through_activation(
         **strides,
         slope=slope,
         ACTIVATION=activation,
-        ROWS=_ROWS,
-        COLUMNS=2 * _COLUMNS,
+        ROWS=ROWS,
+        COLUMNS=2 * COLUMNS,
         num_warps=4,
     )
     return out
 
 
-def add_shared(
-    grad: Tensor, x: Samples, begin: int, total: Tensor, activation: str, slope: float
-) -> None:
-    """Add what some points' ∂L/∂x [t, N, depth], the first being `begin`, give to the shared values' gradient."""
+def add_shared(grad: Tensor, x: Samples, begin: int, total: Tensor, options: Options) -> None:
+    """Adds some points' share of the gradient of an input that all points share.
+
+    Args:
+        grad: ∂L/∂x [t, N, depth] of the points from `begin` on.
+        total: the gradient of the shared values, or of the one input.
+    """
     points, rows, depth = grad.shape
     terms = max(x.terms, 1)
     stride, row, column = x.strides()
     coefficients = x.values if x.coefficients is None else x.coefficients[begin:]
     launch(
-        _shared_kernel,
-        terms * triton.cdiv(rows, _ROWS) * triton.cdiv(depth, 2 * _COLUMNS),
+        shared_gradient_kernel,
+        terms * triton.cdiv(rows, ROWS) * triton.cdiv(depth, 2 * COLUMNS),
         total,
         grad=grad,
         x=x.values,
@@ -271,37 +257,36 @@ def add_shared(
         x_depth=column,
         out_term=rows * depth,
         out_row=depth,
-        slope=slope,
-        ACTIVATION=activation,
+        slope=options.input_slope,
+        ACTIVATION=options.input_activation,
         TERMS=x.terms,
-        ROWS=_ROWS,
-        COLUMNS=2 * _COLUMNS,
+        ROWS=ROWS,
+        COLUMNS=2 * COLUMNS,
         num_warps=4,
     )
 
 
-def weight_gradient(
-    grad: Tensor, x: Samples, weight: Blended, precision: str, activation: str, slope: float
-) -> Tensor:
-    """∂L/∂W_k [K, units, depth] in float32, from g [T, N, units] of unit stride and the layer's input."""
+def weight_gradient(grad: Tensor, x: Samples, weight: Blended, options: Options) -> Tensor:
+    """Computes ∂L/∂W_k [K, units, depth] in float32.
+
+    Args:
+        grad: g [T, N, units], of unit stride.
+        x: the layer's input.
+    """
     points, rows, units = grad.shape
     depth, terms = x.shape[-1], len(weight.tensors)
-    tiles = triton.cdiv(units, _COLUMNS) * triton.cdiv(depth, _COLUMNS)
-    wanted = triton.cdiv(_PROGRAMS, tiles)
-    split_points = triton.cdiv(points, min(points, wanted))
+    tiles = triton.cdiv(units, COLUMNS) * triton.cdiv(depth, COLUMNS)
+    # Split by points first, as each split of the rows adds K tiles to memory again for every point.
+    splits = triton.cdiv(_PROGRAMS, tiles)
+    split_points = triton.cdiv(points, min(points, splits))
     point_splits = triton.cdiv(points, split_points)
-    split_rows = padded(triton.cdiv(rows, triton.cdiv(wanted, point_splits)), 16 * _ROWS)
+    split_rows = padded(triton.cdiv(rows, triton.cdiv(splits, point_splits)), 16 * ROWS)
     row_splits = triton.cdiv(rows, split_rows)
-    parts = torch.zeros(
-        (point_splits * row_splits, terms, units, depth), dtype=torch.float32, device=grad.device
-    )
-    splits: dict[str, Any] = {
-        "split_points": split_points,
-        "split_rows": split_rows,
-        "row_splits": row_splits,
-    }
+    shape = point_splits * row_splits, terms, units, depth
+    parts = torch.zeros(shape, dtype=torch.float32, device=grad.device)
+    dot = dot_precision(options.precision)
     launch(
-        _weight_kernel,
+        weight_gradient_kernel,
         tiles * len(parts),
         grad,
         grad=grad,
@@ -312,83 +297,31 @@ def weight_gradient(
         units=units,
         grad_point=grad.stride(0),
         grad_row=grad.stride(1),
-        **splits,
+        split_points=split_points,
+        split_rows=split_rows,
+        row_splits=row_splits,
         out_split=parts.stride(0),
         out_term=parts.stride(1),
-        input_slope=slope,
-        INPUT_ACTIVATION=activation,
+        input_slope=options.input_slope,
+        INPUT_ACTIVATION=options.input_activation,
         W_TERMS=terms,
-        PRECISION=dot_precision(precision),
-        ROWS=_rows(dot_precision(precision)),
-        COLUMNS=_COLUMNS,
+        PRECISION=dot,
+        ROWS=product_rows(dot),
+        COLUMNS=COLUMNS,
         num_warps=8,
         num_stages=3,
     )
     return parts.sum(0)
 
 
-def _rows(precision: str) -> int:
-    """Rows of one product of the control points' gradient: three products at a time need the registers."""
-    return _ROWS // 2 if precision == "tf32x3" else _ROWS
+def product_rows(precision: str) -> int:
+    """Returns the rows of one product of the control points' gradient.
+
+    Half as many for three tf32 products at a time, which need the registers.
+    """
+    return ROWS // 2 if precision == "tf32x3" else ROWS
 
 
 def bias_gradient(grad: Tensor, bias: Blended) -> Tensor:
-    """∂L/∂b_k [K, units] in float32."""
+    """Computes ∂L/∂b_k [K, units] in float32."""
     return (bias.coefficients[:, :, None] * grad.sum(1)[:, None]).sum(0)
-
-
-def aot_cases() -> list[AotCase]:
-    """The control points' gradient of a layer 245 → 245 of a line, and the two steps around it."""
-    pointers, numbers = (
-        ("grad", "out", "w_coefficients", "x", "x_coefficients"),
-        ("points", "rows", "units", "depth"),
-    )
-    common = dict.fromkeys(pointers, "*fp32:16") | dict.fromkeys(numbers, "i32")
-    common |= dict.fromkeys(
-        ("x_stride", "x_row", "read_depth", "grad_point", "grad_row", "split_rows"), "i32:16"
-    )
-    common |= dict.fromkeys(("split_points", "row_splits", "out_split", "out_term"), "i32") | {
-        "input_slope": "fp32"
-    }
-    constants = {
-        "x_depth": 1,
-        "W_TERMS": 2,
-        "ROWS": _ROWS,
-        "COLUMNS": _COLUMNS,
-        "INPUT_ACTIVATION": "relu",
-        "X_PADDED": True,
-    }
-    cases = []
-    for precision in PRECISIONS.values():
-        for terms in (0, 2):
-            name = f"weight gradient {precision}{' of a combined x' if terms else ''}"
-            how = {**constants, "PRECISION": precision, "X_TERMS": terms, "ROWS": _rows(precision)}
-            cases.append(AotCase(name, _weight_kernel, common, how, 8, 3, precision != "ieee"))
-    rows = dict.fromkeys(("grad", "y", "out"), "*fp32:16") | dict.fromkeys(
-        ("rows", "units", "row_tiles"), "i32"
-    )
-    rows |= dict.fromkeys(
-        ("grad_point", "grad_row", "y_point", "y_row", "out_point", "out_row", "out_units"),
-        "i32:16",
-    )
-    block = {"ROWS": _ROWS, "COLUMNS": 2 * _COLUMNS}
-    how = {"ACTIVATION": "gelu", "grad_unit": 1, **block}
-    cases.append(
-        AotCase(
-            "activation gradient", _activation_kernel, rows | {"slope": "fp32"}, how, 4, 3, False
-        )
-    )
-    rows = dict.fromkeys(("grad", "x", "x_coefficients", "out"), "*fp32:16") | dict.fromkeys(
-        ("points", "rows", "depth"), "i32"
-    )
-    rows |= dict.fromkeys(("grad_point", "grad_row", "x_term", "x_row"), "i32:16") | {
-        "out_term": "i32",
-        "out_row": "i32",
-    }
-    how = {"ACTIVATION": "gelu", "TERMS": 2, "x_depth": 1, **block}
-    return [
-        *cases,
-        AotCase(
-            "shared values' gradient", _shared_kernel, rows | {"slope": "fp32"}, how, 4, 3, False
-        ),
-    ]

@@ -1,17 +1,19 @@
-"""The last layer and the loss at many points, summed over the samples: no [T, N, classes] array is stored.
+"""The last layer and the loss at many points, summed over the samples.
 
-    z[t, n] = x[t, n] W(t)ᵀ + b(t), or the logits as they are given;   sums over n of loss, errors,
-    top-5 errors (head.py)
+    z[t, n] = x[t, n] W(t)ᵀ + b(t), or the logits as they are given
+    sums over n of loss, errors and top-5 errors (head.py)
+
+No [T, N, classes] array is stored.
 
 Floor: 2 T N depth classes operations, x read once (per point, or once in all), 24 bytes written per
 point and row tile. With few classes it is bound by reading x (predicted, as for path_linear.py);
 with a vocabulary by the products.
 
 Layout: a program takes a tile of rows of one point through all tiles of classes, keeping one state
-per row. Programs are ordered as in path_linear.py, and the weights formed or blended by the same
-choice. Ranks need the label's logit first, so for top-5 errors of more classes than fit one tile
-the logits are made twice. Each program writes its sums; they are added in float64 in a fixed order.
-The gradient makes the logits of some points again (chain_gradients.py).
+per row. Programs are ordered as in path_linear.py, and the weights materialized or blended by the
+same choice. Ranks need the label's logit first, so for top-5 errors of more classes than fit one
+tile the logits are made twice. Each program writes its sums; they are added in float64 in a fixed
+order. The gradient makes the logits of some points again (chain_gradients.py).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor
 from modeconn.errors import ModeconnError
 from modeconn.kernels.activations import act
 from modeconn.kernels.arguments import (
+    Options,
     PathLayer,
     Samples,
     check_layer,
@@ -34,11 +37,8 @@ from modeconn.kernels.arguments import (
 )
 from modeconn.kernels.blended import Blended
 from modeconn.kernels.chain_gradients import chain_gradients
-from modeconn.kernels.form import formed
 from modeconn.kernels.head import head_rank, head_reference, head_start, head_store, head_update
 from modeconn.kernels.launch import (
-    PRECISIONS,
-    AotCase,
     blackwell,
     chunks,
     dot_precision,
@@ -47,73 +47,35 @@ from modeconn.kernels.launch import (
     tl,
     triton,
 )
+from modeconn.kernels.materialize import materialized
 from modeconn.kernels.path_linear import (
     BLOCK_K,
-    FORMED_BYTES,
-    Options,
+    MATERIALIZED_BYTES,
     blends_in_prologue,
     path_linear_reference,
 )
 from modeconn.kernels.tiles import (
     aligned,
-    aot_arguments,
     bias_arguments,
     blended_arguments,
-    formed_arguments,
     linear_tile,
     load_samples,
+    materialized_arguments,
     rows_of_a_group,
+    sample_rows,
     samples_arguments,
     tile_of_program,
 )
 
 
-def path_cross_entropy_reference(
-    x: Tensor | Blended,
-    weight: Blended | None,
-    bias: Blended | None,
-    targets: Tensor,
-    *,
-    input_activation: str = "identity",
-    input_slope: float = 0.01,
-    top5: bool = False,
-) -> Tensor:
-    """`path_cross_entropy` in plain PyTorch, in any dtype and differentiable: what the kernel is judged by."""
-    if weight is not None:
-        z = path_linear_reference(
-            x, weight, bias, input_activation=input_activation, input_slope=input_slope
-        )
-    elif isinstance(x, Blended):
-        z = act(x.formed(), input_activation, input_slope)
-    else:
-        z = x if x.dim() == 3 else x[None]
-    return head_reference(z, targets, top5)
-
-
 @triton.jit
 def _logits(
-    x,
-    x_coefficients,
-    x_stride,
-    x_row,
-    x_depth,
-    w,
-    w_coefficients,
-    w_stride,
-    w_unit,
-    w_depth,
+    samples,
+    weight,
     bias,
-    bias_coefficients,
-    b_term,
-    b_unit,
     row,
     c,
     t,
-    rows,
-    units,
-    depth,
-    read_depth,
-    input_slope,
     INPUT_ACTIVATION: tl.constexpr,
     X_TERMS: tl.constexpr,
     X_PADDED: tl.constexpr,
@@ -121,69 +83,34 @@ def _logits(
     B_TERMS: tl.constexpr,
     GIVEN: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """Computes a tile [rows, classes c] of logits, or reads it where the logits are given."""
     if GIVEN:
-        x_rows = x + row.to(tl.int64)[:, None] * x_row
-        if X_TERMS == 0:
-            x_rows += t.to(tl.int64) * x_stride
-        z = load_samples(
-            x_rows,
-            x_coefficients,
-            x_stride,
-            x_depth,
-            row,
-            c,
-            t,
-            rows,
-            depth,
-            read_depth,
-            INPUT_ACTIVATION,
-            input_slope,
-            X_TERMS,
-            X_PADDED,
-        ).to(tl.float32)
+        x_rows = sample_rows(samples, row, t, X_TERMS)
+        z = load_samples(x_rows, samples, row, c, t, INPUT_ACTIVATION, X_TERMS, X_PADDED)
+        z = z.to(tl.float32)
     else:
         z = linear_tile(
-            x,
-            x_coefficients,
-            x_stride,
-            x_row,
-            x_depth,
-            w,
-            w_coefficients,
-            w_stride,
-            w_unit,
-            w_depth,
+            samples,
+            weight,
             bias,
-            bias_coefficients,
-            b_term,
-            b_unit,
             row,
             c,
             t,
-            rows,
-            units,
-            depth,
-            read_depth,
-            input_slope,
             INPUT_ACTIVATION,
             X_TERMS,
             X_PADDED,
             W_TERMS,
             B_TERMS,
             PRECISION,
-            BLOCK_M,
-            BLOCK_N,
             BLOCK_K,
         )
     return z
 
 
 @triton.jit
-def _cross_entropy_kernel(
+def cross_entropy_kernel(
     x,
     x_coefficients,
     x_stride,
@@ -224,72 +151,23 @@ def _cross_entropy_kernel(
     t, row_tile, _ = tile_of_program(points, rows, 1, group_rows, BLOCK_M)
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     label = tl.load(targets + row, mask=row < rows, other=0).to(tl.int32)
-    c = tl.arange(0, BLOCK_N)
-    greatest, first, others, own = head_start(BLOCK_M)
+    samples = x, x_coefficients, x_stride, x_row, x_depth, rows, depth, read_depth, input_slope
+    weight = w, w_coefficients, w_stride, w_unit, w_depth, units
+    bias_values = bias, bias_coefficients, b_term, b_unit
+    state = head_start(BLOCK_M)
     rank = tl.zeros((BLOCK_M,), tl.int32)
-    if ONE_TILE:
-        z = _logits(
-            x,
-            x_coefficients,
-            x_stride,
-            x_row,
-            x_depth,
-            w,
-            w_coefficients,
-            w_stride,
-            w_unit,
-            w_depth,
-            bias,
-            bias_coefficients,
-            b_term,
-            b_unit,
-            row,
-            c,
-            t,
-            rows,
-            units,
-            depth,
-            read_depth,
-            input_slope,
-            INPUT_ACTIVATION,
-            X_TERMS,
-            X_PADDED,
-            W_TERMS,
-            B_TERMS,
-            GIVEN,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
-        greatest, first, others, own = head_update(z, c, units, label, greatest, first, others, own)
-        if TOP5:
-            rank += head_rank(z, c, units, label, own)
-    else:
-        for start in range(0, units, BLOCK_N):
+    # The second pass counts ranks, which need the label's logit; with one tile both are one.
+    PASSES: tl.constexpr = 2 if TOP5 and not ONE_TILE else 1
+    for make in tl.static_range(PASSES):
+        for start in range(0, BLOCK_N if ONE_TILE else units, BLOCK_N):
+            c = start + tl.arange(0, BLOCK_N)
             z = _logits(
-                x,
-                x_coefficients,
-                x_stride,
-                x_row,
-                x_depth,
-                w,
-                w_coefficients,
-                w_stride,
-                w_unit,
-                w_depth,
-                bias,
-                bias_coefficients,
-                b_term,
-                b_unit,
+                samples,
+                weight,
+                bias_values,
                 row,
-                start + c,
+                c,
                 t,
-                rows,
-                units,
-                depth,
-                read_depth,
-                input_slope,
                 INPUT_ACTIVATION,
                 X_TERMS,
                 X_PADDED,
@@ -297,73 +175,34 @@ def _cross_entropy_kernel(
                 B_TERMS,
                 GIVEN,
                 PRECISION,
-                BLOCK_M,
-                BLOCK_N,
                 BLOCK_K,
             )
-            greatest, first, others, own = head_update(
-                z, start + c, units, label, greatest, first, others, own
-            )
-        if TOP5:
-            for start in range(0, units, BLOCK_N):
-                z = _logits(
-                    x,
-                    x_coefficients,
-                    x_stride,
-                    x_row,
-                    x_depth,
-                    w,
-                    w_coefficients,
-                    w_stride,
-                    w_unit,
-                    w_depth,
-                    bias,
-                    bias_coefficients,
-                    b_term,
-                    b_unit,
-                    row,
-                    start + c,
-                    t,
-                    rows,
-                    units,
-                    depth,
-                    read_depth,
-                    input_slope,
-                    INPUT_ACTIVATION,
-                    X_TERMS,
-                    X_PADDED,
-                    W_TERMS,
-                    B_TERMS,
-                    GIVEN,
-                    PRECISION,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                )
-                rank += head_rank(z, start + c, units, label, own)
+            if make == 0:
+                state = head_update(z, c, units, label, state)
+            if TOP5 and make == PASSES - 1:
+                rank += head_rank(z, c, units, label, state)
     place = sums + (t.to(tl.int64) * row_tiles + row_tile) * 3
-    head_store(place, row, rows, label, greatest, first, others, own, rank, TOP5)
+    head_store(place, row, rows, label, state, rank, TOP5)
 
 
 def blocks(classes: int, given: bool) -> triton.Config:
-    """The configuration: all classes in one tile where registers hold it, else tiles of 128."""
+    """Returns the configuration: all classes in a tile where registers hold them, else 128."""
     if given:
         columns = min(1024, triton.next_power_of_2(max(16, classes)))
-        return triton.Config(
-            {"BLOCK_M": max(1, 4096 // columns), "BLOCK_N": columns}, num_warps=4, num_stages=2
-        )
+        tile = {"BLOCK_M": max(1, 4096 // columns), "BLOCK_N": columns}  # 32 logits a thread
+        return triton.Config(tile, num_warps=4, num_stages=2)
     columns = min(128, triton.next_power_of_2(max(32, classes)))
     # four warps spill on sm_80
     return triton.Config({"BLOCK_M": 64, "BLOCK_N": columns}, num_warps=8, num_stages=3)
 
 
-def _in_one_tile(
+def in_one_tile(
     config: triton.Config, classes: int, given: bool, top5: bool, device: torch.device
 ) -> bool:
-    """Whether the logits are made once, in a single tile; otherwise tile by tile, and once more for the top five.
+    """Whether the logits are made once, in a single tile.
 
-    One tile of a product is worth it for the top five alone, and does not compile for Blackwell
-    (Triton 3.7).
+    Otherwise they are made tile by tile, and once more for top-5 errors. For a product one tile
+    pays with top-5 errors alone, and does not compile for Blackwell (Triton 3.7).
     """
     if classes > config.kwargs["BLOCK_N"]:
         return False
@@ -371,38 +210,29 @@ def _in_one_tile(
 
 
 def _sums(
-    x: Samples, layer: PathLayer | None, targets: Tensor, points: int, top5: bool, options: Options
+    x: Samples, layer: PathLayer | None, targets: Tensor, top5: bool, options: Options
 ) -> Tensor:
-    rows, classes = x.shape[0], x.shape[1] if layer is None else layer.weight.shape[0]
+    """Launches the kernel and returns the sums, float64 [T, 3]; without a layer x holds logits."""
+    rows, classes, points = x.shape[0], x.shape[1], 1 if x.points is None else x.points
+    if layer is not None:
+        classes, points = layer.weight.shape[0], layer.weight.points
     if points == 0 or rows == 0:
         return torch.zeros((points, 3), dtype=torch.float64, device=x.values.device)
     config = blocks(classes, layer is None)
     row_tiles = triton.cdiv(rows, config.kwargs["BLOCK_M"])
     sums = torch.empty((points, row_tiles, 3), dtype=torch.float64, device=x.values.device)
     x = aligned(x)
-    common = {
-        "targets": targets,
-        "units": classes,
-        "row_tiles": row_tiles,
-        "group_rows": rows_of_a_group(x),
-        "TOP5": top5,
-    }
-    common |= {
-        "input_slope": options.input_slope,
-        "INPUT_ACTIVATION": options.input_activation,
-        "GIVEN": layer is None,
-    }
-    common |= {
-        "PRECISION": dot_precision(options.precision),
-        "BLOCK_K": BLOCK_K,
-        **config.all_kwargs(),
-    }
-    common["ONE_TILE"] = _in_one_tile(config, classes, layer is None, top5, x.values.device)
+    common: dict[str, Any] = {"targets": targets, "units": classes, "TOP5": top5}
+    common |= {"row_tiles": row_tiles, "group_rows": rows_of_a_group(x), "GIVEN": layer is None}
+    common |= {"input_slope": options.input_slope, "INPUT_ACTIVATION": options.input_activation}
+    common |= {"PRECISION": dot_precision(options.precision), "BLOCK_K": BLOCK_K}
+    common["ONE_TILE"] = in_one_tile(config, classes, layer is None, top5, x.values.device)
+    common |= config.all_kwargs()
 
     def run(part: slice, weights: dict[str, Any]) -> None:
         count = part.stop - part.start
         launch(
-            _cross_entropy_kernel,
+            cross_entropy_kernel,
             count * row_tiles,
             sums,
             **samples_arguments(x, part.start),
@@ -414,21 +244,23 @@ def _sums(
 
     everything = slice(0, points)
     if layer is None:
-        nothing = dict.fromkeys(("w", "w_coefficients", "bias", "bias_coefficients"), x.values)
-        nothing |= dict.fromkeys(
-            ("w_stride", "w_unit", "w_depth", "b_term", "b_unit", "W_TERMS", "B_TERMS"), 0
-        )
-        run(everything, nothing)
+        run(everything, _no_layer(x.values))
     elif blends_in_prologue(row_tiles, len(layer.weight.tensors)):
         run(everything, blended_arguments(layer.weight) | bias_arguments(layer.bias, layer.weight))
     else:
         dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-        for part in chunks(
-            points, padded(layer.weight.shape.numel()) * dtype.itemsize, FORMED_BYTES
-        ):
-            weights = formed_arguments(formed(layer.weight, part, dtype))
+        per_point = padded(layer.weight.shape.numel()) * dtype.itemsize
+        for part in chunks(points, per_point, MATERIALIZED_BYTES):
+            weights = materialized_arguments(materialized(layer.weight, part, dtype))
             run(part, weights | bias_arguments(layer.bias, layer.weight, part.start))
     return sums.sum(1)
+
+
+def _no_layer(any_tensor: Tensor) -> dict[str, Any]:
+    """Returns arguments for the weight and bias of no layer; any pointer will do."""
+    pointers = ("w", "w_coefficients", "bias", "bias_coefficients")
+    numbers = ("w_stride", "w_unit", "w_depth", "b_term", "b_unit", "W_TERMS", "B_TERMS")
+    return dict.fromkeys(pointers, any_tensor) | dict.fromkeys(numbers, 0)
 
 
 class _PathCrossEntropy(torch.autograd.Function):
@@ -441,13 +273,12 @@ class _PathCrossEntropy(torch.autograd.Function):
         x: Samples,
         layer: PathLayer | None,
         targets: Tensor,
-        points: int,
-        top5: bool,
-        options: Options,
+        top5_and_options: tuple[bool, Options],
     ) -> Tensor:
+        top5, options = top5_and_options
         ctx.inputs = (x, [] if layer is None else [layer], targets, options)
         ctx.save_for_backward(values, weights, biases)
-        return _sums(x, layer, targets, points, top5, options)
+        return _sums(x, layer, targets, top5, options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -458,7 +289,7 @@ class _PathCrossEntropy(torch.autograd.Function):
             x, layers, targets, grad[:, 0], options, ctx.needs_input_grad[0]
         )
         of_weight, of_bias = [*of_tensors, None, None][:2]
-        return of_x, of_weight, of_bias, None, None, None, None, None, None
+        return of_x, of_weight, of_bias, None, None, None, None
 
 
 def path_cross_entropy(
@@ -472,7 +303,9 @@ def path_cross_entropy(
     top5: bool = False,
     precision: str = "float32",
 ) -> Tensor:
-    """Sums over the samples of cross-entropy, errors and top-5 errors at T points; the loss is differentiable.
+    """Sums cross-entropy, errors and top-5 errors over the samples at T points.
+
+    The loss is differentiable in x and in the weight's and bias's tensors.
 
     Args:
         x: the last layer's input [N, in], [T, N, in], or a `Blended` of [J, N, in] of which
@@ -503,47 +336,38 @@ def path_cross_entropy(
             raise ModeconnError(
                 "bias is given and weight is None: x holds the logits already, which take no bias"
             )
-        layer, points = None, 1 if samples.points is None else samples.points
+        layer = None
         classes, tensors = samples.shape[1], (None, None)
     else:
         layer = check_layer("", PathLayer(weight, bias), samples.shape[1], weight)
-        points, classes = check_points(samples, weight), weight.shape[0]
+        check_points(samples, layer.weight)
+        classes = layer.weight.shape[0]
         tensors = (layer.weight.tensors, None if layer.bias is None else layer.bias.tensors)
     if classes == 0:
-        raise ModeconnError("there are 0 classes: expected one at least")
+        raise ModeconnError("there are 0 classes: expected at least one")
     check_same_device(x=samples.values, targets=targets, weight=tensors[0], bias=tensors[1])
     return _PathCrossEntropy.apply(
-        samples.values, *tensors, samples, layer, targets, points, top5, options
+        samples.values, *tensors, samples, layer, targets, (top5, options)
     )
 
 
-def aot_cases() -> list[AotCase]:
-    """The last layer of a line, 245 → 10 and 245 → 1000 classes, and combined logits of both sizes."""
-    common = dict.fromkeys(("points", "rows", "row_tiles", "group_rows", "units"), "i32")
-    common |= {"targets": "*i64:16", "sums": "*fp64:16"}
-    cases = []
-    for classes in (10, 1000):
-        for given in (False, True):
-            config = blocks(classes, given)
-            for precision in PRECISIONS.values() if not given else ["tf32x3"]:
-                signature, constants = aot_arguments(precision, given)
-                constants |= {"GIVEN": given, "TOP5": classes > 10}
-                constants["ONE_TILE"] = _in_one_tile(
-                    config, classes, given, classes > 10, torch.device("cpu")
-                )
-                if given:
-                    constants |= {"W_TERMS": 0, "B_TERMS": 0}
-                what = f"path_cross_entropy {'of combined logits' if given else precision} {classes} classes"
-                how = constants | config.kwargs
-                launch_with = (config.num_warps, config.num_stages)
-                cases.append(
-                    AotCase(
-                        what,
-                        _cross_entropy_kernel,
-                        signature | common,
-                        how,
-                        *launch_with,
-                        not given,
-                    )
-                )
-    return cases
+def path_cross_entropy_reference(
+    x: Tensor | Blended,
+    weight: Blended | None,
+    bias: Blended | None,
+    targets: Tensor,
+    *,
+    input_activation: str = "identity",
+    input_slope: float = 0.01,
+    top5: bool = False,
+) -> Tensor:
+    """Computes `path_cross_entropy` in plain PyTorch, in any dtype and differentiable."""
+    if weight is not None:
+        z = path_linear_reference(
+            x, weight, bias, input_activation=input_activation, input_slope=input_slope
+        )
+    elif isinstance(x, Blended):
+        z = act(x.materialized(), input_activation, input_slope)
+    else:
+        z = x if x.dim() == 3 else x[None]
+    return head_reference(z, targets, top5)

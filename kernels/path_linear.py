@@ -8,9 +8,10 @@ use each byte for 32 operations), "bf16" with values of float32 by the memory th
 takes.
 
 W(t) is never stored for all t. There are two ways, and `blends_in_prologue` chooses:
-  in the prologue  each tile of the K control points is read and combined right before its product,
-  once per tile of rows; formed           a small kernel writes W(t) for a chunk of points, padded
-  to 16, that the product then reads.
+  in the prologue   each tile of the K control points is read and combined right before its product,
+                    once per tile of rows;
+  materialized      a small kernel writes W(t) for a chunk of points, padded to 16, and the product
+                    reads that.
 
 Layout: a program makes a tile [BLOCK_M rows, BLOCK_N units] of one point. Programs are ordered
 (group of rows, point, row tile, unit tile), unit tiles fastest. With one x per point all rows are
@@ -24,7 +25,7 @@ the next layer reads 16 bytes at a time, copied in the background.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from torch import Tensor
 from modeconn.kernels import linear_gradients
 from modeconn.kernels.activations import act, activate, derivative_from_output
 from modeconn.kernels.arguments import (
+    Options,
     PathLayer,
     Samples,
     check_layer,
@@ -41,10 +43,7 @@ from modeconn.kernels.arguments import (
     samples_of,
 )
 from modeconn.kernels.blended import Blended
-from modeconn.kernels.form import formed
 from modeconn.kernels.launch import (
-    PRECISIONS,
-    AotCase,
     chunks,
     dot_precision,
     launch,
@@ -53,13 +52,13 @@ from modeconn.kernels.launch import (
     triton,
     tuned,
 )
+from modeconn.kernels.materialize import materialized
 from modeconn.kernels.tiles import (
     aligned,
-    aot_arguments,
     bias_arguments,
     blended_arguments,
-    formed_arguments,
     linear_tile,
+    materialized_arguments,
     rows_of_a_group,
     samples_arguments,
     tile_of_program,
@@ -72,51 +71,17 @@ MIDDLE = triton.Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=
 LARGE = triton.Config({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=3)
 CONFIGS = [LARGE, MIDDLE, SMALL]
 
-# Bytes of formed weights at a time: they should still lie in L2 when the product reads them.
-FORMED_BYTES = 32 << 20
-# Bytes of ∂L/∂x of several points at a time, where x is shared.
+# Bytes of materialized weights at a time: they should still lie in L2, 40 MB on an A100, when the
+# product reads them.
+MATERIALIZED_BYTES = 32 << 20
+# Bytes of ∂L/∂x of several points at a time, where x is shared: enough to fill a device, and little
+# next to its memory.
 GRADIENT_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class Options:
-    """The arguments of `path_linear` that are no tensors."""
-
-    activation: str = "identity"
-    slope: float = 0.01
-    input_activation: str = "identity"
-    input_slope: float = 0.01
-    precision: str = "float32"
-
-
-def path_linear_reference(
-    x: Tensor | Blended,
-    weight: Blended,
-    bias: Blended | None = None,
-    *,
-    activation: str = "identity",
-    slope: float = 0.01,
-    input_activation: str = "identity",
-    input_slope: float = 0.01,
-) -> Tensor:
-    """`path_linear` in plain PyTorch, in any dtype and differentiable: what the kernel is judged by."""
-    values = act(x.formed(), input_activation, input_slope) if isinstance(x, Blended) else x
-    y = torch.matmul(values, weight.formed().transpose(1, 2))
-    return act(y if bias is None else y + bias.formed()[:, None], activation, slope)
-
-
-def blends_in_prologue(row_tiles: int, terms: int) -> bool:
-    """Which of the two ways costs less.
-
-    Counted in reads of W from L2 per point, that and writing it to memory being about equal:
-    blending reads K matrices per row tile; forming reads K and writes one, of which each row tile
-    then reads one.
-    """
-    return row_tiles * terms <= terms + 1 + row_tiles
-
-
+@tuned(CONFIGS, key=["units", "depth", "X_TERMS", "W_TERMS", "PRECISION"])
 @triton.jit
-def _jitted(
+def linear_kernel(
     x,
     x_coefficients,
     x_stride,
@@ -160,36 +125,18 @@ def _jitted(
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     unit = unit_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     total = linear_tile(
-        x,
-        x_coefficients,
-        x_stride,
-        x_row,
-        x_depth,
-        w,
-        w_coefficients,
-        w_stride,
-        w_unit,
-        w_depth,
-        bias,
-        bias_coefficients,
-        b_term,
-        b_unit,
+        (x, x_coefficients, x_stride, x_row, x_depth, rows, depth, read_depth, input_slope),
+        (w, w_coefficients, w_stride, w_unit, w_depth, units),
+        (bias, bias_coefficients, b_term, b_unit),
         row,
         unit,
         t,
-        rows,
-        units,
-        depth,
-        read_depth,
-        input_slope,
         INPUT_ACTIVATION,
         X_TERMS,
         X_PADDED,
         W_TERMS,
         B_TERMS,
         PRECISION,
-        BLOCK_M,
-        BLOCK_N,
         BLOCK_K,
     )
     y = activate(total, ACTIVATION, slope)
@@ -199,14 +146,25 @@ def _jitted(
     )
 
 
-_linear_kernel = tuned(CONFIGS, key=["units", "depth", "X_TERMS", "W_TERMS", "PRECISION"])(_jitted)
-
-
 def default_blocks(rows: int, units: int, dot: str) -> triton.Config:
-    """The configuration where none is measured; three products at 128 × 128 spill on sm_80."""
+    """Returns the configuration where none is measured.
+
+    Small layers take small tiles, so that there are programs enough; three products at 128 × 128
+    spill on sm_80.
+    """
     if min(rows, units) <= 64:
         return SMALL
     return MIDDLE if dot == "tf32x3" else LARGE
+
+
+def blends_in_prologue(row_tiles: int, terms: int) -> bool:
+    """Whether blending weights in the prologue costs less than materializing them.
+
+    Counted in reads of W from L2 per point, that and writing it to memory being about equal:
+    blending reads K matrices per row tile; forming reads K and writes one, of which each row tile
+    then reads one.
+    """
+    return row_tiles * terms <= terms + 1 + row_tiles
 
 
 def product(
@@ -217,39 +175,37 @@ def product(
     options: Options,
     transposed: bool = False,
 ) -> None:
-    """Write act(x W(t)ᵀ + b(t)) of all points into out [T, N, units], of `new_rows`; transposed: act(x W(t) + b(t))."""
+    """Writes act(x W(t)ᵀ + b(t)) of all points into out.
+
+    Args:
+        out: [T, N, units], of `new_rows`.
+        transposed: whether to write act(x W(t) + b(t)) instead.
+    """
     points, rows, units = out.shape
     if out.numel() == 0:
         return
     x = aligned(x)
-    blocks = default_blocks(rows, units, dot_precision(options.precision))
-    common = {
-        "out_point": out.stride(0),
-        "out_row": out.stride(1),
-        "out_units": min(padded(units), out.stride(1)),
-    }
-    common |= {
-        "units": units,
-        "group_rows": rows_of_a_group(x),
-        "slope": options.slope,
-        "input_slope": options.input_slope,
-    }
-    common |= {
-        "ACTIVATION": options.activation,
-        "INPUT_ACTIVATION": options.input_activation,
-        "BLOCK_K": BLOCK_K,
-    }
-    common["PRECISION"] = dot_precision(options.precision)
-    if not isinstance(_linear_kernel, triton.runtime.Autotuner):
+    dot = dot_precision(options.precision)
+    blocks = default_blocks(rows, units, dot)
+    common: dict[str, Any] = {"units": units, "group_rows": rows_of_a_group(x)}
+    common |= {"out_point": out.stride(0), "out_row": out.stride(1)}
+    common |= {"out_units": min(padded(units), out.stride(1))}
+    common |= {"slope": options.slope, "input_slope": options.input_slope}
+    common |= {"ACTIVATION": options.activation, "INPUT_ACTIVATION": options.input_activation}
+    common |= {"PRECISION": dot, "BLOCK_K": BLOCK_K}
+    if not isinstance(linear_kernel, triton.runtime.Autotuner):
         common |= blocks.all_kwargs()
 
     def run(part: slice, weights: dict[str, Any]) -> None:
         count = part.stop - part.start
+
+        def programs(meta: dict[str, Any]) -> int:
+            tiles = -(-rows // int(meta["BLOCK_M"])) * -(-units // int(meta["BLOCK_N"]))
+            return count * tiles
+
         launch(
-            _linear_kernel,
-            lambda meta: (
-                count * triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(units, meta["BLOCK_N"])
-            ),
+            linear_kernel,
+            programs,
             out,
             **samples_arguments(x, part.start),
             **weights,
@@ -259,22 +215,23 @@ def product(
             **common,
         )
 
-    if not transposed and blends_in_prologue(
-        triton.cdiv(rows, blocks.kwargs["BLOCK_M"]), len(weight.tensors)
-    ):
+    row_tiles = triton.cdiv(rows, blocks.kwargs["BLOCK_M"])
+    if not transposed and blends_in_prologue(row_tiles, len(weight.tensors)):
         run(slice(0, points), blended_arguments(weight))
         return
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    for part in chunks(points, padded(weight.shape.numel()) * dtype.itemsize, FORMED_BYTES):
-        run(part, formed_arguments(formed(weight, part, dtype, transposed)))
+    for part in chunks(points, padded(weight.shape.numel()) * dtype.itemsize, MATERIALIZED_BYTES):
+        run(part, materialized_arguments(materialized(weight, part, dtype, transposed)))
 
 
 def new_rows(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Uninitialised [points, rows, width]; rows of more than 32 values start on multiples of 16."""
+    """Allocates [points, rows, width]; rows of more than 32 values start on multiples of 16.
+
+    Narrower rows would grow by half or more, and gain little by wide reads.
+    """
     points, rows, width = shape
-    return torch.empty(
-        (points, rows, padded(width) if width > 32 else width), dtype=dtype, device=like.device
-    )[..., :width]
+    stored = padded(width) if width > 32 else width
+    return torch.empty((points, rows, stored), dtype=dtype, device=like.device)[..., :width]
 
 
 class _PathLinear(torch.autograd.Function):
@@ -300,6 +257,7 @@ class _PathLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, _, _, y = ctx.saved_tensors  # raises if something was changed in place
         (x, weight, bias), options = ctx.inputs, ctx.options
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         if grad.numel() == 0:
             zeros = [
                 torch.zeros_like(v) if need else None
@@ -312,27 +270,19 @@ class _PathLinear(torch.autograd.Function):
         g = linear_gradients.through_activation(
             grad, y, new_rows(grad.shape, grad), options.activation, options.slope
         )
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        how = (options.input_activation, options.input_slope)
-        of_x = _input_gradient(g, x, weight, options).to(x.values) if needs_x else None
-        of_weight = (
-            linear_gradients.weight_gradient(g, x, weight, options.precision, *how)
-            if needs_weight
-            else None
-        )
-        of_bias = linear_gradients.bias_gradient(g, bias).to(bias.tensors) if needs_bias else None
-        return (
-            of_x,
-            None if of_weight is None else of_weight.to(weight.tensors),
-            of_bias,
-            None,
-            None,
-            None,
-            None,
-        )
+        of_x = of_weight = of_bias = None
+        if needs_x:
+            of_x = _input_gradient(g, x, weight, options).to(x.values)
+        if needs_weight:
+            of_weight = linear_gradients.weight_gradient(g, x, weight, options)
+            of_weight = of_weight.to(weight.tensors)
+        if needs_bias:
+            of_bias = linear_gradients.bias_gradient(g, bias).to(bias.tensors)
+        return of_x, of_weight, of_bias, None, None, None, None
 
 
 def _input_gradient(g: Tensor, x: Samples, weight: Blended, options: Options) -> Tensor:
+    """Computes ∂L/∂x [T, N, depth], or that of the shared values, from g = ∂L/∂u."""
     plain = Options(precision=options.precision)
     if x.per_point:
         out = new_rows((*g.shape[:2], x.shape[-1]), g)
@@ -343,9 +293,7 @@ def _input_gradient(g: Tensor, x: Samples, weight: Blended, options: Options) ->
         out = new_rows((part.stop - part.start, *x.shape), g)
         at = Blended(weight.tensors, weight.coefficients[part])
         product(samples_of("g", g[part], 2), at, None, out, plain, transposed=True)
-        linear_gradients.add_shared(
-            out, x, part.start, total, options.input_activation, options.input_slope
-        )
+        linear_gradients.add_shared(out, x, part.start, total, options)
     return total
 
 
@@ -360,14 +308,16 @@ def path_linear(
     input_slope: float = 0.01,
     precision: str = "float32",
 ) -> Tensor:
-    """A linear layer at the T points of its weight; differentiable in x, the weight's and the bias's tensors.
+    """Applies a linear layer at the T points of its weight.
+
+    It is differentiable in x and in the weight's and the bias's tensors.
 
     Args:
         x: [N, in], [T, N, in], or a `Blended` of J values [J, N, in], of which `input_activation`
             is taken.
         weight, bias: [K, out, in] and [K, out] with their coefficients [T, K].
         activation, slope: taken of the result; the slope is that of leaky_relu.
-        input_slope: the same for `input_activation`.
+        input_slope: that of leaky_relu as `input_activation`.
         precision: "float32", "tf32" or "bf16" (operands of the products; sums are float32).
 
     Returns:
@@ -389,25 +339,17 @@ def path_linear(
     return _PathLinear.apply(samples.values, weight.tensors, biases, samples, weight, bias, options)
 
 
-def aot_cases() -> list[AotCase]:
-    """Layers of a line, 64 and 245 wide: one x per point and formed weights; a combined x and weights blended in the kernel."""
-    cases = []
-    for width in (64, 245):
-        for precision in PRECISIONS.values():
-            config = default_blocks(1000, width, precision)
-            for blends in (False, True):
-                signature, constants = aot_arguments(precision, blends)
-                signature |= dict.fromkeys(("points", "rows", "group_rows", "units"), "i32")
-                signature |= {"out": "*fp32:16", "slope": "fp32"}
-                signature |= dict.fromkeys(("out_point", "out_row", "out_units"), "i32:16")
-                constants |= {"ACTIVATION": "relu", **config.kwargs}
-                tile = f"{config.kwargs['BLOCK_M']}x{config.kwargs['BLOCK_N']}"
-                name, launch_with = (
-                    f"path_linear {precision} {tile}",
-                    (config.num_warps, config.num_stages),
-                )
-                name += " blended" if blends else ""
-                cases.append(
-                    AotCase(name, _jitted, signature, constants, *launch_with, precision != "ieee")
-                )
-    return cases
+def path_linear_reference(
+    x: Tensor | Blended,
+    weight: Blended,
+    bias: Blended | None = None,
+    *,
+    activation: str = "identity",
+    slope: float = 0.01,
+    input_activation: str = "identity",
+    input_slope: float = 0.01,
+) -> Tensor:
+    """Computes `path_linear` in plain PyTorch, in any dtype and differentiable."""
+    values = act(x.materialized(), input_activation, input_slope) if isinstance(x, Blended) else x
+    y = torch.matmul(values, weight.materialized().transpose(1, 2))
+    return act(y if bias is None else y + bias.materialized()[:, None], activation, slope)

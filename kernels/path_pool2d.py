@@ -20,16 +20,17 @@ from modeconn.errors import ModeconnError
 from modeconn.kernels.arguments import check_same_device, samples_of
 from modeconn.kernels.forward_only import refuse_gradients
 from modeconn.kernels.images import Pair, channels_first, channels_last, checked_pair, outputs_of
-from modeconn.kernels.launch import AotCase, launch, tl, triton
+from modeconn.kernels.launch import launch, tl, triton
 
 KINDS = ("max", "avg")
-# Elements of a block, and the most channels in it.
+# Elements of a block, 16 a thread at four warps, and the most channels in it, 256 bytes side by
+# side.
 ELEMENTS = 2048
 CHANNELS = 64
 
 
 @triton.jit
-def _pool2d_kernel(
+def pool2d_kernel(
     x,
     out,
     pixels,
@@ -82,7 +83,7 @@ def _pool2d_kernel(
 
 
 def path_pool2d(x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair = (0, 0)) -> Tensor:
-    """Pool the images of all points.
+    """Pools the images of all points.
 
     Args:
         x: [T, N, C, H, W]; channels last in memory saves a copy.
@@ -106,7 +107,7 @@ def path_pool2d(x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair 
         block_c = min(CHANNELS, triton.next_power_of_2(channels))
         block_p = ELEMENTS // block_c
         launch(
-            _pool2d_kernel,
+            pool2d_kernel,
             triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),
             out,
             source,
@@ -142,7 +143,8 @@ def _checked(
     padding = checked_pair("path_pool2d", "padding", padding, 0)
     if any(2 * p > k for p, k in zip(padding, kernel)):
         raise ModeconnError(
-            f"path_pool2d: padding is {list(padding)}: expected at most half the kernel {list(kernel)}"
+            f"path_pool2d: padding is {list(padding)}: "
+            f"expected at most half the kernel {list(kernel)}"
         )
     return kernel, stride, padding
 
@@ -150,35 +152,7 @@ def _checked(
 def path_pool2d_reference(
     x: Tensor, kind: str, kernel: Pair, stride: Pair, padding: Pair = (0, 0)
 ) -> Tensor:
-    """The same in plain PyTorch, in any dtype."""
+    """Computes `path_pool2d` in plain PyTorch, in any dtype."""
     pool = F.max_pool2d if kind == "max" else F.avg_pool2d
     pooled: Tensor = pool(x.flatten(0, 1), kernel, stride, padding).unflatten(0, x.shape[:2])
     return pooled
-
-
-def aot_cases() -> list[AotCase]:
-    """2×2 windows of 64 channels."""
-    sizes = ("pixels", "height", "width", "out_height", "out_width", "channels")
-    signature = {"x": "*fp32:16", "out": "*fp32:16", **dict.fromkeys(sizes, "i32:16")}
-    constants = {
-        "KH": 2,
-        "KW": 2,
-        "SH": 2,
-        "SW": 2,
-        "PH": 0,
-        "PW": 0,
-        "BLOCK_P": ELEMENTS // CHANNELS,
-        "BLOCK_C": CHANNELS,
-    }
-    return [
-        AotCase(
-            f"{kind} pool",
-            _pool2d_kernel,
-            signature,
-            {**constants, "MAX": kind == "max"},
-            4,
-            3,
-            False,
-        )
-        for kind in KINDS
-    ]

@@ -1,4 +1,4 @@
-"""Tiles of a linear layer at one point: its input, its weights and their product, as several kernels need them."""
+"""Tiles of a linear layer at one point, for several kernels: input, weights and their product."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from modeconn.kernels.arguments import Samples
 from modeconn.kernels.blended import Blended
 from modeconn.kernels.launch import multiply, padded, tl, triton
 
-# Bytes of a shared input that stay in L2 while the points pass.
+# Bytes of a shared input that stay in L2 while the points pass: a third of an A100's 40 MB, so that
+# weights and outputs have room beside them.
 GROUP_BYTES = 16 << 20
 
 
 @triton.jit
 def where_active(mask, c):
-    """Where a term is read: nowhere if its coefficient c is 0. (The interpreter spreads numbers, but no truth values.)"""
+    """Returns where a term is read: nowhere if its coefficient c is 0.
+
+    The coefficient is broadcast, as the interpreter does not broadcast truth values.
+    """
     return mask & (tl.broadcast_to(c, mask.shape) != 0)
 
 
 @triton.jit
 def blend(pointers, coefficients, term_stride, mask, TERMS: tl.constexpr):
-    """Σ_j c_j v_j in float32 of a block; a term whose coefficient is 0 is not read."""
+    """Computes Σ_j c_j v_j of a block in float32; a term whose coefficient is 0 is not read."""
     c = tl.load(coefficients)
     total = c * tl.load(pointers, mask=where_active(mask, c), other=0.0).to(tl.float32)
     for j in tl.static_range(1, TERMS):
@@ -37,7 +41,10 @@ def blend(pointers, coefficients, term_stride, mask, TERMS: tl.constexpr):
 
 @triton.jit
 def tile_of_program(points, rows, unit_tiles, group_rows, BLOCK_M: tl.constexpr):
-    """Which point, row tile and unit tile a program makes: by groups of rows, points, row tiles, unit tiles, these fastest."""
+    """Returns the point, row tile and unit tile of a program.
+
+    Programs are ordered by (group of rows, point, row tile, unit tile), the last fastest.
+    """
     pid = tl.program_id(0)
     group = tl.cdiv(group_rows, BLOCK_M)
     first = pid // (group * points * unit_tiles) * group
@@ -50,28 +57,21 @@ def tile_of_program(points, rows, unit_tiles, group_rows, BLOCK_M: tl.constexpr)
 
 @triton.jit
 def load_samples(
-    x,
-    x_coefficients,
-    x_term,
-    x_depth,
-    row,
-    k,
-    t,
-    rows,
-    depth,
-    read_depth,
-    ACTIVATION: tl.constexpr,
-    slope,
-    TERMS: tl.constexpr,
-    PADDED: tl.constexpr,
+    x, samples, row, k, t, ACTIVATION: tl.constexpr, TERMS: tl.constexpr, PADDED: tl.constexpr
 ):
-    """A tile [rows, k] of x; `x` points at its rows. What is read beyond the depth becomes 0."""
+    """Loads a tile [rows, k] of the input; what is read beyond its depth becomes 0.
+
+    Args:
+        x: pointers to the rows at point t (`sample_rows`).
+        samples: (x, x_coefficients, x_stride, x_row, x_depth, rows, depth, read_depth, slope) as
+            the kernels take them (`samples_arguments`).
+    """
+    _, coefficients, term_stride, _, x_depth, rows, depth, read_depth, slope = samples
     mask = (row < rows)[:, None] & (k < read_depth)[None, :]
     pointers = x + k[None, :] * x_depth
     if TERMS > 0:
-        value = activate(
-            blend(pointers, x_coefficients + t * TERMS, x_term, mask, TERMS), ACTIVATION, slope
-        )
+        value = blend(pointers, coefficients + t * TERMS, term_stride, mask, TERMS)
+        value = activate(value, ACTIVATION, slope)
     else:
         value = tl.load(pointers, mask=mask, other=0.0)
     if PADDED:
@@ -80,14 +80,24 @@ def load_samples(
 
 
 @triton.jit
+def sample_rows(samples, row, t, TERMS: tl.constexpr):
+    """Pointers [rows, 1] to the first value of each row of the input at point t."""
+    x, _, stride, row_stride, _, _, _, _, _ = samples
+    rows = x + row.to(tl.int64)[:, None] * row_stride
+    if TERMS == 0:
+        rows += tl.cast(t, tl.int64) * stride
+    return rows
+
+
+@triton.jit
 def load_weight(
-    w, w_coefficients, w_term, w_depth, unit, k, t, units, read_depth, TERMS: tl.constexpr
+    w, coefficients, term_stride, w_depth, unit, k, t, units, depth, TERMS: tl.constexpr
 ):
-    """A tile [k, units] of W(t)ᵀ; `w` points at its rows."""
-    mask = (k < read_depth)[:, None] & (unit < units)[None, :]
+    """Loads a tile [k, units] of W(t)ᵀ; `w` points at its rows."""
+    mask = (k < depth)[:, None] & (unit < units)[None, :]
     pointers = w + k[:, None] * w_depth
     if TERMS > 0:
-        value = blend(pointers, w_coefficients + t * TERMS, w_term, mask, TERMS)
+        value = blend(pointers, coefficients + t * TERMS, term_stride, mask, TERMS)
     else:
         value = tl.load(pointers, mask=mask, other=0.0)
     return value
@@ -95,78 +105,57 @@ def load_weight(
 
 @triton.jit
 def linear_tile(
-    x,
-    x_coefficients,
-    x_stride,
-    x_row,
-    x_depth,
-    w,
-    w_coefficients,
-    w_stride,
-    w_unit,
-    w_depth,
+    samples,
+    weight,
     bias,
-    bias_coefficients,
-    b_term,
-    b_unit,
     row,
     unit,
     t,
-    rows,
-    units,
-    depth,
-    read_depth,
-    input_slope,
     INPUT_ACTIVATION: tl.constexpr,
     X_TERMS: tl.constexpr,
     X_PADDED: tl.constexpr,
     W_TERMS: tl.constexpr,
     B_TERMS: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile [rows, units] of x W(t)ᵀ + b(t) in float32. Strides: x_stride of the points, or of the terms if there are any."""
-    x_rows = x + row.to(tl.int64)[:, None] * x_row
-    if X_TERMS == 0:
-        x_rows += t.to(tl.int64) * x_stride
+    """Computes a tile [rows, units] of x W(t)ᵀ + b(t) in float32.
+
+    Values travel in tuples, as Triton inlines the call: the generated code is that of single ones.
+
+    Args:
+        samples: see `load_samples`; x_stride is that of the points, or of the terms if there are
+            any.
+        weight: (w, w_coefficients, w_stride, w_unit, w_depth, units), w_stride likewise.
+        bias: (bias, bias_coefficients, b_term, b_unit).
+    """
+    w, w_coefficients, w_stride, w_unit, w_depth, units = weight
+    x_rows = sample_rows(samples, row, t, X_TERMS)
     w_rows = w + unit.to(tl.int64)[None, :] * w_unit
     if W_TERMS == 0:
         w_rows += t.to(tl.int64) * w_stride
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, depth, BLOCK_K):
+    total = tl.zeros((row.shape[0], unit.shape[0]), tl.float32)
+    for start in range(0, samples[6], BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        a = load_samples(
-            x_rows,
-            x_coefficients,
-            x_stride,
-            x_depth,
-            row,
-            k,
-            t,
-            rows,
-            depth,
-            read_depth,
-            INPUT_ACTIVATION,
-            input_slope,
-            X_TERMS,
-            X_PADDED,
-        )
+        a = load_samples(x_rows, samples, row, k, t, INPUT_ACTIVATION, X_TERMS, X_PADDED)
         b = load_weight(
-            w_rows, w_coefficients, w_stride, w_depth, unit, k, t, units, read_depth, W_TERMS
+            w_rows, w_coefficients, w_stride, w_depth, unit, k, t, units, samples[7], W_TERMS
         )
         total = multiply(a, b, total, PRECISION)
     if B_TERMS > 0:
-        pointers = bias + unit * b_unit
-        total += blend(pointers, bias_coefficients + t * B_TERMS, b_term, unit < units, B_TERMS)[
-            None, :
-        ]
+        b, b_coefficients, b_term, b_unit = bias
+        values = blend(
+            b + unit * b_unit, b_coefficients + t * B_TERMS, b_term, unit < units, B_TERMS
+        )
+        total += values[None, :]
     return total
 
 
 def aligned(x: Samples) -> Samples:
-    """The same with rows that start on multiples of 16 values, where all points share it: the copy costs little then."""
+    """Returns an input whose rows start on multiples of 16 values, by a copy if need be.
+
+    Only an input that all points share is copied: that costs little next to T passes over it.
+    """
     if x.per_point or (x.values.stride(-1) == 1 and _readable(x.values, padded(x.shape[-1]))):
         return x
     depth = x.shape[-1]
@@ -174,7 +163,7 @@ def aligned(x: Samples) -> Samples:
 
 
 def samples_arguments(x: Samples, begin: int = 0) -> dict[str, Any]:
-    """An input [N, depth] as `linear_tile` takes it, from a point on.
+    """Returns the arguments of `linear_tile` for an input [N, depth], from a point on.
 
     Rows are read up to a multiple of 16 values, which copies 16 bytes at a time, where memory does
     not end before.
@@ -199,7 +188,10 @@ def samples_arguments(x: Samples, begin: int = 0) -> dict[str, Any]:
 
 
 def rows_of_a_group(x: Samples) -> int:
-    """Rows of a shared input that stay in L2 while all points pass; all rows where every point has its own."""
+    """Returns how many rows of a shared input stay in L2 while all points pass.
+
+    Where every point has its own input, nothing is to stay, and all rows are one group.
+    """
     if x.per_point:
         return max(1, x.shape[0])
     bytes_per_row = max(1, x.shape[-1]) * max(1, x.terms) * x.values.element_size()
@@ -207,7 +199,7 @@ def rows_of_a_group(x: Samples) -> int:
 
 
 def bias_arguments(bias: Blended | None, weight: Blended, begin: int = 0) -> dict[str, Any]:
-    """A bias [units], or none, as `linear_tile` takes it."""
+    """Returns the arguments of `linear_tile` for a bias [units], or for none."""
     if bias is None:
         return {
             "bias": weight.tensors,
@@ -226,7 +218,10 @@ def bias_arguments(bias: Blended | None, weight: Blended, begin: int = 0) -> dic
 
 
 def blended_arguments(weight: Blended, begin: int = 0) -> dict[str, Any]:
-    """Weights that are blended in the prologue, as `linear_tile` takes them; rows padded to 16 with zeros."""
+    """Returns the arguments of `linear_tile` for weights that are blended in the prologue.
+
+    Rows are padded to multiples of 16 values with zeros.
+    """
     tensors = weight.tensors
     if tensors.stride(2) != 1 or not (tensors.shape[2] % 16 == 0 and tensors.stride(1) % 16 == 0):
         tensors = F.pad(tensors, (0, padded(tensors.shape[2]) - tensors.shape[2])).contiguous()
@@ -237,8 +232,8 @@ def blended_arguments(weight: Blended, begin: int = 0) -> dict[str, Any]:
     }
 
 
-def formed_arguments(weights: Tensor) -> dict[str, Any]:
-    """Weights [t, units, depth padded to 16] that were formed, as `linear_tile` takes them."""
+def materialized_arguments(weights: Tensor) -> dict[str, Any]:
+    """Returns the arguments of `linear_tile` for weights [t, units, depth padded to 16]."""
     return {**_strides(weights), "w_coefficients": weights, "W_TERMS": 0}
 
 
@@ -247,7 +242,10 @@ def _strides(w: Tensor) -> dict[str, Any]:
 
 
 def _readable(values: Tensor, width: int) -> bool:
-    """Whether rows start on multiples of 16 values and may be read to this width, which may be beyond the view."""
+    """Whether rows start on multiples of 16 values, and memory goes on to this width in each.
+
+    The width may be beyond the view: values of the storage are then read and masked out.
+    """
     if any(stride % 16 for stride in values.stride()[:-1]) or values.data_ptr() % 16:
         return False
     last = sum((size - 1) * stride for size, stride in zip(values.shape[:-1], values.stride()[:-1]))
@@ -255,32 +253,3 @@ def _readable(values: Tensor, width: int) -> bool:
         values.storage_offset() + last + width
         <= values.untyped_storage().nbytes() // values.element_size()
     )
-
-
-def aot_arguments(precision: str, blends: bool) -> tuple[dict[str, str], dict[str, Any]]:
-    """The signature and constants that `linear_tile` stands for: padded rows, two terms each where something is blended."""
-    weights = "*bf16:16" if precision == "bf16" and not blends else "*fp32:16"
-    signature = {
-        "x": "*fp32:16",
-        "x_coefficients": "*fp32:16",
-        "w": weights,
-        "w_coefficients": "*fp32:16",
-    }
-    signature |= {
-        "bias": "*fp32:16",
-        "bias_coefficients": "*fp32:16",
-        "b_term": "i32",
-        "depth": "i32",
-        "input_slope": "fp32",
-    }
-    signature |= dict.fromkeys(("x_stride", "x_row", "w_stride", "w_unit", "read_depth"), "i32:16")
-    constants: dict[str, Any] = {
-        "x_depth": 1,
-        "w_depth": 1,
-        "b_unit": 1,
-        "B_TERMS": 2,
-        "X_PADDED": True,
-        "BLOCK_K": 32,
-    }
-    constants |= {"X_TERMS": 2 * blends, "W_TERMS": 2 * blends, "PRECISION": precision}
-    return signature, constants | {"INPUT_ACTIVATION": "relu" if blends else "identity"}

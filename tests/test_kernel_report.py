@@ -13,15 +13,21 @@ import pytest
 pytest.importorskip("triton")
 
 from modeconn.errors import ModeconnError
-from modeconn.kernels import report
-from modeconn.kernels.launch import AotCase, triton
-from modeconn.kernels.report import LIMITS, Resources, blocks_at_a_time, table, written_into
+from modeconn.kernels.launch import triton
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+try:
+    import kernel_report as report
+    from aot_cases import CASES, AotCase
+    from kernel_report import LIMITS, Resources, blocks_at_a_time, table, written_into
+finally:
+    sys.path.remove(str(ROOT / "bench"))
+
 DOCUMENT = ROOT / "docs" / "kernels.md"
 ARCHS = (80, 90)
 TOOLS = ("ptxas", "cuobjdump", "nvdisasm")
-GOOD = Resources("path_x", "x", 80, 4, 3, 96, 0, 32768, 4, "shared memory", {"HMMA": 96}, True)
+GOOD = Resources("path_x", "x", 80, 4, 3, True, 96, 0, 32768, 4, "shared memory", {"HMMA": 96})
 
 
 def missing_tools() -> str:
@@ -39,8 +45,7 @@ def test_no_default_configuration_spills_and_tensor_cores_are_used(tmp_path):
     done = subprocess.run(
         [
             sys.executable,
-            "-m",
-            "modeconn.kernels.report",
+            str(ROOT / "bench" / "kernel_report.py"),
             "--archs",
             *map(str, ARCHS),
             "--json",
@@ -64,7 +69,7 @@ def test_no_default_configuration_spills_and_tensor_cores_are_used(tmp_path):
 
 def defaults() -> list[AotCase]:
     """All default configurations."""
-    return [report.configurations(file)[place] for file, place in report.cases()]
+    return [CASES[file]()[place] for file, place in report.cases()]
 
 
 def test_every_kernel_has_default_configurations():
@@ -99,7 +104,7 @@ def test_blocks_at_a_time(registers, warps, shared, tensor_memory, arch, expecte
 
 def test_problems_are_named():
     bad = Resources(
-        "path_x", "x", 90, 4, 3, 255, 24, 1 << 20, 0, "shared memory", {"FFMA": 9}, True
+        "path_x", "x", 90, 4, 3, True, 255, 24, 1 << 20, 0, "shared memory", {"FFMA": 9}
     )
     assert GOOD.problems == []
     assert bad.problems == [
@@ -110,9 +115,7 @@ def test_problems_are_named():
 
 
 def test_what_does_not_compile_is_a_problem_and_a_row():
-    failed = Resources(
-        "path_x", "x", 100, 4, 3, 0, 0, 0, 0, "", {}, True, "PassManager::run failed"
-    )
+    failed = Resources("path_x", "x", 100, 4, 3, True, failure="PassManager::run failed")
     assert failed.problems == ["path_x: x on sm_100 does not compile: PassManager::run failed"]
     assert "| x | 100 | 4 × 3 | | | | | | does not compile: PassManager::run failed |" in table(
         [failed]

@@ -113,7 +113,7 @@ def test_a_norm_that_cancels_a_great_bias():
     x, weight, bias = torch.randn(2, 3, 4, 4), blended(2, 2, 5, 3, 3, 3), blended(2, 2, 5)
     bias = Blended(bias.tensors * 1e4, bias.coefficients)
     scale = torch.rand(2, 5) + 0.5
-    check(x, weight, bias, scale=scale, shift=-scale * bias.formed(), padding=(1, 1))
+    check(x, weight, bias, scale=scale, shift=-scale * bias.materialized(), padding=(1, 1))
 
 
 def test_points_go_in_chunks(monkeypatch):
@@ -124,11 +124,11 @@ def test_points_go_in_chunks(monkeypatch):
     inputs = [torch.randn(2, 3, 5, 5), torch.randn(5, 2, 3, 5, 5), blended(2, 5, 2, 3, 5, 5)]
     whole = [path_conv2d(x, weight, bias, **options) for x in inputs]
     sizes = []
-    formed = module.formed
+    materialized = module.materialized
     monkeypatch.setattr(
-        module, "formed", lambda w, part, dtype: sizes.append(part) or formed(w, part, dtype)
+        module, "materialized", lambda w, part, dtype: sizes.append(part) or materialized(w, part, dtype)
     )
-    monkeypatch.setattr(module, "FORMED_BYTES", 2 * 4 * 4 * 32)
+    monkeypatch.setattr(module, "MATERIALIZED_BYTES", 2 * 4 * 4 * 32)
     for x, before in zip(inputs, whole):
         assert torch.equal(path_conv2d(x, weight, bias, **options), before)
     assert sizes == 3 * [slice(0, 2), slice(2, 4), slice(4, 5)]
@@ -183,7 +183,7 @@ def test_no_channels():
     """A sum over nothing, plus the bias; and no outputs."""
     x = torch.randn(2, 2, 0, 4, 4)
     bias = blended(2, 2, 5)
-    expected = bias.formed()[:, None, :, None, None].expand(2, 2, 5, 2, 2)
+    expected = bias.materialized()[:, None, :, None, None].expand(2, 2, 5, 2, 2)
     torch.testing.assert_close(path_conv2d(x, blended(2, 2, 5, 0, 3, 3), bias), expected)
     assert path_conv2d(torch.randn(2, 2, 3, 4, 4), blended(2, 2, 0, 3, 3, 3)).shape == (
         2,
@@ -201,7 +201,7 @@ def test_bf16_rounds_the_operands_and_nothing_else():
         path_conv2d(x, weight, precision="bf16"),
         path_conv2d_reference(copied(x), copied(weight)),
     )
-    at = weight.formed()
+    at = weight.materialized()
     sizes = torch.cat(
         [path_conv2d_reference(x[t : t + 1].abs(), Blended.fixed(at[t].abs(), 1)) for t in range(2)]
     )

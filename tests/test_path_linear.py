@@ -34,9 +34,9 @@ def test_values_and_gradients(kind, points, rows, depth, units, terms):
     compare(path_linear, path_linear_reference, arguments, activation="relu", **options)
 
 
-def test_formed_weights_over_several_row_tiles(monkeypatch):
+def test_materialized_weights_over_several_row_tiles(monkeypatch):
     assert not blends_in_prologue(row_tiles=4, terms=2)
-    monkeypatch.setattr("modeconn.kernels.path_linear.FORMED_BYTES", 1)  # a chunk per point
+    monkeypatch.setattr("modeconn.kernels.path_linear.MATERIALIZED_BYTES", 1)  # a chunk per point
     compare(
         path_linear, path_linear_reference, (samples("shared", 2, 200, 20), blended(2, 2, 17, 20))
     )

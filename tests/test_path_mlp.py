@@ -46,7 +46,7 @@ def test_sums_and_gradients(kind, points, rows, widths):
 
 
 def test_several_parts(monkeypatch):
-    monkeypatch.setattr("modeconn.kernels.path_mlp.FORMED_BYTES", 1)  # a chunk per point
+    monkeypatch.setattr("modeconn.kernels.path_mlp.MATERIALIZED_BYTES", 1)  # a chunk per point
     x, layers, y = samples("shared", 2, 65, 33), chain(2, 33, 130, 70, 66), torch.randint(66, (65,))
     with torch.no_grad():
         got, exact = path_mlp(x, layers, y, top5=True), path_mlp_reference(x, layers, y, top5=True)

@@ -15,10 +15,6 @@ from kernel_cases import blended, copied
 from modeconn.errors import ModeconnError
 from modeconn.kernels import path_norm as module
 from modeconn.kernels.path_norm import (
-    path_batch_norm,
-    path_batch_norm_reference,
-    path_batch_statistics,
-    path_batch_statistics_reference,
     path_layer_norm,
     path_layer_norm_reference,
     path_rms_norm,
@@ -122,77 +118,6 @@ def test_a_nan_stays_in_its_row():
     )
 
 
-@pytest.mark.parametrize("offset", [0.0, 1000.0])
-@pytest.mark.parametrize(
-    "shape", [(3, 2, 5), (1, 3, 65, 7), (2, 5, 3, 6, 9), (1, 1025, 2), (2, 3, 1, 1, 1)], ids=str
-)
-def test_statistics(shape, offset):
-    """More rows than lanes, than programs of rows; fewer; a mean far from zero."""
-    scale = torch.rand(shape[2]).view(-1, *[1] * (len(shape) - 3)) + 0.1
-    check(
-        path_batch_statistics, path_batch_statistics_reference, torch.randn(shape) * scale + offset
-    )
-
-
-def test_statistics_of_several_programs(monkeypatch):
-    monkeypatch.setattr(module, "ROWS", 64)
-    x = torch.randn(2, 7, 3, 5, 5) + 100
-    check(path_batch_statistics, path_batch_statistics_reference, x)
-    assert all(map(torch.equal, path_batch_statistics(x), path_batch_statistics(x)))
-
-
-@pytest.mark.parametrize("layout", ["channels last", "every second", "transposed", "expanded"])
-def test_statistics_of_memory_in_any_order(layout):
-    x = torch.randn(2, 4, 6, 5, 8)
-    x = {
-        "channels last": x.movedim(2, -1).contiguous().movedim(-1, 2),
-        "every second": x[:, ::2, ::2, 1:, ::2],
-        "transposed": x.transpose(0, 1),
-        "expanded": x[:, :1].expand(2, 4, 6, 5, 8),
-    }[layout]
-    check(path_batch_statistics, path_batch_statistics_reference, x)
-
-
-def test_equal_values_have_no_variance():
-    mean, var = path_batch_statistics(torch.full((2, 5, 3, 7), 0.1))
-    assert (mean == torch.tensor(0.1)).all() and (var == 0).all()
-
-
-def test_what_is_not_finite_stays_in_its_channel():
-    x = torch.randn(2, 5, 3, 7)
-    x[0, 0, 0, 0], x[0, 3, 1, 2], x[1, 4, 2, 6] = float("nan"), float("inf"), float("nan")
-    bad = torch.tensor([[True, True, False], [False, False, True]])
-    assert all(torch.equal(~torch.isfinite(v), bad) for v in path_batch_statistics(x))
-
-
-def test_statistics_of_nothing_and_of_one_value():
-    mean, var = path_batch_statistics(torch.randn(2, 0, 3, 4))
-    assert mean.shape == var.shape == (2, 3) and torch.isnan(mean).all() and torch.isnan(var).all()
-    x = torch.randn(2, 1, 3)
-    mean, var = path_batch_statistics(x)
-    assert torch.equal(mean, x[:, 0].double()) and torch.isnan(var).all()
-    assert path_batch_statistics(torch.randn(0, 4, 3))[0].shape == (0, 3)
-    assert path_batch_statistics(torch.randn(2, 4, 0, 5))[1].shape == (2, 0)
-
-
-@pytest.mark.parametrize("shape", [(2, 7, 5), (2, 3, 66, 4, 5), (1, 2, 1)], ids=str)
-@pytest.mark.parametrize("activation", ["identity", "leaky_relu"])
-def test_batch_norm(shape, activation):
-    x, weight, bias = (
-        torch.randn(shape) * 3 + 20,
-        blended(2, shape[0], shape[2]),
-        blended(1, shape[0], shape[2]),
-    )
-    check(path_batch_norm, path_batch_norm_reference, x, weight, bias, 1e-3, activation=activation)
-    check(
-        path_batch_norm,
-        path_batch_norm_reference,
-        x.movedim(1, -1).contiguous().movedim(-1, 1),
-        None,
-        activation=activation,
-    )
-
-
 BAD = {
     "width": (
         path_layer_norm,
@@ -208,14 +133,6 @@ BAD = {
         {"x": torch.randn(2, 4, 5, requires_grad=True)},
         "x requires a gradient",
     ),
-    "one value": (path_batch_norm, {"x": torch.randn(2, 1, 5)}, "at least two values per channel"),
-    "activation": (path_batch_norm, {"activation": "swish"}, "activation is 'swish'"),
-    "channels": (
-        path_batch_norm,
-        {"weight": blended(2, 2, 4)},
-        r"weight has shape \[4\].*expected \[5\]",
-    ),
-    "no channels": (path_batch_norm, {"x": torch.randn(2, 5)}, r"x has shape \[2, 5\]"),
 }
 
 

@@ -24,7 +24,7 @@ from modeconn.backends.reference import ReferenceBackend, Values
 from modeconn.backends.triton import cuda_graphs as replay
 from modeconn.backends.triton.schedule import Schedule, Scope, as_read
 from modeconn.backends.triton.segment import Steps, Tail, find_tail
-from modeconn.backends.triton.values import at, formed
+from modeconn.backends.triton.values import at, materialized
 from modeconn.errors import CannotRun
 from modeconn.kernels.blended import Blended
 from modeconn.metrics import IGNORED, Head
@@ -32,7 +32,7 @@ from modeconn.plan.program import Combination, Program, Segment, Term, Varying
 
 # Layers of no more units than this can be one kernel with the loss.
 _WIDEST = 256
-# Of the free memory, what the values of a chunk may take; the rest is for weights formed for a
+# Of the free memory, what the values of a chunk may take; the rest is for weights materialized for a
 # chunk, and the next batch.
 _SHARE = 0.5
 # Kernels count the numbers of a tensor in 32 bits.
@@ -271,7 +271,7 @@ class _SegmentPlan:
 
     def outputs(self, scope: Scope) -> Iterator[dict[int, Any]]:
         """The values that the output is made of, point by point."""
-        values = {node: formed(scope.read(form)) for node, form in self.forms.items()}
+        values = {node: materialized(scope.read(form)) for node, form in self.forms.items()}
         for point in range(scope.points.stop - scope.points.start):
             yield {node: at(value, point) for node, value in values.items()}
 

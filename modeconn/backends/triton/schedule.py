@@ -25,7 +25,15 @@ from modeconn.backends.triton.segment import (
     readers_of,
     weight_and_bias,
 )
-from modeconn.backends.triton.values import AtPoints, Combined, Fixed, Value, Weight, formed, run
+from modeconn.backends.triton.values import (
+    AtPoints,
+    Combined,
+    Fixed,
+    Value,
+    Weight,
+    materialized,
+    run,
+)
 from modeconn.capture.graph import In, Node
 from modeconn.kernels.blended import Blended
 from modeconn.plan.program import Blend, Combination, Term
@@ -174,7 +182,12 @@ class Schedule:
             ):
                 return Combined(first.blended, activation.activation, activation.slope)
             return run(
-                step.node, shapes, list(map(formed, values)), weights, scope.points, scope.rows
+                step.node,
+                shapes,
+                list(map(materialized, values)),
+                weights,
+                scope.points,
+                scope.rows,
             )
 
         return Call(index, reads, do, numel=step.numel)
@@ -312,7 +325,7 @@ class Schedule:
         rank = len(step.node.shape)
 
         def do(scope: Scope) -> Value:
-            value = formed(scope.read(reads[0])).value
+            value = materialized(scope.read(reads[0])).value
             here = [
                 v[scope.points].view(-1, 1, v.shape[1], *[1] * (rank - 2)) for v in (shift, scale)
             ]
@@ -369,7 +382,7 @@ def as_read(value: Value) -> tuple[Tensor | Blended, dict[str, Any]]:
     if isinstance(value, Combined):
         if len(value.blended.tensors) <= _MOST_TERMS and value.activation != "leaky_relu":
             return value.blended, {"input_activation": value.activation}
-        value = value.formed()
+        value = value.materialized()
     return value.value, {}
 
 
@@ -384,7 +397,7 @@ def as_matrix(x: Tensor | Blended, rank: int) -> tuple[Tensor | Blended, list[in
 
 def at_points(value: Value, points: slice) -> Tensor:
     """A value with the points in front."""
-    value = formed(value)
+    value = materialized(value)
     tensor: Tensor = value.value
     return (
         tensor

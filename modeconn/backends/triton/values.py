@@ -57,7 +57,7 @@ class Combined:
     activation: str = "identity"
     slope: float = 0.01
 
-    def formed(self) -> AtPoints:
+    def materialized(self) -> AtPoints:
         """The same, added up."""
         return AtPoints(ACTIVATIONS[self.activation](added(self.blended), self.slope))
 
@@ -66,11 +66,11 @@ Value = Fixed | AtPoints | Combined
 
 
 def added(blended: Blended) -> Tensor:
-    """What `Blended.formed` gives, in one pass over each of the tensors."""
+    """What `Blended.materialized` gives, in one pass over each of the tensors."""
     tensors, columns = blended.tensors, blended.coefficients.to(blended.tensors.dtype)
     if len(tensors) != 2:
-        formed_by_all: Tensor = blended.formed()
-        return formed_by_all
+        of_all: Tensor = blended.materialized()
+        return of_all
     first, second = (column.view(-1, *[1] * (tensors.dim() - 1)) for column in columns.T)
     total = torch.where(first == 0, 0.0, first * tensors[0])
     return torch.where(second == 0, total, torch.addcmul(total, second, tensors[1]))
@@ -118,7 +118,7 @@ class Weight:
         coefficients = torch.stack(columns, 1).to(self._device, torch.float32)
         return Blended(torch.stack(list(self.entry.tensors)), coefficients)
 
-    def formed(self, points: slice) -> Tensor:
+    def materialized(self, points: slice) -> Tensor:
         """The entry at some of the points, [T, …]."""
         return (
             self.entry.table[points]
@@ -127,7 +127,7 @@ class Weight:
         )
 
     def exact(self) -> Tensor:
-        """The entry at all points in float64, [T, …]; for vectors, since it is formed for all points at once."""
+        """The entry at all points in float64, [T, …]; for vectors, since it is materialized for all points at once."""
         if isinstance(self.entry, Tensor):
             return self.entry.double().expand(self._points, *self.entry.shape)
         if isinstance(self.entry, PerPoint):
@@ -140,9 +140,9 @@ class Weight:
         return total
 
 
-def formed(value: Value) -> Fixed | AtPoints:
+def materialized(value: Value) -> Fixed | AtPoints:
     """The value, added up where it is not yet."""
-    return value.formed() if isinstance(value, Combined) else value
+    return value.materialized() if isinstance(value, Combined) else value
 
 
 def run(
@@ -169,7 +169,7 @@ def run(
         rank = len(node.shape)
         operands = [_aligned(v.value, rank) if isinstance(v, AtPoints) else v.value for v in values]
         entries = [
-            w.entry if isinstance(w.entry, Tensor) else _aligned(w.formed(points), rank)
+            w.entry if isinstance(w.entry, Tensor) else _aligned(w.materialized(points), rank)
             for w in weights
         ]
         return AtPoints(node.run(operands, entries, rows))
@@ -180,7 +180,9 @@ def run(
         return AtPoints(
             pytree.tree_map(lambda part: part.unflatten(0, (count, len(part) // count)), out)
         )
-    entries_at = [w.entry if isinstance(w.entry, Tensor) else w.formed(points) for w in weights]
+    entries_at = [
+        w.entry if isinstance(w.entry, Tensor) else w.materialized(points) for w in weights
+    ]
     outs = [
         node.run(
             [at(v, p) for v in values],

@@ -1,13 +1,13 @@
-"""What each kernel's default configurations take of a GPU, found without one: compiled ahead of time, machine code read.
+"""Compiles the default configurations of the kernels and reads their resources out of machine code.
 
-    python -m modeconn.kernels.report [--archs 80 90 100] [--json FILE] [--write docs/kernels.md]
+    python bench/kernel_report.py [--archs 80 90 100] [--json FILE] [--write docs/kernels.md]
     (make kernel-report)
 
-Per configuration and architecture: registers of a thread and bytes that it keeps in local memory
-for want of them, shared memory of a block, how many blocks a multiprocessor holds at a time and
-what bounds them (from the limits in NVIDIA's CUDA programming guide), tensor-core and other telling
-instructions. Nothing is run. Exit code 1 if a configuration spills, does not fit, or lacks the
-tensor-core instructions that it should have.
+Per configuration and architecture: registers of a thread and the bytes that it spills to local
+memory, shared memory of a block, how many blocks a multiprocessor holds at a time and what bounds
+them (by the limits in NVIDIA's CUDA programming guide), tensor-core and other telling instructions.
+Nothing is run, and no GPU is needed. Exit code 1 if a configuration spills, does not fit, or lacks
+the tensor-core instructions that it should have.
 
 Triton brings the compiler and the disassemblers along. The interpreter's kernels cannot be
 compiled, so TRITON_INTERPRET must not be set.
@@ -16,23 +16,22 @@ compiled, so TRITON_INTERPRET must not be set.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import modeconn.kernels
+from aot_cases import CASES, AotCase
+
 from modeconn.errors import ModeconnError
-from modeconn.kernels.launch import INTERPRETED, AotCase, triton
+from modeconn.kernels.launch import INTERPRETED, triton
 
 BEGIN, END = "<!-- make kernel-report: begin -->", "<!-- make kernel-report: end -->"
 
@@ -41,11 +40,26 @@ TENSOR = ("HMMA", "HGMMA", "UTCHMMA")
 # Others that tell how a kernel works: multiply-adds on CUDA cores (single and paired), copies to
 # shared memory in the background, local memory.
 TELLING = ("FFMA", "FFMA2", "LDGSTS", "UTMALDG", "LDL", "STL")
+COLUMNS = (
+    "kernel",
+    "sm",
+    "warps × stages",
+    "registers",
+    "spilled bytes",
+    "shared KiB",
+    "blocks/SM",
+    "bound by",
+    "instructions",
+)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a multiprocessor; `block` is the most shared memory of one block, of which the driver keeps 1 KiB more."""
+    """Limits of a multiprocessor.
+
+    Attributes:
+        block: the most shared memory of one block; the driver keeps 1 KiB more of it.
+    """
 
     warps: int
     blocks: int
@@ -64,16 +78,17 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """A configuration compiled for one architecture.
+    """Resources of a configuration compiled for one architecture.
 
     Attributes:
         file: the kernel's.
+        tensor_cores: whether it should have tensor-core instructions.
+        registers: per thread.
         spilled: bytes per thread in local memory.
         shared: bytes per block.
         blocks: at a time on a multiprocessor.
-        bound: what keeps them from being more.
+        bound: the resource that keeps them from being more.
         instructions: how many of each telling kind the machine code has.
-        tensor_cores: whether it should have some of theirs.
         failure: why Triton cannot compile it; the other numbers are 0 then.
     """
 
@@ -82,18 +97,18 @@ class Resources:
     arch: int
     warps: int
     stages: int
-    registers: int
-    spilled: int
-    shared: int
-    blocks: int
-    bound: str
-    instructions: dict[str, int]
     tensor_cores: bool
+    registers: int = 0
+    spilled: int = 0
+    shared: int = 0
+    blocks: int = 0
+    bound: str = ""
+    instructions: dict[str, int] = field(default_factory=dict)
     failure: str = ""
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong with the configuration, in words."""
+        """Lists what is wrong with the configuration, in words."""
         found = []
         if self.failure:
             return [f"{self.file}: {self.name} on sm_{self.arch} does not compile: {self.failure}"]
@@ -107,77 +122,46 @@ class Resources:
 
 
 def cases() -> list[tuple[str, int]]:
-    """Every kernel's default configurations: the file, and the place in its aot_cases()."""
-    files = sorted(module.name for module in pkgutil.iter_modules(modeconn.kernels.__path__))
-    return [(file, place) for file in files for place in range(len(configurations(file)))]
-
-
-def configurations(file: str) -> list[AotCase]:
-    """The default configurations of a file's kernels; none for a file without kernels."""
-    find = getattr(importlib.import_module(f"modeconn.kernels.{file}"), "aot_cases", list)
-    found: list[AotCase] = find()
+    """Lists every kernel's default configurations: the file, and the place in its table."""
+    found: list[tuple[str, int]] = []
+    for file, configurations in CASES.items():
+        found += [(file, place) for place in range(len(configurations()))]
     return found
 
 
 def resources(file: str, place: int, arch: int) -> Resources:
-    """Compile a configuration for an architecture and read what it takes.
+    """Compiles a configuration for an architecture and reads its resources.
 
     Raises:
         ModeconnError: Triton comes without its disassembler, or the configuration's arguments are
             not the kernel's.
     """
-    case = configurations(file)[place]
+    case = CASES[file]()[place]
+    about: dict[str, Any] = {"file": file, "name": case.name, "arch": arch}
+    about |= {"stages": case.num_stages, "tensor_cores": case.tensor_cores}
     try:
         kernel = _compiled(case, arch)
     except RuntimeError as error:  # of the compiler itself
-        failure = str(error).splitlines()[0]
-        return Resources(
-            file,
-            case.name,
-            arch,
-            case.num_warps,
-            case.num_stages,
-            0,
-            0,
-            0,
-            0,
-            "",
-            {},
-            case.tensor_cores,
-            failure,
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder, "kernel.cubin")
-        binary.write_bytes(kernel.asm["cubin"])
-        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", binary)
-        code = _output(triton.knobs.nvidia.nvdisasm.path, "-c", binary)
+        return Resources(warps=case.num_warps, failure=str(error).splitlines()[0], **about)
+    usage, code = _disassembled(kernel.asm["cubin"])
     registers, stack = (
         max(map(int, re.findall(rf"\b{what}:(\d+)", usage))) for what in ("REG", "STACK")
-    )
-    mnemonics = re.findall(
-        r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE
     )
     # Kernels whose warps have different tasks are launched with more of them than were asked for.
     threads = re.search(r"^\.(?:reqntid|maxntid)\s+(\d+)", kernel.asm["ptx"], re.MULTILINE)
     warps = int(threads[1]) // 32 if threads else case.num_warps
     shared = kernel.metadata.shared
-    blocks, bound = blocks_at_a_time(
-        LIMITS[arch], registers, warps, shared, getattr(kernel.metadata, "tmem_size", None) or 0
-    )
-    counts = {name: mnemonics.count(name) for name in TENSOR + TELLING if name in mnemonics}
+    tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
+    blocks, bound = blocks_at_a_time(LIMITS[arch], registers, warps, shared, tensor_memory)
     return Resources(
-        file,
-        case.name,
-        arch,
-        warps,
-        case.num_stages,
-        registers,
-        stack,
-        shared,
-        blocks,
-        bound,
-        counts,
-        case.tensor_cores,
+        warps=warps,
+        registers=registers,
+        spilled=stack,
+        shared=shared,
+        blocks=blocks,
+        bound=bound,
+        instructions=_instructions(code),
+        **about,
     )
 
 
@@ -188,7 +172,8 @@ def _compiled(case: AotCase, arch: int) -> Any:
     unknown = {*case.signature, *case.constexprs} ^ set(kernel.arg_names)
     if unknown:
         raise ModeconnError(
-            f"{case.name}: {', '.join(sorted(unknown))} is no argument of {kernel.__name__}, or has no type"
+            f"{case.name}: {', '.join(sorted(unknown))} is no argument of {kernel.__name__}, "
+            "or has no type"
         )
     types = {
         name: case.signature.get(name, "constexpr").partition(":")[0] for name in kernel.arg_names
@@ -205,6 +190,23 @@ def _compiled(case: AotCase, arch: int) -> Any:
     )
 
 
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    """Returns the resource usage and the machine code of a compiled kernel, as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(cubin)
+        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", binary)
+        return usage, _output(triton.knobs.nvidia.nvdisasm.path, "-c", binary)
+
+
+def _instructions(code: str) -> dict[str, int]:
+    """Counts the telling instructions of a disassembly."""
+    mnemonics = re.findall(
+        r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE
+    )
+    return {name: mnemonics.count(name) for name in TENSOR + TELLING if name in mnemonics}
+
+
 def _output(*command: str | Path) -> str:
     try:
         return subprocess.run(
@@ -217,7 +219,7 @@ def _output(*command: str | Path) -> str:
 def blocks_at_a_time(
     limits: Limits, registers: int, warps: int, shared: int, tensor_memory: int = 0
 ) -> tuple[int, str]:
-    """How many blocks a multiprocessor holds, and what keeps them from being more."""
+    """Returns how many blocks a multiprocessor holds, and which resource bounds them."""
     # compiling does not fail on these, a launch does
     if shared > limits.block or tensor_memory > limits.tensor_memory:
         return 0, "shared memory" if shared > limits.block else "tensor memory"
@@ -237,48 +239,36 @@ def blocks_at_a_time(
 
 
 def collect(archs: list[int], jobs: int, only: str = "") -> list[Resources]:
-    """All configurations whose file or name contains `only`, in processes side by side."""
+    """Reports on all configurations whose file or name contains `only`, in parallel processes."""
     if INTERPRETED:
         raise ModeconnError(
             "TRITON_INTERPRET is set, and the interpreter's kernels cannot be compiled: unset it"
         )
-    wanted = [
-        (file, place)
-        for file, place in cases()
-        if only in file or only in configurations(file)[place].name
-    ]
-    work = [
-        (file, place, arch)
-        for file, place in wanted
-        for arch in archs
-        if arch in configurations(file)[place].archs
-    ]
+    work: list[tuple[str, int, int]] = []
+    for file, place in cases():
+        case = CASES[file]()[place]
+        if only in file or only in case.name:
+            work += [(file, place, arch) for arch in archs if arch in case.archs]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(resources, *zip(*work))) if work else []
 
 
 def table(rows: list[Resources]) -> str:
-    """The rows in Markdown."""
-    lines = [
-        "| kernel | sm | warps × stages | registers | spilled bytes | shared KiB | blocks/SM | bound by | instructions |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Formats the rows in Markdown."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for r in rows:
+        line = f"| {r.name} | {r.arch} | {r.warps} × {r.stages} "
         if r.failure:
-            lines.append(
-                f"| {r.name} | {r.arch} | {r.warps} × {r.stages} | | | | | | does not compile: {r.failure} |"
-            )
+            lines.append(f"{line}| | | | | | does not compile: {r.failure} |")
             continue
         kinds = ", ".join(f"{count} {name}" for name, count in r.instructions.items())
-        lines.append(
-            f"| {r.name} | {r.arch} | {r.warps} × {r.stages} | {r.registers} | {r.spilled} | {r.shared / 1024:.1f} "
-            f"| {r.blocks} | {r.bound} | {kinds} |"
-        )
+        line += f"| {r.registers} | {r.spilled} | {r.shared / 1024:.1f} "
+        lines.append(f"{line}| {r.blocks} | {r.bound} | {kinds} |")
     return "\n".join(lines)
 
 
 def written_into(text: str, report: str) -> str:
-    """A document with what stands between the two marks replaced.
+    """Returns the document with the report between its two marks.
 
     Raises:
         ModeconnError: the document does not have both marks.
@@ -292,11 +282,10 @@ def written_into(text: str, report: str) -> str:
     return f"{before}{BEGIN}\n{report}\n{END}{after}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m modeconn.kernels.report",
-        description="what the kernels take of a GPU, without one",
+        prog="python bench/kernel_report.py",
+        description="compile the GPU kernels, without a GPU, and report the resources they take",
     )
     parser.add_argument(
         "--archs",
@@ -322,28 +311,31 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE",
         help="put the table between its marks in this document",
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    options = _parser().parse_args(arguments)
     try:
         rows = collect(options.archs, options.jobs, options.only)
+        report = table(rows)
         if options.write:
-            document = written_into(
-                options.write.read_text(encoding="utf-8"),
-                f"Triton {triton.__version__}.\n\n{table(rows)}",
-            )
+            document = options.write.read_text(encoding="utf-8")
+            document = written_into(document, f"Triton {triton.__version__}.\n\n{report}")
             options.write.write_text(document, encoding="utf-8")
     except ModeconnError as error:
         print(f"kernel report: {error}", file=sys.stderr)
         return 2
     if options.json:
-        options.json.write_text(
-            json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8"
-        )
-    print(table(rows))
-    problems = [problem for row in rows for problem in row.problems]
-    print(
-        "\n".join(problems) if problems else f"{len(rows)} configurations: none spills, all fit",
-        file=sys.stderr,
-    )
+        text = json.dumps([asdict(row) for row in rows], indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    print(report)
+    problems: list[str] = []
+    for row in rows:
+        problems += row.problems
+    verdict = "\n".join(problems) or f"{len(rows)} configurations: none spills, all fit"
+    print(verdict, file=sys.stderr)
     return 1 if problems else 0
 
 
