@@ -318,7 +318,7 @@ def main() -> int:
     report = {
         "device": device,
         "date": started.isoformat(timespec="seconds"),
-        "python": platmaterialize.python_version(),
+        "python": platform.python_version(),
         "missing": check.missing,
         "dry_run": options.dry_run,
         "seconds": options.seconds - check.left(),
