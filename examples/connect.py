@@ -1,6 +1,6 @@
 """A path of certified low loss between two networks, and its verification.
 
-`mc.connect` builds a chain of segments on which the loss is bounded by its break points, and
+`mc.connect` builds a chain of segments on which the loss is bounded by its breakpoints, and
 `mc.verify` recomputes the bound from these and the data alone.
 """
 

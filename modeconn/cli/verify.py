@@ -1,4 +1,4 @@
-"""`modeconn verify`: recomputes a connection's certificate from its break points and the data."""
+"""`modeconn verify`: recomputes a connection's certificate from its breakpoints and the data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from modeconn.connection.connection import Connection
 
 DESCRIPTION = """\
-Recompute the certificate of a connection from its break points and the data, and compare.
+Recompute the certificate of a connection from its breakpoints and the data, and compare.
 A false certificate ends with exit code 2 and one line that names the first false value."""
 
 
@@ -24,7 +24,7 @@ def add(commands: options.Commands) -> None:
     """Declares the command."""
     parser = commands.add_parser(
         "verify",
-        help="check a connection's certificate from its break points and the data",
+        help="check a connection's certificate from its breakpoints and the data",
         description=DESCRIPTION,
         epilog=options.example("modeconn verify connection/ --data mnist --data-root DIR"),
     )
