@@ -23,16 +23,10 @@ from torch import Tensor, nn
 
 from modeconn.capture import ops
 from modeconn.capture.cache import graph_for, remember_copy
+from modeconn.capture.closing import parts_of
 from modeconn.capture.graph import Entry, Graph, In, Node, Size
-from modeconn.capture.opaque import (
-    eval_mode,
-    line_of,
-    parts_of,
-    reason_of,
-    stubs,
-    tensors_of,
-    whole,
-)
+from modeconn.capture.opaque import eval_mode, line_of, reason_of, tensors_of, whole
+from modeconn.capture.stubs import stubs
 from modeconn.capture.translate import graph_of
 from modeconn.data.inputs import Inputs, arguments, call, describe, join, keys, leaves, rows, take
 from modeconn.errors import ModeconnError
@@ -128,13 +122,10 @@ def _checked(graph: Graph, model: nn.Module, x: Inputs, expected: Any) -> Graph:
 
 
 def _rows_apart(parts: list[Any], whole: Any, count: int) -> bool:
-    """Whether the outputs of two parts of a batch, put together, are the outputs of the batch."""
+    """Whether the outputs of two parts of a batch, joined, are the outputs of the batch."""
     first, rest, both = (tensors_of(out) for out in (*parts, whole))
-    return all(
-        _alike(torch.cat([a, b]), c)
-        for a, b, c in zip(first, rest, both)
-        if c.dim() and len(c) == count
-    )
+    batched = [(a, b, c) for a, b, c in zip(first, rest, both) if c.dim() and len(c) == count]
+    return all(_alike(torch.cat([a, b]), c) for a, b, c in batched)
 
 
 def run(graph: Graph, entries: dict[str, Tensor], x: Inputs) -> Any:

@@ -1,9 +1,9 @@
-"""The small graph that a network is captured as: what the planner reads and the backends run.
+"""The graph of a captured network: the planner reads it, and the backends run it.
 
 A graph is a list of nodes in execution order. A node applies one operation to the values of earlier
 nodes, to *entries* (parameters and buffers, by their state-dict names) and to plain Python
 constants. Its arguments are kept as a template with three kinds of leaves, so that a backend can
-fill in whatever tensors it wants, for any number of rows.
+fill in tensors of its choice, for any number of rows.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ class Node:
         entries: names of the parameters and buffers it takes.
         shape: of its value; the batch axis and what follows from it are `Size`.
         source: the module and line it comes from.
-        batched: whether its value has to do with the input; if not, it is a function of entries
-            alone.
+        batched: whether the value depends on the input batch (False: on parameters and buffers
+            alone).
+        random: whether it draws random numbers.
     """
 
     id: int
@@ -112,7 +113,7 @@ class Node:
         return call(self.function, filled)
 
     def numel(self, rows: int = 64) -> float:
-        """How many numbers one row of the value has, on average over a block of rows."""
+        """The value's numbers per row, on average over a block of rows."""
         total = math.prod(d.of(rows) if isinstance(d, Size) else d for d in self.shape)
         return total / rows if self.batched else total
 
@@ -123,7 +124,10 @@ def _is_default(value: Any, parameter: Parameter) -> bool:
 
 
 def _fill(leaf: Any, values: Sequence[Tensor], entries: Sequence[Tensor], rows: int) -> Any:
-    """A template with tensors for leaves. No closure: one that calls itself would keep the tensors until the next gc."""
+    """Fills tensors and sizes into a template.
+
+    It is no closure: one that calls itself would keep the tensors until garbage is collected.
+    """
     if isinstance(leaf, In):
         return values[leaf.index]
     if isinstance(leaf, Entry):
@@ -142,14 +146,14 @@ class Graph:
     Attributes:
         nodes: in execution order; the first are the inputs.
         output: template of the network's output, with `In(node id)` leaves.
-        constants: entries that are not in the state dict (lifted constants, buffers that are not
+        constants: tensors that are not in the state dict (lifted constants, buffers that are not
             persistent).
         fallback: why the network could not be captured and runs as one opaque node; None if it was
             captured.
         closed: the parts of it that could not be captured and run as they are, each with its
             reason.
         mixes_rows: whether a row's output depends on the other rows of its batch.
-        inputs: what each input is called: None for the only one, else its place or its name.
+        inputs: per input None if it is the only one, else its place or its name.
     """
 
     nodes: tuple[Node, ...]
@@ -166,16 +170,19 @@ class Graph:
 
     @property
     def tensor_output(self) -> int | None:
-        """The id of the node that is the output, or None where the network returns a tuple, dict or the like."""
+        """The id of the node that is the output; None where it is a tuple, dict or the like."""
         return self.output.index if isinstance(self.output, In) else None
 
     def only_logits(self) -> Graph:
-        """The graph whose output is the logits alone, where the output has them; what else it returns is then dead."""
+        """The graph whose output is the logits alone, where they are a part of the output."""
         logits = None if self.fallback else getattr(self.output, "logits", None)
         return replace(self, output=logits) if isinstance(logits, In) else self
 
     def before_log_softmax(self) -> Graph:
-        """The graph whose output is what a last log_softmax over classes [N, C] takes: its cross-entropy is the same."""
+        """The graph without a last log_softmax over classes [N, C].
+
+        The cross-entropy of its output is the same.
+        """
         last = None if self.tensor_output is None else self.nodes[self.tensor_output]
         if (
             last is None

@@ -14,8 +14,8 @@ import torch
 
 from modeconn.capture import ops
 from modeconn.capture.graph import Dim, In, Node, Size
-from modeconn.capture.opaque import closed_part, operation
 from modeconn.capture.signature import named
+from modeconn.capture.stubs import closed_part, operation
 
 _VIEWS = ("view", "_unsafe_view", "reshape")
 _ATEN = torch.ops.aten

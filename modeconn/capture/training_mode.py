@@ -1,4 +1,4 @@
-"""Graphs with batch norms in training mode: they normalise by the batch's statistics and return them."""
+"""Graphs with batch norms in training mode, which normalise by the batch's own statistics."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Values that several ask for, each some units of it: where one value for all of them costs no more.
+"""Merges overlapping requests for a node's value when one larger value costs no more.
 
-What varies, and so what is worth joining, is known only once a plan is made. So a segment is
-planned first with a value for each wish, and again with the joint ones, until nothing is left to
-join.
+Which values vary, and so which are worth merging, is known only once a plan is made. So a segment
+is planned first with a value for each request, and again with the merged ones, until nothing is
+left to merge.
 """
 
 from __future__ import annotations
@@ -16,62 +16,64 @@ from modeconn.capture.graph import Graph
 from modeconn.plan.program import Combination, Form, Varying
 from modeconn.plan.units import Shape, Units
 
-# A wish for some units of a value, and the form of what it got.
-Wish = tuple[Units, Form]
+# The requested units of a value, and the form that the value has.
+Request = tuple[Units, Form]
 
 
-class Joint:
-    """For wishes on one segment the larger ones that serve them."""
+class Merging:
+    """The requests on one segment, each with the larger one that it was merged into."""
 
     def __init__(self) -> None:
-        self._served: dict[tuple[int, Units], Units] = {}
+        self._merged: dict[tuple[int, Units], Units] = {}
 
-    def serving(self, node: int, wanted: Units) -> Units:
-        """The units to derive where some are wanted."""
-        while (node, wanted) in self._served:
-            wanted = self._served[node, wanted]
-        return wanted
+    def covering(self, node: int, requested: Units) -> Units:
+        """Returns the units to plan for where some are requested."""
+        while (node, requested) in self._merged:
+            requested = self._merged[node, requested]
+        return requested
 
-    def add(self, graph: Graph, forms: Mapping[tuple[int, Units], Form]) -> bool:
-        """Join what can be joined of a plan's values; whether there was any."""
-        before = len(self._served)
-        wishes: dict[int, list[Wish]] = {}
+    def merge(self, graph: Graph, forms: Mapping[tuple[int, Units], Form]) -> bool:
+        """Merges the values of a plan where it pays; returns whether it did anywhere."""
+        before = len(self._merged)
+        requests: dict[int, list[Request]] = {}
         for (node, units), form in forms.items():
-            wishes.setdefault(node, []).append((units, form))
-        for node, several in wishes.items():
-            shape = graph.nodes[node].shape
-            while pair := _pair(several, shape):
-                joint = pair[0][0].union(pair[1][0])
-                self._served |= {(node, units): joint for units, _ in pair if units != joint}
-                several = [
-                    (joint, pair[0][1]),
-                    *(wish for wish in several if wish not in pair and wish[0] != joint),
-                ]
-        return len(self._served) > before
+            requests.setdefault(node, []).append((units, form))
+        for node, of_node in requests.items():
+            self._merge_node(node, of_node, graph.nodes[node].shape)
+        return len(self._merged) > before
+
+    def _merge_node(self, node: int, requests: list[Request], shape: Shape) -> None:
+        while pair := _pair(requests, shape):
+            union, form = pair[0][0].union(pair[1][0]), pair[0][1]
+            self._merged |= {(node, units): union for units, _ in pair if units != union}
+            others = [each for each in requests if each not in pair and each[0] != union]
+            requests = [(union, form), *others]
 
 
-def _pair(wishes: Sequence[Wish], shape: Shape) -> tuple[Wish, Wish] | None:
-    """Two wishes that are better served by one value."""
-    return next((pair for pair in itertools.combinations(wishes, 2) if _worth(*pair, shape)), None)
+def _pair(requests: Sequence[Request], shape: Shape) -> tuple[Request, Request] | None:
+    """Two requests that are better served by one value."""
+    pairs = itertools.combinations(requests, 2)
+    return next((pair for pair in pairs if _worth_merging(*pair, shape)), None)
 
 
-def _worth(one: Wish, other: Wish, shape: Shape) -> bool:
+def _worth_merging(one: Request, other: Request, shape: Shape) -> bool:
     """Whether one value for both costs no more.
 
-    What varies is done for every point, on this segment alone. Shared values may be taken up by
-    other segments as well, which might want only one of the two; but where one holds the other,
+    A varying value is computed for every point, on this segment alone. Shared values may be used by
+    other segments as well, which might request only one of the two; but where one holds the other,
     that one is enough.
     """
     (units, form), (others, another) = one, other
-    joint = units.union(others)
+    union = units.union(others)
     if isinstance(form, Varying) and isinstance(another, Varying):
-        return joint.share(shape) <= units.share(shape) + others.share(shape)
-    return joint in (units, others) and _alike(form, another)
+        return union.share(shape) <= units.share(shape) + others.share(shape)
+    return union in (units, others) and _same_coefficients(form, another)
 
 
-def _alike(form: Form, another: Form) -> bool:
-    """Whether both are combinations with the same coefficients."""
+def _same_coefficients(form: Form, another: Form) -> bool:
     if not isinstance(form, Combination) or not isinstance(another, Combination):
         return False
-    columns, others = ([term.coefficients for term in each.terms] for each in (form, another))
-    return len(columns) == len(others) and all(map(np.array_equal, columns, others))
+    pairs = zip(form.terms, another.terms)
+    return len(form.terms) == len(another.terms) and all(
+        np.array_equal(term.coefficients, other.coefficients) for term, other in pairs
+    )

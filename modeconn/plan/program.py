@@ -1,4 +1,4 @@
-"""What a plan consists of: shared steps, done once per row, and for each segment what is left to do per point."""
+"""Contents of a plan: shared steps, done once per row, and each segment's steps, done per point."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from modeconn.plan.units import ALL, Units
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """c(t) · shared value: one summand of a combination. The coefficients c are float64 [T], over the segment's points."""
+    """c(t) · shared value: one summand of a combination.
+
+    Attributes:
+        value: the shared value's number.
+        coefficients: c at the segment's points, float64 [T].
+    """
 
     value: int
     coefficients: np.ndarray
@@ -23,7 +28,7 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Combination:
-    """Σ_j c_j(t) · value_j, of shared values. A constant is one term with a column of ones.
+    """Σ_j c_j(t) · value_j, of shared values. A constant is one term whose coefficients are ones.
 
     Attributes:
         numel: size of the value, per row.
@@ -39,8 +44,12 @@ class Combination:
 
     @property
     def flops(self) -> float:
-        """Arithmetic of adding it up for one point, per row; none for a constant."""
+        """Arithmetic of materializing it for one point, per row; none for a constant."""
         return 0.0 if self.constant else 2.0 * len(self.terms) * self.numel
+
+    def uses(self, steps: set[int], values: set[int]) -> bool:
+        """Whether it consists of nothing but some steps and shared values."""
+        return all(term.value in values for term in self.terms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +59,17 @@ class Varying:
     step: int
     units: Units = ALL
 
+    def uses(self, steps: set[int], values: set[int]) -> bool:
+        """Whether it consists of nothing but some steps and shared values."""
+        return self.step in steps
+
 
 Form = Combination | Varying
 
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """A weight that varies: Σ_j c_j(t) · tensor_j. Formed once per point, not once per block of rows."""
+    """A weight that varies: Σ_j c_j(t) · tensor_j, materialized once per point."""
 
     tensors: tuple[Tensor, ...]
     coefficients: tuple[np.ndarray, ...]
@@ -68,18 +81,20 @@ class Blend:
 
     def at(self, point: int) -> Tensor:
         """The weight at one of the segment's points."""
-        return blend(self.tensors, [column[point] for column in self.coefficients])
+        return blend(self.tensors, [each[point] for each in self.coefficients])
 
     def arrays(self) -> tuple[list[np.ndarray], np.ndarray]:
         """The tensors as arrays, and their coefficients [points, tensors]."""
-        return [tensor.contiguous().numpy() for tensor in self.tensors], np.stack(
-            self.coefficients, axis=1
-        )
+        tensors = [tensor.contiguous().numpy() for tensor in self.tensors]
+        return tensors, np.stack(self.coefficients, axis=1)
 
 
 @dataclass(frozen=True, eq=False)
 class PerPoint:
-    """An entry with a tensor of its own at each of the segment's points, [T, …]: statistics that were recomputed."""
+    """A buffer with a tensor of its own at each of the segment's points, [T, …].
+
+    Recomputed statistics are such buffers.
+    """
 
     table: Tensor
 
@@ -89,11 +104,11 @@ class PerPoint:
         return self.table[0]
 
     def at(self, point: int) -> Tensor:
-        """The entry at one of the segment's points."""
+        """The buffer at one of the segment's points."""
         return self.table[point]
 
     def arrays(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """As for a `Blend`: the tensor of each point, with one-hot coefficients."""
+        """The tensor of each point, with one-hot coefficients [points, points]."""
         return list(self.table.contiguous().numpy()), np.eye(len(self.table))
 
 
@@ -106,7 +121,7 @@ class SharedStep:
 
     Attributes:
         inputs: shared values it takes.
-        entries: its weights, cut down to the wanted units.
+        entries: its parameters and buffers, cut down to the requested units.
         flops, numel: arithmetic and size of the value, per row.
     """
 
@@ -120,11 +135,11 @@ class SharedStep:
 
 @dataclass(frozen=True, eq=False)
 class VaryingStep:
-    """A node's value at each point, or, with `combine` set, the sum of that combination of the node's values.
+    """A node's value at each point; with `combine` set, that combination, materialized.
 
     Attributes:
         inputs: for each input of the node the earlier step, or the constant, that it is.
-        entries: its weights: fixed ones, or such as move with t.
+        entries: its parameters and buffers, fixed ones and such as move with t.
     """
 
     node: Node
@@ -162,7 +177,7 @@ class Segment:
 
     @property
     def between(self) -> np.ndarray:
-        """Which of the points are none of the control points, bool [T]."""
+        """Whether each of the points is none of the control points, bool [T]."""
         ones, others = (self.coefficients == 1).sum(1), (self.coefficients != 0).sum(1)
         between: np.ndarray = (ones != 1) | (others != 1)
         return between
@@ -188,9 +203,11 @@ class Segment:
         forms: list[Form | int | None] = list(self.outputs.values())
         for index in self.used():
             forms += [*self.steps[index].inputs, self.steps[index].combine]
-        return {
-            term.value for form in forms if isinstance(form, Combination) for term in form.terms
-        }
+        taken: set[int] = set()
+        for form in forms:
+            if isinstance(form, Combination):
+                taken |= {term.value for term in form.terms}
+        return taken
 
 
 @dataclass(eq=False)
@@ -235,7 +252,7 @@ class Program:
 
 
 def needed(shared: Sequence[SharedStep], values: Iterable[int]) -> set[int]:
-    """Some shared values and all that they are made of."""
+    """Returns shared values with all those that they are made of."""
     used = set(values)
     for value in reversed(range(len(shared))):
         if value in used:
@@ -246,11 +263,11 @@ def needed(shared: Sequence[SharedStep], values: Iterable[int]) -> set[int]:
 def _without_unused(segment: Segment) -> Segment:
     used = segment.used()
     place = {index: new for new, index in enumerate(sorted(used))}
-    steps = [
-        replace(step, inputs=tuple(place[i] if isinstance(i, int) else i for i in step.inputs))
-        for index, step in enumerate(segment.steps)
-        if index in used
-    ]
+    steps = []
+    for index in sorted(used):
+        step = segment.steps[index]
+        inputs = tuple(place[i] if isinstance(i, int) else i for i in step.inputs)
+        steps.append(replace(step, inputs=inputs))
     outputs: dict[int, Form] = {
         node: Varying(place[form.step], form.units) if isinstance(form, Varying) else form
         for node, form in segment.outputs.items()

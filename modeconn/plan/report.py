@@ -1,4 +1,4 @@
-"""What a plan does and saves, for people: `mc.explain`."""
+"""Reports of plans for people, as `mc.explain` returns them."""
 
 from __future__ import annotations
 
@@ -58,20 +58,20 @@ class Plan:
                 "once": self.network_flops,
                 "per_point": self.point_flops,
             },
-            "segments": [
-                {
-                    "segment": s.index,
-                    "points": len(s.point_indices),
-                    "active": list(s.active),
-                    "flops_per_point": s.flops,
-                    "nodes": self.nodes(s),
-                }
-                for s in program.segments
-            ],
+            "segments": [self._segment(segment) for segment in program.segments],
+        }
+
+    def _segment(self, segment: Segment) -> dict[str, Any]:
+        return {
+            "segment": segment.index,
+            "points": len(segment.point_indices),
+            "active": list(segment.active),
+            "flops_per_point": segment.flops,
+            "nodes": self.nodes(segment),
         }
 
     def nodes(self, segment: Segment) -> list[dict[str, Any]]:
-        """Each node of the network on one segment: its class, the units that are live, and its arithmetic per sample."""
+        """Describes each node on one segment: class, live units, arithmetic per sample."""
         rows = []
         for node in self.program.graph.nodes:
             if node.op == "input":
@@ -80,14 +80,6 @@ class Plan:
             each = sum(step.flops for step in segment.steps if step.node.id == node.id)
             output = segment.outputs.get(node.id)
             each += output.flops if isinstance(output, Combination) else 0.0
-            # A shared value that other segments take up as well is listed with each of them.
-            once = sum(
-                self.program.shared[value].flops
-                for value in {
-                    term.value for f in forms if isinstance(f, Combination) for term in f.terms
-                }
-                if value in self.program.order and self.program.shared[value].node.id == node.id
-            )
             rows.append(
                 {
                     "node": node.id,
@@ -95,49 +87,61 @@ class Plan:
                     "source": node.source,
                     "class": _class(forms),
                     "units": _units(node, forms),
-                    "once": once,
+                    "once": self._once(node, forms),
                     "per_point": each,
                     "note": _note(node),
                 }
             )
         return rows
 
+    def _once(self, node: Node, forms: list[Form]) -> float:
+        """The arithmetic of a node's shared values on a segment.
+
+        A value that other segments use as well counts on each of them.
+        """
+        values: set[int] = set()
+        for form in forms:
+            if isinstance(form, Combination):
+                values |= {term.value for term in form.terms}
+        steps = [self.program.shared[value] for value in values if value in self.program.order]
+        return sum(step.flops for step in steps if step.node.id == node.id)
+
     def __str__(self) -> str:
         program = self.program
-        ratio, once = (
-            self.naive_flops / max(self.flops, 1.0),
-            self.network_flops / max(program.naive_flops, 1.0),
-        )
+        points = _of(len(program.inverse), "point")
+        segments = _of(len(program.segments), "segment")
+        naive, flops = _count(self.naive_flops), _count(self.flops)
+        ratio = self.naive_flops / max(self.flops, 1.0)
+        passes = self.network_flops / max(program.naive_flops, 1.0)
+        once = f"{_count(self.network_flops)} once, or {passes:.2f} forward passes"
         lines = [
-            f"{_of(len(program.inverse), 'point')} ({len(program.points)} distinct) on {_of(len(program.segments), 'segment')}",
-            f"arithmetic per sample: {_count(self.naive_flops)} by a pass per point, {_count(self.flops)} by this plan",
-            f"  {ratio:.1f} times less: {_count(self.network_flops)} once, or {once:.2f} forward passes",
+            f"{points} ({len(program.points)} distinct) on {segments}",
+            f"arithmetic per sample: {naive} by a pass per point, {flops} by this plan",
+            f"  {ratio:.1f} times less: {once}",
             f"  and {_count(self.point_flops)} for the points",
         ]
         if program.graph.fallback:
+            reason = program.graph.fallback
             lines.append(
-                f"  runs as it is, once per point, since it could not be captured: {program.graph.fallback}"
+                f"  runs as it is, once per point, since it could not be captured: {reason}"
             )
         alike: dict[str, list[Segment]] = {}
         for segment in program.segments:
             alike.setdefault("\n".join(_table(self.nodes(segment))), []).append(segment)
-        for table, segments in alike.items():
-            names = ", ".join(str(segment.index) for segment in segments)
-            points = sum(len(segment.point_indices) for segment in segments)
-            lines += [f"segment{'s' if len(segments) > 1 else ''} {names} ({points} points)", table]
+        for table, equal in alike.items():
+            names = ", ".join(str(segment.index) for segment in equal)
+            count = sum(len(segment.point_indices) for segment in equal)
+            lines += [f"segment{'s' if len(equal) > 1 else ''} {names} ({count} points)", table]
         return "\n".join(lines)
 
 
 def _class(forms: list[Form]) -> str:
     if not forms:
         return "dead"
-    if any(not isinstance(form, Combination) for form in forms):
+    combinations = [form for form in forms if isinstance(form, Combination)]
+    if len(combinations) < len(forms):
         return "varying"
-    return (
-        "constant"
-        if all(form.constant for form in forms if isinstance(form, Combination))
-        else "combination"
-    )
+    return "constant" if all(form.constant for form in combinations) else "combination"
 
 
 def _units(node: Node, forms: list[Form]) -> str:
@@ -145,10 +149,8 @@ def _units(node: Node, forms: list[Form]) -> str:
     if not forms:
         return "none"
     live = functools.reduce(Units.union, (form.units for form in forms)).of(node.shape)
-    return (
-        " × ".join(f"{len(index)}/{node.shape[axis]}" for axis, index in live.along.items())
-        or "all"
-    )
+    parts = [f"{len(index)}/{node.shape[axis]}" for axis, index in live.along.items()]
+    return " × ".join(parts) or "all"
 
 
 def _note(node: Node) -> str:
@@ -158,14 +160,17 @@ def _note(node: Node) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        f"  {'operation':<22}{'where':<24}{'class':<13}{'units':>14}{'once':>10}{'a point':>10}"
-    ]
+    lines = [_line("operation", "where", "class", "units", "once", "a point")]
     for row in rows:
         once, each = (_count(row[key]) if row[key] else "-" for key in ("once", "per_point"))
-        line = f"  {row['op'][:21]:<22}{row['source'][:23]:<24}{row['class']:<13}{row['units']:>14}{once:>10}{each:>10}"
+        line = _line(row["op"], row["source"], row["class"], row["units"], once, each)
         lines.append(f"{line}  {row['note']}".rstrip())
     return lines
+
+
+def _line(*cells: str) -> str:
+    op, source, kind, units, once, each = cells
+    return f"  {op[:21]:<22}{source[:23]:<24}{kind:<13}{units:>14}{once:>10}{each:>10}"
 
 
 def _count(number: float) -> str:

@@ -1,4 +1,4 @@
-"""Which part of a value is wanted: units (or channels, heads, tokens), by their indices along axes.
+"""Parts of values: units (or channels, heads, tokens), by their indices along axes.
 
 A part is the product of index sets, one for each axis that is cut down. So a rule can look at one
 axis after the other, and two parts of a value have a smallest part that holds both.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import numpy as np
 
 from modeconn.capture.graph import Dim, Size
 
-# Of a value: the batch axis and what follows from it are `Size`.
+# The sizes of a value: the batch axis and what follows from it are `Size`.
 Shape = tuple[Dim, ...]
 
 
@@ -54,26 +55,23 @@ class Units:
         return self.along.get(axis)
 
     def without(self, *axes: int) -> Units:
-        """The same, with all indices along some axes."""
+        """These units, with all indices along some axes."""
         return Units({axis: index for axis, index in self.along.items() if axis not in axes})
 
     def of(self, shape: Shape) -> Units:
-        """The same part of a value of this shape, without the axes along which all indices are kept."""
-        return Units(
-            {axis: index for axis, index in self.along.items() if len(index) < static(shape[axis])}
-        )
+        """These units of a value of some shape, without axes along which all indices are kept."""
+        items = self.along.items()
+        return Units({axis: kept for axis, kept in items if len(kept) < static(shape[axis])})
 
     def shape(self, whole: Shape) -> Shape:
         """The part's shape, of a value of shape `whole`."""
-        return tuple(
-            len(self.along[axis]) if axis in self.along else size for axis, size in enumerate(whole)
-        )
+        kept = {axis: len(index) for axis, index in self.along.items()}
+        return tuple(kept.get(axis, size) for axis, size in enumerate(whole))
 
     def share(self, whole: Shape) -> float:
         """The part's size as a share of the whole value's."""
-        return math.prod(
-            len(index) / max(static(whole[axis]), 1) for axis, index in self.along.items()
-        )
+        items = self.along.items()
+        return math.prod(len(index) / max(static(whole[axis]), 1) for axis, index in items)
 
     def union(self, other: Units) -> Units:
         """The smallest part that holds both."""
@@ -96,7 +94,7 @@ ALL = Units({})
 
 
 def regrouped(units: Units, before: Shape, after: Shape) -> Units | None:
-    """What a part of a value is in a view of it with other axes: in [N, H·D] → [N, H, D], whole heads are heads.
+    """Expresses a part of a value in a view of it: in [N, H·D] → [N, H, D], whole heads are heads.
 
     Args:
         before, after: shapes of the value and of its view, with the same numbers in the same order.
@@ -108,14 +106,10 @@ def regrouped(units: Units, before: Shape, after: Shape) -> Units | None:
     for axes, others in _groups(before, after):
         if not any(axis in units.along for axis in axes):
             continue
-        if any(
-            isinstance(size, Size)
-            for size in (*(before[a] for a in axes), *(after[a] for a in others))
-        ):
+        sizes, targets = [before[a] for a in axes], [after[a] for a in others]
+        if not _all_static(sizes) or not _all_static(targets):
             return None
-        sizes, targets = [static(before[a]) for a in axes], [static(after[a]) for a in others]
-        picked = np.ix_(*(_index(units, axis, size) for axis, size in zip(axes, sizes)))
-        flat = np.ravel_multi_index(picked, sizes).reshape(-1)
+        flat = _flat_indices(units, axes, before)
         places = [np.unique(place) for place in np.unravel_index(flat, targets)]
         if math.prod(map(len, places)) != len(flat):
             return None
@@ -124,7 +118,7 @@ def regrouped(units: Units, before: Shape, after: Shape) -> Units | None:
 
 
 def covering(units: Units, before: Shape, after: Shape) -> Units:
-    """The smallest part of a value that holds a part of its view, and is a part of the view itself.
+    """Returns the smallest part of a value that holds a part of its view and is one of the view.
 
     A head that is needed in some units is needed in all of them, where heads are an axis of the
     value.
@@ -140,24 +134,32 @@ def covering(units: Units, before: Shape, after: Shape) -> Units:
 def _rounded(
     units: Units, before: Shape, after: Shape, axes: Sequence[int], others: Sequence[int]
 ) -> Units:
-    """The same within one group of axes, rounded up."""
-    if any(
-        isinstance(size, Size) for size in (*(after[a] for a in axes), *(before[a] for a in others))
-    ):
+    """Rounds units along the axes of one group up to a part of the value and of its view.
+
+    Args:
+        axes, others: the group, as axes of the view and of the value.
+    """
+    sizes, targets = [after[a] for a in axes], [before[a] for a in others]
+    if not _all_static(sizes) or not _all_static(targets):
         return ALL
-    sizes, targets = [static(after[a]) for a in axes], [static(before[a]) for a in others]
-    picked = np.ix_(*(_index(units, axis, size) for axis, size in zip(axes, sizes)))
-    places = np.unravel_index(np.ravel_multi_index(picked, sizes).reshape(-1), targets)
+    places = np.unravel_index(_flat_indices(units, axes, after), targets)
     along = {a: np.unique(place) for a, place in zip(others, places)}
-    parts = [
-        Units(kept).of(before) for kept in (along, *({a: index} for a, index in along.items()))
-    ]
+    # Cut down along all axes if that is a part of the view, else along the first that will do.
+    candidates = [along, *({a: index} for a, index in along.items())]
+    parts = [Units(candidate).of(before) for candidate in candidates]
     return next((part for part in parts if regrouped(part, before, after) is not None), ALL)
 
 
-def _index(units: Units, axis: int, size: int) -> np.ndarray:
-    kept = units.get(axis)
-    return np.arange(size) if kept is None else kept
+def _all_static(sizes: Sequence[Dim]) -> TypeGuard[Sequence[int]]:
+    return not any(isinstance(size, Size) for size in sizes)
+
+
+def _flat_indices(units: Units, axes: Sequence[int], shape: Shape) -> np.ndarray:
+    """The indices of a part along some axes, as those of a single axis that they make up."""
+    sizes = [static(shape[axis]) for axis in axes]
+    kept = [units.along.get(axis, np.arange(size)) for axis, size in zip(axes, sizes)]
+    flat: np.ndarray = np.ravel_multi_index(np.ix_(*kept), sizes).reshape(-1)
+    return flat
 
 
 # Sizes are compared at these numbers of rows, primes that no layer's width is likely to have.
@@ -166,14 +168,12 @@ _ROWS = (1009, 1013)
 
 @functools.lru_cache(maxsize=1024)  # the layers of a network have few different shapes
 def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
-    """The axes of two views, in runs that have equally many numbers, as short as may be."""
+    """Splits the axes of two views into the shortest runs that have equally many numbers."""
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) or j < len(after):
-        axes, others = (
-            list(range(i, min(i + 1, len(before)))),
-            list(range(j, min(j + 1, len(after)))),
-        )
+        axes = [i] if i < len(before) else []
+        others = [j] if j < len(after) else []
         while not (axes and others and _count(before, axes) == _count(after, others)):
             i, j = (axes[-1] + 1 if axes else i), (others[-1] + 1 if others else j)
             shorter = _count(before, axes) <= _count(after, others)
@@ -189,8 +189,10 @@ def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
 
 
 def _count(shape: Shape, axes: Sequence[int]) -> tuple[int, ...]:
+    """How many numbers some axes have together, at each of two numbers of rows."""
     sizes = [shape[axis] for axis in axes]
-    return tuple(
-        math.prod(size.of(rows) if isinstance(size, Size) else size for size in sizes)
-        for rows in _ROWS
-    )
+    counts = []
+    for rows in _ROWS:
+        filled = [size.of(rows) if isinstance(size, Size) else size for size in sizes]
+        counts.append(math.prod(filled))
+    return tuple(counts)

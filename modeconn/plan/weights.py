@@ -1,4 +1,4 @@
-"""What the control points hold: which tensors are equal, which weights are zero, cut down to the units that count.
+"""Contents of the control points: which tensors are equal, which weights are zero.
 
 The planner asks the same questions of the same tensors for every segment, so the answers are
 remembered here. Equality is decided by content, not by object: two checkpoints that share a layer's
@@ -29,7 +29,7 @@ class Contents:
 
     Args:
         control_points: K state dicts.
-        constants: entries that no control point has.
+        constants: tensors that no control point has.
         dtype, device: what to compute with; tensors that differ are converted once.
         by_content: False for tensors that are to be differentiated, or to change while the plan is
             in use: then a weight that is zero still counts, and only one and the same tensor is
@@ -59,7 +59,10 @@ class Contents:
         self._zeros: dict[int, bool] = {}
 
     def tensor(self, name: str, k: int, cut: Cut = ()) -> Tensor:
-        """Entry `name` of control point k, cut down; the same object for equal contents."""
+        """Returns parameter or buffer `name` of control point k, cut down.
+
+        Equal contents give the same object.
+        """
         source = self._constants[name] if name in self._constants else self._points[k][name]
         if id(source) not in self._converted:
             dtype = self._dtype if source.is_floating_point() else source.dtype
@@ -70,12 +73,14 @@ class Contents:
             return whole
         key = (id(whole), cut_key(cut))
         if key not in self._cuts:
-            part = whole
-            for axis, index in enumerate(cut):
-                if index is not None:
-                    part = part.index_select(axis, torch.from_numpy(index).to(self._device))
-            self._cuts[key] = self.unique(part)
+            self._cuts[key] = self.unique(self._part(whole, cut))
         return self._cuts[key]
+
+    def _part(self, tensor: Tensor, cut: Cut) -> Tensor:
+        for axis, index in enumerate(cut):
+            if index is not None:
+                tensor = tensor.index_select(axis, torch.from_numpy(index).to(self._device))
+        return tensor
 
     def number(self, tensor: Tensor) -> int:
         """The content's number, of a tensor that came from here."""
@@ -90,7 +95,7 @@ class Contents:
         return self._zeros[id(tensor)]
 
     def support(self, tensor: Tensor, axis: int) -> np.ndarray:
-        """Which indices along an axis have a non-zero weight anywhere, bool."""
+        """Whether each index along an axis has a non-zero weight anywhere, bool."""
         if not self.by_content:
             return np.ones(tensor.shape[axis], bool)
         key = (id(tensor), axis)
@@ -101,7 +106,7 @@ class Contents:
         return self._supports[key]
 
     def unique(self, tensor: Tensor) -> Tensor:
-        """Number a tensor; returns the one tensor that stands for its content."""
+        """Numbers a tensor; returns the one tensor that stands for its content."""
         if id(tensor) in self._numbers:
             return self._numbers[id(tensor)][1]
         if not self.by_content:
@@ -118,10 +123,9 @@ class Contents:
 
 
 def _fingerprint(tensor: Tensor) -> tuple[float, ...]:
-    """Cheap to compute, equal for equal contents."""
+    """A few numbers that are cheap to compute, and equal for equal contents."""
     flat = tensor.contiguous().view(-1)  # the order of the sum must not depend on strides
+    # Sixteen of the numbers tell apart most tensors whose sums are equal, such as permuted ones.
     sample = flat[:: max(1, flat.numel() // 16)][:16].double()
-    return (
-        float(flat.sum(dtype=torch.float64)) if tensor.is_floating_point() else 0.0,
-        *sample.tolist(),
-    )
+    total = float(flat.sum(dtype=torch.float64)) if tensor.is_floating_point() else 0.0
+    return total, *sample.tolist()

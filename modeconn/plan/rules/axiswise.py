@@ -1,13 +1,12 @@
-"""Rules of operations that take units as they come: each axis of the value goes with one axis of an input or entry.
+"""Rules of operations that work index by index along some axes, and may mix along all others.
 
-What such an operation does along these axes it does index by index; along all others it may mix.
-Number by number, by channel, along one axis, or head by head: the rule is the list of the axes that
-go together.
+Each such axis of the value is linked with one axis of an input or entry: number by number, by
+channel, along one axis, or head by head, the rule is the list of linked axes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ Linking = Callable[[Node, Shapes], tuple[list[Links], list[Links]]]
 
 
 class Linked(Rule):
-    """Units pass along the axes that go together."""
+    """Units pass along linked axes."""
 
     def __init__(
         self,
@@ -44,28 +43,25 @@ class Linked(Rule):
         super().__init__(linear, entries)
         self._links = links
 
-    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
+    def requests(
+        self, node: Node, requested: Units, shapes: Shapes, support: Support
+    ) -> list[Units]:
         inputs, _ = self._links(node, shapes)
-        return [
-            Units({links[a]: index for a, index in wanted.along.items() if a in links})
-            for links in inputs
-        ]
+        return [_passed(requested.along, links) for links in inputs]
 
-    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+    def fit(self, node: Node, requested: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
         inputs, entries = self._links(node, shapes)
         along: dict[int, np.ndarray] = {}
         for axis in range(len(node.shape)):
             given = [units.get(links[axis]) for units, links in zip(have, inputs) if axis in links]
             if not given and any(axis in links for links in entries):  # a table's own features
-                given = [wanted.get(axis)]
+                given = [requested.get(axis)]
             if any(not np.array_equal(given[0], other) for other in given[1:]):  # type: ignore[arg-type]
                 raise Mismatch
             if given and given[0] is not None:
                 along[axis] = given[0]
-        cuts = [
-            cut_of(Units({links[a]: index for a, index in along.items() if a in links}), len(shape))
-            for links, shape in zip(entries, shapes.entries)
-        ]
+        pairs = zip(entries, shapes.entries)
+        cuts = [cut_of(_passed(along, links), len(shape)) for links, shape in pairs]
         return Fit(Units(along), cuts, self.arguments(node, Units(along)))
 
     def arguments(self, node: Node, units: Units) -> dict[str, Any]:
@@ -73,8 +69,13 @@ class Linked(Rule):
         return {}
 
 
+def _passed(along: Mapping[int, np.ndarray], links: Links) -> Units:
+    """The units of an input or entry that go with those of the value."""
+    return Units({links[axis]: index for axis, index in along.items() if axis in links})
+
+
 class Elementwise(Linked):
-    """Works number by number, with axes of one broadcast."""
+    """Operations on each number, with axes of size one broadcast."""
 
     def __init__(
         self, linear: str | Linearity = "", entries: Callable[[Node], frozenset[int]] | None = None
@@ -93,19 +94,18 @@ class Expand(Linked):
 
 
 def broadcast(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
-    """Axes from the last on go together where the sizes are equal."""
+    """Elementwise operations: axes, counted from the last, are linked where sizes are equal."""
 
     def links(shape: Shape) -> Links:
         first = len(node.shape) - len(shape)
-        return {
-            first + a: a for a, size in enumerate(shape) if str(node.shape[first + a]) == str(size)
-        }
+        equal = [a for a, size in enumerate(shape) if str(node.shape[first + a]) == str(size)]
+        return {first + a: a for a in equal}
 
     return [links(shape) for shape in shapes.inputs], [links(shape) for shape in shapes.entries]
 
 
 def by_channel(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
-    """Channel by channel (axis 1): pooling, batch norm with given statistics. Entries are vectors over channels."""
+    """Pooling, batch norm with given statistics: channel by channel (axis 1)."""
     return [{1: 1}], [{1: 0} for _ in node.entries]
 
 
@@ -159,27 +159,30 @@ def multiplied(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
     first, second = map(len, shapes.inputs)
     if min(first, second) < 2:
         return [{}, {}], []
-    batch = _batch(node, shapes.inputs, rank - 2)
-    return [{**batch[0], rank - 2: first - 2}, {**batch[1], rank - 1: second - 1}], []
+    batch, others = (_batch(node, shape, rank - 2) for shape in shapes.inputs)
+    return [{**batch, rank - 2: first - 2}, {**others, rank - 1: second - 1}], []
 
 
 def attended(node: Node, shapes: Shapes) -> tuple[list[Links], list[Links]]:
-    """Attention [N, heads, tokens, features]: head by head and query by query; a head is wanted with all its features."""
+    """Attention [N, heads, tokens, features]: head by head and query by query, all features."""
     rank = len(node.shape)
-    inputs = _batch(node, shapes.inputs, rank - 2)
+    inputs = [_batch(node, shape, rank - 2) for shape in shapes.inputs]
     mask, causal = node["attn_mask"], node["is_causal"]
     masks = _mask(node, mask, shapes, tokens=not causal)
     if not causal:  # "those before it" are counted from the first query
         inputs[0][rank - 2] = rank - 2
     if isinstance(mask, In):
         inputs[mask.index] = masks
-    heads_apart = all(len(shape) == rank for shape in shapes.inputs[:3]) and all(
-        len({str(shapes.inputs[i][a]) for i in range(3)}) == 1 for a in range(rank - 2)
-    )
-    if not heads_apart:  # fewer heads of keys than of queries
-        inputs = [{a: b for a, b in links.items() if a >= rank - 2} for links in inputs]
-        masks = {a: b for a, b in masks.items() if a >= rank - 2}
+    heads = {tuple(map(str, shape[:-2])) for shape in shapes.inputs[:3]}
+    if len(heads) > 1 or len(shapes.inputs[0]) != rank:  # fewer heads of keys than of queries
+        inputs = [_from(rank - 2, links) for links in inputs]
+        masks = _from(rank - 2, masks)
     return inputs, [masks] * len(node.entries)
+
+
+def _from(first: int, links: Links) -> Links:
+    """The links of an axis and of those after it."""
+    return {a: b for a, b in links.items() if a >= first}
 
 
 def linear_in_values(node: Node, moving: frozenset[int]) -> str:
@@ -197,20 +200,15 @@ def linear_in_first(node: Node, moving: frozenset[int]) -> str:
     return "homogeneous" if moving == {0} and node["self"] == In(0) else ""
 
 
-def _batch(node: Node, shapes: Sequence[Shape], count: int) -> list[Links]:
-    """The first axes, where an input has them."""
-    return [
-        {
-            a: a
-            for a in range(count)
-            if len(shape) == len(node.shape) and str(shape[a]) == str(node.shape[a])
-        }
-        for shape in shapes
-    ]
+def _batch(node: Node, shape: Shape, count: int) -> Links:
+    """The first axes, as far as an input has them."""
+    if len(shape) != len(node.shape):
+        return {}
+    return {a: a for a in range(count) if str(shape[a]) == str(node.shape[a])}
 
 
 def _mask(node: Node, mask: Any, shapes: Shapes, tokens: bool) -> Links:
-    """A mask goes along with heads and queries, as far as it has them."""
+    """The links of a mask: with heads and queries, as far as it has them."""
     if not isinstance(mask, In | Entry):
         return {}
     shape = (shapes.inputs if isinstance(mask, In) else shapes.entries)[mask.index]

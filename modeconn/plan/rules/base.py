@@ -1,14 +1,17 @@
-"""What the planner asks about an operation, and the answers of one of which nothing is known.
+"""Rule interface: how an operation propagates liveness and linearity.
 
 A rule answers three questions about a node:
 
-- *Units.* If only some units of the value are wanted, which units of the inputs does that take, and
-  how are the node's weights, and the sizes among its arguments, cut down to match? Units that
-  nobody wants are dead.
+- *Units.* If only some units of the value are requested, which units of the inputs does that take,
+  and how are the node's weights, and the sizes among its arguments, cut down to match? Units that
+  nobody requests are dead.
 - *Linearity in the inputs.* With fixed entries, is the value linear in them ("homogeneous"), linear
   up to an offset ("affine"), or neither ("")?
 - *Linearity in the entries.* With fixed inputs, in which entries taken together is the value
   homogeneous and linear?
+
+`UNKNOWN` is the conservative default. Here and in plans, *entries* are a node's parameters and
+buffers, by their places among them.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ Linearity = Callable[[Node, frozenset[int]], str]
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of a node's inputs and of its entries, whole."""
+    """Shapes of a node's inputs and of its entries, whole."""
 
     inputs: Sequence[Shape]
     entries: Sequence[Shape]
@@ -54,13 +57,17 @@ class Fit:
 
 
 class Mismatch(Exception):
-    """The inputs of a joint operation came with different units, or with others than it can take."""
+    """Inputs have units that an operation cannot take, or cannot take together."""
 
 
 class Rule:
-    """The rule of an operation of which nothing is known: non-linear, and it mixes all units.
+    """The rule of an unknown operation: non-linear, and it mixes all units.
 
     That is always right, and never faster.
+
+    Args:
+        linear: how the value depends on the inputs: "homogeneous", "affine", "" or a function.
+        entries: the entries in which the value is jointly homogeneous and linear; None for none.
 
     Attributes:
         takes: whether the operation is itself one that takes a part of its input.
@@ -83,15 +90,20 @@ class Rule:
         """Indices of the entries in which the value is jointly homogeneous and linear."""
         return self._entries(node) if self._entries else frozenset()
 
-    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
-        """The units of each input that the wanted units take. Producers may deliver more, never less."""
+    def requests(
+        self, node: Node, requested: Units, shapes: Shapes, support: Support
+    ) -> list[Units]:
+        """Returns the units of each input that the requested ones take.
+
+        The planner may give the inputs with more units, never with fewer.
+        """
         return [ALL] * len(node.inputs)
 
-    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
-        """How the node is called on the units that its inputs have, for at least the wanted ones.
+    def fit(self, node: Node, requested: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+        """Fits the node to the units that its inputs have, for at least the requested ones.
 
         Raises:
-            Mismatch: on these it cannot be; on exactly what `wants` asked for it can.
+            Mismatch: it cannot be called on these units; on exactly those of `requests` it can.
         """
         return Fit(ALL, [()] * len(node.entries))
 

@@ -1,4 +1,7 @@
-"""Rules of what multiplies by a weight [out, in, …] or normalises groups: the columns that are zero decide what is live."""
+"""Rules of products with a weight [out, in, …], whose zero columns decide what is live.
+
+Group norm is here as well: its groups pass on units as those of a grouped convolution do.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +37,8 @@ class Product(Rule):
         self, outputs: int = 0, inputs: int = 1, bias_first: bool = False, last: bool = False
     ) -> None:
         super().__init__(_by_bias, _weight_and_bias)
-        self._outputs, self._inputs, self._weight, self._last = (
-            outputs,
-            inputs,
-            int(bias_first),
-            last,
-        )
+        self._outputs, self._inputs = outputs, inputs
+        self._weight, self._last = int(bias_first), last
 
     def _axis(self, node: Node) -> int:
         return len(node.shape) - 1 if self._last else 1
@@ -51,16 +50,18 @@ class Product(Rule):
         """Units along axes that the layer takes apart."""
         return units.without(self._axis(node)).along if self._last else {}
 
-    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
+    def requests(
+        self, node: Node, requested: Units, shapes: Shapes, support: Support
+    ) -> list[Units]:
         axis = self._axis(node)
-        live = support(self._weight, self._inputs, self._cut(wanted.get(axis), None))
+        live = support(self._weight, self._inputs, self._cut(requested.get(axis), None))
         # A layer without any live input still needs an input for its shape: keep one.
         columns = np.flatnonzero(live) if live.any() else np.zeros(1, np.int64)
-        return [Units({**self._beside(node, wanted), axis: columns})]
+        return [Units({**self._beside(node, requested), axis: columns})]
 
-    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+    def fit(self, node: Node, requested: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
         axis = self._axis(node)
-        rows, columns = wanted.get(axis), have[0].get(axis)
+        rows, columns = requested.get(axis), have[0].get(axis)
         cuts: list[Cut] = [(rows,)] * len(node.entries)
         cuts[self._weight] = self._cut(rows, columns)
         along = self._beside(node, have[0])
@@ -68,7 +69,7 @@ class Product(Rule):
 
 
 class Grouped(Rule):
-    """Grouped convolutions: groups of which nothing is wanted are left out, the others are whole.
+    """Grouped convolutions: groups of which nothing is requested are left out, others are whole.
 
     Args:
         transposed: whether the weight is [in, out / groups, …].
@@ -78,14 +79,16 @@ class Grouped(Rule):
         super().__init__(_by_bias, _weight_and_bias)
         self._transposed = transposed
 
-    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
-        index = wanted.get(1)
+    def requests(
+        self, node: Node, requested: Units, shapes: Shapes, support: Support
+    ) -> list[Units]:
+        index = requested.get(1)
         if index is None:
             return [Units({})]
         groups = _touched(index, _size(node.shape, node["groups"]))
         return [Units({1: _members(groups, _size(shapes.inputs[0], node["groups"]))})]
 
-    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+    def fit(self, node: Node, requested: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
         index = have[0].get(1)
         if index is None:
             return Fit(Units({}), [()] * len(node.entries))
@@ -98,11 +101,13 @@ class Grouped(Rule):
 class GroupNorm(Rule):
     """Group norm: groups of channels are normalised together, and apart from the others."""
 
-    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
-        index, size = wanted.get(1), _size(node.shape, node["num_groups"])
+    def requests(
+        self, node: Node, requested: Units, shapes: Shapes, support: Support
+    ) -> list[Units]:
+        index, size = requested.get(1), _size(node.shape, node["num_groups"])
         return [Units({}) if index is None else Units({1: _members(_touched(index, size), size)})]
 
-    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+    def fit(self, node: Node, requested: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
         index = have[0].get(1)
         if index is None:
             return Fit(Units({}), [()] * len(node.entries))
@@ -112,7 +117,7 @@ class GroupNorm(Rule):
 
 
 def _size(shape: Shape, groups: int) -> int:
-    """How many channels (axis 1) a group has."""
+    """The number of channels (axis 1) of a group."""
     return static(shape[1]) // groups
 
 

@@ -1,6 +1,8 @@
-"""Which operation has which rule. One without a rule is taken to be non-linear in everything and to mix all units."""
+"""Table of rules by operation; one without a rule is non-linear and mixes all units."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from modeconn.capture.graph import Entry, In, Node, Size
 from modeconn.plan.rules.axiswise import (
@@ -38,7 +40,12 @@ _POOLING = {
     ),
     **dict.fromkeys(("max_pool1d", "max_pool2d"), Linked(by_channel)),
 }
-# Where the numbers among the arguments are that a rule reads: they might be computed.
+_ELEMENTWISE = (
+    "relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish tanh sigmoid hardsigmoid "
+    "hardswish softplus softsign log_sigmoid abs exp log sqrt rsqrt sin cos erf square pow "
+    "clamp clamp_min clamp_max"
+).split()
+# Arguments that a rule reads as numbers: they might be computed.
 _NUMBERS = {
     "slice": ("dim", "start", "end", "step"),
     "select": ("dim", "index"),
@@ -53,11 +60,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("conv1d", "conv2d"), _CONV),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d"), _TRANSPOSED),
     "addmm": _ADDMM,
-    **dict.fromkeys(
-        "relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish tanh sigmoid hardsigmoid hardswish softplus softsign "
-        "log_sigmoid abs exp log sqrt rsqrt sin cos erf square pow clamp clamp_min clamp_max".split(),
-        Elementwise(),
-    ),
+    **dict.fromkeys(_ELEMENTWISE, Elementwise()),
     **dict.fromkeys(("clone", "alias", "detach", "neg", "dropout"), Elementwise("homogeneous")),
     **_POOLING,
     "batch_norm": Linked(by_channel, "affine", entries_of("weight", "bias")),
@@ -83,7 +86,7 @@ _RULES: dict[str, Rule] = {
 
 
 def rule_for(node: Node) -> Rule:
-    """The rule that fits the node as it is called, which may be narrower than its operation's name suggests."""
+    """Returns the rule of a node as it is called, which not every call of its operation has."""
     if node.op in ("add", "sub", "mul", "div") and _unscaled(node):
         return _arithmetic(node)
     rule = _RULES.get(node.op, UNKNOWN)
@@ -95,7 +98,7 @@ def rule_for(node: Node) -> Rule:
 
 
 def _product(node: Node, rule: Product) -> Rule:
-    """Of a linear layer or convolution, by where its weight comes from and how many groups it has."""
+    """The rule of a linear layer or convolution, by the origin of its weight and its groups."""
     if rule is _ADDMM:
         plain = list(node.arguments.values()) == [Entry(0), In(0), Entry(1), 1, 1]
         return rule if plain else UNKNOWN  # else computed, or scaled by beta or alpha
@@ -107,7 +110,7 @@ def _product(node: Node, rule: Product) -> Rule:
 
 
 def _as_expected(node: Node, rule: Rule) -> bool:
-    """Whether a node's arguments are such as its rule reads."""
+    """Whether a node's arguments are of the kinds that its rule reads."""
     if node.op in _POOLING:  # with rows in front: else axis 1 is no axis of channels
         rank = 3 if node.op.endswith("1d") else 4
         return len(node.shape) == rank and isinstance(node.shape[0], Size)
@@ -136,15 +139,12 @@ def _unscaled(node: Node) -> bool:
 
 def _arithmetic(node: Node) -> Rule:
     """add, sub, mul and div, by what is combined with what."""
-    kinds = [
-        "value" if isinstance(a, In) else "entry" if isinstance(a, Entry) else "number"
-        for a in (node["self"], node["other"])
-    ]
+    kinds = [_kind(node["self"]), _kind(node["other"])]
     additive = node.op in ("add", "sub")
     if kinds == ["value", "value"]:
-        return Elementwise(
-            "homogeneous" if additive else bilinear if node.op == "mul" else linear_in_first
-        )
+        if additive:
+            return Elementwise("homogeneous")
+        return Elementwise(bilinear if node.op == "mul" else linear_in_first)
     if kinds == ["value", "number"] or (kinds == ["number", "value"] and node.op != "div"):
         return Elementwise("affine" if additive else "homogeneous")
     if sorted(kinds) == ["entry", "value"] and node.op == "mul":
@@ -152,3 +152,9 @@ def _arithmetic(node: Node) -> Rule:
     if kinds == ["value", "entry"] or (kinds == ["entry", "value"] and additive):
         return Elementwise("affine" if additive else "homogeneous")
     return UNKNOWN
+
+
+def _kind(operand: Any) -> str:
+    if isinstance(operand, In):
+        return "value"
+    return "entry" if isinstance(operand, Entry) else "number"

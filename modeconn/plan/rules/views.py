@@ -1,4 +1,4 @@
-"""Rules of what rearranges a value: other axes for the same numbers, parts of it, several put together."""
+"""Rules of rearrangements: views with other axes, slices, concatenations."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from modeconn.plan.units import ALL, Shape, Units, covering, regrouped, static
 
 
 class View(Rule):
-    """reshape, flatten, squeeze, unsqueeze: the same numbers in the same order, with other axes."""
+    """reshape, flatten, squeeze, unsqueeze: other axes for the numbers, in unchanged order."""
 
-    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
+    def requests(
+        self, node: Node, requested: Units, shapes: Shapes, support: Support
+    ) -> list[Units]:
         (shape,) = shapes.inputs
         if node.op == "squeeze" and len(shape) - len(node.shape) != np.size(node["dim"]):
             # Squeeze leaves axes of more than one index; in a part, they might have only one.
             return [ALL]
-        return [covering(wanted, shape, node.shape)]
+        return [covering(requested, shape, node.shape)]
 
-    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+    def fit(self, node: Node, requested: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
         units = regrouped(have[0], shapes.inputs[0], node.shape)
         if units is None:
             raise Mismatch
@@ -30,18 +32,20 @@ class View(Rule):
 
 
 class Slice(Rule):
-    """x[:, start:end:step], the parts of a split among them: units along its axis are counted from its start."""
+    """x[:, start:end:step], parts of a split: units along the axis are counted from start."""
 
     takes = True
 
-    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
+    def requests(
+        self, node: Node, requested: Units, shapes: Shapes, support: Support
+    ) -> list[Units]:
         axis, taken = _taken(node, shapes.inputs[0])
         if taken is None:
-            return [wanted.without(axis)]
-        index = wanted.get(axis)
-        return [Units({**wanted.along, axis: taken if index is None else taken[index]})]
+            return [requested.without(axis)]
+        index = requested.get(axis)
+        return [Units({**requested.along, axis: taken if index is None else taken[index]})]
 
-    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+    def fit(self, node: Node, requested: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
         axis, taken = _taken(node, shapes.inputs[0])
         kept = have[0].get(axis)
         if taken is None or kept is None:
@@ -55,18 +59,20 @@ class Slice(Rule):
 
 
 class Select(Rule):
-    """x[:, i]: one index along an axis, which the value does not have."""
+    """x[:, i]: one index along an axis, which the value has no longer."""
 
     takes = True
 
-    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
+    def requests(
+        self, node: Node, requested: Units, shapes: Shapes, support: Support
+    ) -> list[Units]:
         axis, size = _axis(node, shapes.inputs[0])
-        along = {a + (a >= axis): index for a, index in wanted.along.items()}
+        along = {a + (a >= axis): index for a, index in requested.along.items()}
         if size is not None:
             along[axis] = np.array([node["index"] % size])
         return [Units(along)]
 
-    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+    def fit(self, node: Node, requested: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
         axis, size = _axis(node, shapes.inputs[0])
         kept = have[0].get(axis)
         units = Units({a - (a > axis): index for a, index in have[0].along.items() if a != axis})
@@ -77,33 +83,35 @@ class Select(Rule):
 
 
 class Concatenation(Rule):
-    """Units along the joined axis are shared out among the inputs; along any other axis they pass through."""
+    """Concatenation: units along the joined axis belong to one input each, others to all."""
 
-    def wants(self, node: Node, wanted: Units, shapes: Shapes, support: Support) -> list[Units]:
+    def requests(
+        self, node: Node, requested: Units, shapes: Shapes, support: Support
+    ) -> list[Units]:
         axis = _joined(node)
-        index = wanted.get(axis)
+        index = requested.get(axis)
         if index is None:
-            return [wanted] * len(node.inputs)
+            return [requested] * len(node.inputs)
         result: list[Units] = []
         for start, width in _places(shapes, axis):
             part = index[(index >= start) & (index < start + width)] - start
-            # An input that nobody wants still takes part in the concatenation: one unit of it.
+            # An input of which nothing is requested still takes part, with one unit.
             result.append(
-                Units({**wanted.along, axis: part if len(part) else np.zeros(1, np.int64)})
+                Units({**requested.along, axis: part if len(part) else np.zeros(1, np.int64)})
             )
         return result
 
-    def fit(self, node: Node, wanted: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
+    def fit(self, node: Node, requested: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
         axis = _joined(node)
         beside = [units.without(axis) for units in have]
         if any(other != beside[0] for other in beside[1:]):
             raise Mismatch
         if all(units.get(axis) is None for units in have):
             return Fit(beside[0])
-        parts = [
-            start + (np.arange(width) if units.get(axis) is None else units.along[axis])
-            for units, (start, width) in zip(have, _places(shapes, axis))
-        ]
+        parts = []
+        for units, (start, width) in zip(have, _places(shapes, axis)):
+            index = units.get(axis)
+            parts.append(start + (np.arange(width) if index is None else index))
         return Fit(Units({**beside[0].along, axis: np.concatenate(parts)}))
 
 
@@ -113,13 +121,13 @@ def _joined(node: Node) -> int:
 
 
 def _places(shapes: Shapes, axis: int) -> list[tuple[int, int]]:
-    """Where each input begins along the joined axis, and how wide it is."""
+    """The start and the width of each input along the joined axis."""
     widths = [static(shape[axis]) for shape in shapes.inputs]
     return [(sum(widths[:i]), width) for i, width in enumerate(widths)]
 
 
 def _axis(node: Node, shape: Shape) -> tuple[int, int | None]:
-    """The axis that an operation's argument names, and its size; None where it depends on the rows."""
+    """The axis that `dim` names, and its size; None where that depends on the rows."""
     axis = node["dim"] % len(shape)
     size = shape[axis]
     return axis, None if isinstance(size, Size) else size

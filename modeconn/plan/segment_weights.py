@@ -1,0 +1,132 @@
+"""Parameters and buffers on one segment: fixed ones, and blends of control points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeconn.capture.graph import Node
+from modeconn.parameters.paths import blend
+from modeconn.plan.program import Blend, Moving, PerPoint, Segment
+from modeconn.plan.rules.base import Support
+from modeconn.plan.weights import Contents, Cut
+
+# Coefficients that differ by no more than this are rounding of one number: (1 - t) + t is not
+# exactly 1 for every t. Eight units in the last place cover sums of a few such terms.
+ROUNDING = 8 * float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Active control points that have equal tensors.
+
+    Attributes:
+        points: their places among the active ones.
+        tensors: those that they have.
+        coefficients: the sum of theirs, over the segment's points.
+    """
+
+    points: list[int]
+    tensors: tuple[Tensor, ...]
+    coefficients: np.ndarray
+
+
+class SegmentWeights:
+    """A path's parameters and buffers on one segment.
+
+    Args:
+        contents: of the control points.
+        segment: gives the active control points and their coefficients.
+        tables: parameters and buffers with a tensor of their own at each of the segment's points.
+    """
+
+    def __init__(self, contents: Contents, segment: Segment, tables: Mapping[str, Tensor]) -> None:
+        self._contents, self._segment, self._tables = contents, segment, tables
+        self.everyone = tuple(range(len(segment.active)))
+        self._mixed: set[int] = set()  # ids of tensors
+
+    def tensor(self, name: str, k: int, cut: Cut) -> Tensor:
+        """The tensor of the k-th active control point."""
+        return self._contents.tensor(name, self._segment.active[k], cut)
+
+    def number(self, tensor: Tensor) -> int:
+        """A number that stands for the tensor's content."""
+        return self._contents.number(tensor)
+
+    def shapes(self, node: Node) -> list[tuple[int, ...]]:
+        """The shapes of a node's parameters and buffers, whole."""
+        return [tuple(self._contents.tensor(name, 0).shape) for name in node.entries]
+
+    def is_mixed(self, tensor: Tensor) -> bool:
+        """Whether a tensor is fixed on the segment and yet that of no control point."""
+        return id(tensor) in self._mixed
+
+    def support(self, node: Node, points: Sequence[int]) -> Support:
+        """The support of a node's weights over some of the active control points."""
+
+        def support(entry: int, axis: int, cut: Cut) -> np.ndarray:
+            tensors = [self.tensor(node.entries[entry], k, cut) for k in points]
+            masks = [self._contents.support(tensor, axis) for tensor in tensors]
+            live: np.ndarray = np.logical_or.reduce(masks)
+            return live
+
+        return support
+
+    def value(self, name: str, cut: Cut) -> Tensor | Moving:
+        """Returns a tensor where nothing changes with t, else a blend of the different ones."""
+        if name in self._tables:
+            return self._tabulated(self._tables[name], cut)
+        tensors = [self.tensor(name, k, cut) for k in self.everyone]
+        if not tensors[0].is_floating_point():
+            return self._contents.tensor(name, 0, cut)
+        groups = self.groups([(tensor,) for tensor in tensors])
+        if not groups:
+            return self._contents.unique(torch.zeros_like(tensors[0]))
+        different = tuple(group.tensors[0] for group in groups)
+        coefficients = tuple(group.coefficients for group in groups)
+        alone = len(groups) == 1 and bool((coefficients[0] == 1.0).all())
+        steady = self._contents.by_content and all(np.ptp(each) == 0 for each in coefficients)
+        if not alone and not steady:
+            return Blend(different, coefficients)
+        fixed = self._contents.unique(blend(different, [each[0] for each in coefficients]))
+        if not alone:
+            self._mixed.add(id(fixed))
+        return fixed
+
+    def _tabulated(self, table: Tensor, cut: Cut) -> Tensor | PerPoint:
+        for axis, index in enumerate(cut):
+            if index is not None:
+                table = table.index_select(axis + 1, torch.from_numpy(index).to(table.device))
+        if bool((table == table[:1]).all()):
+            return self._contents.unique(table[0].clone())
+        return PerPoint(table)
+
+    def groups(self, tuples: Sequence[tuple[Tensor, ...]]) -> list[Group]:
+        """Groups the active control points by their tensors; leaves out those that are all zero.
+
+        Args:
+            tuples: the tensors of each active control point.
+        """
+        members: dict[tuple[int, ...], list[int]] = {}
+        for k, tensors in enumerate(tuples):
+            if not all(self._contents.is_zero(tensor) for tensor in tensors):
+                key = tuple(self._contents.number(tensor) for tensor in tensors)
+                members.setdefault(key, []).append(k)
+        groups = []
+        for points in members.values():
+            coefficients = _unrounded(self._segment.coefficients[:, points].sum(1))
+            if coefficients.any():
+                groups.append(Group(points, tuples[points[0]], coefficients))
+        return groups
+
+
+def _unrounded(coefficients: np.ndarray) -> np.ndarray:
+    """Coefficients of which those that are one number up to rounding are exactly one."""
+    first = coefficients[0]
+    if np.ptp(coefficients) > ROUNDING * np.abs(coefficients).max(initial=1.0):
+        return coefficients
+    return np.full_like(coefficients, 1.0 if abs(first - 1.0) <= ROUNDING else first)
