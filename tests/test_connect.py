@@ -15,8 +15,8 @@ import modeconn as mc
 from modeconn import models
 from modeconn.cli import main
 from modeconn.connection.certificate import Outcome
-from modeconn.connection.chain import Chain
 from modeconn.connection.features import compute_features
+from modeconn.connection.layer_chain import LayerChain
 from modeconn.parameters import state
 from modeconn.training.train import train
 from naive import mlp
@@ -207,7 +207,7 @@ def test_an_interrupted_search_goes_on_to_the_same_connection(
 
 def test_features_are_those_of_the_network(pair, tmp_path: Path) -> None:
     x, y = digits()
-    chain = Chain.of(pair[0], x[:4])
+    chain = LayerChain.of(pair[0], x[:4])
     weights = pair[0].state_dict()
     with torch.no_grad():
         kept = {2: torch.tensor([1, 5])}

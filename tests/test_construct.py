@@ -10,8 +10,8 @@ import torch
 from hypothesis import Phase, given, settings
 from torch import Tensor, nn
 
-from modeconn.connection.chain import Chain
-from modeconn.connection.construct import Step, breakpoints, room
+from modeconn.connection.construct import Breakpoint, breakpoints, room
+from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.subnetworks import Subnetwork, carry, initial, kept_units, outputs
 from modeconn.errors import ModeconnError
 from modeconn.models import build
@@ -45,7 +45,7 @@ def conv_chain(seed: int, norm: bool = True, bias: bool = True) -> nn.Sequential
 
 
 def subnetworks(
-    chain: Chain, kept: list[Tensor], widths: list[list[int]], seed: int
+    chain: LayerChain, kept: list[Tensor], widths: list[list[int]], seed: int
 ) -> list[Subnetwork]:
     generator = torch.Generator().manual_seed(seed)
     subs = [
@@ -59,7 +59,7 @@ def subnetworks(
     return [sub.to(torch.empty(0, dtype=torch.float64)) for sub in subs]
 
 
-def halves(chain: Chain, seed: int = 0) -> tuple[list[Tensor], list[list[int]]]:
+def halves(chain: LayerChain, seed: int = 0) -> tuple[list[Tensor], list[list[int]]]:
     """Random halves of the units kept everywhere, full-depth subnetworks in the other half."""
     generator = torch.Generator().manual_seed(seed)
     kept = [
@@ -70,11 +70,11 @@ def halves(chain: Chain, seed: int = 0) -> tuple[list[Tensor], list[list[int]]]:
 
 
 def check(
-    chain: Chain,
+    chain: LayerChain,
     model: nn.Module,
     a: dict,
     b: dict,
-    steps: list[Step],
+    steps: list[Breakpoint],
     x: Tensor,
     expected: dict[str, Tensor],
 ) -> None:
@@ -105,7 +105,10 @@ def check(
 
 
 def expected(
-    chain: Chain, states: dict[str, dict[str, Tensor]], subs: dict[str, list[Subnetwork]], x: Tensor
+    chain: LayerChain,
+    states: dict[str, dict[str, Tensor]],
+    subs: dict[str, list[Subnetwork]],
+    x: Tensor,
 ) -> dict[str, Tensor]:
     """What the network computes at the break points that end a swing."""
     return {
@@ -133,7 +136,7 @@ def test_path_of_random_networks(kind: str, shared: bool) -> None:
         models = [conv_chain(s, norm=kind == "conv", bias=kind != "conv-no-bias") for s in (1, 2)]
         x = torch.randn(7, 2, 8, 8, dtype=torch.float64)
     a, b = map(clone, models)
-    chain = Chain.of(models[0], x)
+    chain = LayerChain.of(models[0], x)
     kept, widths = halves(chain)
     subs = {"a": subnetworks(chain, kept, widths, 1), "b": subnetworks(chain, kept, widths, 2)}
     if shared:
@@ -151,7 +154,7 @@ def test_general_join_moves_twins() -> None:
     models = [mlp(6, 12, 13, 12, 4, seed=s).double() for s in (1, 2)]
     x = torch.randn(20, 6, dtype=torch.float64)
     a, b = map(clone, models)
-    chain = Chain.of(models[0], x)
+    chain = LayerChain.of(models[0], x)
     subs = {}
     for name, seed in (("a", 3), ("b", 4)):
         subs[name] = subnetworks(chain, *halves(chain, seed), seed)
@@ -170,7 +173,7 @@ def test_heads_of_any_depth(data: st.DataObject) -> None:
     models = [mlp(*widths, seed=s).double() for s in (1, 2)]
     x = torch.randn(9, 5, dtype=torch.float64)
     a, b = map(clone, models)
-    chain = Chain.of(models[0], x)
+    chain = LayerChain.of(models[0], x)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     kept = [
         torch.arange(5),
@@ -197,7 +200,7 @@ def test_heads_of_any_depth(data: st.DataObject) -> None:
 
 def test_carried_head_is_the_head() -> None:
     model = mlp(6, 12, 12, 12, 4).double()
-    chain = Chain.of(model, torch.randn(4, 6, dtype=torch.float64))
+    chain = LayerChain.of(model, torch.randn(4, 6, dtype=torch.float64))
     (head,) = subnetworks(chain, [torch.arange(6)], [[5]], 0)
     h = torch.randn(30, 6, dtype=torch.float64)
     full = carry(chain, head)
@@ -207,7 +210,7 @@ def test_carried_head_is_the_head() -> None:
 
 def test_identity_needs_relu() -> None:
     model = mlp(6, 12, 12, 4, activation=nn.Tanh)
-    chain = Chain.of(model, torch.randn(4, 6))
+    chain = LayerChain.of(model, torch.randn(4, 6))
     head = initial(chain, 0, torch.arange(6), [5], torch.Generator().manual_seed(0))
     with pytest.raises(
         ModeconnError, match=r"entry layer 0 cannot be carried .* tanh: identity passes ReLU alone"
@@ -216,7 +219,7 @@ def test_identity_needs_relu() -> None:
     # A full-depth subnetwork of a tanh network needs no carrying: the path holds.
     test_model = model.double()
     x = torch.randn(8, 6, dtype=torch.float64)
-    chain = Chain.of(test_model, x)
+    chain = LayerChain.of(test_model, x)
     kept, widths = halves(chain)
     subs = subnetworks(chain, kept, widths, 0)
     state = clone(test_model)
@@ -225,7 +228,7 @@ def test_identity_needs_relu() -> None:
 
 
 def test_no_room_is_said_with_layer_and_number() -> None:
-    chain = Chain.of(mlp(6, 10, 11, 4).double(), torch.randn(4, 6, dtype=torch.float64))
+    chain = LayerChain.of(mlp(6, 10, 11, 4).double(), torch.randn(4, 6, dtype=torch.float64))
     kept = [torch.arange(6), torch.arange(7), torch.arange(5)]
     subs = subnetworks(chain, kept, [[5, 4], [6], []], 0)
     state = {key: torch.zeros(()) for key in ()}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn.connection.chain import Chain
+from modeconn.connection.layer_chain import LayerChain
 from modeconn.errors import ModeconnError
 from modeconn.plan.report import Plan
 from modeconn.stability.dropout import dropout_stability, kept_after, without_units
@@ -47,7 +47,9 @@ def case(kind: str) -> tuple[nn.Module, Tensor, Tensor]:
     return model, torch.randn(40, 2, 8, 8).double(), torch.randint(3, (40,))
 
 
-def masked_logits(chain: Chain, model: nn.Module, x: Tensor, kept: dict[int, Tensor]) -> Tensor:
+def masked_logits(
+    chain: LayerChain, model: nn.Module, x: Tensor, kept: dict[int, Tensor]
+) -> Tensor:
     """Run the model with the values of units that are not kept set to 0 behind each layer."""
     state = model.state_dict()
     h = chain.input(x)
@@ -83,7 +85,7 @@ def test_against_masked_networks(kind: str, fraction: float) -> None:
         seed=5,
         precision="float64",
     )
-    chain = Chain.of(model, x[:2])
+    chain = LayerChain.of(model, x[:2])
     assert len(table) == 3 * chain.length
     for row in table.rows:
         kept = kept_after(chain, row.entry, row.draw, fraction, 5)
@@ -180,7 +182,7 @@ def test_many_passes_and_outputs_on_disk(kind: str) -> None:
 
 def test_plan_leaves_removed_units_out_and_shares_the_prefix() -> None:
     model, x, _ = case("mlp")
-    chain, state = Chain.of(model, x[:2]), model.state_dict()
+    chain, state = LayerChain.of(model, x[:2]), model.state_dict()
     networks = [without_units(chain, state, kept_after(chain, 1, draw, 2, 0)) for draw in range(4)]
     path = mc.PolyChain([*networks, networks[-1]])
     plan = mc.explain(model, path, x[:2], np.arange(4) / 4)

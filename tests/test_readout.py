@@ -9,15 +9,15 @@ import torch
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn.connection.chain import Chain
+from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.readout import fit_readout
 from modeconn.connection.subnetworks import initial, outputs
 from naive import mlp
 
 
-def problem(dtype: torch.dtype = torch.float32) -> tuple[Chain, torch.Tensor, torch.Tensor]:
+def problem(dtype: torch.dtype = torch.float32) -> tuple[LayerChain, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    chain = Chain.of(mlp(6, 9, 4), torch.zeros(2, 6))
+    chain = LayerChain.of(mlp(6, 9, 4), torch.zeros(2, 6))
     h = torch.randn(300, 9, generator=generator, dtype=dtype).relu() * torch.logspace(
         -2, 2, 9, dtype=dtype
     )
@@ -29,7 +29,7 @@ def problem(dtype: torch.dtype = torch.float32) -> tuple[Chain, torch.Tensor, to
     return chain, h, labels
 
 
-def start(chain: Chain, kept: list[int], seed: int = 0):
+def start(chain: LayerChain, kept: list[int], seed: int = 0):
     return initial(chain, 1, torch.tensor(kept), (), torch.Generator().manual_seed(seed))
 
 

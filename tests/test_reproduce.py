@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from modeconn.cli import main
-from modeconn.connection.training import Recipe
+from modeconn.connection.recipe import Recipe
 from modeconn.errors import ModeconnError
 from modeconn.experiments import settings
 from modeconn.experiments.estimate import estimate

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from modeconn.connection.training import Recipe
+from modeconn.connection.recipe import Recipe
 from modeconn.errors import ModeconnError
 from modeconn.stability import subnetworks as stability
 from modeconn.stability.subnetworks import subnetwork_stability

@@ -12,19 +12,23 @@ from torch.nn import functional as F
 
 from modeconn import ModeconnError
 from modeconn.connection import stack, training
-from modeconn.connection.chain import Chain
+from modeconn.connection.layer_chain import LayerChain
+from modeconn.connection.recipe import Recipe
 from modeconn.connection.subnetworks import Subnetwork, initial, kept_units, outputs
-from modeconn.connection.training import Recipe, measure, train_subnetworks
+from modeconn.connection.training import measure, train_subnetworks
 from naive import mlp
 
 RECIPE = Recipe(lr=5e-3, batch_size=32, epochs=3, schedule="onecycle")
 
 
-def task(kind: str = "mlp", samples: int = 150) -> tuple[Chain, Tensor, Tensor]:
+def task(kind: str = "mlp", samples: int = 150) -> tuple[LayerChain, Tensor, Tensor]:
     """A chain, features of entry layer 1 and labels that depend on them."""
     torch.manual_seed(1)
     if kind == "mlp":
-        chain, h = Chain.of(mlp(6, 12, 12, 3), torch.randn(4, 6)), torch.randn(samples, 12).relu()
+        chain, h = (
+            LayerChain.of(mlp(6, 12, 12, 3), torch.randn(4, 6)),
+            torch.randn(samples, 12).relu(),
+        )
     else:
         layers = [
             nn.Conv2d(2, 6, 3, padding=1, bias=False),
@@ -34,12 +38,15 @@ def task(kind: str = "mlp", samples: int = 150) -> tuple[Chain, Tensor, Tensor]:
             nn.MaxPool2d(2),
         ]
         model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3))
-        chain, h = Chain.of(model, torch.randn(4, 2, 6, 6)), torch.randn(samples, 6, 6, 6).relu()
+        chain, h = (
+            LayerChain.of(model, torch.randn(4, 2, 6, 6)),
+            torch.randn(samples, 6, 6, 6).relu(),
+        )
     return chain, h, (h.flatten(1)[:, :3]).argmax(1)
 
 
 def starts(
-    chain: Chain, count: int, seed: int = 0, kept: float = 0.5, hidden: int = 5
+    chain: LayerChain, count: int, seed: int = 0, kept: float = 0.5, hidden: int = 5
 ) -> list[Subnetwork]:
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -79,7 +86,7 @@ def test_together_as_alone_and_as_a_plain_loop(kind: str, optimizer: str) -> Non
 
 
 def plain_loop(
-    chain: Chain, sub: Subnetwork, h: Tensor, y: Tensor, recipe: Recipe, seed: int
+    chain: LayerChain, sub: Subnetwork, h: Tensor, y: Tensor, recipe: Recipe, seed: int
 ) -> Subnetwork:
     """The same training, written down as anybody would."""
     import numpy as np
@@ -198,7 +205,7 @@ def test_one_subnetwork_and_features_too_large_to_gather_at_once(monkeypatch) ->
     chain, h, y = task()
     subs = starts(chain, 2)
     gathered = train_subnetworks(chain, subs, [h, h], y, RECIPE)
-    monkeypatch.setattr(stack.Rows.__init__, "__defaults__", (0,))
+    monkeypatch.setattr(stack.KeptFeatures.__init__, "__defaults__", (0,))
     by_batch = train_subnetworks(chain, subs, [h, h], y, RECIPE)
     assert all(same(a.subnetwork, b.subnetwork) for a, b in zip(gathered, by_batch))
     with pytest.raises(ModeconnError, match="no subnetworks"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modeconn.connection.chain import Chain, Layer
+from modeconn.connection.layer_chain import AffineLayer, LayerChain
 from modeconn.parameters.paths import PolyChain
 
 KINDS = ("rewrite", "swing", "rewrite", "shift", "rewrite", "swing")
@@ -18,7 +18,7 @@ class Walk:
     """A model, its chain, the breakpoints and some data for them."""
 
     model: nn.Module
-    chain: Chain
+    chain: LayerChain
     points: list[dict[str, Tensor]]
     x: Tensor
     y: Tensor
@@ -61,7 +61,7 @@ def walk(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, *row, generator=generator).to(dtype)
     model = model.to(dtype)
-    chain = Chain.of(model, x[:2])
+    chain = LayerChain.of(model, x[:2])
     y = torch.randint(chain.classes, (samples,), generator=generator)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for layer in chain.layers[:-1]:
@@ -115,14 +115,16 @@ def walk(
     return Walk(model, chain, points, x, y)
 
 
-def parts(chain: Chain, p: int) -> tuple[Tensor, Tensor, Tensor]:
+def parts(chain: LayerChain, p: int) -> tuple[Tensor, Tensor, Tensor]:
     """Units A, B and the one that is left of layer p; all outputs are A."""
     units = torch.arange(chain.widths[p])
     half = len(units) // 2 if p < chain.length else len(units)
     return units[:half], units[half : 2 * half], units[2 * half :]
 
 
-def rows(state: dict[str, Tensor], layer: Layer, units: Tensor, generator: torch.Generator) -> None:
+def rows(
+    state: dict[str, Tensor], layer: AffineLayer, units: Tensor, generator: torch.Generator
+) -> None:
     """Draw new incoming entries for some units."""
     for key in layer.incoming():
         value = state[key]
@@ -133,7 +135,7 @@ def rows(state: dict[str, Tensor], layer: Layer, units: Tensor, generator: torch
         state[key][units] = drawn * (2 / fan_in) ** 0.5
 
 
-def readout(state: dict[str, Tensor], chain: Chain, generator: torch.Generator) -> None:
+def readout(state: dict[str, Tensor], chain: LayerChain, generator: torch.Generator) -> None:
     """Draw a new output layer, of the size that makes errors and losses change along a swing."""
     last = chain.layers[-1]
     rows(state, last, torch.arange(last.units), generator)

@@ -1,4 +1,4 @@
-"""A path that joins two networks, with its certificate: what `connect` returns, saved, loaded, evaluated and drawn."""
+"""A path that joins two networks, with its certificates: saved, loaded, evaluated and drawn."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import nn
 
 from modeconn.connection import figure
 from modeconn.connection.certificate import Certificate, plain
+from modeconn.connection.segment_kinds import KINDS, SWING
 from modeconn.connection.storage import pack, unpack
-from modeconn.connection.structure import KINDS, SWING
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import positive
 from modeconn.evaluation.evaluator import evaluate
@@ -36,7 +36,7 @@ CONTENT, BREAKPOINTS = "connection.json", "breakpoints.safetensors"
 
 @dataclass(eq=False, repr=False)
 class Connection:
-    """A path between two networks and what is proved of it.
+    """A path between two networks and its certificates, as `connect` returns it.
 
     Attributes:
         path: the breakpoints; its end points are the two networks, bitwise.
@@ -57,9 +57,10 @@ class Connection:
         self.kinds = tuple(self.kinds)
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or len(self.kinds) != self.path.segments:
+            among = f" with {unknown[0]!r}" if unknown else ""
             raise ModeconnError(
-                f"kinds are {len(self.kinds)}{f' with {unknown[0]!r}' if unknown else ''}: expected one for each of the "
-                f"{self.path.segments} segments, of {', '.join(KINDS)}"
+                f"kinds are {len(self.kinds)}{among}: "
+                f"expected one for each of the {self.path.segments} segments, of {', '.join(KINDS)}"
             )
         self.details = plain(self.details)
 
@@ -69,23 +70,25 @@ class Connection:
         return self.path.grid(self.path.segments + 1)
 
     def points(self, points_per_segment: int = 25) -> np.ndarray:
-        """t values that show the whole path: all breakpoints, and swings in so many steps; elsewhere nothing happens."""
+        """Returns t values that show the whole path: all breakpoints, and each swing in steps.
+
+        On other segments the function is constant.
+        """
         count = positive("points_per_segment", points_per_segment) or 1
         inside = np.arange(1, count) / count
-        swings = [
-            (k + inside) / self.path.segments for k, kind in enumerate(self.kinds) if kind == SWING
-        ]
-        return np.sort(np.concatenate([self.breakpoints, *swings]))
+        swings = [k for k, kind in enumerate(self.kinds) if kind == SWING]
+        between = [(k + inside) / self.path.segments for k in swings]
+        return np.sort(np.concatenate([self.breakpoints, *between]))
 
     def evaluate(
         self, model: nn.Module, data: Any, points_per_segment: int = 25, **options: Any
     ) -> PathResult:
-        """Loss and error along the path: at the breakpoints and at evenly spaced points of each swing.
+        """Evaluates loss and error at the breakpoints and at evenly spaced points of each swing.
 
         Args:
-            model: the architecture. data: whatever `modeconn.evaluation.evaluator` takes.
+            model: the architecture. data: as for `modeconn.evaluate`.
             points_per_segment: steps of a swing.
-            options: further arguments of `modeconn.evaluation.evaluator`.
+            options: further arguments of `modeconn.evaluate`.
         """
         return evaluate(model, self.path, data, points=self.points(points_per_segment), **options)
 
@@ -95,14 +98,14 @@ class Connection:
         line: PathResult | None = None,
         result: PathResult | None = None,
     ) -> Axes:
-        """Draw loss and error along the path, with the certified bound and the kinds of segments.
+        """Draws loss and error along the path, with the certified bound and the kinds of segments.
 
         Args:
             ax: matplotlib axes to draw on; a new figure if None.
-            line: the straight line between the two networks, from `modeconn.evaluation.evaluator`,
-                for comparison.
-            result: what `evaluate` returned. Without it the loss of a swing is drawn as its chord,
-                an upper bound.
+            line: the straight line between the two networks, from `modeconn.evaluate`, for
+                comparison.
+            result: from `evaluate`. Without it the loss of a swing is drawn as its chord, an upper
+                bound.
 
         Raises:
             ModeconnError: where matplotlib is not installed.
@@ -115,9 +118,8 @@ class Connection:
         counts = ", ".join(
             f"{number} {kind}{'' if number == 1 else 's'}" for kind, number in numbers.items()
         )
-        title = f"path of {self.path.segments} segments ({counts})" + (
-            f" for {self.model}" if self.model else ""
-        )
+        model = f" for {self.model}" if self.model else ""
+        title = f"path of {self.path.segments} segments ({counts}){model}"
         lines = [title, _bounds(certificate)]
         if self.test_certificate is not None:
             lines.append(f"other data: {_bounds(self.test_certificate)}")
@@ -129,24 +131,19 @@ class Connection:
         )
         return f"Connection({self.path.segments} segments, {bounds})"
 
-    # -----------------------------------------------------------------------------------------------
-    # files
+    # -- files -------------------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write connection.json and breakpoints.safetensors into a folder, both or neither.
+        """Writes connection.json and breakpoints.safetensors into a folder, both or neither.
 
         Args:
             folder: a new or empty folder, or one with a connection, which is replaced.
 
         Raises:
-            ModeconnError: there is something else, or it cannot be written.
+            ModeconnError: the folder holds something else, or cannot be written.
         """
         target = Path(folder).expanduser()
-        if (
-            target.exists()
-            and not (target / CONTENT).is_file()
-            and (not target.is_dir() or any(target.iterdir()))
-        ):
+        if _holds_something_else(target):
             raise ModeconnError(
                 f"{folder}: holds something else than a connection; expected a new or empty folder"
             )
@@ -182,7 +179,7 @@ class Connection:
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Connection:
-        """Read what `save` wrote; nothing in it is run, and what it claims is for `verify` to check.
+        """Reads what `save` wrote; nothing in it is run, and its claims are for `verify` to check.
 
         Raises:
             ModeconnError: the folder or a file is missing, truncated, of another version, or does
@@ -209,17 +206,25 @@ class Connection:
             raise ModeconnError(f"{folder}: {error}") from error
 
 
+def _holds_something_else(folder: Path) -> bool:
+    """Whether saving a connection there would overwrite what is none."""
+    if not folder.exists() or (folder / CONTENT).is_file():
+        return False
+    return not folder.is_dir() or any(folder.iterdir())
+
+
 def _bounds(certificate: Certificate) -> str:
     error = f"{100 * certificate.error_bound:.3g} %"
-    return f"loss at most {certificate.bound:.4g}, error at most {error} on {certificate.samples:,} samples"
+    return (
+        f"loss at most {certificate.bound:.4g}, error at most {error} "
+        f"on {certificate.samples:,} samples"
+    )
 
 
 def _connection(content: Mapping[str, Any], packed: states.State, sha256: str) -> Connection:
-    missing = [
-        key
-        for key in ("model", "breakpoints", "sha256", "kinds", "certificate", "details")
-        if key not in content
-    ]
+    """Builds the connection from the content of its two files."""
+    required = ("model", "breakpoints", "sha256", "kinds", "certificate", "details")
+    missing = [key for key in required if key not in content]
     if missing:
         raise ModeconnError(f"{CONTENT} has no {missing[0]!r}")
     count, kinds, model, details = (
@@ -227,11 +232,8 @@ def _connection(content: Mapping[str, Any], packed: states.State, sha256: str) -
     )
     if not isinstance(count, int) or isinstance(count, bool) or count < 2:
         raise ModeconnError(f"breakpoints is {count!r}: expected a whole number, at least 2")
-    if (
-        not isinstance(kinds, list)
-        or not all(isinstance(kind, str) for kind in kinds)
-        or len(kinds) != count - 1
-    ):
+    words = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
+    if not words or len(kinds) != count - 1:
         raise ModeconnError(f"kinds is not a list of {count - 1} words, one for each segment")
     if not isinstance(details, dict) or not (model is None or isinstance(model, str)):
         raise ModeconnError("model is no text, or details are no table")
@@ -268,7 +270,7 @@ def _sha256(file: Path) -> str:
 
 
 def _exchange(new: Path, target: Path) -> None:
-    """Put a complete folder in the place of an older one."""
+    """Puts a complete folder in the place of an older one."""
     old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
     if target.is_dir():
         target.rename(old)

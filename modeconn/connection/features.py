@@ -1,11 +1,11 @@
-"""The features of entry layers: h_l of a network for a whole data set, all layers in one pass."""
+"""Computes the features of entry layers: h_l of a network for a whole data set, in one pass."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.connection.chain import Chain, block_rows
+from modeconn.connection.layer_chain import LayerChain, block_rows
 from modeconn.connection.subnetworks import check_entry, restrict
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 
-Progress = Callable[[int, "int | None"], None]
-# Features that are larger than this go to files.
+# Features that are larger than this go to files: a quarter of a small machine's memory.
 _MEMORY_BUDGET = 2 << 30
+# Bytes of a block's widest value: small enough to stay in a core's cache from layer to layer.
+_CACHE_BUDGET = 1 << 21
+_BATCH = 1024
 
 
 class Features:
@@ -37,10 +39,11 @@ class Features:
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def entry(self, entry: int) -> Tensor:
-        """h_l [N, n_l, …] (of the kept units alone where `compute_features` was told so)."""
+        """Returns h_l [N, n_l, …], of the kept units alone where `compute_features` was told so."""
         if entry not in self._values:
             raise ModeconnError(
-                f"features of entry layer {entry} were not computed, only of {sorted(self._values)}"
+                f"entry layer is {entry}: expected one whose features were computed, "
+                f"of {sorted(self._values)}"
             )
         return self._values[entry]
 
@@ -49,7 +52,7 @@ class Features:
 
 
 def compute_features(
-    chain: Chain,
+    chain: LayerChain,
     state: Mapping[str, Tensor],
     data: Any,
     entries: Sequence[int] | None = None,
@@ -57,102 +60,117 @@ def compute_features(
     kept: Mapping[int, Tensor] | None = None,
     folder: str | Path | None = None,
     memory_budget: int = _MEMORY_BUDGET,
-    batch_size: int | None = None,
-    progress: Progress | None = None,
 ) -> Features:
-    """One pass over the data through one network, keeping the value that enters each of some layers.
+    """Passes the data through one network once, keeping the value that enters each of some layers.
 
     Args:
         state: the network's weights.
-        data: as for `modeconn.evaluation.evaluator`; targets are class labels.
+        data: as for `evaluate`; targets are class labels.
         entries: the entry layers, 0 … L-1; all of them if None.
         kept: for some entry layers the units to keep; all units where it says nothing.
         folder: where files go if the features are larger than `memory_budget` bytes; a temporary
             folder if None.
-        progress: called with (samples done, samples or None).
 
     Raises:
         ModeconnError: the data is empty, labels are not integers [N], or the inputs do not fit the
             chain.
     """
-    wanted = list(range(chain.length)) if entries is None else sorted(set(entries))
-    for entry in wanted:
+    requested = list(range(chain.length)) if entries is None else sorted(set(entries))
+    for entry in requested:
         check_entry(chain, entry)
     like = next(iter(state.values()))
-    source = as_batches(data, batch_size or 1024)
-    parts: dict[int, list[Tensor]] = {entry: [] for entry in wanted}
+    source = as_batches(data, _BATCH)
     labels: list[Tensor] = []
-    store: _Store | None = None
-    done = 0
+    store: _Memory | _Files | None = None
     with torch.no_grad():
         for x, y in source:
-            if y.is_floating_point() or y.dim() != 1:
-                raise ModeconnError(
-                    f"targets have shape {list(y.shape)} and dtype {y.dtype}: class labels are integers [N]"
-                )
-            labels.append(y.long().to(like.device))
-            values = _values(chain, state, x.to(like), wanted, kept or {})
-            if store is None and source.samples:
-                size = (
-                    sum(v.numel() for v in values.values())
-                    * like.element_size()
-                    // len(x)
-                    * source.samples
-                )
-                if size > memory_budget:
-                    store = _Store(values, source.samples, folder)
-            for entry, value in values.items():
-                if store is None:
-                    parts[entry].append(value)
-                else:
-                    store.write(entry, done, value)
-            done += len(x)
-            if progress is not None:
-                progress(done, source.samples)
-    if store is not None:
-        return Features(store.tensors(), torch.cat(labels), store.folder)
-    return Features(
-        {entry: torch.cat(chunks) for entry, chunks in parts.items()}, torch.cat(labels), None
+            labels.append(_class_labels(y).to(like.device))
+            values = _values(chain, state, x.to(like), requested, kept or {})
+            if store is None:
+                store = _Memory(values)
+                if source.samples and _bytes(values, source.samples) > memory_budget:
+                    store = _Files(values, source.samples, folder)
+            store.add(values)
+    if store is None:
+        raise ModeconnError("data: holds no samples; expected at least one")
+    return Features(store.tensors(), torch.cat(labels), store.folder)
+
+
+def _class_labels(y: Tensor) -> Tensor:
+    if y.is_floating_point() or y.dim() != 1:
+        raise ModeconnError(
+            f"targets have shape {list(y.shape)} and dtype {y.dtype}: class labels are integers [N]"
+        )
+    return y.long()
+
+
+def _bytes(values: Mapping[int, Tensor], samples: int) -> int:
+    """Estimates the bytes of the features of all samples from those of a batch."""
+    of_a_sample = sum(
+        value.numel() * value.element_size() // len(value) for value in values.values()
     )
+    return of_a_sample * samples
 
 
 def _values(
-    chain: Chain,
+    chain: LayerChain,
     state: Mapping[str, Tensor],
     x: Tensor,
-    wanted: Sequence[int],
+    requested: Sequence[int],
     kept: Mapping[int, Tensor],
 ) -> dict[int, Tensor]:
-    """The values of one batch, small blocks of rows at a time so that they stay in the cache."""
-    blocks: dict[int, list[Tensor]] = {entry: [] for entry in wanted}
-    for rows in x.split(block_rows(chain, x, 1 << 21)):
+    """Computes the features of one batch, block by block of rows so that values stay in cache."""
+    blocks: dict[int, list[Tensor]] = {entry: [] for entry in requested}
+    for rows in x.split(block_rows(chain, x, _CACHE_BUDGET)):
         h, at = rows, 0
         try:
-            for entry in wanted:
+            for entry in requested:
                 h = chain.input(h) if entry == 0 else chain.run(state, h, at, entry)
                 at = entry
                 blocks[entry].append(restrict(chain, entry, h, kept[entry]) if entry in kept else h)
         except RuntimeError as error:
             shape = ["N", *x.shape[1:]]
             raise ModeconnError(
-                f"{chain.name} does not run on inputs of shape {shape}: {str(error).splitlines()[0]}"
+                f"{chain.name} does not run on inputs of shape {shape}: "
+                f"{str(error).splitlines()[0]}"
             ) from error
     return {entry: torch.cat(chunks) for entry, chunks in blocks.items()}
 
 
-class _Store:
-    """Memory-mapped files, one for each entry layer."""
+class _Memory:
+    """Features in memory, batch by batch."""
+
+    folder = None
+
+    def __init__(self, values: Mapping[int, Tensor]) -> None:
+        self._parts: dict[int, list[Tensor]] = {entry: [] for entry in values}
+
+    def add(self, values: Mapping[int, Tensor]) -> None:
+        for entry, value in values.items():
+            self._parts[entry].append(value)
+
+    def tensors(self) -> dict[int, Tensor]:
+        return {entry: torch.cat(chunks) for entry, chunks in self._parts.items()}
+
+
+class _Files:
+    """Features in memory-mapped files, one for each entry layer."""
 
     def __init__(self, values: Mapping[int, Tensor], rows: int, folder: str | Path | None) -> None:
         self.folder = tempfile.mkdtemp(prefix="modeconn-features-", dir=folder)
+        self._done = 0
         self._maps: dict[int, np.memmap] = {}
         for entry, value in values.items():
             kind = torch.empty(0, dtype=value.dtype).numpy().dtype
             name = Path(self.folder) / f"entry-{entry}.bin"
             self._maps[entry] = np.memmap(name, kind, "w+", shape=(rows, *value.shape[1:]))
 
-    def write(self, entry: int, start: int, value: Tensor) -> None:
-        self._maps[entry][start : start + len(value)] = value.cpu().numpy()
+    def add(self, values: Mapping[int, Tensor]) -> None:
+        start, rows = self._done, 0
+        for entry, value in values.items():
+            rows = len(value)
+            self._maps[entry][start : start + rows] = value.cpu().numpy()
+        self._done += rows
 
     def tensors(self) -> dict[int, Tensor]:
         return {entry: torch.from_numpy(array) for entry, array in self._maps.items()}

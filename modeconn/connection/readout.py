@@ -1,4 +1,9 @@
-"""Linear readouts of fixed features: a convex problem, solved by L-BFGS instead of being trained."""
+"""Fits linear readouts of fixed features: a convex problem, solved by L-BFGS.
+
+A readout is the subnetwork S_{L-1} of the theory, or a shallow one below it. If the kept features
+are linearly separable its loss goes to 0 as its weights grow (Nguyen et al. 2021, second corollary
+of Theorem 4.1).
+"""
 
 from __future__ import annotations
 
@@ -10,27 +15,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modeconn.connection.chain import Chain
+from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.subnetworks import Subnetwork, restrict
-from modeconn.connection.trained import Trained
+from modeconn.connection.trained_subnetwork import TrainedSubnetwork
 from modeconn.connection.training import measure
 from modeconn.errors import ModeconnError
 
-# Rows of a pass: features may be a memory map.
+# Rows of a pass at a time: features may be a memory map.
 _ROWS = 8192
-# Pairs of steps and gradients that L-BFGS remembers.
+# Pairs of steps and gradients that L-BFGS remembers: more cost memory and bring little.
 _HISTORY = 20
-# Of the weights on features scaled to mean square 1. Where the features can be separated there is
-# no minimum without it.
+# Of the weights on features scaled to mean square 1. Without it there is no minimum where the
+# features can be separated; it is small enough to leave losses of 1e-6 within reach.
 WEIGHT_DECAY = 1e-7
 
 
 class _Reached(Exception):
-    """The loss to stop at was met at a point of the line search."""
+    """Raised where the loss to stop at is met at a point of the line search."""
 
 
 def fit_readout(
-    chain: Chain,
+    chain: LayerChain,
     start: Subnetwork,
     h: Tensor,
     labels: Tensor,
@@ -38,11 +43,11 @@ def fit_readout(
     iterations: int = 300,
     stop_loss: float | None = None,
     weight_decay: float = WEIGHT_DECAY,
-) -> Trained:
-    """The linear readout of the smallest mean cross-entropy + weight_decay / 2 · ‖W · rms(h)‖².
+) -> TrainedSubnetwork:
+    """Minimises the mean cross-entropy + weight_decay / 2 · ‖W · rms(h)‖² of a linear readout.
 
     The problem is convex: L-BFGS finds the same minimum from any start. Each feature is scaled to a
-    root mean square of 1 first, since the convergence hangs on how evenly they are spread. The
+    root mean square of 1 first, since uneven scales slow L-BFGS down. The
     products are in the features' precision, the loss, the gradient's sums and the steps in float64.
 
     Args:
@@ -84,47 +89,61 @@ def fit_readout(
     loss, error = measure(chain, found, h, labels)
     steps = int(optimizer.state[problem.parameters[0]].get("n_iter", 0))
     reached = stop_loss is not None and loss <= stop_loss
-    return Trained(found, loss, error, steps, time.perf_counter() - began, reached)
+    return TrainedSubnetwork(found, loss, error, steps, time.perf_counter() - began, reached)
 
 
 class _Problem:
-    """The objective and its gradient, with the readout's weights on scaled features as parameters."""
+    """The objective and its gradient, in the weights on scaled features and the bias."""
 
     def __init__(
         self, h: Tensor, labels: Tensor, weight_decay: float, stop_loss: float | None
     ) -> None:
-        self.h, self.labels, self.weight_decay, self.stop_loss = (
-            h.flatten(1),
-            labels,
-            weight_decay,
-            stop_loss,
-        )
+        self.h, self.labels = h.flatten(1), labels
+        self.weight_decay, self.stop_loss = weight_decay, stop_loss
         squares = torch.zeros(self.h.shape[1], dtype=torch.float64, device=h.device)
         for rows in self.h.split(_ROWS):
             squares += rows.square().sum(0, dtype=torch.float64)
         rms = (squares / max(1, len(h))).sqrt()
-        # a feature that is always 0 stays out of the readout
+        # A feature that is always 0 stays out of the readout.
         self.rms = torch.where(rms > 0, rms, torch.ones_like(rms))
         self.parameters: list[Tensor] = []
 
     def begin(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Sets the parameters to those of a readout of the features as they are."""
         self.parameters = [weight * self.rms, *([] if bias is None else [bias.clone()])]
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
 
     def readout(self) -> tuple[Tensor, Tensor | None]:
-        return self.parameters[0] / self.rms, self.parameters[1] if len(
-            self.parameters
-        ) > 1 else None
+        """Returns weight and bias for the features as they are."""
+        bias = self.parameters[1] if len(self.parameters) > 1 else None
+        return self.parameters[0] / self.rms, bias
 
     @torch.no_grad()
     def __call__(self) -> float:
+        """Computes the objective, and puts its gradient into the parameters.
+
+        Raises:
+            _Reached: the mean cross-entropy is at most the loss to stop at.
+        """
+        loss, gradient, sums = self._cross_entropy()
+        samples = len(self.labels)
+        loss /= samples
+        if self.stop_loss is not None and loss <= self.stop_loss:
+            raise _Reached
+        scaled = self.parameters[0]
+        slopes = (gradient / self.rms / samples + self.weight_decay * scaled, sums / samples)
+        for parameter, slope in zip(self.parameters, slopes):
+            parameter.grad = slope
+        objective = loss + 0.5 * self.weight_decay * float(scaled.square().sum())
+        return objective if math.isfinite(objective) else math.inf
+
+    def _cross_entropy(self) -> tuple[float, Tensor, Tensor]:
+        """Sums cross-entropy and its gradient in weight and bias over all samples."""
         weight, bias = self.readout()
         columns, shift = weight.t().to(self.h), None if bias is None else bias.to(self.h)
-        gradient, sums = (
-            torch.zeros_like(weight),
-            torch.zeros(len(weight), dtype=torch.float64, device=weight.device),
-        )
+        gradient = torch.zeros_like(weight)
+        sums = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
         loss = 0.0
         for rows, labels in zip(self.h.split(_ROWS), self.labels.split(_ROWS)):
             logits = rows @ columns if shift is None else torch.addmm(shift, rows, columns)
@@ -134,15 +153,4 @@ class _Problem:
             slopes[torch.arange(len(labels), device=labels.device), labels] -= 1.0
             gradient += slopes.t().to(rows) @ rows
             sums += slopes.sum(0)
-        samples = len(self.labels)
-        loss /= samples
-        if self.stop_loss is not None and loss <= self.stop_loss:
-            raise _Reached
-        scaled = self.parameters[0]
-        for parameter, slope in zip(
-            self.parameters,
-            (gradient / self.rms / samples + self.weight_decay * scaled, sums / samples),
-        ):
-            parameter.grad = slope
-        objective = loss + 0.5 * self.weight_decay * float(scaled.square().sum())
-        return objective if math.isfinite(objective) else math.inf
+        return loss, gradient, sums

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modeconn.connection.features import Features
 from modeconn.connection.subnetworks import Subnetwork
-from modeconn.connection.trained import Trained, pack, unpack
+from modeconn.connection.trained_subnetwork import TrainedSubnetwork, pack, unpack
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
 
@@ -45,8 +45,8 @@ class Fits:
             _claim(self.folder, json.loads(json.dumps(settings)))
 
     def next(
-        self, starts: Sequence[Subnetwork], fit: Callable[[Path | None], list[Trained]]
-    ) -> list[Trained]:
+        self, starts: Sequence[Subnetwork], fit: Callable[[Path | None], list[TrainedSubnetwork]]
+    ) -> list[TrainedSubnetwork]:
         """The next fit.
 
         Args:
@@ -123,7 +123,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _read(file: Path, starts: Sequence[Subnetwork]) -> list[Trained]:
+def _read(file: Path, starts: Sequence[Subnetwork]) -> list[TrainedSubnetwork]:
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,9 @@
-"""The search for subnetworks of low loss, from cheap to dear: more is spent only where the bound is made."""
+"""Searches for subnetworks of low loss, from cheap to dear: more is spent where the bound is made.
+
+Two kinds of subnetworks are trained. *Shallow* ones (methods "readout" and "head") have at most a
+few hidden layers on fixed features, so an epoch is a small matrix problem; identity layers carry
+their logits to the output. *Full-depth* ones (method "trained") have every layer of the network.
+"""
 
 from __future__ import annotations
 
@@ -13,36 +18,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeconn.connection.chain import Chain
 from modeconn.connection.features import Features
+from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.readout import fit_readout
+from modeconn.connection.recipe import Recipe
 from modeconn.connection.resume import Fits, search_settings
 from modeconn.connection.subnetworks import Subnetwork, initial, why_not_carried
-from modeconn.connection.trained import Trained
-from modeconn.connection.training import Recipe, train_subnetworks
+from modeconn.connection.trained_subnetwork import TrainedSubnetwork
+from modeconn.connection.training import train_subnetworks
+from modeconn.connection.warm_start import first_layer_of
 from modeconn.errors import ModeconnError
 
 METHODS = ("auto", "readout", "head", "trained")
 # A subnetwork stops a little below the target: the bound is taken in another order of summation.
 _MARGIN = 0.95
-# Hidden layers of a head and epochs, round after round. Measured on two 10 × 245 MNIST networks,
-# half of the units kept: at entry layer 1, two hidden layers reach 0.001 in 20 epochs, three 0.0008
-# in 16.
-_HEADS = ((2, 20), (3, 30), (3, 60))
-# Steps of L-BFGS for a readout, round after round.
-_READOUTS = (300, 1000, 3000)
-_HEAD = Recipe(lr=4e-3, batch_size=256, schedule="onecycle", weight_decay=1e-4)
-# Epochs of subnetworks that begin with trained weights, round after round.
-_EPOCHS = (6, 12, 24)
+# Hidden layers and epochs of shallow subnetworks, round after round. Measured on two 10 × 245 MNIST
+# networks, half of the units kept: at entry layer 1, two hidden layers reach 0.001 in 20 epochs,
+# three 0.0008 in 16.
+_SHALLOW_ROUNDS = ((2, 20), (3, 30), (3, 60))
+# Iterations of L-BFGS for a readout, round after round: a readout begins where the round before
+# left off, so each round goes on rather than starting over.
+_READOUT_ROUNDS = (300, 1000, 3000)
+# Epochs of full-depth subnetworks, round after round. Few: they begin with trained weights.
+_FULL_DEPTH_ROUNDS = (6, 12, 24)
+# Small matrix problems bear a larger learning rate and batch than full-depth training.
+_SHALLOW = Recipe(lr=4e-3, batch_size=256, schedule="onecycle", weight_decay=1e-4)
+_FULL_DEPTH = Recipe(lr=1e-3, batch_size=128, schedule="onecycle", weight_decay=1e-4)
 # Epochs of a small data set are short: the first round takes at least so many steps, and the others
 # more in proportion.
 _STEPS = 2000
-_TRAINED = Recipe(lr=1e-3, batch_size=128, schedule="onecycle", weight_decay=1e-4)
 
 
 @dataclass(frozen=True)
-class Found:
-    """The best subnetwork so far of one entry layer of one network."""
+class BestSubnetwork:
+    """The best subnetwork so far of one entry layer of one network.
+
+    Attributes:
+        subnetwork: its weights.
+        loss, error: over all training data.
+        method: "readout", "head" or "trained".
+        epochs, seconds: spent on this entry layer in all rounds together.
+    """
 
     subnetwork: Subnetwork
     loss: float
@@ -52,7 +68,7 @@ class Found:
     seconds: float
 
     def to_dict(self, side: str) -> dict[str, Any]:
-        """What a connection keeps of it."""
+        """Returns the record that a connection keeps of it."""
         sub = self.subnetwork
         return {
             "side": side,
@@ -68,250 +84,267 @@ class Found:
         }
 
 
-# One network's name and an entry layer; the subnetwork on the input belongs to both and is listed
-# under "a".
-Place = tuple[str, int]
+# The name of a network and an entry layer of it. The subnetwork on the input belongs to both
+# networks and has the slot ("a", 0).
+Slot = tuple[str, int]
+# Subnetworks to begin with, by slot.
+Starts = Sequence[tuple[Slot, Subnetwork]]
+
+
+@dataclass(frozen=True, eq=False)
+class SearchProblem:
+    """Two networks whose subnetworks are to be found, and how low their losses should be.
+
+    Attributes:
+        chain: the architecture of both.
+        ends: the weights of the networks "a" and "b".
+        features: their kept features h_l[I_l] on the training data.
+        units: I_l by entry layer.
+        goal: the loss to get to.
+        seed: of the initial weights and the order of the samples.
+    """
+
+    chain: LayerChain
+    ends: Mapping[str, Mapping[str, Tensor]]
+    features: Mapping[str, Features]
+    units: Mapping[int, Tensor]
+    goal: float
+    seed: int
 
 
 class Search:
     """Finds a subnetwork for every entry layer of both networks; that of entry layer 0 is shared.
 
     Args:
-        ends, features: of the networks "a" and "b".
-        units: I_l by entry layer.
-        goal: the loss to get to.
+        problem: the networks and the goal.
+        method: one of `METHODS`.
+        say: called with a line of text now and then.
         folder: keeps the finished fits and the unfinished one, so that the same search goes on from
             there.
+
+    Raises:
+        ModeconnError: shallow subnetworks are asked of a network that cannot carry their logits; a
+            folder of another search.
     """
 
     def __init__(
         self,
-        chain: Chain,
-        ends: Mapping[str, Mapping[str, Tensor]],
-        features: Mapping[str, Features],
-        units: Mapping[int, Tensor],
+        problem: SearchProblem,
         method: str,
-        goal: float,
-        seed: int,
         say: Callable[[str], None],
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.chain, self.ends, self.features, self.units = chain, ends, features, units
-        self.goal, self.seed, self.say = goal, seed, say
-        self.method = (
-            method
-            if method != "auto"
-            else "head"
-            if why_not_carried(chain, 1) is None
-            else "trained"
-        )
-        if self.method != "trained":
-            reason = why_not_carried(chain, 1)
-            if reason is not None:
-                raise ModeconnError(
-                    f'subnetworks="{self.method}" need identity to carry them to the top: {reason}; use "trained"'
-                )
-        self.best: dict[Place, Found] = {}
-        settings = (
-            {}
-            if folder is None
-            else search_settings(ends, features, units, method=self.method, goal=goal, seed=seed)
-        )
+        self.problem, self.chain, self.units = problem, problem.chain, problem.units
+        self.method, self.say = _resolved(method, problem.chain), say
+        self.best: dict[Slot, BestSubnetwork] = {}
+        settings: dict[str, Any] = {}
+        if folder is not None:
+            settings = search_settings(
+                problem.ends,
+                problem.features,
+                problem.units,
+                method=self.method,
+                goal=problem.goal,
+                seed=problem.seed,
+            )
         self.fits = Fits(folder, settings)
 
-    def run(self, rounds: int | None = None) -> dict[str, list[Found]]:
-        """Round after round, until every entry layer is at the goal or the rounds are over."""
-        plans: Sequence[Any] = {
-            "head": _HEADS,
-            "readout": ((0, 0),) * len(_READOUTS),
-            "trained": _EPOCHS,
-        }[self.method]
-        for number, plan in enumerate(plans[:rounds]):
-            left = [
-                place
-                for place in self._places()
-                if place not in self.best or self.best[place].loss > self.goal
-            ]
+    def run(self, rounds: int | None = None) -> dict[str, list[BestSubnetwork]]:
+        """Searches round after round, until every entry layer is at the goal.
+
+        Args:
+            rounds: at most so many; None for all that there are.
+
+        Returns:
+            the subnetworks of entry layers 0 … L-1 of each network.
+        """
+        plans: dict[str, Sequence[Any]] = {
+            "head": _SHALLOW_ROUNDS,
+            "readout": ((0, 0),) * len(_READOUT_ROUNDS),
+            "trained": _FULL_DEPTH_ROUNDS,
+        }
+        for number, plan in enumerate(plans[self.method][:rounds]):
+            left = [slot for slot in self._slots() if not self._is_finished(slot)]
             if not left:
                 break
             if self.method == "trained":
-                self._train(left, plan, number)
+                self._train_full_depth(left, plan, number)
             else:
-                self._train_heads(left, plan[0], plan[1], number)
-            worst = max(self.best, key=lambda place: self.best[place].loss)
-            self.say(
-                f"round {number + 1}: worst is entry layer {worst[1]} of {worst[0]}, loss {self.best[worst].loss:.4g}"
-            )
+                self._train_shallow(left, plan[0], plan[1], number)
+            self._report(number)
         shared = self.best["a", 0]
-        return {
-            side: [shared, *(self.best[side, entry] for entry in range(1, self.chain.length))]
-            for side in self.ends
-        }
+        return {side: [shared, *self._found_above(side)] for side in self.problem.ends}
 
-    def _places(self) -> list[Place]:
-        """All places, from the top layer down, so that each can begin with what was found above it."""
-        top = reversed(range(1, self.chain.length))
-        return [*((side, entry) for entry in top for side in self.ends), ("a", 0)]
+    def _slots(self) -> list[Slot]:
+        """Lists all slots, from the top layer down: each can begin with what was found above it."""
+        slots = []
+        for entry in reversed(range(1, self.chain.length)):
+            slots += [(side, entry) for side in self.problem.ends]
+        return [*slots, ("a", 0)]
 
-    # -- heads on fixed features -------------------------------------------------------------------
+    def _is_finished(self, slot: Slot) -> bool:
+        return slot in self.best and not self.best[slot].loss > self.problem.goal
 
-    def _train_heads(self, left: Sequence[Place], depth: int, epochs: int, number: int) -> None:
-        """Heads of equal shape are trained together, those of both networks and of all entry layers."""
-        groups: dict[tuple[int, ...], list[tuple[Place, Subnetwork]]] = {}
-        for side, entry in left:
-            generator = torch.Generator().manual_seed(
-                ((self.seed * 31 + number) * 1009 + entry) * 2 + (side == "b")
-            )
-            sub = initial(
-                self.chain, entry, self.units[entry], self._head_widths(entry, depth), generator
-            )
-            groups.setdefault((len(sub.kept), *sub.widths), []).append(((side, entry), sub))
+    def _found_above(self, side: str) -> list[BestSubnetwork]:
+        """Lists a network's own subnetworks, those of entry layers 1 … L-1."""
+        return [self.best[side, entry] for entry in range(1, self.chain.length)]
+
+    def _report(self, number: int) -> None:
+        worst = max(self.best, key=lambda slot: self.best[slot].loss)
+        side, entry = worst
+        self.say(
+            f"round {number + 1}: worst is entry layer {entry} of {side}, "
+            f"loss {self.best[worst].loss:.4g}"
+        )
+
+    # -- shallow subnetworks on fixed features -----------------------------------------------------
+
+    def _train_shallow(self, left: Sequence[Slot], depth: int, epochs: int, number: int) -> None:
+        """Trains shallow subnetworks; those of equal shape together, whatever their slots."""
+        groups: dict[tuple[int, ...], list[tuple[Slot, Subnetwork]]] = {}
+        for slot in left:
+            sub = self._new_shallow(slot, depth, number)
+            groups.setdefault((len(sub.kept), *sub.widths), []).append((slot, sub))
         for members in groups.values():
             entries = ", ".join(f"{side}{entry}" for (side, entry), _ in members)
-            if not members[0][1].widths:
+            widths = members[0][1].widths
+            if not widths:
                 self.say(f"round {number + 1}: readouts at {entries}")
                 self._fit_readouts(members, number)
                 continue
-            self.say(
-                f"round {number + 1}: heads {'-'.join(map(str, members[0][1].widths))} at {entries}"
-            )
-            self._fit(members, self._recipe(_HEAD, epochs, _HEADS[0][1]), number)
+            self.say(f"round {number + 1}: heads {'-'.join(map(str, widths))} at {entries}")
+            self._fit(members, self._recipe(_SHALLOW, epochs, _SHALLOW_ROUNDS[0][1]), number)
 
-    def _head_widths(self, entry: int, depth: int) -> list[int]:
-        """Hidden widths that always leave room: the complement of I_p one layer up, I_p the next, and so on.
+    def _new_shallow(self, slot: Slot, depth: int, number: int) -> Subnetwork:
+        """Draws new weights; the seed differs for every round and slot."""
+        side, entry = slot
+        seed = ((self.problem.seed * 31 + number) * 1009 + entry) * 2 + (side == "b")
+        generator = torch.Generator().manual_seed(seed)
+        widths = self._shallow_widths(entry, depth)
+        return initial(self.chain, entry, self.units[entry], widths, generator)
 
-        The logits go on as 2C units a layer; where these do not fit, the head goes up to the last
-        layer instead.
+    def _shallow_widths(self, entry: int, depth: int) -> list[int]:
+        """Returns hidden widths that leave room for the neighbouring subnetworks.
+
+        A hidden layer gets the complement of I_p one layer up, I_p the next, and so on. The logits
+        go on as 2C units a layer; where these do not fit, the subnetwork goes up to the last layer
+        instead.
         """
         chain, hidden = self.chain, self.chain.length - 1 - entry
 
-        def region(p: int) -> int:
+        def available(p: int) -> int:
             kept = len(self.units[p])
             return chain.widths[p] - kept if (p - entry) % 2 else kept
 
         depth = min(depth, hidden)
-        if any(region(p) < 2 * chain.classes for p in range(entry + depth + 1, chain.length)):
+        carried = range(entry + depth + 1, chain.length)
+        if any(available(p) < 2 * chain.classes for p in carried):
             depth = hidden
-        return [region(p) for p in range(entry + 1, entry + 1 + depth)]
+        return [available(p) for p in range(entry + 1, entry + 1 + depth)]
 
     # -- full-depth subnetworks --------------------------------------------------------------------
 
-    def _train(self, left: Sequence[Place], epochs: int, number: int) -> None:
-        """Each entry layer in turn, both networks together."""
+    def _train_full_depth(self, left: Sequence[Slot], epochs: int, number: int) -> None:
+        """Trains full-depth subnetworks, entry layer by entry layer, both networks together."""
         for entry in sorted({entry for _, entry in left}, reverse=True):
-            places = [place for place in left if place[1] == entry]
-            members = [
-                (place, self.best[place].subnetwork if place in self.best else self._begun(*place))
-                for place in places
-            ]
+            members = [(slot, self._start(slot)) for slot in left if slot[1] == entry]
             if entry == self.chain.length - 1:
                 self.say(f"round {number + 1}: readouts at entry layer {entry}")
                 self._fit_readouts(members, number)
                 continue
             self.say(f"round {number + 1}: subnetworks at entry layer {entry}, {epochs} epochs")
-            self._fit(members, self._recipe(_TRAINED, epochs, _EPOCHS[0]), number)
+            self._fit(members, self._recipe(_FULL_DEPTH, epochs, _FULL_DEPTH_ROUNDS[0]), number)
 
-    def _begun(self, side: str, entry: int) -> Subnetwork:
-        """A subnetwork to begin with: the network's own layer l+1 between kept units, then the subnetwork found above."""
-        chain, layer = self.chain, self.chain.layer(entry + 1)
-        if entry == chain.length - 1:
-            return initial(
-                chain, entry, self.units[entry], (), torch.Generator().manual_seed(self.seed)
-            )
+    def _start(self, slot: Slot) -> Subnetwork:
+        """Returns the best subnetwork so far, or one that begins with what was found above."""
+        if slot in self.best:
+            return self.best[slot].subnetwork
+        side, entry = slot
+        if entry == self.chain.length - 1:
+            generator = torch.Generator().manual_seed(self.problem.seed)
+            return initial(self.chain, entry, self.units[entry], (), generator)
         above = self.best[side, entry + 1].subnetwork
-        state, kept = self.ends[side], self.units[entry + 1]
-        # As many of the units that the subnetwork above reads as have room beside it.
-        count = min(len(kept), chain.widths[entry + 1] - len(kept))
-        own = layer.select(state[layer.weight][kept[:count]], self.units[entry])
-        bias = None if layer.bias is None else state[layer.bias][kept[:count]]
-        first = chain.layer(entry + 2).select(above.weights[0], torch.arange(count))
-        weights, biases = (own, first, *above.weights[1:]), (bias, *above.biases)
-        return _without_norm(
-            chain, entry, state, kept[:count], Subnetwork(entry, self.units[entry], weights, biases)
-        )
+        return first_layer_of(self.chain, self.problem.ends[side], self.units[entry], above)
 
     # -- both --------------------------------------------------------------------------------------
 
     def _recipe(self, recipe: Recipe, epochs: int, first: int) -> Recipe:
-        """A round's recipe; `first` is the number of epochs of the first round."""
-        steps = math.ceil(len(self.features["a"]) / recipe.batch_size) * first
+        """Returns a round's recipe; `first` is the number of epochs of the first round."""
+        steps = math.ceil(len(self.problem.features["a"]) / recipe.batch_size) * first
+        longer = max(1.0, _STEPS / steps)
         return replace(
-            recipe,
-            epochs=math.ceil(epochs * max(1.0, _STEPS / steps)),
-            stop_loss=_MARGIN * self.goal,
+            recipe, epochs=math.ceil(epochs * longer), stop_loss=_MARGIN * self.problem.goal
         )
 
-    def _fit_readouts(self, members: Sequence[tuple[Place, Subnetwork]], number: int) -> None:
-        """Convex problems, one by one, each begun where the round before left off, or at zero."""
-        for place, sub in members:
-            found = self.best.get(place)
-            start = (
-                found.subnetwork
-                if found
-                else replace(sub, weights=(torch.zeros_like(sub.weights[0]),))
-            )
-            features = self.features[place[0]]
+    def _fit_readouts(self, members: Starts, number: int) -> None:
+        """Fits readouts one by one, each begun where the round before left off, or at zero."""
+        for slot, sub in members:
+            found = self.best.get(slot)
+            if found is not None:
+                start = found.subnetwork
+            else:
+                start = replace(sub, weights=(torch.zeros_like(sub.weights[0]),))
+            features = self.problem.features[slot[0]]
             fit = partial(
                 fit_readout,
                 self.chain,
                 start,
-                features.entry(place[1]),
+                features.entry(slot[1]),
                 features.labels,
-                iterations=_READOUTS[number],
-                stop_loss=_MARGIN * self.goal,
+                iterations=_READOUT_ROUNDS[number],
+                stop_loss=_MARGIN * self.problem.goal,
             )
-            self._keep(place, *self.fits.next([start], lambda _, fit=fit: [fit()]))  # type: ignore[misc]
+            self._keep(slot, *self.fits.next([start], partial(_single, fit)))
 
-    def _fit(
-        self, members: Sequence[tuple[Place, Subnetwork]], recipe: Recipe, number: int
-    ) -> None:
-        places = [place for place, _ in members]
-        tensors = [self.features[side].entry(entry) for side, entry in places]
-        labels = self.features["a"].labels
+    def _fit(self, members: Starts, recipe: Recipe, number: int) -> None:
+        """Trains subnetworks of equal shape together."""
+        slots = [slot for slot, _ in members]
         starts = [sub for _, sub in members]
+        features = [self.problem.features[side].entry(entry) for side, entry in slots]
+        labels = self.problem.features["a"].labels
 
-        def fit(file: Path | None) -> list[Trained]:
-            seed = self.seed * 101 + number
+        def fit(file: Path | None) -> list[TrainedSubnetwork]:
+            seed = self.problem.seed * 101 + number
             return train_subnetworks(
-                self.chain, starts, tensors, labels, recipe, seed=seed, checkpoint=file
+                self.chain, starts, features, labels, recipe, seed=seed, checkpoint=file
             )
 
-        trained = self.fits.next(starts, fit)
-        for place, result in zip(places, trained):
-            self._keep(place, result)
+        for slot, result in zip(slots, self.fits.next(starts, fit)):
+            self._keep(slot, result)
 
-    def _keep(self, place: Place, result: Trained) -> None:
-        before = self.best.get(place)
+    def _keep(self, slot: Slot, result: TrainedSubnetwork) -> None:
+        """Keeps a result where it is the best of its slot, and adds up the work in any case."""
+        before = self.best.get(slot)
         epochs = result.epochs + (before.epochs if before else 0)
         seconds = result.seconds + (before.seconds if before else 0.0)
         if before is None or result.loss < before.loss:
-            before = Found(
+            before = BestSubnetwork(
                 result.subnetwork, result.loss, result.error, self.method, epochs, seconds
             )
-        self.best[place] = replace(before, epochs=epochs, seconds=seconds)
-        if not math.isfinite(self.best[place].loss):
+        self.best[slot] = replace(before, epochs=epochs, seconds=seconds)
+        if not math.isfinite(self.best[slot].loss):
             raise ModeconnError(
-                f"the subnetwork of entry layer {place[1]} of {place[0]} has a loss that is not finite"
+                f"the subnetwork of entry layer {slot[1]} of {slot[0]} has a loss that is not "
+                "finite: expected features and labels that can be fitted; "
+                "look for weights or inputs that are too large"
             )
 
 
-def _without_norm(
-    chain: Chain, entry: int, state: Mapping[str, Tensor], units: Tensor, sub: Subnetwork
-) -> Subnetwork:
-    """A first layer with its batch norm folded in where that is exact: the norm follows the affine map at once."""
-    layer = chain.layer(entry + 1)
-    norm = layer.norm
-    if norm is None or norm.mean is None or norm.var is None or layer.steps[0].op != "batch_norm":
-        return sub
-    scale = torch.rsqrt(state[norm.var][units] + norm.eps)
-    if norm.weight is not None:
-        scale = scale * state[norm.weight][units]
-    shift = -state[norm.mean][units] * scale
-    if norm.bias is not None:
-        shift = shift + state[norm.bias][units]
-    weight = sub.weights[0] * scale.view(-1, *[1] * (sub.weights[0].dim() - 1))
-    bias = sub.biases[0]
-    # a convolution without a bias cannot take the shift: training makes up for it
-    if bias is not None:
-        bias = bias * scale + shift
-    return replace(sub, weights=(weight, *sub.weights[1:]), biases=(bias, *sub.biases[1:]))
+def _resolved(method: str, chain: LayerChain) -> str:
+    """Returns the method that "auto" stands for, and any other that the chain bears."""
+    reason = why_not_carried(chain, 1)
+    if method == "auto":
+        return "head" if reason is None else "trained"
+    if method != "trained" and reason is not None:
+        raise ModeconnError(
+            f'subnetworks="{method}" need identity to carry them to the top: {reason}; '
+            'use "trained"'
+        )
+    return method
+
+
+def _single(
+    fit: Callable[[], TrainedSubnetwork], checkpoint: Path | None
+) -> list[TrainedSubnetwork]:
+    """Runs a fit of one subnetwork that is too short to be interrupted and resumed."""
+    return [fit()]

@@ -1,4 +1,4 @@
-"""Many subnetworks of equal shape as one: their weights stacked, their logits from one set of batched products."""
+"""Stacks many subnetworks of equal shape: one set of batched products gives all their logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modeconn.connection.chain import Chain, Layer
+from modeconn.connection.layer_chain import AffineLayer, LayerChain
 from modeconn.connection.subnetworks import Subnetwork, restrict
 from modeconn.errors import ModeconnError
 
@@ -35,16 +35,11 @@ class Stack:
         entry: an entry layer whose following layers are like those of every subnetwork.
     """
 
-    def __init__(self, chain: Chain, subs: Sequence[Subnetwork]) -> None:
+    def __init__(self, chain: LayerChain, subs: Sequence[Subnetwork]) -> None:
         check_stackable(chain, subs)
         self.chain, self.entry = chain, subs[0].entry
-        self.weights = [
-            torch.stack([sub.weights[i] for sub in subs]) for i in range(len(subs[0].weights))
-        ]
-        self.biases: list[Tensor | None] = []
-        for i, bias in enumerate(subs[0].biases):
-            several = [each for each in (sub.biases[i] for sub in subs) if each is not None]
-            self.biases.append(None if bias is None else torch.stack(several))
+        self.weights = [torch.stack(layer) for layer in zip(*(sub.weights for sub in subs))]
+        self.biases = [_stacked(layer) for layer in zip(*(sub.biases for sub in subs))]
         self._pad()
         self._take_gradients()
 
@@ -57,13 +52,13 @@ class Stack:
         return [*self.weights, *(bias for bias in self.biases if bias is not None)]
 
     def keep(self, which: Tensor) -> None:
-        """Leave only some of the subnetworks, in new leaves."""
+        """Keeps only some of the subnetworks, in new leaves."""
         self.weights = [weight.detach()[which] for weight in self.weights]
         self.biases = [None if bias is None else bias.detach()[which] for bias in self.biases]
         self._take_gradients()
 
     def subnetwork(self, d: int, like: Subnetwork) -> Subnetwork:
-        """A copy of the d-th subnetwork as it is now, with the entry, kept units and widths of another."""
+        """Copies the d-th subnetwork, with the entry layer, kept units and widths of another."""
         weights = tuple(_cut(weight[d], old) for weight, old in zip(self.weights, like.weights))
         biases = tuple(
             None if bias is None or old is None else _cut(bias[d], old)
@@ -72,18 +67,17 @@ class Stack:
         return Subnetwork(like.entry, like.kept, weights, biases)
 
     def logits(self, h: Tensor | list[Tensor]) -> Tensor:
-        """Logits [D, B, C] from kept features: [D, B, k], or one tensor [B, channels, …] for each subnetwork."""
+        """Computes logits [D, B, C] from kept features.
+
+        Args:
+            h: [D, B, k], or one tensor [B, channels, …] for each subnetwork.
+        """
         last = len(self.weights) - 1
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             layer = self.chain.layer(self.entry + 1 + i)
             if layer.kind == "linear":
                 h = torch.stack(h) if isinstance(h, list) else h
-                columns = weight.transpose(1, 2)
-                h = (
-                    torch.bmm(h, columns)
-                    if bias is None
-                    else torch.baddbmm(bias[:, None], h, columns)
-                )
+                h = _batched_linear(h, weight, bias)
                 h = h if i == last else _finish(layer, h)
             else:
                 # A convolution each: grouped ones are slower on a CPU. unbind, since its gradient
@@ -98,15 +92,12 @@ class Stack:
         return h
 
     def _pad(self) -> None:
-        """Round the widths between linear layers up, and the width of the features if a linear layer reads them."""
+        """Rounds up the widths between linear layers, and that of the features before one."""
         layers = [self.chain.layer(self.entry + 1 + i) for i in range(len(self.weights))]
         padded = layers[0].kind == "linear"
         for i, layer in enumerate(layers):
-            outputs = (
-                i < len(layers) - 1
-                and layers[i + 1].kind == layer.kind == "linear"
-                and _keeps_zero(layer)
-            )
+            inner = i < len(layers) - 1 and layers[i + 1].kind == layer.kind == "linear"
+            outputs = inner and _keeps_zero(layer)
             if layer.kind == "linear":
                 rows, columns = self.weights[i].shape[1:]
                 more = (_padding(columns) if padded else 0, _padding(rows) if outputs else 0)
@@ -122,27 +113,39 @@ class Stack:
         ]
 
 
+def _stacked(biases: Sequence[Tensor | None]) -> Tensor | None:
+    """Stacks the biases of one layer; None where its layer has none."""
+    return None if biases[0] is None else torch.stack([b for b in biases if b is not None])
+
+
+def _batched_linear(h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    columns = weight.transpose(1, 2)
+    if bias is None:
+        return torch.bmm(h, columns)
+    return torch.baddbmm(bias[:, None], h, columns)
+
+
 def _padding(width: int) -> int:
     return -width % _MULTIPLE
 
 
 def _padded(h: Tensor) -> Tensor:
-    """Features [..., k] with zeros up to the width that a padded layer reads."""
+    """Pads features [..., k] with zeros up to the width that a padded layer reads."""
     return F.pad(h, (0, _padding(h.shape[-1]))) if h.shape[-1] % _MULTIPLE else h
 
 
 def _cut(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy of a tensor without its padding."""
+    """Copies a tensor without its padding."""
     return tensor.detach()[tuple(map(slice, like.shape))].clone()
 
 
-def _keeps_zero(layer: Layer) -> bool:
+def _keeps_zero(layer: AffineLayer) -> bool:
     """Whether what follows an affine map takes 0 to 0, so that padded units do not count."""
     return not bool(_finish(layer, torch.zeros(1, 1, 1)).any())
 
 
-class Rows:
-    """The kept features of a stack's subnetworks, batch by batch, padded as the stack's first layer is.
+class KeptFeatures:
+    """Gives the kept features of a stack's subnetworks, padded as the stack's first layer is.
 
     Args:
         features: h_l of each subnetwork [N, …]; all units, or the kept ones alone.
@@ -150,21 +153,17 @@ class Rows:
 
     def __init__(
         self,
-        chain: Chain,
+        chain: LayerChain,
         subs: Sequence[Subnetwork],
         features: Sequence[Tensor],
         budget: int = _MEMORY_BUDGET,
     ) -> None:
         self.linear = chain.layer(subs[0].entry + 1).kind == "linear"
         self._chain, self._subs, self._features = chain, list(subs), list(features)
-        size = sum(
-            f[0].numel() * len(s.kept) // chain.widths[s.entry] for s, f in zip(subs, features)
-        ) * len(features[0])
-        same = all(f is features[0] for f in features) and all(
-            torch.equal(s.kept, subs[0].kept) for s in subs
-        )
+        same_features = all(f is features[0] for f in features)
+        same = same_features and all(torch.equal(s.kept, subs[0].kept) for s in subs)
         self._together = same  # every subnetwork reads the same numbers
-        self._ready = same or size * features[0].element_size() <= budget
+        self._ready = same or self._bytes() <= budget
         self._table: Tensor | None = None
         if self._ready and self.linear and not same:
             self._table = self._tabled()
@@ -172,8 +171,15 @@ class Rows:
             count = 1 if same else len(subs)
             self._features = [self._picked(d, self._features[d]) for d in range(count)]
 
+    def _bytes(self) -> int:
+        """Bytes of the kept features of all subnetworks."""
+        of_a_sample = 0
+        for sub, h in zip(self._subs, self._features):
+            of_a_sample += h[0].numel() * len(sub.kept) // self._chain.widths[sub.entry]
+        return of_a_sample * len(self._features[0]) * self._features[0].element_size()
+
     def keep(self, which: Sequence[int]) -> None:
-        """Leave only some of the subnetworks."""
+        """Keeps only some of the subnetworks."""
         self._subs = [self._subs[d] for d in which]
         if self._table is not None:
             self._table = self._table[:, torch.tensor(which, device=self._table.device)]
@@ -181,20 +187,22 @@ class Rows:
             self._features = [self._features[d] for d in which]
 
     def batch(self, rows: Tensor | slice) -> Tensor | list[Tensor]:
-        """Some rows as `Stack.logits` takes them."""
+        """Returns some rows as `Stack.logits` takes them."""
         if self._together:
             h = _padded(self._features[0][rows]) if self.linear else self._features[0][rows]
             return h.expand(len(self._subs), *h.shape) if self.linear else [h] * len(self._subs)
         if self._table is not None:
             return self._table[rows].transpose(0, 1)
-        parts = [
-            f[rows] if self._ready else self._picked(d, f[rows])
-            for d, f in enumerate(self._features)
-        ]
+        parts = [f[rows] for f in self._features]
+        if not self._ready:
+            parts = [self._picked(d, part) for d, part in enumerate(parts)]
         return _padded(torch.stack(parts)) if self.linear else parts
 
     def _tabled(self) -> Tensor:
-        """The kept features of all subnetworks, [N, D, k]: a sample's are next to each other, so one gather takes them all."""
+        """Returns the kept features of all subnetworks, [N, D, k].
+
+        Those of a sample are next to each other, so one gather takes them all.
+        """
         first = _padded(self._picked(0, self._features[0][:1]))
         table = first.new_empty(len(self._features[0]), len(self._subs), first.shape[1])
         for d, h in enumerate(self._features):
@@ -206,17 +214,20 @@ class Rows:
         return table
 
     def _picked(self, d: int, h: Tensor) -> Tensor:
+        """Restricts features to the units that a subnetwork keeps, unless they are so already."""
         sub = self._subs[d]
         layer = self._chain.layer(sub.entry + 1)
-        whole = h.shape[1] == self._chain.widths[sub.entry] * (
-            layer.block if layer.kind == "linear" else 1
-        )
-        h = restrict(self._chain, sub.entry, h, sub.kept) if whole else h
+        block = layer.block if layer.kind == "linear" else 1
+        if h.shape[1] == self._chain.widths[sub.entry] * block:
+            h = restrict(self._chain, sub.entry, h, sub.kept)
         return h.contiguous(memory_format=torch.channels_last) if h.dim() == 4 else h.contiguous()
 
 
-def _finish(layer: Layer, h: Tensor) -> Tensor:
-    """The steps after an affine map, a ReLU after a max pooling that follows it: the same numbers, fewer of them."""
+def _finish(layer: AffineLayer, h: Tensor) -> Tensor:
+    """Applies the steps after an affine map, max pooling before a ReLU.
+
+    The two commute; the ReLU then has fewer numbers to do.
+    """
     steps = [step for step in layer.steps if step.op != "batch_norm"]
     for i, (step, after) in enumerate(itertools.pairwise(steps)):
         if step.op == "relu" and after.op == "max_pool2d":
@@ -226,35 +237,32 @@ def _finish(layer: Layer, h: Tensor) -> Tensor:
     return h
 
 
-def check_stackable(chain: Chain, subs: Sequence[Subnetwork]) -> None:
-    """Raise a ModeconnError unless subnetworks have equal shapes and the layers they stand for act alike."""
+def check_stackable(chain: LayerChain, subs: Sequence[Subnetwork]) -> None:
+    """Raises unless subnetworks have equal shapes and the layers they stand for act alike."""
     if not subs:
         raise ModeconnError("there are no subnetworks to train")
 
-    def kind(sub: Subnetwork) -> list[object]:
-        layers = chain.layers[sub.entry : sub.entry + len(sub.weights)]
-        shapes = [(tuple(w.shape), b is not None) for w, b in zip(sub.weights, sub.biases)]
-        # What follows the readout's layer in the chain does not act on the readout.
-        acts = [
-            (
-                x.kind,
-                [step.op for step in x.steps if step.op != "batch_norm"],
-                str(x.affine.args[3:]),
-            )
-            for x in layers[:-1]
-        ]
-        return [
-            len(sub.kept),
-            shapes,
-            acts,
-            sub.entry if chain.layer(sub.entry + 1).kind != "linear" else "linear",
-        ]
-
-    first = kind(subs[0])
+    first = _signature(chain, subs[0])
     for sub in subs[1:]:
-        if kind(sub) != first:
+        if _signature(chain, sub) != first:
             raise ModeconnError(
-                f"subnetworks that are trained together must have equal shapes: that of entry layer {subs[0].entry} has widths "
-                f"{list(subs[0].widths)} on {len(subs[0].kept)} units, that of entry layer {sub.entry} {list(sub.widths)} on "
-                f"{len(sub.kept)}"
+                "subnetworks that are trained together must have equal shapes: "
+                f"that of entry layer {subs[0].entry} has widths {list(subs[0].widths)} "
+                f"on {len(subs[0].kept)} units, that of entry layer {sub.entry} "
+                f"{list(sub.widths)} on {len(sub.kept)}"
             )
+
+
+def _signature(chain: LayerChain, sub: Subnetwork) -> list[object]:
+    """Describes what two subnetworks must have in common to be stacked."""
+    shapes = [(tuple(w.shape), b is not None) for w, b in zip(sub.weights, sub.biases)]
+    # Steps after the readout's layer in the chain do not act on the readout.
+    hidden = chain.layers[sub.entry : sub.entry + len(sub.weights) - 1]
+    acts = [(layer.kind, _unit_wise_steps(layer), str(layer.geometry())) for layer in hidden]
+    # A convolution's subnetworks run in the layers of their own entry layer.
+    place = sub.entry if chain.layer(sub.entry + 1).kind != "linear" else "linear"
+    return [len(sub.kept), shapes, acts, place]
+
+
+def _unit_wise_steps(layer: AffineLayer) -> list[str]:
+    return [step.op for step in layer.steps if step.op != "batch_norm"]

@@ -1,11 +1,12 @@
-"""The breakpoints of a path as one checkpoint and differences: what a segment does not touch is not written again.
+"""Packs the breakpoints of a path as one checkpoint and differences.
 
-The first breakpoint is stored whole. Each further one stores, for every entry that differs from the
-one before, the rows and columns in which it does and the new values of that block: values, not
-arithmetic differences, so every bit comes back.
+Tensors, rows and columns that a segment does not touch are not written again. The first breakpoint
+is stored whole. Each further one stores, for every tensor that differs from the one before, the
+rows and columns in which it does and the new values of that block: values, not arithmetic
+differences, so every bit comes back.
 
 Names in the safetensors file: "0/KEY" for the first breakpoint; "K/values/KEY", and where only a
-part changed "K/rows/KEY" (and "K/columns/KEY" for entries of two or more dimensions), for
+part changed "K/rows/KEY" (and "K/columns/KEY" for tensors of two or more dimensions), for
 breakpoint K.
 """
 
@@ -21,41 +22,42 @@ from modeconn.parameters.state import State
 
 
 def pack(points: Sequence[State]) -> State:
-    """Tensors by name, from which `unpack` makes the points again; all on the CPU."""
+    """Returns tensors by name, from which `unpack` makes the points again; all on the CPU."""
     packed = {f"0/{key}": value.cpu() for key, value in points[0].items()}
     for k in range(1, len(points)):
         for key, value in points[k].items():
             before = points[k - 1][key]
-            if value is not before:
-                packed |= {
-                    f"{k}/{part}/{key}": tensor
-                    for part, tensor in _difference(before.cpu(), value.cpu()).items()
-                }
+            if value is before:
+                continue
+            for part, tensor in _difference(before.cpu(), value.cpu()).items():
+                packed[f"{k}/{part}/{key}"] = tensor
     return packed
 
 
 def _difference(before: Tensor, after: Tensor) -> dict[str, Tensor]:
-    """The block in which an entry changed; {} where it did not."""
+    """Returns the block in which a tensor changed; {} where it did not."""
     if bitwise_equal(before, after):
         return {}
     if after.dim() == 0:
         return {"values": after}
     changed = bits(before) != bits(after)
-    rows = (
-        changed.flatten(1).any(1).nonzero().flatten()
-        if after.dim() > 1
-        else changed.nonzero().flatten()
-    )
+    rows = _places(changed)
     block = {"rows": rows, "values": after[rows]}
     if after.dim() > 1:
-        block["columns"] = changed.transpose(0, 1).flatten(1).any(1).nonzero().flatten()
+        block["columns"] = _places(changed.transpose(0, 1))
         block["values"] = block["values"][:, block["columns"]]
     small = sum(tensor.numel() * tensor.element_size() for tensor in block.values())
     return block if small < after.numel() * after.element_size() else {"values": after}
 
 
+def _places(changed: Tensor) -> Tensor:
+    """Returns the indices along the first axis at which anything changed."""
+    along = changed.flatten(1).any(1) if changed.dim() > 1 else changed
+    return along.nonzero().flatten()
+
+
 def unpack(packed: State, count: int) -> list[State]:
-    """The points, `count` of them. Entries that do not change share their tensors.
+    """Makes the points again, `count` of them; a tensor that does not change is shared.
 
     Raises:
         ModeconnError: a name, index or shape that does not fit.
@@ -67,12 +69,7 @@ def unpack(packed: State, count: int) -> list[State]:
         part, _, key = rest.partition("/")
         if number == "0":
             first[rest] = tensor
-        elif (
-            not number.isdecimal()
-            or int(number) >= count
-            or part not in ("values", "rows", "columns")
-            or not key
-        ):
+        elif not (_is_below(number, count) and part in ("values", "rows", "columns") and key):
             raise ModeconnError(f"{name!r} is no part of a path of {count} breakpoints")
         else:
             parts[int(number)].setdefault(key, {})[part] = tensor
@@ -91,18 +88,24 @@ def unpack(packed: State, count: int) -> list[State]:
     return points
 
 
+def _is_below(number: str, count: int) -> bool:
+    return number.isdecimal() and int(number) < count
+
+
 def _applied(before: Tensor, block: dict[str, Tensor], what: str) -> Tensor:
+    """Writes a block into a copy of a tensor, checked in every respect: files are not trusted."""
     if "values" not in block:
         raise ModeconnError(f"{what}: the values are missing")
     values = block["values"]
     if values.dtype != before.dtype:
         raise ModeconnError(f"{what}: values are {values.dtype}, expected {before.dtype}")
     indices = [name for name in ("rows", "columns") if name in block]
-    expected = list(before.shape)
-    if indices not in ([], ["rows"] if before.dim() == 1 else ["rows", "columns"]):
+    partial = ["rows"] if before.dim() == 1 else ["rows", "columns"]
+    if indices not in ([], partial):
         raise ModeconnError(
             f"{what}: has {', '.join(indices)}, which do not fit {before.dim()} dimensions"
         )
+    expected = list(before.shape)
     for axis, name in enumerate(indices):
         index = block[name]
         if index.dtype != torch.int64 or index.dim() != 1 or not len(index):
@@ -128,11 +131,14 @@ def _applied(before: Tensor, block: dict[str, Tensor], what: str) -> Tensor:
 
 
 def bitwise_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of equal shape and dtype hold the same bits: -0.0 is not 0.0, and a NaN equals itself."""
+    """Whether two tensors of equal shape and dtype hold the same bits.
+
+    -0.0 differs from 0.0, and a NaN equals itself.
+    """
     return torch.equal(bits(a), bits(b))
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers, to compare."""
+    """Views a tensor's bits as integers, to compare."""
     kinds = {torch.float64: torch.int64, torch.float32: torch.int32}
     return tensor.view(kinds[tensor.dtype]) if tensor.dtype in kinds else tensor

@@ -1,4 +1,8 @@
-"""Subnetworks: what maps the features of an entry layer, restricted to kept units, to the outputs (theory: S_l on I_l)."""
+"""Subnetworks S_l: networks from kept features h_l[I_l] of an entry layer l to the outputs.
+
+They are those of Nguyen, Bréchet, Mondelli 2021, Theorem 4.1. A *shallow* one has its readout below
+the network's last layer; `carry` takes its logits to the top.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modeconn.connection.chain import Chain, Layer
+from modeconn.connection.layer_chain import AffineLayer, LayerChain
 from modeconn.errors import ModeconnError
 
 
@@ -32,16 +36,16 @@ class Subnetwork:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Units of its hidden layers: m_{l,l+1}, …"""
+        """Numbers of units of its hidden layers: m_{l,l+1}, …"""
         return tuple(len(weight) for weight in self.weights[:-1])
 
     @property
     def parameters(self) -> int:
-        """How many numbers it has."""
+        """Numel of all weights and biases."""
         return sum(tensor.numel() for tensor in (*self.weights, *self.biases) if tensor is not None)
 
     def to(self, like: Tensor) -> Subnetwork:
-        """The same with another tensor's dtype and device."""
+        """Converts it to another tensor's dtype and device."""
         biases = tuple(None if bias is None else bias.to(like) for bias in self.biases)
         return replace(
             self,
@@ -51,26 +55,26 @@ class Subnetwork:
         )
 
 
-def full_depth(chain: Chain, sub: Subnetwork) -> bool:
+def full_depth(chain: LayerChain, sub: Subnetwork) -> bool:
     """Whether its readout is the chain's own last layer."""
     return sub.entry + len(sub.weights) == chain.length
 
 
-def restrict(chain: Chain, entry: int, h: Tensor, kept: Tensor) -> Tensor:
-    """h_l with the kept units alone: [N, k, …], or [N, k · block] where channels have been flattened."""
+def restrict(chain: LayerChain, entry: int, h: Tensor, kept: Tensor) -> Tensor:
+    """Selects the kept units of h_l: [N, k, …], or [N, k · block] where channels are flattened."""
     layer = chain.layer(entry + 1)
     if len(kept) == chain.widths[entry]:
         return h
     return layer.select(h, kept)
 
 
-def outputs(chain: Chain, sub: Subnetwork, h: Tensor) -> Tensor:
-    """Logits [N, C] of a subnetwork from h_l [N, n_l, …] of all units."""
+def outputs(chain: LayerChain, sub: Subnetwork, h: Tensor) -> Tensor:
+    """Computes logits [N, C] of a subnetwork from h_l [N, n_l, …] of all units."""
     return outputs_of_kept(chain, sub, restrict(chain, sub.entry, h, sub.kept))
 
 
-def outputs_of_kept(chain: Chain, sub: Subnetwork, h: Tensor) -> Tensor:
-    """Logits [N, C] of a subnetwork from the kept features alone."""
+def outputs_of_kept(chain: LayerChain, sub: Subnetwork, h: Tensor) -> Tensor:
+    """Computes logits [N, C] of a subnetwork from the kept features alone."""
     last = len(sub.weights) - 1
     for index, (weight, bias) in enumerate(zip(sub.weights, sub.biases)):
         layer = chain.layer(sub.entry + 1 + index)
@@ -78,8 +82,8 @@ def outputs_of_kept(chain: Chain, sub: Subnetwork, h: Tensor) -> Tensor:
     return h
 
 
-def check_entry(chain: Chain, entry: int) -> None:
-    """Raise a ModeconnError unless there is such an entry layer."""
+def check_entry(chain: LayerChain, entry: int) -> None:
+    """Raises unless there is such an entry layer."""
     if not 0 <= entry < chain.length:
         raise ModeconnError(
             f"entry layer {entry}: {chain.name} has entry layers 0 to {chain.length - 1}"
@@ -87,23 +91,23 @@ def check_entry(chain: Chain, entry: int) -> None:
 
 
 def initial(
-    chain: Chain, entry: int, kept: Tensor, widths: Sequence[int], generator: torch.Generator
+    chain: LayerChain, entry: int, kept: Tensor, widths: Sequence[int], generator: torch.Generator
 ) -> Subnetwork:
-    """New weights: normal with variance 2 / fan-in (He et al. 2015), zero biases.
+    """Draws new weights, normal with variance 2 / fan-in (He et al. 2015), and zero biases.
 
     Args:
         entry: the entry layer l.
         kept: I_l.
-        widths: units of the hidden layers l+1, l+2, …; as many as layers are wanted before the
-            readout. The readout's layer must be linear.
+        widths: units of the hidden layers l+1, l+2, … before the readout, whose layer must be
+            linear.
         generator: a CPU generator.
     """
     check_entry(chain, entry)
     readout = entry + 1 + len(widths)
     if readout > chain.length or chain.layer(readout).kind != "linear":
         raise ModeconnError(
-            f"a subnetwork at entry layer {entry} with {len(widths)} hidden layers would have its readout at layer {readout} "
-            f"of {chain.length}: it must be a linear layer of the chain"
+            f"a subnetwork at entry layer {entry} with {len(widths)} hidden layers would have its "
+            f"readout at layer {readout} of {chain.length}: it must be a linear layer of the chain"
         )
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
@@ -111,22 +115,21 @@ def initial(
     for index, units in enumerate((*widths, chain.classes)):
         layer = chain.layer(entry + 1 + index)
         shape = _shape(layer, units, before)
-        weights.append(
-            torch.randn(shape, generator=generator) * math.sqrt(2.0 / math.prod(shape[1:]))
-        )
+        deviation = math.sqrt(2.0 / math.prod(shape[1:]))
+        weights.append(torch.randn(shape, generator=generator) * deviation)
         biases.append(None if layer.bias is None else torch.zeros(units))
         before = units
     return Subnetwork(entry, kept, tuple(weights), tuple(biases))
 
 
-def _shape(layer: Layer, units: int, before: int) -> tuple[int, ...]:
+def _shape(layer: AffineLayer, units: int, before: int) -> tuple[int, ...]:
     if layer.kind == "linear":
         return (units, before * layer.block)
     return (units, before, *layer.kernel)
 
 
-def why_not_carried(chain: Chain, readout: int) -> str | None:
-    """Why logits that a layer of the chain gives cannot be carried to the top by identity, None if they can.
+def why_not_carried(chain: LayerChain, readout: int) -> str | None:
+    """Says why logits of a layer cannot be carried to the top by identity; None if they can.
 
     Args:
         readout: the layer that gives the logits, from 1 to L.
@@ -135,17 +138,22 @@ def why_not_carried(chain: Chain, readout: int) -> str | None:
         if layer.kind != "linear" or (layer.index > readout and layer.block != 1):
             return f"layer {layer.index} ({layer.weight}) is not a plain linear layer"
         if layer.activation != "relu":
-            return f"layer {layer.index} ({layer.weight}) has the activation {layer.activation}: identity passes ReLU alone"
+            return (
+                f"layer {layer.index} ({layer.weight}) has the activation {layer.activation}: "
+                "identity passes ReLU alone"
+            )
         odd = [step.op for step in layer.steps if step.op not in ("relu", "batch_norm")]
         if odd:
             return f"layer {layer.index} ({layer.weight}) is followed by {odd[0]}"
     return None
 
 
-def carry(chain: Chain, sub: Subnetwork) -> Subnetwork:
-    """A head as a full-depth subnetwork: its logits z go up as (ReLU(z), ReLU(-z)), 2C units a layer, and come out as z.
+def carry(chain: LayerChain, sub: Subnetwork) -> Subnetwork:
+    """Carries the logits z of a shallow subnetwork to the top, which makes it one of full depth.
 
-    Exact for every input: non-negative values pass a ReLU unchanged.
+    They go up as (ReLU(z), ReLU(-z)), 2C units a layer, through identity layers, and come out as
+    z = ReLU(z) - ReLU(-z). This is exact for every input: non-negative values pass a ReLU
+    unchanged.
 
     Raises:
         ModeconnError: a layer above is no linear layer with ReLU.
@@ -156,22 +164,23 @@ def carry(chain: Chain, sub: Subnetwork) -> Subnetwork:
     reason = why_not_carried(chain, readout)
     if reason is not None:
         raise ModeconnError(
-            f"the head at entry layer {sub.entry} cannot be carried to the top by identity: {reason}"
+            f"the subnetwork of entry layer {sub.entry} cannot be carried to the top by identity: "
+            f"{reason}"
         )
     weight, bias = sub.weights[-1], sub.biases[-1]
     eye = torch.eye(chain.classes, dtype=weight.dtype, device=weight.device)
     weights = [*sub.weights[:-1], torch.cat([weight, -weight])]
     biases = [*sub.biases[:-1], None if bias is None else torch.cat([bias, -bias])]
     for layer in chain.layers[readout:]:
-        last = layer.index == chain.length
-        weights.append(
-            torch.cat([eye, -eye], 1) if last else torch.eye(2 * chain.classes).to(weight)
-        )
+        if layer.index == chain.length:
+            weights.append(torch.cat([eye, -eye], 1))
+        else:
+            weights.append(torch.eye(2 * chain.classes).to(weight))
         biases.append(None if layer.bias is None else weight.new_zeros(len(weights[-1])))
     return Subnetwork(sub.entry, sub.kept, tuple(weights), tuple(biases))
 
 
 def kept_units(units: int, kept: float | int, generator: torch.Generator) -> Tensor:
-    """Units drawn at random to be kept, rising: a fraction of them (rounded, at least one), or a number."""
+    """Draws units to be kept, rising: a fraction of them (rounded, at least one), or a number."""
     count = kept if isinstance(kept, int) else round(kept * units)
     return torch.randperm(units, generator=generator)[: max(1, min(units, count))].sort().values

@@ -1,4 +1,6 @@
-"""The exact 0-1 error along a segment on which the logits are affine in t: z(t) = (1 - t) z_0 + t z_1.
+"""Computes the exact 0-1 error along a swing, where the logits are affine in t.
+
+On the segment z(t) = (1 - t) z_0 + t z_1.
 
 A sample with label y is classified correctly where its logit beats every other one: an intersection
 of half lines {t : g_c(t) > 0}, g_c = z_y - z_c, so one interval. Its ends are the crossings t =
@@ -12,6 +14,7 @@ counts as an error everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +23,14 @@ from torch import Tensor
 
 from modeconn.errors import ModeconnError
 
+# The floats next to the ends of the segment, strictly inside.
 _SMALLEST = float(np.nextafter(0.0, 1.0))
 _LARGEST = float(np.nextafter(1.0, 0.0))
 
 
 @dataclass(frozen=True, eq=False)
-class Steps:
-    """A step function on [0, 1].
+class StepFunction:
+    """A step function on [0, 1], the error along a segment.
 
     Attributes:
         t: float64 [K], increasing, from 0 to 1: where the value may change.
@@ -42,7 +46,10 @@ class Steps:
         """Values at any t in [0, 1], float64 of t's shape."""
         where = np.asarray(t, np.float64)
         if not ((where >= 0) & (where <= 1)).all():
-            raise ModeconnError("a step function on [0, 1] was asked for a value outside of it")
+            raise ModeconnError(
+                f"t runs from {where.min():.6g} to {where.max():.6g}, "
+                "outside of the step function: expected values in [0, 1]"
+            )
         left = np.searchsorted(self.t, where, side="right") - 1
         inside = self.between[np.minimum(left, len(self.between) - 1)]
         values: np.ndarray = np.where(self.t[left] == where, self.at_points[left], inside)
@@ -55,7 +62,10 @@ class Steps:
 
     @property
     def argmax(self) -> float:
-        """A t at which the supremum is attained: the middle of the longest interval that has it, else a point."""
+        """A t at which the supremum is attained.
+
+        The middle of the longest interval that has it, else a point.
+        """
         highest = self.maximum
         gaps = np.flatnonzero(self.between == highest)
         if not len(gaps):
@@ -81,16 +91,19 @@ class Intervals:
     def __len__(self) -> int:
         return len(self.left)
 
-    def contain(self, t: float) -> np.ndarray:
-        """bool [N]: which of them hold t."""
-        after = (self.left < t) | ((self.left == t) & self.left_closed)
-        before = (self.right > t) | ((self.right == t) & self.right_closed)
-        inside: np.ndarray = after & before
-        return inside
+    @staticmethod
+    def joined(parts: Sequence[Intervals]) -> Intervals:
+        """Concatenates the intervals of several batches, without the empty ones."""
+        left = np.concatenate([np.zeros(0), *(part.left for part in parts)])
+        right = np.concatenate([np.zeros(0), *(part.right for part in parts)])
+        left_closed = np.concatenate([np.zeros(0, bool), *(part.left_closed for part in parts)])
+        right_closed = np.concatenate([np.zeros(0, bool), *(part.right_closed for part in parts)])
+        real = left <= right
+        return Intervals(left[real], right[real], left_closed[real], right_closed[real])
 
 
 def correct_intervals(start: Tensor, stop: Tensor, labels: Tensor) -> Intervals:
-    """Where on the segment each sample is classified correctly, in closed form and float64.
+    """Finds where on the segment each sample is classified correctly, in closed form and float64.
 
     Args:
         start, stop: logits [N, C] at t = 0 and t = 1.
@@ -109,31 +122,27 @@ def correct_intervals(start: Tensor, stop: Tensor, labels: Tensor) -> Intervals:
     # nor beyond it.
     crossing = torch.where((a < 0) == (b < 0), 0.5, a / (a - b)).clamp(_SMALLEST, _LARGEST)
     crossing = torch.where(a == 0, 0.0, torch.where(b == 0, 1.0, crossing))
-    rising, falling, never = (
-        ~right_at_0 & right_at_1,
-        right_at_0 & ~right_at_1,
-        ~right_at_0 & ~right_at_1,
-    )
+    rising, falling = ~right_at_0 & right_at_1, right_at_0 & ~right_at_1
+    never = ~right_at_0 & ~right_at_1
     # Equality at the crossing is enough for a class after the label.
     lower, upper = torch.where(rising, crossing, -1.0), torch.where(falling, crossing, 2.0)
     left, right = lower.amax(1), upper.amin(1)
     left_closed = ~((lower == left[:, None]) & rising & ~ties).any(1)
     right_closed = ~((upper == right[:, None]) & falling & ~ties).any(1)
     left, right = left.clamp(min=0.0), right.clamp(max=1.0)
-    empty = (
-        never.any(1) | ~finite | (left > right) | ((left == right) & ~(left_closed & right_closed))
-    )
+    no_point = (left > right) | ((left == right) & ~(left_closed & right_closed))
+    empty = never.any(1) | ~finite | no_point
     left, right = torch.where(empty, 2.0, left), torch.where(empty, -1.0, right)
     return Intervals(*(v.cpu().numpy() for v in (left, right, left_closed, right_closed)))
 
 
 def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """bool [N]: whether the label is the first maximum of the logits [N, C], and all of them are finite."""
+    """Whether the label is the first maximum of the logits [N, C], all of them finite: bool [N]."""
     return (logits.argmax(1) == labels) & logits.isfinite().all(1)
 
 
 class SwingError:
-    """The exact error along one segment, over batches of samples: add them, in any order, then finish.
+    """Sums up the exact error along one segment over batches of samples, added in any order.
 
     A sample that is right at both ends is right all along (half lines are convex), so only the
     others' intervals are kept.
@@ -145,7 +154,7 @@ class SwingError:
         self._parts: list[Intervals] = []
 
     def add(self, start: Tensor, stop: Tensor, labels: Tensor) -> None:
-        """Add samples: logits [B, C] at t = 0 and t = 1, and labels int64 [B]."""
+        """Adds samples: logits [B, C] at t = 0 and t = 1, and labels int64 [B]."""
         _check(start, stop, labels)
         self.samples += len(labels)
         always = correct(start, labels) & correct(stop, labels)
@@ -154,52 +163,32 @@ class SwingError:
         if bool(rest.any()):
             self._parts.append(correct_intervals(start[rest], stop[rest], labels[rest]))
 
-    def merge(self, other: SwingError) -> None:
-        """Add the samples of another one, of the same segment."""
-        self.samples += other.samples
-        self._always += other._always
-        self._parts += other._parts
-
-    def finish(self) -> Steps:
-        """The error, a fraction of all samples, as a step function of t.
+    def finish(self) -> StepFunction:
+        """Returns the error, a fraction of all samples, as a step function of t.
 
         Raises:
             ModeconnError: no sample was added.
         """
         if self.samples == 0:
-            raise ModeconnError("the error along a segment needs at least one sample")
-        names = ("left", "right", "left_closed", "right_closed")
-        left, right, left_closed, right_closed = (
-            np.concatenate(
-                [
-                    np.zeros(0, bool if "closed" in name else float),
-                    *(getattr(part, name) for part in self._parts),
-                ]
+            raise ModeconnError(
+                "no sample was added: expected at least one sample for the error along a segment"
             )
-            for name in names
-        )
-        real = left <= right
-        left, right, left_closed, right_closed = (
-            left[real],
-            right[real],
-            left_closed[real],
-            right_closed[real],
-        )
-        t = np.unique(np.concatenate([[0.0, 1.0], left, right]))
+        intervals = Intervals.joined(self._parts)
+        t = np.unique(np.concatenate([[0.0, 1.0], intervals.left, intervals.right]))
         # Slot 2k is the point t_k, slot 2k + 1 the interval after it: an interval of t covers a
         # range of slots.
-        begin = 2 * np.searchsorted(t, left) + ~left_closed
-        end = 2 * np.searchsorted(t, right) - ~right_closed
+        begin = 2 * np.searchsorted(t, intervals.left) + ~intervals.left_closed
+        end = 2 * np.searchsorted(t, intervals.right) - ~intervals.right_closed
         slots = 2 * len(t) - 1
         change = np.bincount(begin, minlength=slots + 1) - np.bincount(end + 1, minlength=slots + 1)
         wrong = self.samples - self._always - np.cumsum(change)[:slots]
         error = wrong / self.samples
-        return Steps(t, error[0::2], error[1::2])
+        return StepFunction(t, error[0::2], error[1::2])
 
 
 def _check(start: Tensor, stop: Tensor, labels: Tensor) -> None:
     if start.dim() != 2 or start.shape != stop.shape or labels.shape != start.shape[:1]:
         raise ModeconnError(
-            f"logits at the two ends have shapes {list(start.shape)} and {list(stop.shape)}, labels {list(labels.shape)}: "
-            "expected [N, classes] twice, and [N]"
+            f"logits at the two ends have shapes {list(start.shape)} and {list(stop.shape)}, "
+            f"labels {list(labels.shape)}: expected [N, classes] twice, and [N]"
         )

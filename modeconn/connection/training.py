@@ -1,4 +1,4 @@
-"""Training of subnetworks on fixed features, many at once."""
+"""Trains subnetworks on fixed features, many at once: each comes out as if it were alone."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,92 +16,47 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from modeconn.connection.chain import Chain
-from modeconn.connection.stack import Rows, Stack
+from modeconn.connection.layer_chain import LayerChain
+from modeconn.connection.recipe import Recipe
+from modeconn.connection.stack import KeptFeatures, Stack
 from modeconn.connection.subnetworks import Subnetwork
-from modeconn.connection.trained import Trained, pack, unpack
+from modeconn.connection.trained_subnetwork import TrainedSubnetwork, pack, unpack
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
 
 Progress = Callable[[int, int], None]
 
+# An interruption costs at most so much work, and saving a small part of the time.
 SECONDS_BETWEEN_SAVES = 5.0
 # The exact loss needs a pass of its own: it is measured where the loss seen while training is
 # within this factor of the stop.
 _NEAR = 3.0
-# Rows of a pass that measures.
-_ROWS = 1000
-_BETAS = (0.9, 0.99)
 # The exact error, likewise: where the error seen while training is at most this much above the
 # stop.
 _NEAR_ERROR = 0.005
-_SCHEDULES = ("constant", "cosine", "onecycle", "halve")
-# Epochs between two halvings of the learning rate, as the paper does for VGG.
-_HALVING = 10
-_OPTIMIZERS = ("adamw", "sgd")
+# Without a stop in reach the exact loss is measured in the last epochs, this part of them: there
+# the learning rate is small, and the loss changes little.
+_LAST_EPOCHS = 10
+# Rows of a pass that measures.
+_ROWS = 1000
+# A shorter memory of squared gradients than the usual 0.999: these trainings are short.
+_BETAS = (0.9, 0.99)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How subnetworks are trained.
+def measure(chain: LayerChain, sub: Subnetwork, h: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Measures mean cross-entropy and error of a subnetwork, summed in float64.
 
-    Attributes:
-        optimizer: "adamw" (β = 0.9, 0.99), or "sgd" with Nesterov momentum as in the paper.
-        schedule: of the learning rate: "constant", "cosine" down to 0, "onecycle" (up over the
-            first fifth, then down), or "halve" (half as large after every 10 epochs).
-        stop_loss, stop_error: a subnetwork is finished once its loss (error) over all training data
-            is at most this.
+    Args:
+        h: h_l [N, …] of all units, or of the kept ones.
+        labels: int64 [N].
     """
-
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    momentum: float = 0.95
-    weight_decay: float = 0.0
-    batch_size: int = 128
-    epochs: int = 20
-    schedule: str = "cosine"
-    stop_loss: float | None = None
-    stop_error: float | None = None
-
-    def check(self) -> None:
-        """Raise a ModeconnError for a setting out of range."""
-        if self.optimizer not in _OPTIMIZERS:
-            raise ModeconnError(
-                f"optimizer is {self.optimizer!r}: expected one of {', '.join(_OPTIMIZERS)}"
-            )
-        if self.schedule not in _SCHEDULES:
-            raise ModeconnError(
-                f"schedule is {self.schedule!r}: expected one of {', '.join(_SCHEDULES)}"
-            )
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ModeconnError(f"lr is {self.lr}: expected a positive number")
-        if self.epochs < 0 or self.batch_size < 1:
-            raise ModeconnError(
-                f"epochs is {self.epochs} and batch_size {self.batch_size}: expected at least 0 and 1"
-            )
-
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of one of so many steps."""
-        if self.schedule == "constant":
-            return self.lr
-        at = step / max(1, steps)
-        if self.schedule == "halve":
-            return self.lr * 0.5 ** (step * self.epochs // max(1, steps) // _HALVING)
-        if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * at))
-        if at < 0.2:
-            return self.lr * (0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * at / 0.2)))
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (at - 0.2) / 0.8))
-
-
-def measure(chain: Chain, sub: Subnetwork, h: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy and error of a subnetwork over h_l [N, …] (all units, or the kept ones), summed in float64."""
-    ((loss, error),) = _measured(Stack(chain, [sub]), Rows(chain, [sub], [h], budget=0), labels)
+    rows = KeptFeatures(chain, [sub], [h], budget=0)
+    ((loss, error),) = _measured(Stack(chain, [sub]), rows, labels)
     return loss, error
 
 
 def train_subnetworks(
-    chain: Chain,
+    chain: LayerChain,
     starts: Sequence[Subnetwork],
     features: Sequence[Tensor],
     labels: Tensor,
@@ -110,8 +65,8 @@ def train_subnetworks(
     seed: int = 0,
     progress: Progress | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-) -> list[Trained]:
-    """Train subnetworks of equal shape together, each as if it were alone.
+) -> list[TrainedSubnetwork]:
+    """Trains subnetworks of equal shape together, each as if it were alone.
 
     Args:
         starts: the weights to begin with.
@@ -126,30 +81,15 @@ def train_subnetworks(
 
     Returns:
         for each start its best weights among the epochs whose exact loss was measured: those near
-            the stop, and the last ones.
-        A subnetwork whose loss is no longer finite leaves with loss inf and the weights that it
-            began with.
+            the stop, and the last ones. A subnetwork whose loss is no longer finite leaves with
+            loss inf and the weights that it began with.
 
     Raises:
         ModeconnError: no subnetworks, shapes that do not stack, labels or settings out of range, a
             checkpoint of another training.
     """
     recipe.check()
-    if not starts:
-        raise ModeconnError("there are no subnetworks to train")
-    samples = len(labels)
-    if len(features) != len(starts) or any(len(h) != samples for h in features):
-        raise ModeconnError(
-            f"{len(starts)} subnetworks, features of {[len(h) for h in features]} rows and {samples} labels: expected as many "
-            "features as subnetworks and as many rows as labels"
-        )
-    if not samples:
-        raise ModeconnError("there are no samples to train on")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= chain.classes:
-        raise ModeconnError(
-            f"labels run from {low} to {high}, but {chain.name} has {chain.classes} outputs"
-        )
+    _check_data(chain, starts, features, labels)
     run = _Training(chain, starts, features, labels, recipe, seed)
     file = None if checkpoint is None else Path(checkpoint)
     if file is not None and file.exists():
@@ -168,33 +108,55 @@ def train_subnetworks(
     return [result for result in run.results if result is not None]
 
 
+def _check_data(
+    chain: LayerChain, starts: Sequence[Subnetwork], features: Sequence[Tensor], labels: Tensor
+) -> None:
+    if not starts:
+        raise ModeconnError("starts is empty: there are no subnetworks to train")
+    samples = len(labels)
+    if len(features) != len(starts) or any(len(h) != samples for h in features):
+        raise ModeconnError(
+            f"{len(starts)} subnetworks, features of {[len(h) for h in features]} rows and "
+            f"{samples} labels: expected as many features as subnetworks and as many rows as labels"
+        )
+    if not samples:
+        raise ModeconnError("labels is empty: there are no samples to train on")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= chain.classes:
+        raise ModeconnError(
+            f"labels run from {low} to {high}, but {chain.name} has {chain.classes} outputs"
+        )
+
+
 class _Training:
-    """The state of a training after some epoch."""
+    """The state of a training after some epoch.
+
+    Attributes:
+        stack, rows: the subnetworks still in training, and their features.
+        active: the number of the start that each place of the stack has.
+        best: by start the best weights whose exact loss was measured.
+        results: by start the result, once it is finished.
+    """
 
     def __init__(
         self,
-        chain: Chain,
+        chain: LayerChain,
         starts: Sequence[Subnetwork],
         features: Sequence[Tensor],
         labels: Tensor,
         recipe: Recipe,
         seed: int,
     ) -> None:
-        self.chain, self.starts, self.labels, self.recipe, self.seed = (
-            chain,
-            list(starts),
-            labels,
-            recipe,
-            seed,
-        )
+        self.chain, self.starts, self.labels = chain, list(starts), labels
+        self.recipe, self.seed = recipe, seed
         like = features[0]
         self.stack = Stack(chain, [sub.to(like) for sub in starts])
-        self.rows = Rows(chain, starts, features)
+        self.rows = KeptFeatures(chain, starts, features)
         self.optimizer = self._optimizer()
         self.epoch = 0
-        self.active = list(range(len(starts)))  # which start each place of the stack is
-        self.best: list[Trained | None] = [None] * len(starts)
-        self.results: list[Trained | None] = [None] * len(starts)
+        self.active = list(range(len(starts)))
+        self.best: list[TrainedSubnetwork | None] = [None] * len(starts)
+        self.results: list[TrainedSubnetwork | None] = [None] * len(starts)
         self.seconds = [0.0] * len(starts)
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -213,28 +175,22 @@ class _Training:
         )
 
     def run_epoch(self) -> None:
+        """Trains for an epoch and reviews the subnetworks after it."""
         began = time.perf_counter()
-        seed = (
-            int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0])
-            >> 1
-        )
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed)).to(
-            self.labels.device
-        )
-        batches = order.split(self.recipe.batch_size)
+        batches = self._order().split(self.recipe.batch_size)
         steps = self.recipe.epochs * len(batches)
         seen = torch.zeros(2, len(self.stack), dtype=torch.float64, device=self.labels.device)
         for number, rows in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.rate(self.epoch * len(batches) + number, steps)
-            logits, wanted = self.stack.logits(self.rows.batch(rows)), self.labels[rows]
-            losses = _losses(logits, wanted)
+            logits, labels = self.stack.logits(self.rows.batch(rows)), self.labels[rows]
+            losses = _losses(logits, labels)
             self.optimizer.zero_grad()
             losses.mean(1).sum().backward()
             self.optimizer.step()
             seen[0] += losses.detach().sum(1)
             if self.recipe.stop_error is not None:
-                seen[1] += (logits.detach().argmax(2) != wanted).sum(1)
+                seen[1] += (logits.detach().argmax(2) != labels).sum(1)
         self.epoch += 1
         spent = time.perf_counter() - began
         for start in self.active:
@@ -242,28 +198,35 @@ class _Training:
         losses_seen, errors_seen = (seen / len(self.labels)).tolist()
         self._review(losses_seen, errors_seen)
 
+    def _order(self) -> Tensor:
+        """Draws the order of the samples, from seed and epoch alone: resuming finds the same."""
+        words = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(words[0]) >> 1)
+        return torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+
     def _near(self, loss: float, error: float) -> bool:
         """Whether the exact numbers can matter, given those seen while training."""
         recipe = self.recipe
         return (
-            self.epoch > recipe.epochs - max(1, recipe.epochs // 10)
+            self.epoch > recipe.epochs - max(1, recipe.epochs // _LAST_EPOCHS)
             or (recipe.stop_loss is not None and loss <= _NEAR * recipe.stop_loss)
             or (recipe.stop_error is not None and error <= recipe.stop_error + _NEAR_ERROR)
         )
 
     def _review(self, seen: Sequence[float], errors: Sequence[float]) -> None:
-        """Measure what may be finished, keep the best weights, and let go of what is finished."""
+        """Measures what may be finished, keeps the best weights, drops what is finished."""
         finished = []
         near = [self._near(*pair) for pair in zip(seen, errors)]
         if any(near):
             for d, (loss, error) in enumerate(_measured(self.stack, self.rows, self.labels)):
                 start, before = self.active[d], self.best[self.active[d]]
+                # Whether another one is near must not matter to this one's result.
                 if not (near[d] and math.isfinite(loss)):
-                    continue  # whether another is near must not matter
+                    continue
                 reached = self._reached(loss, error)
                 if reached or before is None or loss < before.loss:
                     sub = self.stack.subnetwork(d, self.starts[start])
-                    self.best[start] = Trained(
+                    self.best[start] = TrainedSubnetwork(
                         sub, loss, error, self.epoch, self.seconds[start], reached
                     )
                     if reached:
@@ -281,6 +244,7 @@ class _Training:
         )
 
     def _leave(self, finished: Sequence[int]) -> None:
+        """Takes finished subnetworks out of the stack; the others keep the optimizer's state."""
         stay = [d for d in range(len(self.active)) if d not in finished]
         for d in finished:
             self._conclude(self.active[d])
@@ -292,27 +256,23 @@ class _Training:
             self.rows.keep(stay)
             self.optimizer = self._optimizer()
             for p, values in zip(self.stack.parameters, before):
-                self.optimizer.state[p] = {
-                    key: value[which].clone()
-                    if isinstance(value, Tensor) and value.dim()
-                    else value
-                    for key, value in values.items()
-                }
+                self.optimizer.state[p] = _selected(values, which)
 
     def _conclude(self, start: int) -> None:
+        """Makes the result of a start from its best weights."""
         best = self.best[start]
         if best is None:
-            best = Trained(self.starts[start], math.inf, 1.0, self.epoch, 0.0, False)
+            best = TrainedSubnetwork(self.starts[start], math.inf, 1.0, self.epoch, 0.0, False)
         self.results[start] = replace(best, epochs=self.epoch, seconds=self.seconds[start])
 
     def finish(self) -> None:
-        """Results for all that were still in training."""
+        """Makes the results of all that are still in training."""
         if self.epoch == 0 and self.active:
-            for start, (loss, error) in zip(
-                self.active, _measured(self.stack, self.rows, self.labels)
-            ):
-                self.best[start] = Trained(
-                    self.starts[start], loss, error, 0, 0.0, self._reached(loss, error)
+            measured = _measured(self.stack, self.rows, self.labels)
+            for start, (loss, error) in zip(self.active, measured):
+                reached = self._reached(loss, error)
+                self.best[start] = TrainedSubnetwork(
+                    self.starts[start], loss, error, 0, 0.0, reached
                 )
         for start in self.active:
             self._conclude(start)
@@ -385,20 +345,29 @@ class _Training:
                 }
 
 
+def _selected(values: Mapping[str, Any], which: Tensor) -> dict[str, Any]:
+    """Selects some subnetworks' part of a parameter's optimizer state; scalars belong to all."""
+    found = {}
+    for key, value in values.items():
+        stacked = isinstance(value, Tensor) and value.dim() > 0
+        found[key] = value[which].clone() if stacked else value
+    return found
+
+
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy per subnetwork and sample, [D, B]."""
+    """Computes cross-entropy per subnetwork and sample, [D, B]."""
     D, B, _ = logits.shape
     return F.cross_entropy(logits.flatten(0, 1), labels.repeat(D), reduction="none").view(D, B)
 
 
-def _measured(stack: Stack, rows: Rows, labels: Tensor) -> list[tuple[float, float]]:
-    """Mean loss and error of each subnetwork over all samples."""
+def _measured(stack: Stack, rows: KeptFeatures, labels: Tensor) -> list[tuple[float, float]]:
+    """Measures mean loss and error of each subnetwork over all samples, summed in float64."""
     loss = torch.zeros(len(stack), dtype=torch.float64, device=labels.device)
     wrong = torch.zeros_like(loss)
     with torch.no_grad():
         for start in range(0, len(labels), _ROWS):
             block = slice(start, start + _ROWS)
-            logits, wanted = stack.logits(rows.batch(block)), labels[block]
-            loss += _losses(logits, wanted).sum(1, dtype=torch.float64)
-            wrong += (logits.argmax(2) != wanted).sum(1)
+            logits, own = stack.logits(rows.batch(block)), labels[block]
+            loss += _losses(logits, own).sum(1, dtype=torch.float64)
+            wrong += (logits.argmax(2) != own).sum(1)
     return list(zip((loss / len(labels)).tolist(), (wrong / len(labels)).tolist()))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from modeconn import models
-from modeconn.connection.chain import Chain
 from modeconn.connection.features import compute_features
+from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.subnetworks import initial
 from modeconn.connection.training import train_subnetworks
 from modeconn.data import datasets
@@ -75,7 +75,7 @@ def _experiment(
     found = Estimate(solutions=seconds)
     if not subnetworks:
         return found
-    chain = Chain.of(model, x.float())
+    chain = LayerChain.of(model, x.float())
     state = dict(model.state_dict())
     for fraction in setting.fractions:
         for entry in range(chain.length):
@@ -89,7 +89,13 @@ def _experiment(
 
 
 def _draws(
-    chain: Chain, entry: int, fraction: float, draws: int, h: Tensor, labels: Tensor, recipe: Any
+    chain: LayerChain,
+    entry: int,
+    fraction: float,
+    draws: int,
+    h: Tensor,
+    labels: Tensor,
+    recipe: Any,
 ) -> float:
     """Seconds of an epoch on a few rows, for all draws of an entry layer."""
     units = chain.widths[entry]

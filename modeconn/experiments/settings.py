@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from modeconn.connection.training import Recipe
+from modeconn.connection.recipe import Recipe
 from modeconn.errors import ModeconnError
 
 # The paper's stop: no training error left.

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modeconn.connection.chain import Chain
 from modeconn.connection.construct import room
 from modeconn.connection.features import compute_features
+from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.subnetworks import check_entry, kept_units
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
@@ -185,7 +185,7 @@ def conditions(
             )
     state = states.load(params)
     source = as_batches(train, batch_size or 1024)
-    chain = Chain.of(model, next(iter(source))[0][:2])
+    chain = LayerChain.of(model, next(iter(source))[0][:2])
     wanted = list(range(chain.length)) if entries is None else sorted(set(entries))
     decided = set(wanted if separability is True else separability or ())
     for entry in [*wanted, *decided]:
@@ -218,7 +218,7 @@ def conditions(
     return ConditionsTable(tuple(rows), len(features))
 
 
-def _kept(chain: Chain, entry: int, kept: float, seed: int) -> Tensor:
+def _kept(chain: LayerChain, entry: int, kept: float, seed: int) -> Tensor:
     """I_l: all inputs at entry layer 0, a random part of the units after that."""
     units = chain.widths[entry]
     if entry == 0:
@@ -228,7 +228,7 @@ def _kept(chain: Chain, entry: int, kept: float, seed: int) -> Tensor:
 
 
 def _condition(
-    chain: Chain,
+    chain: LayerChain,
     entry: int,
     units: dict[int, Tensor],
     width: float,

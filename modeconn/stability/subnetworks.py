@@ -1,10 +1,11 @@
-"""Subnetwork stability: what subnetworks reach when they are trained on a random part of an entry layer's units."""
+"""Subnetwork stability: the losses of subnetworks trained on random units of an entry layer."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeconn.connection.chain import Chain
-from modeconn.connection.features import compute_features
+from modeconn.connection.features import Features, compute_features
+from modeconn.connection.layer_chain import LayerChain
+from modeconn.connection.recipe import Recipe
 from modeconn.connection.subnetworks import Subnetwork, check_entry, initial, why_not_carried
-from modeconn.connection.training import Recipe, measure, train_subnetworks
+from modeconn.connection.trained_subnetwork import TrainedSubnetwork
+from modeconn.connection.training import measure, train_subnetworks
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
-from modeconn.stability.table import Level, Row, StabilityTable
+from modeconn.stability.outputs import check_class_labels
+from modeconn.stability.table import Level, Row, StabilityTable, same_level
 
 Log = Callable[[str], None]
 
 METHODS = ("auto", "readout", "head", "trained")
-# Hidden layers of a head: two reach what the theory needs where one makes the bound.
-_HEAD_DEPTH = 2
-_ROWS = 1024
+# Hidden layers of shallow subnetworks: two reach the losses of full depth where one does not.
+_SHALLOW_DEPTH = 2
+_BATCH = 1024
+# Lines of the log for each training.
+_LINES = 10
 
 
 def subnetwork_stability(
@@ -45,18 +51,19 @@ def subnetwork_stability(
     folder: str | os.PathLike[str] | None = None,
     log: Log | None = None,
 ) -> StabilityTable:
-    """Loss and error of subnetworks trained on random units of each entry layer (Nguyen et al. 2021, section 5).
+    """Trains subnetworks on random units of each entry layer and measures their loss and error.
 
-    For entry layer l and each draw a subnetwork reads |I_l| = n_l - floor(n_l / F) units of layer
-    l, drawn at random (all inputs where l = 0), has floor(n_p / F) units in each of its hidden
-    layers p, and is trained from new weights. So two consecutive subnetworks always have room side
-    by side. The network is connected to others at the level of the worst entry layer's best draw.
-    All draws of an entry layer are trained together, as one batched network.
+    This is the experiment of Nguyen et al. 2021, section 5. For entry layer l and each draw a
+    subnetwork reads |I_l| = n_l - floor(n_l / F) units of layer l, drawn at random (all inputs
+    where l = 0), has floor(n_p / F) units in each of its hidden layers p, and is trained from new
+    weights. So two consecutive subnetworks always have room side by side. By Theorem 4.1 the
+    network is connected to others at the level of the worst entry layer's best draw. All draws of
+    an entry layer are trained together, as one batched network.
 
     Args:
         model: the architecture, a chain of layers.
         params: its weights: a module, state dict or checkpoint file.
-        train: training data, as for `modeconn.evaluation.evaluator`; targets are class labels.
+        train: training data, as for `modeconn.evaluate`; targets are class labels.
         test: other data that the same subnetworks are evaluated on.
         fraction: F, above 1: 2 for half of the units, 4 for subnetworks of a quarter of the width
             on three quarters.
@@ -64,9 +71,9 @@ def subnetwork_stability(
         entries: the entry layers, 0 … L-1; all of them if None.
         method: "trained" for subnetworks of full depth, as in the paper; "head" for two hidden
             layers and "readout" for none, on fixed features, whose logits identity carries to the
-            top (ReLU alone); "auto" for heads where all layers are linear with ReLU, and full depth
+            top (ReLU alone); "auto" for "head" where all layers are linear with ReLU, and "trained"
             elsewhere.
-        recipe: how they are trained; AdamW for 20 epochs if None.
+        recipe: settings of their training; AdamW for 20 epochs if None.
         seed: of the units, the weights and the order of the samples.
         folder: keeps the finished entry layers and the unfinished training: the same call goes on
             from there, to the same table.
@@ -79,173 +86,208 @@ def subnetwork_stability(
         ModeconnError: the model is no chain; settings out of range; identity carrying asked of a
             network without ReLU; bad data; a folder that belongs to another run.
     """
-    run = _Run(
-        model,
-        params,
-        train,
-        test,
-        fraction,
-        draws,
-        method,
-        recipe or Recipe(schedule="onecycle"),
-        seed,
-    )
-    wanted = range(run.chain.length) if entries is None else sorted(set(entries))
-    for entry in wanted:
+    settings = _Settings(fraction, draws, method, recipe or Recipe(schedule="onecycle"), seed)
+    settings.check()
+    sets = [data for data in (train, test) if data is not None]
+    run = _Run(model, states.load(params), sets, settings, log or _silent)
+    requested = range(run.chain.length) if entries is None else sorted(set(entries))
+    for entry in requested:
         check_entry(run.chain, entry)
-    say = log or (lambda line: None)
     place = None if folder is None else Path(folder)
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    for entry in wanted:
-        file = None if place is None else place / f"{run.name}-{entry:02}.json"
-        if file is not None and file.exists():
-            found = _resumed(file, run.original, entry, draws)
-            say(f"entry layer {entry}: taken from {file}")
-        else:
-            found = run.entry(entry, file, say)
-            if file is not None:
-                StabilityTable(found, run.original).save(file)
-        rows += found
+    for entry in requested:
+        rows += run.entry(entry, None if place is None else place / f"{run.name}-{entry:02}.json")
     return StabilityTable(rows, run.original)
 
 
+def _silent(line: str) -> None:
+    """Ignores a line of the log."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Settings of a run, as `subnetwork_stability` takes them."""
+
+    fraction: float
+    draws: int
+    method: str
+    recipe: Recipe
+    seed: int
+
+    def check(self) -> None:
+        draws = self.draws
+        if not (self.fraction > 1 and math.isfinite(self.fraction)):
+            raise ModeconnError(
+                f"fraction is {self.fraction}: expected a number above 1, "
+                "as a subnetwork has floor(n / fraction) of n units"
+            )
+        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+            raise ModeconnError(f"draws is {draws!r}: expected a whole number, at least 1")
+        if self.method not in METHODS:
+            raise ModeconnError(f"method is {self.method!r}: expected one of {', '.join(METHODS)}")
+        self.recipe.check()
+
+    def width(self, units: int) -> int:
+        """Returns the number of units that a subnetwork has in a layer of so many."""
+        return math.floor(units / self.fraction)
+
+
 class _Run:
-    """One network, its data and the settings."""
+    """Trains the draws of one network's entry layers.
+
+    Args:
+        model: the architecture.
+        state: its weights.
+        sets: training data and, if given, test data.
+        settings: checked already.
+        say: called with a line of text now and then.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        params: Any,
-        train: Any,
-        test: Any,
-        fraction: float,
-        draws: int,
-        method: str,
-        recipe: Recipe,
-        seed: int,
+        state: dict[str, Tensor],
+        sets: Sequence[Any],
+        settings: _Settings,
+        say: Log,
     ) -> None:
-        if not (fraction > 1 and math.isfinite(fraction)):
-            raise ModeconnError(
-                f"fraction is {fraction}: expected a number above 1, as a subnetwork has floor(n / fraction) of n units"
-            )
-        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-            raise ModeconnError(f"draws is {draws!r}: expected a whole number, at least 1")
-        if method not in METHODS:
-            raise ModeconnError(f"method is {method!r}: expected one of {', '.join(METHODS)}")
-        recipe.check()
-        self.sets = [data for data in (train, test) if data is not None]
-        self.state = states.load(params)
-        self.chain = Chain.of(model, next(iter(as_batches(train, 16)))[0].float())
-        reason = why_not_carried(self.chain, 1)
-        if method in ("head", "readout") and reason is not None:
-            raise ModeconnError(
-                f'method="{method}" needs identity to carry logits to the top: {reason}; use "trained"'
-            )
-        self.method = method if method != "auto" else "trained" if reason else "head"
-        self.fraction, self.draws, self.recipe, self.seed = fraction, draws, recipe, seed
+        self.state, self.sets, self.settings, self.say = state, sets, settings, say
+        self.chain = LayerChain.of(model, next(iter(as_batches(sets[0], 16)))[0].float())
+        self.method = _resolved(settings.method, self.chain)
         for p in range(1, self.chain.length):
-            if math.floor(self.chain.widths[p] / fraction) < 1:
+            units = self.chain.widths[p]
+            if settings.width(units) < 1:
                 raise ModeconnError(
-                    f"layer {p} has {self.chain.widths[p]} units: fraction {fraction} leaves none of them"
+                    f"layer {p} has {units} units: fraction {settings.fraction} leaves none of them"
                 )
         self.original = self._original()
         # A file of another kind of run is not taken for this one's.
-        self.name = f"{self.method}-{fraction:g}-{draws}-{seed}"
+        self.name = f"{self.method}-{settings.fraction:g}-{settings.draws}-{settings.seed}"
 
     def _original(self) -> Level:
-        numbers = [_level(self.chain, self.state, data) for data in self.sets]
-        return Level(*(value for pair in numbers for value in pair))
+        """Measures the network itself on all data sets."""
+        numbers: list[float] = []
+        for data in self.sets:
+            numbers += _loss_and_error(self.chain, self.state, data)
+        return Level(*numbers)
 
-    def entry(self, entry: int, file: Path | None, say: Log) -> list[Row]:
-        """All draws of one entry layer."""
-        chain = self.chain
+    def entry(self, entry: int, file: Path | None) -> list[Row]:
+        """Returns the rows of an entry layer: those of a finished file, else of a training."""
+        if file is not None and file.exists():
+            rows = _resumed(file, self.original, entry, self.settings.draws)
+            self.say(f"entry layer {entry}: taken from {file}")
+            return rows
+        rows = self._trained_rows(entry, file)
+        if file is not None:
+            StabilityTable(rows, self.original).save(file)
+        return rows
+
+    def _trained_rows(self, entry: int, file: Path | None) -> list[Row]:
+        """Trains all draws of one entry layer."""
+        chain, draws = self.chain, self.settings.draws
         features = [compute_features(chain, self.state, data, [entry]) for data in self.sets]
-        starts = [self._start(entry, draw) for draw in range(self.draws)]
-        h, labels = features[0].entry(entry), features[0].labels
-
-        def show(done: int, epochs: int) -> None:
-            if done % max(1, epochs // 10) == 0:
-                say(f"entry layer {entry}: epoch {done} of {epochs}")
-
-        checkpoint = None if file is None else file.with_suffix(".training")
+        starts = [self._start(entry, draw) for draw in range(draws)]
         trained = train_subnetworks(
             chain,
             starts,
-            [h] * len(starts),
-            labels,
-            self.recipe,
-            seed=self.seed,
-            progress=show,
-            checkpoint=checkpoint,
+            [features[0].entry(entry)] * len(starts),
+            features[0].labels,
+            self.settings.recipe,
+            seed=self.settings.seed,
+            progress=self._progress(entry),
+            checkpoint=None if file is None else file.with_suffix(".training"),
         )
         rows = []
         for draw, result in enumerate(trained):
-            tested = (math.nan, math.nan)
-            if len(features) > 1:
-                tested = measure(
-                    chain, result.subnetwork, features[1].entry(entry), features[1].labels
-                )
+            tested = self._tested(result, features[1:])
             rows.append(
                 Row(entry, draw, result.loss, result.error, *tested, self.method, result.seconds)
             )
         best = min(rows, key=lambda row: row.train_loss)
-        say(
-            f"entry layer {entry}: best of {self.draws} draws has training loss {best.train_loss:.4g}"
+        self.say(
+            f"entry layer {entry}: best of {draws} draws has training loss {best.train_loss:.4g}"
         )
         return rows
 
+    def _progress(self, entry: int) -> Callable[[int, int], None]:
+        def show(done: int, epochs: int) -> None:
+            if done % max(1, epochs // _LINES) == 0:
+                self.say(f"entry layer {entry}: epoch {done} of {epochs}")
+
+        return show
+
+    def _tested(
+        self, result: TrainedSubnetwork, features: Sequence[Features]
+    ) -> tuple[float, float]:
+        """Measures a subnetwork on the test data, if there are any."""
+        if not features:
+            return math.nan, math.nan
+        sub = result.subnetwork
+        return measure(self.chain, sub, features[0].entry(sub.entry), features[0].labels)
+
     def _start(self, entry: int, draw: int) -> Subnetwork:
-        chain = self.chain
-        word = np.random.SeedSequence([self.seed, entry, draw]).generate_state(1, np.uint64)[0]
+        """Draws the kept units and the initial weights, from seed, entry layer and draw alone."""
+        chain, settings = self.chain, self.settings
+        word = np.random.SeedSequence([settings.seed, entry, draw]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(word) >> 1)
         units = chain.widths[entry]
         kept = torch.arange(units)
         if entry:
-            kept = (
-                torch.randperm(units, generator=generator)[math.floor(units / self.fraction) :]
-                .sort()
-                .values
-            )
-        widths = [
-            math.floor(chain.widths[p] / self.fraction) for p in range(entry + 1, chain.length)
-        ]
-        depth = {"trained": len(widths), "head": _HEAD_DEPTH, "readout": 0}[self.method]
+            order = torch.randperm(units, generator=generator)
+            kept = order[settings.width(units) :].sort().values
+        widths = [settings.width(chain.widths[p]) for p in range(entry + 1, chain.length)]
+        depth = {"trained": len(widths), "head": _SHALLOW_DEPTH, "readout": 0}[self.method]
         return initial(chain, entry, kept, widths[:depth], generator)
 
 
-def _level(chain: Chain, state: dict[str, Tensor], data: Any) -> tuple[float, float]:
-    """The network's own loss and error."""
-    like = state[chain.layers[-1].weight]
+def _resolved(method: str, chain: LayerChain) -> str:
+    """Returns the method that "auto" stands for, and any other that the chain bears."""
+    reason = why_not_carried(chain, 1)
+    if method == "auto":
+        return "trained" if reason else "head"
+    if method != "trained" and reason is not None:
+        raise ModeconnError(
+            f'method="{method}" needs identity to carry logits to the top: {reason}; use "trained"'
+        )
+    return method
+
+
+def _loss_and_error(chain: LayerChain, state: dict[str, Tensor], data: Any) -> tuple[float, float]:
+    """Measures the network's own loss and error, summed in float64."""
     loss, wrong, samples = 0.0, 0, 0
     with torch.no_grad():
-        for x, y in as_batches(data, _ROWS):
-            if y.is_floating_point() or y.dim() != 1:
-                raise ModeconnError(
-                    f"targets have shape {list(y.shape)} and dtype {y.dtype}: class labels are integers [N]"
-                )
-            logits, labels = chain.run(state, x.to(like)), y.long().to(like.device)
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= chain.classes:
-                raise ModeconnError(
-                    f"labels run from {low} to {high}, but {chain.name} has {chain.classes} outputs"
-                )
+        for logits, labels in _logits(chain, state, data):
             loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
             wrong += int((logits.argmax(1) != labels).sum())
             samples += len(labels)
     return loss / samples, wrong / samples
 
 
+def _logits(
+    chain: LayerChain, state: dict[str, Tensor], data: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Computes logits batch by batch, and checks the labels beside them."""
+    like = state[chain.layers[-1].weight]
+    for x, y in as_batches(data, _BATCH):
+        check_class_labels(y)
+        logits, labels = chain.run(state, x.to(like)), y.long().to(like.device)
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= chain.classes:
+            raise ModeconnError(
+                f"labels run from {low} to {high}, but {chain.name} has {chain.classes} outputs"
+            )
+        yield logits, labels
+
+
 def _resumed(file: Path, original: Level, entry: int, draws: int) -> list[Row]:
-    """The rows of a finished entry layer."""
+    """Reads the rows of a finished entry layer."""
     table = StabilityTable.load(file)
-    same = all(
-        math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))
-        for a, b in zip(vars(table.original).values(), vars(original).values())
-    )
+    same = same_level(table.original, original)
     if not same or table.entries != [entry] or len(table) != draws:
         raise ModeconnError(
-            f"{file} is of another network, data set or run: expected {draws} draws of entry layer {entry}"
+            f"{file} is of another network, data set or run: "
+            f"expected {draws} draws of entry layer {entry}"
         )
     return table.rows

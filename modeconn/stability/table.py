@@ -1,4 +1,4 @@
-"""What stability experiments return: loss and error per entry layer and draw, beside the network's own."""
+"""Tables of stability experiments: loss and error per entry layer and draw."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 FORMAT = "modeconn.StabilityTable/1"
 SUFFIXES = (".csv", ".json")
 MEASURES = ("train_loss", "train_error", "test_loss", "test_error")
-# How a file names the row of the network itself, which has neither entry layer nor draw.
+# The name that a file gives to the row of the network itself, without entry layer or draw.
 _ORIGINAL = "original"
 
 
 @dataclass(frozen=True)
 class Level:
-    """The four numbers of a network: mean losses per sample, errors as fractions; NaN where there are no test data."""
+    """Losses and errors of a network: means per sample and fractions; NaN without test data."""
 
     train_loss: float
     train_error: float
@@ -44,9 +44,9 @@ class Row:
     Attributes:
         entry, draw: entry layer l and number of the draw, from 0.
         train_loss, train_error, test_loss, test_error: as in `Level`.
-        method: how it was made: "dropout", "readout", "head", "trained".
+        method: that it comes from: "dropout", "readout", "head" or "trained".
         seconds: its share of the time.
-        scale: what its outputs were multiplied by (dropout), NaN if by nothing.
+        scale: factor of its outputs (dropout), NaN if there is none.
     """
 
     entry: int
@@ -69,7 +69,7 @@ class Summary:
 
     Attributes:
         entry: the entry layer l.
-        draws: how many there are.
+        draws: their number.
         mean, std: over the draws; the standard deviation is that of the draws themselves (divided
             by their number).
         best: the draw with the smallest training loss.
@@ -101,7 +101,8 @@ class StabilityTable:
         for before, after in zip(self.rows, self.rows[1:]):
             if (before.entry, before.draw) == (after.entry, after.draw):
                 raise ModeconnError(
-                    f"entry layer {after.entry}, draw {after.draw} is there twice: expected each draw once"
+                    f"entry layer {after.entry}, draw {after.draw} is there twice: "
+                    "expected each draw once"
                 )
 
     def __len__(self) -> int:
@@ -113,7 +114,7 @@ class StabilityTable:
         return sorted({row.entry for row in self.rows})
 
     def select(self, entry: int) -> list[Row]:
-        """The draws of one entry layer; a ModeconnError lists the ones there are if it has none."""
+        """Returns the draws of one entry layer; a ModeconnError lists the ones there are."""
         rows = [row for row in self.rows if row.entry == entry]
         if not rows:
             raise ModeconnError(
@@ -122,20 +123,19 @@ class StabilityTable:
         return rows
 
     def column(self, name: str, entry: int | None = None) -> np.ndarray:
-        """One of the numeric columns as float64, of all rows or of one entry layer."""
-        if name not in COLUMNS or name == "method":
-            raise ModeconnError(
-                f"column {name!r} is unknown: expected one of {', '.join(c for c in COLUMNS if c != 'method')}"
-            )
+        """Returns a numeric column as float64, of all rows or of one entry layer."""
+        numeric = [column for column in COLUMNS if column != "method"]
+        if name not in numeric:
+            raise ModeconnError(f"column {name!r} is unknown: expected one of {', '.join(numeric)}")
         rows = self.rows if entry is None else self.select(entry)
         return np.array([getattr(row, name) for row in rows], np.float64)
 
     def summary(self) -> list[Summary]:
-        """Mean, standard deviation and best draw of each entry layer."""
+        """Summarises each entry layer: mean, standard deviation and best draw."""
         return [_summary(entry, self.select(entry)) for entry in self.entries]
 
     def __add__(self, other: StabilityTable) -> StabilityTable:
-        """The rows of both, as of a run that was interrupted and taken up again.
+        """Joins the rows of two tables, as of a run that was interrupted and taken up again.
 
         Raises:
             ModeconnError: the original networks' numbers differ by more than rounding, or a draw is
@@ -144,12 +144,10 @@ class StabilityTable:
         if not isinstance(other, StabilityTable):
             return NotImplemented
         for name, a, b in zip(MEASURES, astuple(self.original), astuple(other.original)):
-            if not (
-                math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))
-            ):
+            if not _close(a, b):
                 raise ModeconnError(
-                    f"the tables are of different networks or data: the original's {name} is {a:.6g} in one and {b:.6g} in "
-                    "the other"
+                    "the tables are of different networks or data: "
+                    f"the original's {name} is {a:.6g} in one and {b:.6g} in the other"
                 )
         return StabilityTable([*self.rows, *other.rows], self.original)
 
@@ -167,7 +165,7 @@ class StabilityTable:
     # -- tables for people and programs ------------------------------------------------------------
 
     def to_frame(self) -> pandas.DataFrame:
-        """A pandas table with a row per draw; `attrs["original"]` holds the network's own numbers.
+        """Returns a pandas table with a row per draw; `attrs["original"]` is the network's level.
 
         Raises:
             ModeconnError: where pandas is not installed.
@@ -183,39 +181,27 @@ class StabilityTable:
         return frame
 
     def __repr__(self) -> str:
-        return f"StabilityTable(rows={len(self)}, entries={self.entries}, original train_loss={self.original.train_loss:.4g})"
+        original = f"original train_loss={self.original.train_loss:.4g}"
+        return f"StabilityTable(rows={len(self)}, entries={self.entries}, {original})"
 
     def __str__(self) -> str:
-        tested = not math.isnan(self.original.test_loss) or any(
-            not math.isnan(row.test_loss) for row in self.rows
+        losses = [self.original.test_loss, *(row.test_loss for row in self.rows)]
+        names = MEASURES[:2] if all(map(math.isnan, losses)) else MEASURES
+        header, original = ["entry", "draws"], [_ORIGINAL, ""]
+        for name in names:
+            heading = name.replace("_", " ")
+            header += [f"{heading} mean", f"{heading} ± std", f"{heading} best"]
+            original += [_number(name, getattr(self.original, name)), "", ""]
+        summaries = [_cells(each, names) for each in self.summary()]
+        return (
+            aligned([header, *summaries, original])
+            + "\nbest: the draw with the smallest training loss; errors in %"
         )
-        names = MEASURES if tested else MEASURES[:2]
-        lines = [
-            [
-                "entry",
-                "draws",
-                *(
-                    f"{_heading(name)}{part}"
-                    for name in names
-                    for part in (" mean", " ± std", " best")
-                ),
-            ]
-        ]
-        for each in self.summary():
-            cells = [str(each.entry), str(each.draws)]
-            for name in names:
-                cells += [
-                    _number(name, getattr(part, name)) for part in (each.mean, each.std, each.best)
-                ]
-            lines.append(cells)
-        own = [_number(name, getattr(self.original, name)) for name in names]
-        lines.append([_ORIGINAL, "", *(cell for number in own for cell in (number, "", ""))])
-        return aligned(lines) + "\nbest: the draw with the smallest training loss; errors in %"
 
     # -- files -------------------------------------------------------------------------------------
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write the table, atomically, as the name says: .csv or .json. Numbers are kept bitwise.
+        """Writes the table, atomically, as the name says: .csv or .json. Numbers are kept bitwise.
 
         Raises:
             ModeconnError: another kind of name, or the file cannot be written.
@@ -226,10 +212,10 @@ class StabilityTable:
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> StabilityTable:
-        """Read what `save` wrote.
+        """Reads what `save` wrote.
 
         Raises:
-            ModeconnError: there is no such file, or it holds something else.
+            ModeconnError: the file is missing or holds something else.
         """
         suffix = _suffix(file)
         try:
@@ -281,14 +267,33 @@ class StabilityTable:
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int = 0) -> str:
-    """Cells in columns: the first `left` columns flush left, the others flush right."""
+    """Aligns cells in columns: the first `left` columns flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    pad: list[Callable[[str, int], str]] = [
-        str.ljust if i < left else str.rjust for i in range(len(widths))
-    ]
-    return "\n".join(
-        "  ".join(p(cell, w) for p, cell, w in zip(pad, line, widths)).rstrip() for line in lines
-    )
+    texts = []
+    for line in lines:
+        cells = []
+        for i, (cell, width) in enumerate(zip(line, widths)):
+            cells.append(cell.ljust(width) if i < left else cell.rjust(width))
+        texts.append("  ".join(cells).rstrip())
+    return "\n".join(texts)
+
+
+def same_level(a: Level, b: Level) -> bool:
+    """Whether two levels are of one network on the same data: equal up to rounding."""
+    return all(map(_close, astuple(a), astuple(b)))
+
+
+def _close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))
+
+
+def _cells(summary: Summary, names: Sequence[str]) -> list[str]:
+    """Returns the cells of one entry layer."""
+    cells = [str(summary.entry), str(summary.draws)]
+    for name in names:
+        parts = (summary.mean, summary.std, summary.best)
+        cells += [_number(name, getattr(part, name)) for part in parts]
+    return cells
 
 
 def _summary(entry: int, rows: Sequence[Row]) -> Summary:
@@ -296,13 +301,8 @@ def _summary(entry: int, rows: Sequence[Row]) -> Summary:
     with np.errstate(invalid="ignore"):  # the deviation of infinite losses is NaN
         mean, std = values.mean(0), values.std(0)
     losses = np.where(np.isnan(values[:, 0]), np.inf, values[:, 0])
-    return Summary(
-        entry, len(rows), Level(*mean.tolist()), Level(*std.tolist()), rows[int(losses.argmin())]
-    )
-
-
-def _heading(name: str) -> str:
-    return name.replace("_", " ")
+    best = rows[int(losses.argmin())]
+    return Summary(entry, len(rows), Level(*mean.tolist()), Level(*std.tolist()), best)
 
 
 def _number(name: str, value: float) -> str:
@@ -322,13 +322,16 @@ def _row(values: dict[str, Any]) -> Row:
 
 
 def _encoded(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: they are written as text, which float() reads."""
-    return {
-        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
-    }
+    """Makes values that JSON holds: NaN and infinity become text, which float() reads."""
+    return {name: _encoded_value(value) for name, value in values.items()}
+
+
+def _encoded_value(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _comparable(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Replaces NaN, which is not equal to itself, by text."""
     return tuple("nan" if isinstance(v, float) and math.isnan(v) else v for v in values)
 
 
