@@ -16,3 +16,11 @@ class CannotRun(ModeconnError):
     def __str__(self) -> str:
         backend, reason = self.args
         return f'backend "{backend}" cannot run this: {reason}; ask for "reference" or "auto"'
+
+
+class Unsupported(Exception):
+    """A backend has no way to run an operation, a program or a device; the text says why.
+
+    Raised where it is known. It is for the library alone: the caller tries another way, or makes a
+    `CannotRun` of it.
+    """

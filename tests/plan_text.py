@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeconn.backends.base import attempt
 from modeconn.backends.native.layers import Layer
-from modeconn.backends.native.partition import Region, find_region, find_regions
+from modeconn.backends.native.partition import subgraphs, whole_subgraph
 from modeconn.capture.graph import Entry, In, Size
 from modeconn.capture.ops import Take
+from modeconn.errors import Unsupported
 from modeconn.plan.program import Blend, Combination, PerPoint, Program, Varying
 from modeconn.plan.units import Units
 
@@ -59,15 +62,17 @@ def plan_text(program: Program, names: Names) -> Iterator[str]:
 def lowered_text(program: Program, names: Names) -> Iterator[str]:
     """What the C++ engine runs of each segment."""
     for segment in program.segments:
-        whole = find_region(program, segment)
-        regions = [whole] if isinstance(whole, Region) else find_regions(program, segment)
-        for region in regions:
-            chain = region.chain
-            terms = [f"v{term.value}*{_values(term.coefficients)}" for term in chain.terms]
-            steps, source = f"{region.first} to {region.last}", terms or chain.step
-            yield f"segment {segment.index}: steps {steps} from {source}"
-            yield f"  {chain.start.activation} {chain.start.slope:g}"
-            for number, layer in enumerate(chain.layers):
+        whole = attempt(functools.partial(whole_subgraph, program, segment))
+        found = subgraphs(program, segment) if isinstance(whole, Unsupported) else [whole]
+        for subgraph in found:
+            steps = subgraph.steps
+            terms = [f"v{term.value}*{_values(term.coefficients)}" for term in steps.terms]
+            yield (
+                f"segment {segment.index}: steps {subgraph.first} to {subgraph.last}"
+                f" from {terms or steps.step}"
+            )
+            yield f"  {steps.activation.name} {steps.activation.slope:g}"
+            for number, layer in enumerate(steps.layers):
                 yield f"  {number}: {_layer(layer, names)}"
 
 
@@ -80,7 +85,7 @@ def _layer(layer: Layer, names: Names) -> str:
         f"{layer.op} {layer.geometry} reads {layer.reads} adds {layer.adds}"
         f" inputs {list(layer.inputs)} terms {terms}"
         f" step {layer.step} weights({weights}) {columns} biases({biases}){norm}"
-        f" {layer.activation} {layer.slope:g}"
+        f" {layer.activation.name} {layer.activation.slope:g}"
     )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import modeconn as mc
 from modeconn.backends import cuda
+from modeconn.backends.activations import Activation
 from modeconn.backends.cuda import CudaLayer, mlp_sums
 from naive import clone, mlp, pass_per_point
 from policy import assert_within_policy
@@ -130,8 +131,7 @@ def problem(
             coefficients,
             torch.randn(count, after, generator=g),
             coefficients,
-            activation=act if last else "identity",
-            slope=0.1,
+            activation=Activation(act if last else "identity", 0.1),
         )
         for before, after, last in zip(widths, widths[1:], range(len(widths) - 2, -1, -1))
     ]
@@ -140,8 +140,7 @@ def problem(
         "coefficients": coefficients,
         "layers": layers,
         "labels": torch.randint(widths[-1], (rows,), generator=g),
-        "activation": act,
-        "slope": 0.1,
+        "activation": Activation(act, 0.1),
         "top5": widths[-1] > 5,
     }
 
@@ -163,7 +162,7 @@ def plain(p: dict[str, Any], dtype: torch.dtype, precision: str = "float32") -> 
             (), dtype=dtype
         )
 
-    act, rows = ACTIVATIONS[p["activation"]], []
+    act, rows = ACTIVATIONS[p["activation"].name], []
     operand = lambda v: rounded(v, precision) if dtype == torch.float32 else v  # noqa: E731
     for t in range(len(p["coefficients"])):
         x = act(blend(p["terms"], p["coefficients"][t]))
@@ -177,7 +176,7 @@ def plain(p: dict[str, Any], dtype: torch.dtype, precision: str = "float32") -> 
                     layer.scale[t, :, None].to(dtype) * w,
                     (layer.scale[t] * b + layer.shift[t]).to(dtype),
                 )
-            x = ACTIVATIONS[layer.activation](operand(x) @ operand(w).T + b)
+            x = ACTIVATIONS[layer.activation.name](operand(x) @ operand(w).T + b)
         loss = nn.functional.cross_entropy(x, p["labels"], reduction="none")
         own = x.gather(1, p["labels"][:, None])  # of equal logits the first ranks above the others
         above = (x > own) | ((x == own) & (torch.arange(x.shape[1]) < p["labels"][:, None]))
@@ -188,10 +187,8 @@ def plain(p: dict[str, Any], dtype: torch.dtype, precision: str = "float32") -> 
     return np.array(rows).reshape(-1, 3)
 
 
-def agrees(
-    p: dict[str, Any], precision: str = "float32", variant: str = "mma", **more: Any
-) -> None:
-    got = mlp_sums(**p, precision=precision, variant=variant, **more).numpy()
+def agrees(p: dict[str, Any], precision: str = "float32", variant: str = "mma") -> None:
+    got = mlp_sums(**p, precision=precision, variant=variant).numpy()
     near, exact = plain(p, torch.float32, precision), plain(p, torch.float64)
     for i, name in enumerate(("loss", "errors", "top-5 errors")):
         assert_within_policy(name, got[:, i], near[:, i], exact[:, i], torch.float32)
@@ -221,7 +218,7 @@ def test_activations(device, act, variant):
     agrees(problem(5, 2, 2, (9, 33, 6), act), "float32" if variant == "mma" else "tf32", variant)
 
 
-def test_norms_are_folded_in_and_points_go_in_chunks(device):
+def test_norms_are_folded_in_and_points_go_in_chunks(device, monkeypatch):
     p = problem(7, 5, 2, (9, 12, 6))
     g = torch.Generator().manual_seed(1)
     first = p["layers"][0]
@@ -229,7 +226,9 @@ def test_norms_are_folded_in_and_points_go_in_chunks(device):
     fields = dict(first.__dict__)
     p["layers"][0] = CudaLayer(**{**fields, "scale": scale, "shift": shift})
     agrees(p)
-    agrees(p, workspace=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "_WORKSPACE", 1)
+        agrees(p)
     without = {
         **fields,
         "biases": torch.zeros(0, 12),

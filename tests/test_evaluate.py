@@ -409,7 +409,7 @@ def bad(nets: list[nn.Sequential], says: str, **changes: object) -> None:
         ("loss is 'hinge'.*cross_entropy", {"loss": "hinge"}),
         ("metric 'accuracy' is unknown", {"metrics": ("loss", "accuracy")}),
         ("metrics is empty", {"metrics": ()}),
-        ("asked for twice", {"metrics": ("loss", "loss")}),
+        ("metrics has 'loss' twice", {"metrics": ("loss", "loss")}),
         ("backend 'fast' is unknown", {"backend": "fast"}),
         ("buffers is 'mean'", {"buffers": "mean"}),
         ("precision is 'half'", {"precision": "half"}),

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import modeconn as mc
 from modeconn.backends.native import extension as native
-from modeconn.backends.native.partition import Region, find_chain, find_region
+from modeconn.backends.native.partition import straight_steps, whole_subgraph
 from modeconn.capture.export import capture
+from modeconn.errors import Unsupported
 from naive import pass_per_point
 from policy import assert_within_policy
 
@@ -143,7 +144,7 @@ NETS = {
 @pytest.mark.skipif(not native.available(), reason=f"no C++ extension: {native.reason()}")
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("name", NETS)
-def test_each_is_one_region_of_the_engine(name, precision):
+def test_each_is_one_subgraph_of_the_engine(name, precision):
     a, b = NETS[name]()
     for net in (a, b):
         for norm in net.modules():
@@ -154,8 +155,7 @@ def test_each_is_one_region_of_the_engine(name, precision):
                 nn.init.normal_(norm.weight)
     path = mc.Line(a, b)
     program = mc.explain(a, path, X, 3).program
-    region = find_region(program, program.segments[0])
-    assert isinstance(region, Region), region
+    whole_subgraph(program, program.segments[0])  # does not raise
     got = mc.evaluate(a, path, (X, Y), 5, backend="native", precision=precision)
     dtype = getattr(torch, precision)
     plain, exact = (pass_per_point(a, path, X, Y, got.t, d) for d in (dtype, torch.float64))
@@ -226,8 +226,9 @@ def test_plain_chains_have_fewer_activations():
         for _ in range(2)
     )
     program = mc.explain(a, mc.Line(a, b), torch.randn(5, 6), 3).program
-    assert isinstance(find_region(program, program.segments[0]), Region)
-    assert find_chain(program, program.segments[0]) == "mish (2) is nothing that the engine has"
+    whole_subgraph(program, program.segments[0])  # does not raise
+    with pytest.raises(Unsupported, match=r"^mish \(2\): the engine runs .* activations$"):
+        straight_steps(program, program.segments[0], "cuda")
 
 
 @pytest.mark.parametrize("axis", [1, -1])

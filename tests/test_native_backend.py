@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import modeconn as mc
 from modeconn.backends.native import extension as native
-from modeconn.backends.native.partition import Region, find_chain, find_region, find_regions
+from modeconn.backends.native.partition import straight_steps, subgraphs, whole_subgraph
+from modeconn.errors import Unsupported
 from modeconn.models import build
 from naive import clone, mlp, pass_per_point
 from policy import assert_within_policy
@@ -300,10 +301,9 @@ def test_residual_layers(precision):
     a, b = Residual(), Residual()
     agrees(a, mc.Line(a, b), X, Y, 5, precision)
     program = mc.explain(a, mc.Line(a, b), X, 5).program
-    assert isinstance(find_region(program, program.segments[0]), Region)
-    assert (
-        find_chain(program, program.segments[0]) == "some step does not follow the step before it"
-    )
+    whole_subgraph(program, program.segments[0])  # does not raise
+    with pytest.raises(Unsupported, match="does not follow the step before it"):
+        straight_steps(program, program.segments[0], "cuda")
 
 
 def resnet(seed: int) -> nn.Module:
@@ -321,7 +321,7 @@ def test_residual_convolutions_run_whole(precision):
     nets = [resnet(seed) for seed in range(2)]
     x = torch.randn(19, 3, 32, 32)
     program = mc.explain(nets[0], mc.Line(*nets), x, 3).program
-    assert isinstance(find_region(program, program.segments[0]), Region)
+    whole_subgraph(program, program.segments[0])  # does not raise
     agrees(nets[0], mc.Line(*nets), x, Y[:19], 3, precision)
     half = clone(nets[0])
     half.update(
@@ -337,8 +337,8 @@ def test_regions_around_what_the_engine_does_not_have(monkeypatch, behind):
     a, b = gated(0), gated(1)
     program = mc.explain(a, mc.Line(a, b), X, 5).program
     (segment,) = program.segments
-    regions = find_regions(program, segment)
-    assert [[layer.op for layer in region.chain.layers] for region in regions] == [
+    regions = subgraphs(program, segment)
+    assert [[layer.op for layer in region.steps.layers] for region in regions] == [
         ["linear"],
         ["linear"] * 3,
     ]
@@ -355,10 +355,10 @@ def test_regions_of_tokens():
     nets = [make(), make()]
     x = torch.randn(7, 3, 32, 32)
     program = mc.explain(nets[0], mc.Line(*nets), x, 3).program
-    regions = find_regions(program, program.segments[0])
+    regions = subgraphs(program, program.segments[0])
     # the perceptrons
     assert (
-        sum([layer.op for layer in region.chain.layers].count("linear") > 1 for region in regions)
+        sum([layer.op for layer in region.steps.layers].count("linear") > 1 for region in regions)
         == 2
     )
     agrees(nets[0], mc.Line(*nets), x, Y[:7], 3)
@@ -384,7 +384,8 @@ def test_grouped_and_dilated_convolutions(conv):
     agrees(a, mc.Line(a, b), IMAGES, Y[:67], 5)
     program = mc.explain(a, mc.Line(a, b), IMAGES, 5).program
     # nothing that a plain chain tells
-    assert isinstance(find_chain(program, program.segments[0]), str)
+    with pytest.raises(Unsupported):
+        straight_steps(program, program.segments[0], "cuda")
 
 
 def test_segments_of_both_kinds():
@@ -394,10 +395,9 @@ def test_segments_of_both_kinds():
     c["before.0.weight"] += 0.1
     path = mc.PolyChain([a, b, c])
     program = mc.explain(a, path, X, 21).program
-    assert [isinstance(find_region(program, segment), Region) for segment in program.segments] == [
-        True,
-        False,
-    ]
+    whole_subgraph(program, program.segments[0])  # does not raise
+    with pytest.raises(Unsupported):
+        whole_subgraph(program, program.segments[1])
     agrees(a, path, X, Y, 21)
 
 
@@ -481,9 +481,8 @@ def norms_first(seed: int, dense: bool) -> nn.Sequential:
 def runs_whole(model: nn.Module, path: mc.Line, x: Tensor) -> list[str]:
     """The engine's steps of a line that is one region."""
     program = mc.explain(model, path, x, 5).program
-    region = find_region(program, program.segments[0])
-    assert isinstance(region, Region), region
-    return [layer.op for layer in region.chain.layers]
+    subgraph = whole_subgraph(program, program.segments[0])
+    return [layer.op for layer in subgraph.steps.layers]
 
 
 @pytest.mark.filterwarnings("ignore:batch norms .* interpolated")

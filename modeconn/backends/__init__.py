@@ -1,54 +1,92 @@
-"""The backends, by name. Each is imported when it is asked for; all have the methods of `ReferenceBackend`."""
+"""The backends by name: where each is, what it offers, and which one "auto" takes.
+
+A backend is imported when it is first asked for. A new one needs its module, with a class as
+`modeconn.backends.base.Backend` describes it, and one line in `REGISTRY`.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import cast
+
 import torch
 
-from modeconn.backends.reference import ReferenceBackend
-from modeconn.errors import CannotRun, ModeconnError
+from modeconn.backends.base import Backend, Request, attempt
+from modeconn.errors import CannotRun, ModeconnError, Unsupported
 from modeconn.plan.program import Program
 
-NAMES = ("reference", "native", "triton", "cuda")
-# Those with kernels for products of tf32 and bf16.
-_REDUCED = ("triton", "cuda")
+
+@dataclass(frozen=True)
+class Registered:
+    """A backend's place and what it offers.
+
+    Attributes:
+        module, class_name: where its class is, imported when it is asked for.
+        outputs: whether it gives outputs, and not only sums of losses and errors.
+        gradients: whether its outputs can be differentiated.
+        reduced: the precisions below float32 that it multiplies in on a CUDA device.
+        automatic: the type of device on which "auto" tries it before the reference backend.
+    """
+
+    module: str
+    class_name: str
+    outputs: bool = True
+    gradients: bool = False
+    reduced: tuple[str, ...] = ()
+    automatic: str | None = None
+
+    def load(self) -> type[Backend]:
+        """The backend's class."""
+        return cast("type[Backend]", getattr(importlib.import_module(self.module), self.class_name))
+
+
+# In the order of the help texts. "auto" prefers the first with gradients, where they are requested.
+REGISTRY = {
+    "reference": Registered(
+        "modeconn.backends.reference", "ReferenceBackend", gradients=True, reduced=("tf32",)
+    ),
+    "native": Registered("modeconn.backends.native.backend", "NativeBackend", automatic="cpu"),
+    "triton": Registered(
+        "modeconn.backends.triton.backend",
+        "TritonBackend",
+        gradients=True,
+        reduced=("tf32", "bf16"),
+        automatic="cuda",
+    ),
+    # "auto" does not take it before a measurement says that it wins.
+    "cuda": Registered(
+        "modeconn.backends.cuda", "CudaBackend", outputs=False, reduced=("tf32", "bf16")
+    ),
+}
+NAMES = tuple(REGISTRY)
 
 
 def check_name(name: str, precision: str = "float32", device: torch.device | None = None) -> None:
-    """Raise a ModeconnError for a backend that does not exist, or that does not have a precision on a device."""
+    """Checks that a backend exists and has a precision on a device.
+
+    Raises:
+        ModeconnError: it does not.
+    """
     if name not in ("auto", *NAMES):
         raise ModeconnError(
             f'backend {name!r} is unknown: expected "auto" or one of {", ".join(NAMES)}'
         )
-    if precision not in ("tf32", "bf16") or name in _REDUCED:
+    if precision not in ("tf32", "bf16"):
         return
+    able = [other for other, backend in REGISTRY.items() if precision in backend.reduced]
     on_gpu = device is not None and device.type == "cuda"
-    if not on_gpu or name == "native" or (name == "reference" and precision == "bf16"):
-        raise ModeconnError(
-            f"precision {precision!r} is not one of backend {name!r} on {device}: expected float32 or float64; on a CUDA "
-            f"device {' and '.join(_REDUCED)} multiply in tf32 or bf16, and reference in tf32"
-        )
-
-
-def make_differentiable(
-    name: str,
-    program: Program,
-    dtype: torch.dtype,
-    device: torch.device,
-    precision: str = "float32",
-) -> ReferenceBackend:
-    """The backend of that name, whose outputs can be differentiated; "auto" takes PyTorch's operations where they can do it.
-
-    Raises:
-        CannotRun: that backend computes no gradients, or cannot run the program.
-    """
-    check_name(name, precision, device)
-    if name == "triton" or (name == "auto" and precision == "bf16"):
-        from modeconn.backends.triton.backend import TritonBackend
-
-        return TritonBackend(program, dtype, device, precision, gradients=True)
-    if name in ("native", "cuda"):
-        raise CannotRun(name, "it computes no gradients")
-    return ReferenceBackend(program, dtype, device)
+    # Kernels run on the CPU too, emulated; PyTorch has no such products there.
+    if name in able and (on_gpu or name != "reference"):
+        return
+    if name == "auto" and on_gpu:
+        return
+    kernels = " and ".join(other for other in able if other != "reference")
+    raise ModeconnError(
+        f"precision {precision!r} is not one of backend {name!r} on {device}: expected float32 or "
+        f"float64; on a CUDA device {kernels} multiply in tf32 or bf16, and reference in tf32"
+    )
 
 
 def make_backend(
@@ -57,31 +95,51 @@ def make_backend(
     dtype: torch.dtype,
     device: torch.device,
     precision: str = "float32",
-) -> ReferenceBackend:
-    """The backend of that name; "auto" takes the fastest that runs the program.
+    needs: str = "sums",
+) -> Backend:
+    """Makes the backend of that name; "auto" takes the first of its candidates that can run.
+
+    Args:
+        needs: "sums" of losses and errors, "outputs", or outputs with "gradients".
 
     Raises:
         CannotRun: that backend cannot run the program.
     """
     check_name(name, precision, device)
-    if name == "cuda":  # "auto" does not take it before a measurement says that it wins
-        from modeconn.backends.cuda import CudaBackend
+    reason = ""
+    candidates = [name] if name != "auto" else _automatic(precision, device, needs)
+    for candidate in candidates:
+        request = Request(program, dtype, device, precision, needs == "gradients", name != "auto")
+        found = attempt(functools.partial(_create, candidate, request, needs))
+        if not isinstance(found, Unsupported):
+            return found
+        reason = str(found)
+    raise CannotRun(candidates[-1], reason)
 
-        return CudaBackend(program, dtype, device, precision)
-    if name == "triton" or (name == "auto" and device.type == "cuda"):
-        from modeconn.backends.triton.backend import TritonBackend
 
-        try:
-            return TritonBackend(program, dtype, device, precision)
-        except CannotRun:
-            if name == "triton" or precision == "bf16":
-                raise
-    if name == "native" or (name == "auto" and device.type != "cuda"):
-        from modeconn.backends.native.backend import NativeBackend
+def _automatic(precision: str, device: torch.device, needs: str) -> list[str]:
+    """The backends that "auto" tries, in order.
 
-        try:
-            return NativeBackend(program, dtype, device, every=name == "native")
-        except CannotRun:
-            if name == "native":
-                raise
-    return ReferenceBackend(program, dtype, device)
+    For gradients PyTorch's operations come first: they differentiate every operation, and the
+    kernels only some.
+    """
+    reduced = precision in ("tf32", "bf16")
+    able = [
+        name for name, backend in REGISTRY.items() if not reduced or precision in backend.reduced
+    ]
+    if needs == "gradients":
+        return [name for name in able if REGISTRY[name].gradients]
+    here = "cuda" if device.type == "cuda" else "cpu"
+    fast = [name for name in able if REGISTRY[name].automatic == here]
+    return fast + [name for name in able if name == "reference"]
+
+
+def _create(name: str, request: Request, needs: str) -> Backend:
+    registered = REGISTRY[name]
+    if needs == "gradients" and not registered.gradients:
+        raise Unsupported("it computes no gradients")
+    if needs == "outputs" and not registered.outputs:
+        raise Unsupported("its kernel gives sums of losses and errors, no outputs")
+    backend = registered.load()
+    backend.supports(request)
+    return backend.create(request)

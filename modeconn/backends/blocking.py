@@ -1,7 +1,8 @@
-"""How many rows at a time: a model of the cache, so that the same machine always takes the same blocks."""
+"""Rows of a block, by a model of the cache: on one machine always the same, and so are sums."""
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import torch
@@ -9,22 +10,22 @@ import torch
 from modeconn.plan.program import Program, SharedStep, VaryingStep
 from modeconn.plan.units import static
 
-# Memory for a batch, and as much for its shared values, where the caller names no budget.
+# Bytes for a batch, and as much for its shared values, where the caller names no budget.
 MEMORY_BUDGET = 128 << 20
-# What is assumed where the machine does not say: per core, and the least that is common today.
+# The second level of the cache per core where the system does not say: the least that is common
+# today.
 _DEFAULT_L2 = 1 << 20
-# Fewer rows than this in a matrix product no longer amortise the cost of the call; nor do fewer
-# samples, in the many small steps of a transformer.
-_LEAST, _FEWEST = 128, 16
-# Nor do fewer images in a convolution.
-_FEWEST_IMAGES = 64
-# Bytes that the widest step of a block may take all the same: the logits of long texts over a large
-# vocabulary, say.
+# A matrix product of fewer rows does not amortise the cost of its call.
+_ROWS_OF_A_PRODUCT = 128
+# Nor do the many small steps of a transformer for fewer samples, or a convolution of fewer images.
+_LEAST_SAMPLES, _LEAST_IMAGES = 16, 64
+# Bytes that the widest step of a block may take for the sake of those: of long texts over a large
+# vocabulary, the logits alone take as much.
 _MOST_BYTES = 256 << 20
 
 
 def block_rows(program: Program, dtype: torch.dtype, device: torch.device, fewest: int = 0) -> int:
-    """Rows whose activations, going into and out of the widest step, take up the nearer caches.
+    """Rows of which the input and output of the widest step fill the nearer caches.
 
     That is twice the second level of the cores in use: what does not fit there is still in the
     level behind, and larger blocks cost less per row in operator calls. On a GPU blocks are as
@@ -35,21 +36,19 @@ def block_rows(program: Program, dtype: torch.dtype, device: torch.device, fewes
     """
     if device.type != "cpu":
         return 1 << 30
-    steps = [step for segment in program.segments for step in segment.steps] or program.shared
+    varying = itertools.chain.from_iterable(segment.steps for segment in program.segments)
+    steps: list[VaryingStep] | list[SharedStep] = list(varying) or program.shared
     item = torch.finfo(dtype).bits // 8
     widest = max(*(2 * step.numel * item for step in steps), 1.0)
     cache = 2 * torch.get_num_threads() * _second_level()
     images = any(step.node.op == "conv2d" for step in steps)
-    least = max(
-        fewest,
-        _FEWEST_IMAGES if images else _FEWEST,
-        int(_LEAST // max(1.0, *map(_positions, steps))),
-    )
+    of_a_product = int(_ROWS_OF_A_PRODUCT // max(1.0, *map(_rows_of_a_product, steps)))
+    least = max(fewest, _LEAST_IMAGES if images else _LEAST_SAMPLES, of_a_product)
     return max(1, min(max(least, int(cache // widest)), int(_MOST_BYTES // widest)))
 
 
-def _positions(step: SharedStep | VaryingStep) -> float:
-    """Rows of a linear layer's product for each sample: the tokens of a text, say. Convolutions take images as a whole."""
+def _rows_of_a_product(step: SharedStep | VaryingStep) -> float:
+    """Rows of a linear layer's product for each sample: of a text, its tokens."""
     return step.numel / static(step.node.shape[-1]) if step.node.op == "linear" else 1.0
 
 

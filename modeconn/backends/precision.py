@@ -1,4 +1,4 @@
-"""How exactly PyTorch multiplies on a CUDA device: as the `precision` that was asked for says, whatever its defaults are."""
+"""Precision of PyTorch's own products on a CUDA device: as requested, whatever its defaults are."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @contextlib.contextmanager
 def products(precision: str, device: torch.device) -> Iterator[None]:
-    """Within it, PyTorch's float32 products and convolutions are true ones, or of TF32 where "tf32" or "bf16" was asked for.
+    """Sets how PyTorch multiplies and convolves float32 tensors within it.
 
-    By default PyTorch convolves in TF32 on a CUDA device. "bf16" is that of the kernels; what
-    PyTorch does is then TF32.
+    By default PyTorch convolves in TF32 on a CUDA device. Here it does so for "tf32" and "bf16"
+    alone, and multiplies in TF32, too; "bf16" itself is for the kernels.
     """
     if device.type != "cuda":
         yield

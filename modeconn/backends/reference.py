@@ -1,55 +1,82 @@
-"""The reference backend: plain PyTorch, every dtype and device, and the definition that the others are tested against.
+"""Reference backend: plain PyTorch, every dtype and device. The others are tested against it.
 
-Shared values are computed once per batch. Then, for each point, the weights are formed once and
-blocks of rows, small enough for their activations to stay in the cache, go through all the steps
+Shared values are computed once per batch. Then, for each point, the weights are materialized once
+and blocks of rows, small enough for their activations to stay in the cache, go through all steps
 down to the sums of the head.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from modeconn.backends.base import Request, Tick, Values
 from modeconn.backends.blocking import block_rows
 from modeconn.data.inputs import Inputs
 from modeconn.metrics import Head
 from modeconn.parameters.paths import blend
-from modeconn.plan.program import Combination, Program, Segment, Varying
-
-# The shared values of one batch, by number.
-Values = dict[int, Any]
+from modeconn.plan.program import Combination, Moving, Program, Segment, Varying
 
 
 class FusedSteps(Protocol):
-    """Steps `first` to a last one, of which only the last one's value is needed by others."""
+    """Steps `first` to a last one, run as one; nothing outside reads any value but the last."""
 
     @property
     def first(self) -> int:
         """The first of the steps."""
 
     def run(self, point: int, constant: Callable[[int], Tensor], done: dict[int, Tensor]) -> Tensor:
-        """The last step's value, from shared values, by number, and those of earlier steps."""
+        """The last step's value, from shared values, by number, and earlier steps' values."""
+
+
+# By the segment's index, then by the last of the steps.
+Fused = Mapping[int, Mapping[int, FusedSteps]]
 
 
 class ReferenceBackend:
-    """Runs a program on batches of rows.
+    """Runs a program on batches of rows, point by point, with PyTorch's operations.
+
+    A backend with kernels for some of a program derives from it and leaves the rest to it.
 
     Args:
         program: what to run.
         dtype, device: of the computation.
+        kept: shared values to keep for a batch besides those that the program's segments read.
+        fused: steps that run as one, where another backend has a way to.
+        block: rows that go through the steps together; by default what fits the cache.
     """
 
     name = "reference"
 
-    def __init__(self, program: Program, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        program: Program,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        kept: Iterable[int] = (),
+        fused: Fused | None = None,
+        block: int | None = None,
+    ) -> None:
         self.program = program
-        self._kept = set(program.kept())
-        self._block = block_rows(program, dtype, device)
+        self.kept = frozenset(program.kept()).union(kept)
+        self._fused = fused or {}
+        self._block = block_rows(program, dtype, device) if block is None else block
         self._item = torch.finfo(dtype).bits // 8
+
+    @classmethod
+    def supports(cls, request: Request) -> None:
+        """Accepts every request."""
+
+    @classmethod
+    def create(cls, request: Request) -> ReferenceBackend:
+        """Makes the backend; the precision is set around its calls (backends/precision.py)."""
+        return cls(request.program, request.dtype, request.device)
 
     def most_rows(self, budget: int) -> int:
         """Rows to take at a time, so that the shared values kept for them fit a budget of bytes.
@@ -57,54 +84,53 @@ class ReferenceBackend:
         Blocks of rows are cut out of shared values along their first axis. Where some value has
         another first axis (tokens folded into the batch, say), a batch must be one block.
         """
-        steps = [self.program.shared[number] for number in self._kept]
-        kept = sum(step.numel for step in steps if step.node.batched) * self._item
-        rows = max(self._block, int(budget // max(kept, 1.0)))
-        sliceable = all(
-            str(step.node.shape[0]) == "N"
-            for step in steps
-            if step.node.batched and step.node.shape
-        )
+        steps = [self.program.shared[number] for number in self.kept]
+        batched = [step for step in steps if step.node.batched]
+        bytes_per_row = sum(step.numel for step in batched) * self._item
+        rows = max(self._block, int(budget // max(bytes_per_row, 1.0)))
+        sliceable = all(str(step.node.shape[0]) == "N" for step in batched if step.node.shape)
         return rows if sliceable else min(rows, self._block)
 
     def shared(self, x: Inputs) -> Values:
-        """The shared values of a batch that the segments take up."""
-        inputs = [_laid_out(tensor) for tensor in self.program.graph.given(x)]
+        """The shared values of a batch that the segments read."""
+        inputs = [_channels_last(tensor) for tensor in self.program.graph.given(x)]
         parts: dict[int, list[Any]] = {}
-        for rows in self._blocks(len(inputs[0])):
-            values: Values = {number: tensor[rows] for number, tensor in enumerate(inputs)}
-            for number in self.program.order:
-                step = self.program.shared[number]
-                if number >= len(inputs):
-                    values[number] = step.node.run(
-                        [values[i] for i in step.inputs], step.entries, rows.stop - rows.start
-                    )
-                if number in self._kept:
-                    parts.setdefault(number, []).append(values[number])
-        batched = {number: self.program.shared[number].node.batched for number in parts}
-        return {
-            number: part[0] if len(part) == 1 or not batched[number] else torch.cat(part)
-            for number, part in parts.items()
-        }
+        for block in self._blocks(len(inputs[0])):
+            values = self._shared_of_block([tensor[block] for tensor in inputs])
+            for number, value in values.items():
+                if number in self.kept:
+                    parts.setdefault(number, []).append(value)
+        return {number: self._joined(number, part) for number, part in parts.items()}
+
+    def _shared_of_block(self, inputs: list[Tensor]) -> Values:
+        values: Values = dict(enumerate(inputs))
+        for number in self.program.order:
+            if number < len(inputs):
+                continue
+            step = self.program.shared[number]
+            taken = [values[i] for i in step.inputs]
+            values[number] = step.node.run(taken, step.entries, len(inputs[0]))
+        return values
+
+    def _joined(self, number: int, parts: list[Any]) -> Any:
+        """A shared value from those of the blocks, which are equal where they have no rows."""
+        batched = self.program.shared[number].node.batched
+        return torch.cat(parts) if len(parts) > 1 and batched else parts[0]
 
     def sums(
-        self,
-        segment: Segment,
-        values: Values,
-        targets: Tensor,
-        head: Head,
-        tick: Callable[[], None],
+        self, segment: Segment, values: Values, targets: Tensor, head: Head, tick: Tick
     ) -> Tensor:
         """The head's sums over a batch at each of the segment's points, float64 [T, metrics].
 
         Args:
             values: what `shared` returned for the batch.
+            targets: as `head.fit` returned them.
             tick: called after each point.
         """
         whole = self.program.graph.tensor_output
         form = segment.outputs[whole] if whole is not None else None
         if isinstance(form, Combination):
-            return self._combined(form, values, targets, head, tick)
+            return _sums_of_combination(form, values, targets, head, tick)
         sums = head.zeros(len(segment.point_indices), targets.device)
         for point in range(len(segment.point_indices)):
             for rows, outputs in self.outputs(segment, point, values, len(targets)):
@@ -112,33 +138,10 @@ class ReferenceBackend:
             tick()
         return sums
 
-    def _combined(
-        self,
-        form: Combination,
-        values: Values,
-        targets: Tensor,
-        head: Head,
-        tick: Callable[[], None],
-    ) -> Tensor:
-        """Outputs that are combinations: nothing of the network is left to do, and equal outputs are summed once."""
-        # Rows along the fast axis: the head reduces over few classes and many rows.
-        terms = [values[term.value] for term in form.terms]
-        terms = [v.t().contiguous().t() if v.dim() == 2 else v for v in terms]
-        sums = head.zeros(len(form.terms[0].coefficients), targets.device)
-        before: list[float] = []
-        for point in range(len(sums)):
-            row = [float(term.coefficients[point]) for term in form.terms]
-            sums[point] = (
-                sums[point - 1] if row == before else head.sums(blend(terms, row), targets)
-            )
-            before = row
-            tick()
-        return sums
-
     def all_outputs(
         self, segment: Segment, values: Values, rows: int
     ) -> Iterator[tuple[int, slice, Any]]:
-        """The network's output at every point, a block of rows at a time; of each point, the blocks come in their order."""
+        """The network's output: (point, block of rows, output); blocks of a point come in order."""
         for point in range(len(segment.point_indices)):
             for block, output in self.outputs(segment, point, values, rows):
                 yield point, block, output
@@ -147,60 +150,10 @@ class ReferenceBackend:
         self, segment: Segment, point: int, values: Values, rows: int
     ) -> Iterator[tuple[slice, Any]]:
         """The network's output at one point, a block of rows at a time."""
-        program, fused = self.program, self.fused(segment)
-        within = {
-            index for last, region in fused.items() for index in range(region.first, last + 1)
-        }
-        weights = [
-            []
-            if index in within
-            else [e if isinstance(e, Tensor) else e.at(point) for e in step.entries]
-            for index, step in enumerate(segment.steps)
-        ]
-        once: dict[int, Any] = {}  # values that have nothing to do with the rows
-        dropped = _last_uses(segment)
-
-        def constant(number: int, block: slice) -> Any:
-            whole = block.stop - block.start == rows or not program.shared[number].node.batched
-            return values[number] if whole else values[number][block]
-
-        def combined(form: Combination, block: slice) -> Any:
-            return blend(
-                [constant(term.value, block) for term in form.terms],
-                [term.coefficients[point] for term in form.terms],
-            )
-
+        fused = self._fused.get(segment.index, {})
+        at_point = _AtPoint(self.program, segment, point, fused, values, rows)
         for block in self._blocks(rows):
-            done: dict[int, Any] = dict(once)
-            for index, step in enumerate(segment.steps):
-                if index in done or (index in within and index not in fused):
-                    continue
-                if index in fused:
-                    done[index] = fused[index].run(
-                        point, functools.partial(constant, block=block), done
-                    )
-                elif step.combine is not None:
-                    done[index] = combined(step.combine, block)
-                else:
-                    inputs = [
-                        done[i] if isinstance(i, int) else combined(i, block) for i in step.inputs
-                    ]
-                    done[index] = step.node.run(inputs, weights[index], block.stop - block.start)
-                if not step.node.batched:
-                    once[index] = done[index]
-                first = fused[index].first if index in fused else index
-                for i in (i for each in dropped[first : index + 1] for i in each):
-                    # memory that is used again is memory that is still in the cache
-                    done.pop(i, None)
-            outputs = {
-                node: done[form.step] if isinstance(form, Varying) else combined(form, block)
-                for node, form in segment.outputs.items()
-            }
-            yield block, program.graph.fill_output(outputs)
-
-    def fused(self, segment: Segment) -> dict[int, FusedSteps]:
-        """Steps that run together, otherwise than one by one, by the last of them."""
-        return {}
+            yield block, at_point.output(block)
 
     def _blocks(self, rows: int) -> Iterator[slice]:
         step = rows if self.program.graph.mixes_rows else self._block
@@ -208,23 +161,108 @@ class ReferenceBackend:
             yield slice(start, min(start + step, rows))
 
 
-def _laid_out(x: Tensor) -> Tensor:
-    """Images with the channels of a pixel together: convolutions are faster so, and pass that layout on."""
-    return (
-        x.contiguous(memory_format=torch.channels_last)
-        if x.dim() == 4 and x.is_floating_point()
-        else x
-    )
+class _AtPoint:
+    """A segment's steps at one point, with the weights materialized once for all blocks of rows."""
+
+    def __init__(
+        self,
+        program: Program,
+        segment: Segment,
+        point: int,
+        fused: Mapping[int, FusedSteps],
+        values: Values,
+        rows: int,
+    ) -> None:
+        self._program, self._segment, self._point = program, segment, point
+        self._fused, self._values, self._rows = fused, values, rows
+        self._inside: set[int] = set()
+        for last, steps in fused.items():
+            self._inside.update(range(steps.first, last + 1))
+        self._weights: dict[int, list[Tensor]] = {}
+        for index, step in enumerate(segment.steps):
+            if index not in self._inside:
+                self._weights[index] = [_entry_at(entry, point) for entry in step.entries]
+        self._unbatched: dict[int, Any] = {}  # values that do not depend on the rows
+        self._drops = _last_uses(segment)
+
+    def output(self, block: slice) -> Any:
+        """The network's output for a block of rows."""
+        done: dict[int, Any] = dict(self._unbatched)
+        for index, step in enumerate(self._segment.steps):
+            if index in done or (index in self._inside and index not in self._fused):
+                continue
+            done[index] = self._value(index, block, done)
+            if not step.node.batched:
+                self._unbatched[index] = done[index]
+            first = self._fused[index].first if index in self._fused else index
+            # Memory that is used again is memory that is still in the cache.
+            for i in itertools.chain.from_iterable(self._drops[first : index + 1]):
+                done.pop(i, None)
+        outputs = {}
+        for node, form in self._segment.outputs.items():
+            if isinstance(form, Varying):
+                outputs[node] = done[form.step]
+            else:
+                outputs[node] = self._combined(form, block)
+        return self._program.graph.fill_output(outputs)
+
+    def _value(self, index: int, block: slice, done: dict[int, Any]) -> Any:
+        step = self._segment.steps[index]
+        if index in self._fused:
+            constant = functools.partial(self._constant, block=block)
+            return self._fused[index].run(self._point, constant, done)
+        if step.combine is not None:
+            return self._combined(step.combine, block)
+        inputs = [done[i] if isinstance(i, int) else self._combined(i, block) for i in step.inputs]
+        return step.node.run(inputs, self._weights[index], block.stop - block.start)
+
+    def _constant(self, number: int, block: slice) -> Any:
+        """A shared value, cut down to a block of rows."""
+        batched = self._program.shared[number].node.batched
+        whole = block.stop - block.start == self._rows or not batched
+        return self._values[number] if whole else self._values[number][block]
+
+    def _combined(self, form: Combination, block: slice) -> Any:
+        terms = [self._constant(term.value, block) for term in form.terms]
+        return blend(terms, [term.coefficients[self._point] for term in form.terms])
+
+
+def _sums_of_combination(
+    form: Combination, values: Values, targets: Tensor, head: Head, tick: Tick
+) -> Tensor:
+    """Sums for outputs that are combinations; equal outputs in a row are summed once."""
+    # Rows along the fast axis: the head reduces over few classes and many rows.
+    terms = [values[term.value] for term in form.terms]
+    terms = [v.t().contiguous().t() if v.dim() == 2 else v for v in terms]
+    sums = head.zeros(len(form.terms[0].coefficients), targets.device)
+    before: list[float] = []
+    for point in range(len(sums)):
+        row = [float(term.coefficients[point]) for term in form.terms]
+        if row == before:
+            sums[point] = sums[point - 1]
+        else:
+            sums[point] = head.sums(blend(terms, row), targets)
+        before = row
+        tick()
+    return sums
+
+
+def _entry_at(entry: Tensor | Moving, point: int) -> Tensor:
+    return entry if isinstance(entry, Tensor) else entry.at(point)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Images with a pixel's channels together: convolutions are faster so, and keep the layout."""
+    if x.dim() == 4 and x.is_floating_point():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
 
 
 def _last_uses(segment: Segment) -> list[list[int]]:
-    """For each step, the earlier ones whose value nobody needs after it."""
-    last = {
-        i: index
-        for index, step in enumerate(segment.steps)
-        for i in step.inputs
-        if isinstance(i, int)
-    }
+    """For each step, the earlier ones whose value nothing reads after it."""
+    last: dict[int, int] = {}
+    for index, step in enumerate(segment.steps):
+        last.update({i: index for i in step.inputs if isinstance(i, int)})
     for form in segment.outputs.values():
         if isinstance(form, Varying):
             last.pop(form.step, None)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.backends import make_backend
+from modeconn.backends.base import Backend
 from modeconn.backends.precision import products
-from modeconn.backends.reference import ReferenceBackend
 from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Graph
 from modeconn.capture.opaque import eval_mode
@@ -220,7 +220,7 @@ class _Prepared:
     """
 
     program: Program
-    engine: ReferenceBackend
+    engine: Backend
     batches: Iterator[Batch]
     source: Batches
     example: Any
@@ -365,7 +365,7 @@ def _ending_at(graph: Graph, request: Request) -> Graph:
     """The graph up to the values that the sums are made of."""
     if request.head.takes_logits:
         graph = graph.only_logits()
-    return graph.before_log_softmax() if request.head.builtin else graph
+    return graph.before_log_softmax() if request.head.ignores_log_softmax else graph
 
 
 def _rows_of_a_part(program: Program) -> int:

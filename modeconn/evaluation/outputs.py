@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modeconn.backends import check_name, make_backend, make_differentiable
+from modeconn.backends import check_name, make_backend
+from modeconn.backends.base import Backend
 from modeconn.backends.blocking import MEMORY_BUDGET
 from modeconn.backends.precision import products
-from modeconn.backends.reference import ReferenceBackend
 from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Graph, Size
 from modeconn.capture.opaque import eval_mode
@@ -112,7 +112,7 @@ class Forward:
             by_content=not self._weights_move,
         )
         self.plan = Plan(program)
-        self._engines: dict[bool, ReferenceBackend] = {}
+        self._engines: dict[bool, Backend] = {}
         self._engine(self._weights_move)  # raises here, not at the first call
 
     def __call__(self, x: Any) -> Tensor:
@@ -161,15 +161,19 @@ class Forward:
             )
         return moved(inputs, self._dtype, self._device)
 
-    def _engine(self, differentiable: bool) -> ReferenceBackend:
+    def _engine(self, differentiable: bool) -> Backend:
         if differentiable not in self._engines:
-            make = make_differentiable if differentiable else make_backend
-            self._engines[differentiable] = make(
-                self._backend, self.plan.program, self._dtype, self._device, self._precision
+            self._engines[differentiable] = make_backend(
+                self._backend,
+                self.plan.program,
+                self._dtype,
+                self._device,
+                self._precision,
+                needs="gradients" if differentiable else "outputs",
             )
         return self._engines[differentiable]
 
-    def _outputs(self, engine: ReferenceBackend, x: Inputs) -> Tensor:
+    def _outputs(self, engine: Backend, x: Inputs) -> Tensor:
         """The outputs at the distinct points, [T, B, …]."""
         program, count = self.plan.program, rows(x)
         values = engine.shared(x)

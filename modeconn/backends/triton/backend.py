@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from modeconn.backends.base import Request, Sums, Values
 from modeconn.backends.blocking import MEMORY_BUDGET
-from modeconn.backends.reference import ReferenceBackend, Values
+from modeconn.backends.reference import ReferenceBackend
 from modeconn.backends.triton import cuda_graphs as replay
 from modeconn.backends.triton.schedule import Schedule, Scope, as_read
 from modeconn.backends.triton.segment import Steps, Tail, find_tail
 from modeconn.backends.triton.values import at, materialized
-from modeconn.errors import CannotRun
+from modeconn.errors import Unsupported
 from modeconn.kernels.blended import Blended
 from modeconn.metrics import IGNORED, Head
 from modeconn.plan.program import Combination, Program, Segment, Term, Varying
@@ -42,56 +43,51 @@ _MOST_NUMBERS = (1 << 31) - 1
 _SMALL = 1 << 24
 # Points of a chunk, at most: progress moves after each.
 _MOST_POINTS = 256
-# The kernels' sums, by the names that a head has for them.
-_SUMS = {"loss": 0, "error": 1, "top5_error": 2, "perplexity": 0}
+_SUMS = Sums(
+    losses=("cross_entropy", "next_token"),
+    columns={"loss": 0, "error": 1, "top5_error": 2, "perplexity": 0},
+)
 
 
 class TritonBackend(ReferenceBackend):
     """Runs a program on a CUDA device, with Triton kernels for what takes the time.
 
-    Args:
-        program: what to run.
-        dtype, device: of the computation, float32 on a CUDA device.
-        precision: of products: "float32", "tf32" or "bf16"; sums are of float32 always.
-        gradients: whether outputs are differentiated; then kernels run linear layers alone, and
-            weights are read anew for each batch.
-
-    Raises:
-        CannotRun: no CUDA device or no Triton, float64, or nothing in the program that there is a
-            kernel for.
+    Products are of the requested precision, sums of float32 always. Where outputs are
+    differentiated, kernels run linear layers alone, and weights are read anew for each batch.
     """
 
     name = "triton"
 
-    def __init__(
-        self,
-        program: Program,
-        dtype: torch.dtype,
-        device: torch.device,
-        precision: str = "float32",
-        gradients: bool = False,
-    ) -> None:
-        super().__init__(program, dtype, device)
-        reason = why_not(dtype, device)
-        if reason:
-            raise CannotRun("triton", reason)
+    def __init__(self, request: Request) -> None:
+        program, device = request.program, request.device
+        self._plans = {
+            s.index: _SegmentPlan(program, s, device, request.precision, request.gradients)
+            for s in program.segments
+        }
+        if not any(plan.kernels for plan in self._plans.values()):
+            raise Unsupported("nothing that moves with t is a layer that there is a kernel for")
+        kept: set[int] = set().union(*(plan.steps.kept for plan in self._plans.values()))
+        super().__init__(program, request.dtype, device, kept=kept)
         self._device = device
         record = replay.recorder(device)
         self._replays = None if record is None else replay.Replays(record)
         self._budget = MEMORY_BUDGET
-        self._plans = {
-            s.index: _SegmentPlan(program, s, device, precision, gradients)
-            for s in program.segments
-        }
-        if not any(plan.kernels for plan in self._plans.values()):
-            raise CannotRun(
-                "triton", "nothing that moves with t is a layer that there is a kernel for"
-            )
-        self._kept = self._kept.union(*(plan.steps.kept for plan in self._plans.values()))
-        kept = [program.shared[number].node for number in self._kept]
+        nodes = [program.shared[number].node for number in self.kept]
         self._by_rows = not program.graph.mixes_rows and all(
-            str(node.shape[0]) == "N" for node in kept if node.batched
+            str(node.shape[0]) == "N" for node in nodes if node.batched
         )
+
+    @classmethod
+    def supports(cls, request: Request) -> None:
+        """Checks the dtype, the device, and that Triton is installed."""
+        reason = why_not(request.dtype, request.device)
+        if reason:
+            raise Unsupported(reason)
+
+    @classmethod
+    def create(cls, request: Request) -> TritonBackend:
+        """Makes the backend, if there is a kernel for some step."""
+        return cls(request)
 
     def most_rows(self, budget: int) -> int:
         self._budget = budget
@@ -122,7 +118,7 @@ class TritonBackend(ReferenceBackend):
                     )
             else:
                 part = self._part(plan, tail, scope, labels, rows, top5="top5_error" in head.names)
-                sums[points] += torch.stack([part[:, _SUMS[name]] for name in head.names], 1)
+                sums[points] += torch.stack([part[:, i] for i in _SUMS.of(head)], 1)
             if rows.stop == len(targets):
                 tick(
                     points.stop * len(segment.point_indices) // count
@@ -331,7 +327,7 @@ def _loss(tail: Tail, scope: Scope, labels: _Labels, rows: slice, **options: Any
 
 def _stands_in(head: Head, classes: Sequence[Any], targets: Tensor) -> bool:
     """Whether the kernels' sums are those of the head."""
-    if not head.labelled:
+    if not _SUMS.cover(head):
         return False
     if targets.dim() == 1:
         return len(classes) == 2

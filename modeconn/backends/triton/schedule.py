@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.backends.native.lowering import activation_of, argument, pooling_of
+from modeconn.backends.activations import activation_of
+from modeconn.backends.base import attempt
+from modeconn.backends.node_reading import pooling_geometry
 from modeconn.backends.triton.segment import (
     Operand,
     Steps,
@@ -155,7 +157,7 @@ class Schedule:
         if (
             node.op in ("max_pool2d", "avg_pool2d")
             and len(node.shape) == 4
-            and isinstance(pooling_of(node), dict)
+            and isinstance(attempt(lambda: pooling_geometry(node)), dict)
         ):
             return self._pool(index)
         if node.op == "batch_norm" and len(step.inputs) == 1:
@@ -170,7 +172,7 @@ class Schedule:
         reads = steps.inputs(index)
         shapes = [steps.program.graph.nodes[i].shape for i in step.node.inputs]
         weights = [steps.entry(entry) for entry in step.entries]
-        activation = activation_of(step.node)
+        activation = activation_of(step.node, "triton")
 
         def do(scope: Scope) -> Value:
             values = [scope.read(operand) for operand in reads]
@@ -180,7 +182,7 @@ class Schedule:
                 and isinstance(first, Combined)
                 and first.activation == "identity"
             ):
-                return Combined(first.blended, activation.activation, activation.slope)
+                return Combined(first.blended, activation.name, activation.slope)
             return run(
                 step.node,
                 shapes,
@@ -284,7 +286,7 @@ class Schedule:
         from modeconn.kernels.path_pool2d import path_pool2d
 
         steps, step = self._steps, self._steps.steps[index]
-        geometry: dict[str, Any] = pooling_of(step.node)  # type: ignore[assignment]
+        geometry = pooling_geometry(step.node)
         reads = steps.inputs(index)
         kind = step.node.op.removesuffix("_pool2d")
 
@@ -300,12 +302,9 @@ class Schedule:
 
         steps, step = self._steps, self._steps.steps[index]
         node, reads = step.node, steps.inputs(index)
-        weight = steps.weight(step, argument(node, 2, "weight", None))
-        bias = (
-            steps.weight(step, argument(node, 3, "bias", None)) if node.op == "layer_norm" else None
-        )
-        default = 1e-5 if node.op == "layer_norm" else None
-        eps = argument(node, 4 if node.op == "layer_norm" else 3, "eps", default)
+        weight = steps.weight(step, node["weight"])
+        bias = steps.weight(step, node["bias"]) if node.op == "layer_norm" else None
+        eps = node["eps"]
         if weight is None or eps is None:
             return self._plain(index)
 
@@ -352,10 +351,14 @@ class Schedule:
 
     def _then_activation(self, index: int) -> tuple[int, str, float]:
         following = self._only_reader(index)
-        found = activation_of(self._steps.steps[following].node) if following is not None else None
+        found = (
+            activation_of(self._steps.steps[following].node, "triton")
+            if following is not None
+            else None
+        )
         if following is None or found is None:
             return index, "identity", 0.01
-        return self._take(following), found.activation, found.slope
+        return self._take(following), found.name, found.slope
 
     def _is_norm(self, index: int) -> bool:
         step = self._steps.steps[index]

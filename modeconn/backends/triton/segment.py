@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeconn.backends.native.lowering import activation_of, geometry_of, passes_through
+from modeconn.backends.activations import activation_of
+from modeconn.backends.base import attempt
+from modeconn.backends.node_reading import convolution_geometry, passes_through
 from modeconn.backends.triton.values import Weight
 from modeconn.capture.graph import In, Node
 from modeconn.plan.program import Combination, Moving, Program, Segment, VaryingStep
@@ -142,9 +144,9 @@ def find_tail(steps: Steps, widest: int) -> Tail | None:
             tail.layers
             and step.combine is None
             and activation == "identity"
-            and (found := activation_of(step.node))
+            and (found := activation_of(step.node, "triton"))
         ):
-            activation, slope = found.activation, found.slope
+            activation, slope = found.name, found.slope
             (before,) = steps.inputs(before)
         else:
             break
@@ -175,10 +177,12 @@ def is_product(step: VaryingStep) -> bool:
 
 def convolution(node: Node) -> dict[str, Any] | None:
     """Stride and padding of a convolution that there is a kernel for."""
-    geometry = geometry_of(node) if node.op == "conv2d" else ""
-    return (
-        geometry if isinstance(geometry, dict) and set(geometry) == {"stride", "padding"} else None
-    )
+    if node.op != "conv2d":
+        return None
+    geometry = attempt(lambda: convolution_geometry(node))
+    if isinstance(geometry, dict) and set(geometry) == {"stride", "padding"}:
+        return geometry
+    return None
 
 
 def weight_and_bias(steps: Steps, step: VaryingStep) -> tuple[Weight, Weight | None]:
