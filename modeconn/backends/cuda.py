@@ -251,7 +251,9 @@ class CudaBackend(ReferenceBackend):
                 self._chains[segment.index] = found
         if not self._chains:
             raise reasons[0]
-        kept = {term.value for chain in self._chains.values() for term in chain.terms}
+        kept: set[int] = set()
+        for chain in self._chains.values():
+            kept.update(term.value for term in chain.terms)
         super().__init__(program, request.dtype, device, kept=kept)
         self._precision = request.precision
 

@@ -150,8 +150,8 @@ class Builder:
     def _add_product(self, index: int, step: VaryingStep) -> None:
         """The product of two values, of which one may have a single pixel: a gate of channels."""
         node = step.node
-        shape = [str(size) for size in node.shape]
-        shapes = [[str(size) for size in self._nodes(value)[0].shape] for value in step.inputs]
+        shape = list(map(str, node.shape))
+        shapes = [list(map(str, self._nodes(value)[0].shape)) for value in step.inputs]
         gate = [*shape[:2], "1", "1"] if len(shape) == 4 else shape
         if shape not in shapes or not all(other in (shape, gate) for other in shapes):
             raise unsupported(node, "mul of two values of one shape, or with one per channel")
