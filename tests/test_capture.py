@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn.capture.export import capture, run
+from modeconn.capture.export import capture, prepare, run
 
 pytestmark = pytest.mark.usefixtures("fresh_graphs")
 
@@ -191,3 +191,39 @@ def test_a_graph_is_taken_up_again_only_while_it_holds():
     assert second is not first and [node.op for node in second.nodes] == ["input", "linear", "tanh"]
     model[0].register_buffer("unused", torch.zeros(2))
     torch.testing.assert_close(run(capture(model, x), model.state_dict(), x), model(x))
+
+
+def test_copies_in_another_precision_share_a_graph():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
+    x, cpu = torch.randn(5, 4), torch.device("cpu")
+    single = capture(prepare(model, torch.float32, cpu), x)
+    double = capture(prepare(model, torch.float64, cpu), x.double())
+    assert double is not single
+    model.train()  # networks are captured in eval mode
+    assert capture(prepare(model, torch.float64, cpu), x.double()) is double
+    assert capture(prepare(model, torch.float32, cpu), x) is single
+
+
+def test_copies_with_closed_parts_share_no_graph():
+    model = nn.Sequential(nn.Linear(4, 4), DataDependent())
+    x, cpu = torch.randn(6, 4).double(), torch.device("cpu")
+    graphs = [capture(prepare(model, torch.float64, cpu), x) for _ in range(2)]
+    assert graphs[0].closed and graphs[0] is not graphs[1]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_settings_that_the_sample_does_not_show_are_noticed(precision):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Hardtanh(-9.0, 9.0))
+    x = torch.rand(5, 4, dtype=precision) / 10
+    first = capture(prepare(model, precision, torch.device("cpu")), x)
+    model[1].max_val = 5.0
+    second = capture(prepare(model, precision, torch.device("cpu")), x)
+    assert [graph.nodes[-1]["max_val"] for graph in (first, second)] == [9.0, 5.0]
+
+
+def test_hooks_added_later_are_noticed():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    x = torch.randn(5, 4)
+    first = capture(model, x)
+    model[1].register_forward_hook(lambda module, args, output: output.clamp(max=1e9))
+    assert capture(model, x) is not first

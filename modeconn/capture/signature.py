@@ -29,18 +29,6 @@ class Parameter:
     keyword_only: bool
 
 
-@functools.lru_cache(maxsize=1024)
-def _of_operator(operation: torch._ops.OpOverload) -> tuple[Parameter, ...]:
-    return tuple(
-        Parameter(
-            argument.name,
-            argument.default_value if argument.has_default_value() else _REQUIRED,
-            argument.kwarg_only,
-        )
-        for argument in operation._schema.arguments
-    )
-
-
 def parameters_of(function: Callable[..., Any]) -> tuple[Parameter, ...]:
     """Returns the parameters of an operation of PyTorch or of a Python function, in order.
 
@@ -49,6 +37,25 @@ def parameters_of(function: Callable[..., Any]) -> tuple[Parameter, ...]:
     """
     if isinstance(function, torch._ops.OpOverload):
         return _of_operator(function)
+    # Methods and objects are read anew each time: a cache would keep their modules alive.
+    return _of_function(function) if inspect.isfunction(function) else _inspected(function)
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_operator(operation: torch._ops.OpOverload) -> tuple[Parameter, ...]:
+    parameters = []
+    for argument in operation._schema.arguments:
+        default = argument.default_value if argument.has_default_value() else _REQUIRED
+        parameters.append(Parameter(argument.name, default, argument.kwarg_only))
+    return tuple(parameters)
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_function(function: Callable[..., Any]) -> tuple[Parameter, ...]:
+    return _inspected(function)
+
+
+def _inspected(function: Callable[..., Any]) -> tuple[Parameter, ...]:
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         raise ModeconnError(f"{function} takes a variable number of arguments: expected a schema")
