@@ -9,11 +9,15 @@ BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
 # A process per core, at most 8; one that has no test left takes over half of what another still has.
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+# Most mistakes show in one of these: imports and public names, graphs and plans as text, the rules of
+# the planner, every kind of path against float64, the engine's steps, and what files hold.
+CHECKED  := $(addprefix tests/test_,layout.py public_api.py ops.py capture.py plans.py plan.py \
+            evaluate.py native_graph.py paths.py state.py result.py)
 SANITIZE := address,undefined
 SOURCES  := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench kernel-report dev sanitize clean
+.PHONY: help demo test check lint bench kernel-report dev sanitize clean
 
 help: ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+): .*## /  make \1\t/' | expand -t 24
@@ -21,8 +25,11 @@ help: ## this list
 demo: $(STAMP) ## the loss barrier between two small networks, in seconds, with no files needed
 	@$(BIN)/modeconn demo
 
-test: lint ## all checks: ruff, mypy, and the tests, which include a wheel used from a clean environment
+test: lint ## all checks: ruff, mypy, and every test, among them a wheel used from a clean environment
 	$(BIN)/pytest -q $(PARALLEL)
+
+check: lint ## while editing: ruff, mypy, and the tests of what holds the stages together, in about a minute
+	$(BIN)/pytest -q $(PARALLEL) -m "not slow" $(CHECKED)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

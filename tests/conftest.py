@@ -10,6 +10,11 @@ import os
 if os.environ.get("MODECONN_TEST_DEVICE", "cpu") != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Small tests gain nothing from more threads than 4; the workers of pytest-xdist share the cores.
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, min(4, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))),
+)
 
 import contextlib
 import shutil
@@ -33,13 +38,12 @@ except ModuleNotFoundError:
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Helpers that assert: a failure there shows the values, as one in a test does.
+pytest.register_assert_rewrite(*(file.stem for file in (ROOT / "tests").glob("*_cases.py")))
+
 # In the background of a shell Ctrl-C is ignored, by what is started from here, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Small tests gain nothing from more threads than 4, and pytest-xdist's workers share the cores.
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, min(4, torch.get_num_threads() // _workers)))
 
 if hypothesis is not None:  # the tests of kernels do without it
     # No deadline and no check for slow draws: a busy machine is not a failure. In CI the examples

@@ -146,10 +146,17 @@ def test_convolutions_with_norms() -> None:
     assert mc.verify(a, found, digits(), a=a.state_dict(), b=b.state_dict()).bound <= 1.2
 
 
+@pytest.fixture(scope="module")
+def small_pair() -> tuple[nn.Module, nn.Module]:
+    """Two networks of three layers: searches between them are short, with fits to interrupt."""
+    return trained("mlp:64-20-22-10", 1, 15), trained("mlp:64-20-22-10", 2, 15)
+
+
 @pytest.mark.parametrize("subnetworks", ["head", "trained"])
 def test_an_interrupted_search_goes_on_to_the_same_connection(
-    pair, tmp_path: Path, monkeypatch, subnetworks: str
+    small_pair, tmp_path: Path, monkeypatch, subnetworks: str
 ) -> None:
+    pair = small_pair
     monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
     settings = {"target": 0.02, "subnetworks": subnetworks, "seed": 3}
     whole = mc.connect(pair[0], *pair, digits(), **settings)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import modeconn as mc
+from compiled import object_of
 from modeconn.backends import cuda
 from modeconn.backends.activations import Activation
 from modeconn.backends.cuda import CudaLayer, mlp_sums
@@ -40,8 +41,8 @@ pytestmark = [
 ]
 
 
-def compile_source(source: Path, target: Path, *flags: str) -> Path:
-    """Compile for the emulated device."""
+def compile_source(source: Path, *flags: str, headers: Path = CSRC) -> Path:
+    """Compile for the emulated device; `headers`: the folder that a changed copy lies in."""
     pybind11 = pytest.importorskip("pybind11")
     include = [
         f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_paths()["include"])
@@ -63,13 +64,8 @@ def compile_source(source: Path, target: Path, *flags: str) -> Path:
         *flags,
         "-x",
         "c++",
-        "-c",
-        source,
-        "-o",
-        target,
     ]
-    subprocess.run([str(part) for part in command], check=True)
-    return target
+    return object_of(source, headers, command)
 
 
 def link_and_load(objects: list[Path], target: Path) -> Any:
@@ -83,21 +79,16 @@ def link_and_load(objects: list[Path], target: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("emulated")
+def objects() -> dict[str, Path]:
     names = ("bindings.cpp", *SOURCES)
     with ThreadPoolExecutor(2) as pool:
-        return dict(
-            zip(
-                names,
-                pool.map(lambda name: compile_source(CSRC / name, folder / f"{name}.o"), names),
-            )
-        )
+        return dict(zip(names, pool.map(lambda name: compile_source(CSRC / name), names)))
 
 
 @pytest.fixture(scope="session")
-def emulated(objects: dict[str, Path]) -> Any:
-    return link_and_load(list(objects.values()), objects["bindings.cpp"].with_name("_cuda.so"))
+def emulated(objects: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("emulated")
+    return link_and_load(list(objects.values()), folder / "_cuda.so")
 
 
 @pytest.fixture
@@ -379,9 +370,8 @@ def test_the_emulation_notices(objects, tmp_path, monkeypatch, file, before, aft
     assert text.count(before) == 1
     (broken / file).write_text(text.replace(before, after), encoding="utf-8")
     others = [path for name, path in objects.items() if name != "mlp_tf32.cu"]
-    module = link_and_load(
-        [*others, compile_source(broken / "mlp_tf32.cu", tmp_path / "mlp.o")], tmp_path / "_cuda.so"
-    )
+    changed = compile_source(broken / "mlp_tf32.cu", headers=broken)
+    module = link_and_load([*others, changed], tmp_path / "_cuda.so")
     monkeypatch.setattr(cuda, "extension", lambda: module)
     # two blocks: the emulation runs their warps in either order
     p = problem(40, 2, 1, (95, 95, 95, 95))
@@ -392,15 +382,9 @@ def test_the_emulation_notices(objects, tmp_path, monkeypatch, file, before, aft
 @pytest.mark.slow
 def test_the_sanitizer_finds_nothing(objects, tmp_path):
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    mine = [
-        (CSRC / "mlp_tf32.cu", flags),
-        (CSRC / "launch.cu", flags),
-        (CSRC / "tests" / "driver.cpp", flags),
-    ]
+    mine = [CSRC / "mlp_tf32.cu", CSRC / "launch.cu", CSRC / "tests" / "driver.cpp"]
     with ThreadPoolExecutor(2) as pool:
-        made = list(
-            pool.map(lambda s: compile_source(s[0], tmp_path / f"{s[0].name}.o", *s[1]), mine)
-        )
+        made = list(pool.map(lambda source: compile_source(source, *flags), mine))
     others = [objects[name] for name in ("mlp_float32.cu", "mlp_bf16.cu")]
     program = tmp_path / "driver"
     subprocess.run(

@@ -348,43 +348,43 @@ def test_losses_that_are_not_finite_are_reported(nets):
 PEAK = """
     import resource, sys, numpy as np, torch, modeconn as mc
     from torch import nn
-    kind, argument = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
     a, b = (nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)) for _ in range(2))
-    if kind == "points":
-        x, y = torch.randn(500, 64), torch.arange(500) % 10
-        mc.evaluate(a, mc.Line(a, b), (x, y), argument, progress=False)
-    else:
-        x = np.memmap(sys.argv[3], np.float32, "r", shape=(argument, 64))
-        data = x, np.zeros(argument, np.int64)
-        mc.evaluate(a, mc.Line(a, b), data, 2, memory_budget=4 << 20, progress=False)
-    # Pages of a mapped file are the system's to drop; what the process holds itself is the
-    # anonymous memory.
-    own = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, own[0].split()[1])
+    for argument in sys.argv[2:]:
+        if sys.argv[1] == "points":
+            x, y = torch.randn(500, 64), torch.arange(500) % 10
+            mc.evaluate(a, mc.Line(a, b), (x, y), int(argument), progress=False)
+        else:
+            x = np.memmap(argument, np.float32, "r").reshape(-1, 64)
+            data = x, np.zeros(len(x), np.int64)
+            mc.evaluate(a, mc.Line(a, b), data, 2, memory_budget=4 << 20, progress=False)
+        # Pages of a mapped file are the system's to drop; what the process holds itself is the
+        # anonymous memory.
+        own = [line for line in open("/proc/self/status") if line.startswith("RssAnon")]
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, own[0].split()[1])
 """
 
 
-def peak(*arguments: object) -> tuple[int, int]:
-    code = [sys.executable, "-c", textwrap.dedent(PEAK), *map(str, arguments)]
-    most, own = subprocess.run(code, check=True, capture_output=True, text=True).stdout.split()
-    return int(most), int(own)
+def peaks(kind: str, *arguments: object) -> list[tuple[int, int]]:
+    """Evaluate one after the other; per evaluation the largest memory so far, and its own now."""
+    code = [sys.executable, "-c", textwrap.dedent(PEAK), kind, *map(str, arguments)]
+    lines = subprocess.run(code, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [(int(most), int(own)) for most, own in map(str.split, lines)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_number_of_points():
-    few, many = (peak("points", points)[0] for points in (11, 10_001))
+    (few, _), (many, _) = peaks("points", 11, 10_001)
     assert many <= 1.05 * few
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_memory_map_larger_than_the_budget_streams(tmp_path):
     rows = {"small": 1 << 14, "large": 1 << 19}  # 4 MiB and 128 MiB, under a budget of 4 MiB
-    own = {}
     for name, count in rows.items():
         np.memmap(tmp_path / name, np.float32, "w+", shape=(count, 64)).flush()
-        own[name] = peak("mapped", count, tmp_path / name)[1]
-    assert own["large"] < own["small"] + 48 * 1024, "kilobytes that the process holds itself"
+    (_, small), (_, large) = peaks("mapped", *(tmp_path / name for name in rows))
+    assert large < small + 48 * 1024, "kilobytes that the process holds itself"
 
 
 # -- bad input -------------------------------------------------------------------------------------

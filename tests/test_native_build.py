@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from compiled import object_of
+
 ROOT = Path(__file__).resolve().parent.parent
 CXX = shutil.which("g++") or shutil.which("c++")
 
@@ -31,7 +33,7 @@ def isa_flags() -> dict[str, list[str]]:
     return {"generic": [], **ast.literal_eval(value)}
 
 
-def build(sources: list[Path], folder: Path, flags: list[str]) -> list[Path]:
+def build(sources: list[Path], flags: list[str]) -> list[Path]:
     """Compile sources, each with its folder's instruction set; skip where it is not x86-64."""
     sets = isa_flags()
     machine = subprocess.run(
@@ -42,23 +44,10 @@ def build(sources: list[Path], folder: Path, flags: list[str]) -> list[Path]:
     macros = [f"-DMODECONN_HAVE_{name.upper()}" for name in sets if name != "generic"]
 
     def compile_one(source: Path) -> Path:
-        target = folder / f"{source.parent.name}_{source.stem}.o"
+        csrc = ROOT / "csrc"
         own = sets.get(source.parent.name, [])
-        command = [
-            CXX,
-            "-std=c++17",
-            f"-iquote{ROOT / 'csrc'}",
-            "-pthread",
-            *macros,
-            *flags,
-            *own,
-            "-c",
-            source,
-            "-o",
-            target,
-        ]
-        subprocess.run(command, check=True)
-        return target
+        command = [CXX, "-std=c++17", f"-iquote{csrc}", "-pthread", *macros, *flags, *own]
+        return object_of(source, csrc, command)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(compile_one, sources))
@@ -80,7 +69,7 @@ def test_sanitizers_find_nothing(tmp_path: Path):
         "-fsanitize=address,undefined",
         "-fno-sanitize-recover=all",
     ]
-    objects = build(sources, tmp_path, flags)
+    objects = build(sources, flags)
     program = tmp_path / "test_chain"
     subprocess.run(
         [CXX, "-pthread", "-fsanitize=address,undefined", *objects, "-o", program], check=True
@@ -90,11 +79,11 @@ def test_sanitizers_find_nothing(tmp_path: Path):
     assert "PASS" in done.stdout
 
 
-def test_no_code_of_an_instruction_set_is_shared(tmp_path: Path):
+def test_no_code_of_an_instruction_set_is_shared():
     """No weak symbol: the linker might keep the one that is compiled for AVX-512 for all."""
     kernels = sorted((ROOT / "csrc" / "cpu").glob("*/kernels_*.cpp"))
     assert len(kernels) == 3
-    for source, target in zip(kernels, build(kernels, tmp_path, ["-O3", "-fvisibility=hidden"])):
+    for source, target in zip(kernels, build(kernels, ["-O3", "-fvisibility=hidden"])):
         rows = subprocess.run(
             ["nm", "-C", target], capture_output=True, text=True, check=True
         ).stdout.splitlines()

@@ -126,7 +126,9 @@ def test_points_go_in_chunks(monkeypatch):
     sizes = []
     materialized = module.materialized
     monkeypatch.setattr(
-        module, "materialized", lambda w, part, dtype: sizes.append(part) or materialized(w, part, dtype)
+        module,
+        "materialized",
+        lambda w, part, dtype: sizes.append(part) or materialized(w, part, dtype),
     )
     monkeypatch.setattr(module, "MATERIALIZED_BYTES", 2 * 4 * 4 * 32)
     for x, before in zip(inputs, whole):
