@@ -1,6 +1,11 @@
-"""The exceptions that bad input raises."""
+"""Exceptions that bad input raises, and words that their messages share."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+# Items that one message spells out.
+_LISTED = 4
 
 
 class ModeconnError(ValueError):
@@ -24,3 +29,10 @@ class Unsupported(Exception):
     Raised where it is known. It is for the library alone: the caller tries another way, or makes a
     `CannotRun` of it.
     """
+
+
+def listed(items: Sequence[str], of: int | None = None) -> str:
+    """Join the first few items, and say how many more there are: "2 of 22: x; y"."""
+    count = f"{len(items):,} of {of:,}: " if of else ""
+    more = f"; and {len(items) - _LISTED:,} more" if len(items) > _LISTED else ""
+    return count + "; ".join(items[:_LISTED]) + more

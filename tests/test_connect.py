@@ -157,7 +157,7 @@ def test_an_interrupted_search_goes_on_to_the_same_connection(
     small_pair, tmp_path: Path, monkeypatch, subnetworks: str
 ) -> None:
     pair = small_pair
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("modeconn.resuming.SECONDS_BETWEEN_WRITES", 0.0)
     settings = {"target": 0.02, "subnetworks": subnetworks, "seed": 3}
     whole = mc.connect(pair[0], *pair, digits(), **settings)
     folder = tmp_path / "search"
@@ -197,10 +197,10 @@ def test_an_interrupted_search_goes_on_to_the_same_connection(
         f["epochs"] for f in whole.details["found"]
     ]
     with pytest.raises(
-        mc.ModeconnError, match="holds the search of another connection, with other kept, seed"
+        mc.ModeconnError, match="holds another search, started with other kept; seed 3, not 4"
     ):
         mc.connect(pair[0], *pair, digits(), **{**settings, "seed": 4}, folder=folder)
-    with pytest.raises(mc.ModeconnError, match="with other networks"):
+    with pytest.raises(mc.ModeconnError, match="started with other networks"):
         mc.connect(pair[0], pair[1], pair[0], digits(), **settings, folder=folder)
     fit = next(iter(sorted(folder.glob("fit-*.safetensors"))))
     fit.write_bytes(fit.read_bytes()[:100])

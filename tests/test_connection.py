@@ -276,7 +276,9 @@ def test_where_a_connection_is_not_written(made, tmp_path):
     assert Connection.load(tmp_path / "empty").kinds == KINDS
 
 
-@pytest.mark.parametrize("broken", ["save", "atomic_write"])
+@pytest.mark.parametrize(
+    "broken", ["modeconn.parameters.state.save", "modeconn.connection.connection.atomic_write"]
+)
 @pytest.mark.parametrize("before", [False, True])
 def test_an_interrupted_save_leaves_what_was_there(made, tmp_path, monkeypatch, broken, before):
     _, connection = made
@@ -288,7 +290,7 @@ def test_an_interrupted_save_leaves_what_was_there(made, tmp_path, monkeypatch, 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(states, broken, interrupt)
+    monkeypatch.setattr(broken, interrupt)
     with pytest.raises(KeyboardInterrupt):
         changed.save(target)
     monkeypatch.undo()

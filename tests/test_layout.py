@@ -18,11 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # below it.
 LEVELS = {
     "modeconn.errors": 0,
+    "modeconn.files": 0,
     "modeconn.kernels": 1,
     "modeconn.models": 1,
     "modeconn.parameters": 1,
     "modeconn.plotting": 1,
     "modeconn.data": 2,
+    "modeconn.resuming": 2,
     "modeconn.capture": 3,
     "modeconn.metrics": 3,
     "modeconn.plan": 4,

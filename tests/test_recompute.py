@@ -254,7 +254,7 @@ def test_explain_shows_the_second_pass():
         ),
         ("recompute_batches is 0", {"recompute_batches": 0}),
         (
-            "are for buffers=\"recompute\", and buffers is 'start'",
+            "is for buffers=\"recompute\", and buffers is 'start'",
             {"buffers": "start", "recompute_batches": 2},
         ),
         ("no samples", {"recompute_data": (ROWS[:0], LABELS[:0])}),

@@ -87,9 +87,7 @@ def test_convolutions_are_trained_to_full_depth() -> None:
 def test_interrupted_and_resumed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     model = mlp(5, 9, 8, 3)
     whole = subnetwork_stability(model, model, data(), draws=2, recipe=QUICK)
-    from modeconn.connection import training
-
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("modeconn.resuming.SECONDS_BETWEEN_WRITES", 0.0)
     lines = 0
 
     def interrupt(line: str) -> None:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from modeconn.errors import ModeconnError
+from modeconn.files import atomic_write
 from modeconn.parameters import state
 from refused import refused
 
@@ -631,9 +632,9 @@ def test_what_is_no_state_is_not_saved(tmp_path: Path):
 
 def test_a_file_is_replaced_by_the_new_content(tmp_path: Path):
     file = tmp_path / "a"
-    state.atomic_write(file, lambda stream: stream.write(b"old"))
+    atomic_write(file, lambda stream: stream.write(b"old"))
     with file.open("rb") as reader:
-        state.atomic_write(file, lambda stream: stream.write(b"new and longer"))
+        atomic_write(file, lambda stream: stream.write(b"new and longer"))
         assert reader.read() == b"old"  # a reader in the middle of the file sees no mixture
     assert file.read_bytes() == b"new and longer"
     assert list(tmp_path.iterdir()) == [file]
@@ -653,7 +654,7 @@ def test_an_interrupted_write_leaves_everything_as_it_was(
         raise error
 
     with pytest.raises(error):
-        state.atomic_write(file, write)
+        atomic_write(file, write)
     assert list(tmp_path.iterdir()) == [file]
     assert file.read_bytes() == b"old"
 
@@ -663,7 +664,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path):
         raise OSError(28, "No space left on device")
 
     with refused(str(tmp_path / "a"), "No space left on device"):
-        state.atomic_write(tmp_path / "a", write)
+        atomic_write(tmp_path / "a", write)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -672,12 +673,12 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path):
         pytest.fail("nothing can be written here")
 
     with refused(str(tmp_path), "is a folder"):
-        state.atomic_write(tmp_path, write)
+        atomic_write(tmp_path, write)
     with refused("no folder", str(tmp_path / "missing")):
-        state.atomic_write(tmp_path / "missing" / "a", write)
+        atomic_write(tmp_path / "missing" / "a", write)
     (tmp_path / "file").touch()
     with refused("no folder", str(tmp_path / "file")):
-        state.atomic_write(tmp_path / "file" / "a", write)
+        atomic_write(tmp_path / "file" / "a", write)
 
 
 def test_a_link_stays_a_link(tmp_path: Path):
@@ -685,12 +686,12 @@ def test_a_link_stays_a_link(tmp_path: Path):
     link, target = tmp_path / "link", tmp_path / "disk" / "a"
     target.write_bytes(b"old")
     link.symlink_to(target)
-    state.atomic_write(link, lambda stream: stream.write(b"new"))
+    atomic_write(link, lambda stream: stream.write(b"new"))
     assert link.is_symlink()
     assert target.read_bytes() == b"new"
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path: Path):
     (tmp_path / "usual").write_bytes(b"")
-    state.atomic_write(tmp_path / "a", lambda stream: stream.write(b""))
+    atomic_write(tmp_path / "a", lambda stream: stream.write(b""))
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode

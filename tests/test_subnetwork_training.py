@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeconn import ModeconnError
-from modeconn.connection import stack, training
+from modeconn.connection import stack
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.recipe import Recipe
 from modeconn.connection.subnetworks import Subnetwork, initial, kept_units, outputs
@@ -160,7 +160,7 @@ def test_a_finished_subnetwork_leaves_and_changes_no_other() -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
 def test_interrupted_and_resumed_is_bitwise_the_same(kind: str, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(training, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("modeconn.resuming.SECONDS_BETWEEN_WRITES", 0.0)
     chain, h, y = task(kind)
     subs = starts(chain, 3)
     recipe = replace(RECIPE, epochs=6, stop_loss=0.6 if kind == "mlp" else None)
@@ -173,7 +173,7 @@ def test_interrupted_and_resumed_is_bitwise_the_same(kind: str, tmp_path, monkey
 
     with pytest.raises(KeyboardInterrupt):
         train_subnetworks(chain, subs, [h] * 3, y, recipe, checkpoint=file, progress=stop)
-    with pytest.raises(ModeconnError, match="other settings or data"):
+    with pytest.raises(ModeconnError, match="started with lr .*, not 1.0"):
         train_subnetworks(chain, subs, [h] * 3, y, replace(recipe, lr=1.0), checkpoint=file)
     resumed = train_subnetworks(chain, subs, [h] * 3, y, recipe, checkpoint=file)
     assert not file.exists()

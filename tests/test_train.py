@@ -20,7 +20,10 @@ from modeconn.data import datasets
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state
 from modeconn.training import checkpoint as training_state
-from modeconn.training.train import Epoch, Stopped, TrainReport, measure, train, training_file
+from modeconn.training.checkpoint import training_file
+from modeconn.training.labelled import measure
+from modeconn.training.loop import Epoch, Stopped
+from modeconn.training.train import TrainReport, train
 
 SPEC = "mlp:64-32-10"
 
@@ -364,10 +367,10 @@ def test_a_broken_or_missing_training_state_is_one_clear_line(digits, tmp_path: 
     whole = training_file(file).read_bytes()
     for content in (b"", whole[:-1], whole[:100], b"\x80\x04\x95", b"not a training state"):
         training_file(file).write_bytes(content)
-        with pytest.raises(ModeconnError, match="is not a training state"):
+        with pytest.raises(ModeconnError, match="is no unfinished training"):
             run(network(), digits, checkpoint=file, resume=True)
     state.save(
-        network().state_dict(), training_file(file), {"training": json.dumps({"format": "other"})}
+        network().state_dict(), training_file(file), {"record": json.dumps({"format": "other"})}
     )
     with pytest.raises(ModeconnError, match="has format 'other', expected 'modeconn"):
         run(network(), digits, checkpoint=file, resume=True)
@@ -375,9 +378,9 @@ def test_a_broken_or_missing_training_state_is_one_clear_line(digits, tmp_path: 
 
 KILLED = """
 import sys, torch
-from modeconn import models
+from modeconn import models, resuming
 from modeconn.training import train
-train.SECONDS_BETWEEN_SAVES = 0
+resuming.SECONDS_BETWEEN_WRITES = 0
 model = models.build("mlp:64-400x3-10")
 models.initialise(model, torch.Generator().manual_seed(1))
 torch.set_num_threads(1)
@@ -407,10 +410,10 @@ def test_killed_at_any_moment_old_files_are_whole(tmp_path: Path):
         process.communicate()
         assert file.read_bytes() == b"an older checkpoint"
         with safe_open(training_file(file), framework="pt") as archive:
-            about = json.loads(archive.metadata()["training"])
+            about = json.loads(archive.metadata()["record"])
             for key in archive.keys():  # noqa: SIM118  # it is no dict
                 assert archive.get_tensor(key).isfinite().all()
-        epochs.append(about["epoch"])
+        epochs.append(about["state"]["epoch"])
     assert min(epochs) >= 1
 
 
@@ -440,7 +443,7 @@ def test_states_are_written_at_most_every_few_seconds(digits, tmp_path: Path, mo
     monkeypatch.setattr(training_state, "save", counting)
     run(network(), digits, checkpoint=tmp_path / "a.safetensors")
     assert written == [1], "six short epochs take less than the time between saves"
-    monkeypatch.setattr("modeconn.training.train.SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("modeconn.resuming.SECONDS_BETWEEN_WRITES", 0.0)
     run(network(), digits, checkpoint=tmp_path / "b.safetensors")
     assert written[1:] == [1, 2, 3, 4, 5, 6]
 
@@ -451,11 +454,11 @@ def test_states_are_written_at_most_every_few_seconds(digits, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.0}, "lr is 0.0, expected a positive number"),
+        ({"lr": 0.0}, "lr is 0.0: expected a positive number"),
         ({"lr": float("nan")}, "lr is nan"),
-        ({"momentum": 1.0}, "momentum is 1.0, expected at least 0 and below 1"),
-        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
-        ({"epochs": 0}, "epochs is 0, expected at least 1"),
+        ({"momentum": 1.0}, "momentum is 1.0: expected at least 0 and below 1"),
+        ({"batch_size": 0}, "batch_size is 0: expected at least 1"),
+        ({"epochs": 0}, "epochs is 0: expected at least 1"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),
         ({"seed": -1}, "seed is -1"),
     ],
@@ -479,7 +482,7 @@ def test_settings_out_of_range_are_named(digits, tmp_path: Path, settings, messa
         (
             (torch.zeros(5, 64), torch.full((5,), 10)),
             SPEC,
-            "labels run from 10 to 10, but the model has 10 outputs",
+            "labels run from 10 to 10: expected 0 to 9, as the model has 10 outputs",
         ),
         ((torch.zeros(5, 64), torch.full((5,), -1)), SPEC, "labels run from -1 to -1"),
         ((torch.zeros(5, 64), torch.zeros(5)), SPEC, "expected int64 class numbers"),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import modeconn as mc
-from modeconn.evaluation import resume as unfinished
 from naive import mlp
 from refused import refused
 
@@ -45,7 +46,7 @@ def net(seed: int) -> nn.Sequential:
 )
 @pytest.mark.parametrize("buffers", ["start", "recompute"])
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch, buffers, seconds):
-    monkeypatch.setattr(unfinished, "SECONDS_BETWEEN_SAVES", seconds)
+    monkeypatch.setattr("modeconn.resuming.SECONDS_BETWEEN_WRITES", seconds)
     a, b = net(1), net(2)
     file = tmp_path / "line.unfinished"
     points, options = 5, {"buffers": buffers, "batch_size": 32, "resume": file}
@@ -85,8 +86,9 @@ def test_a_second_interruption_of_the_statistics(tmp_path: Path, monkeypatch):
     for last in (200, 250):
         with pytest.raises(Stop):
             mc.evaluate(a, path, Source(last), 3, **options)
-        with np.load(file) as kept:
-            done.append(int(kept["statistics/place"][0]))
+        with safe_open(file, framework="pt") as kept:
+            record = json.loads(kept.metadata()["record"])
+        done.append(record["state"]["statistics"][0])
     assert 0 < done[1] < done[2] < 6
     got = mc.evaluate(a, path, Source(300), 3, **options)
     np.testing.assert_array_equal(got.loss, expected.loss)
@@ -96,11 +98,11 @@ def test_another_evaluation_is_refused(tmp_path: Path):
     a, b, c = (mlp(6, 5, 4, seed=seed) for seed in range(3))
     file = tmp_path / "f"
     mc.evaluate(a, mc.Line(a, b), (X, Y), 3, resume=file)
-    with refused("of another evaluation", "other path", str(file)):
+    with refused("holds another unfinished evaluation", "other path", str(file)):
         mc.evaluate(a, mc.Line(a, c), (X, Y), 3, resume=file)
     with refused("other points"):
         mc.evaluate(a, mc.Line(a, b), (X, Y), 4, resume=file)
-    with refused("other loss, metrics"):
+    with refused("loss cross_entropy, not Counting; other metrics"):
         mc.evaluate(a, mc.Line(a, b), (X, Y), 3, resume=file, loss=Counting())
     with refused("on other data"):
         mc.evaluate(a, mc.Line(a, b), (X + 1, Y), 3, resume=file)

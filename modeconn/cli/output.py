@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from modeconn.evaluation.result import PathResult
-    from modeconn.training.train import Epoch
+    from modeconn.training.loop import Epoch
 
 
 def on_terminal() -> bool:
@@ -28,7 +28,7 @@ def write_json(content: dict[str, Any], file: str) -> None:
     if file == "-":
         sys.stdout.write(text)
         return
-    from modeconn.parameters.state import atomic_write
+    from modeconn.files import atomic_write
 
     atomic_write(file, lambda stream: stream.write(text.encode()))
 
@@ -51,7 +51,7 @@ def write_figure(draw: Callable[[Axes], object], file: str, surface: bool = Fals
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from modeconn.parameters.state import atomic_write
+    from modeconn.files import atomic_write
 
     # Not pyplot: it would look for a display.
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")

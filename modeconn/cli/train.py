@@ -12,7 +12,8 @@ from modeconn.errors import ModeconnError
 if TYPE_CHECKING:
     from torch import nn
 
-    from modeconn.training.train import Epoch, TrainReport
+    from modeconn.training.loop import Epoch
+    from modeconn.training.train import TrainReport
 
 
 def add(commands: options.Commands) -> None:

@@ -24,6 +24,7 @@ from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import positive
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.evaluation.result import PathResult
+from modeconn.files import atomic_write
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import PolyChain
 
@@ -175,7 +176,7 @@ class Connection:
             "details": self.details,
         }
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-        states.atomic_write(folder / CONTENT, lambda stream: stream.write(text.encode()))
+        atomic_write(folder / CONTENT, lambda stream: stream.write(text.encode()))
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Connection:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,7 @@ from modeconn.connection.features import Features
 from modeconn.connection.subnetworks import Subnetwork
 from modeconn.connection.trained_subnetwork import TrainedSubnetwork, pack, unpack
 from modeconn.errors import ModeconnError
-from modeconn.parameters import state as states
-
-_SETTINGS = "search.json"
-# What the features sum up to may differ in rounding between machines.
-_TOLERANCE = 1e-5
+from modeconn.resuming import Record, claim
 
 
 class Fits:
@@ -42,7 +37,8 @@ class Fits:
     def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
         self.folder, self.number = None if folder is None else Path(folder), 0
         if self.folder is not None:
-            _claim(self.folder, json.loads(json.dumps(settings)))
+            # What the features sum up to may differ in rounding between machines.
+            claim(self.folder, "search.json", "search", settings, approximate=("features",))
 
     def next(
         self, starts: Sequence[Subnetwork], fit: Callable[[Path | None], list[TrainedSubnetwork]]
@@ -57,11 +53,12 @@ class Fits:
             return fit(None)
         file = self.folder / f"fit-{self.number:03}.safetensors"
         self.number += 1
-        if file.exists():
-            return _read(file, starts)
+        record = Record(file, "finished fit", {})
+        if record.exists:
+            return _read(record, starts)
         results = fit(file.with_suffix(".training"))
-        tensors, records = pack("fit", results)
-        states.save(tensors, file, {"fit": json.dumps(records)})
+        tensors, fits = pack("fit", results)
+        record.write(tensors, {"fits": fits})
         return results
 
 
@@ -92,52 +89,18 @@ def search_settings(
     }
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    file = folder / _SETTINGS
-    if not file.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ModeconnError(
-                f"{folder} is there already and holds no search: name another folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(settings, indent=1)
-        states.atomic_write(file, lambda stream: stream.write(text.encode()))
-        return
+def _read(record: Record, starts: Sequence[Subnetwork]) -> list[TrainedSubnetwork]:
+    tensors, state = record.read()
     try:
-        before = json.loads(file.read_text())
-        sums = zip(before["features"], settings["features"], strict=True)
-        same = all(math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=1e-6) for a, b in sums)
-        others = sorted(
-            key
-            for key in {*before, *settings} - {"features"}
-            if before.get(key) != settings.get(key)
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        found = unpack("fit", tensors, state["fits"], starts)
+    except (KeyError, ValueError, TypeError) as error:
         raise ModeconnError(
-            f"{file} does not describe a search: remove {folder} to start anew"
-        ) from error
-    if others or not same:
-        raise ModeconnError(
-            f"{folder} holds the search of another connection, with other {', '.join(others or ['data'])}: remove it to start "
-            "anew, or name another folder"
-        )
-
-
-def _read(file: Path, starts: Sequence[Subnetwork]) -> list[TrainedSubnetwork]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as saved:
-            tensors = {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
-            records = json.loads((saved.metadata() or {})["fit"])
-        found = unpack("fit", tensors, records, starts)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise ModeconnError(
-            f"{file} is no finished fit: remove it to do it again ({error})"
+            f"{record.file} is no finished fit: remove it to do it again ({error})"
         ) from error
     results = [each for each in found if each is not None]
     if len(results) != len(starts):
         raise ModeconnError(
-            f"{file} holds {len(results)} subnetworks, not {len(starts)}: remove it to do them again"
+            f"{record.file} holds {len(results)} subnetworks, not {len(starts)}: "
+            "remove it to do them again"
         )
     return results

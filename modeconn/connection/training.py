@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,10 @@ from modeconn.connection.stack import KeptFeatures, Stack
 from modeconn.connection.subnetworks import Subnetwork
 from modeconn.connection.trained_subnetwork import TrainedSubnetwork, pack, unpack
 from modeconn.errors import ModeconnError
-from modeconn.parameters import state as states
+from modeconn.resuming import Record
 
 Progress = Callable[[int, int], None]
 
-# An interruption costs at most so much work, and saving a small part of the time.
-SECONDS_BETWEEN_SAVES = 5.0
 # The exact loss needs a pass of its own: it is measured where the loss seen while training is
 # within this factor of the stop.
 _NEAR = 3.0
@@ -91,20 +88,17 @@ def train_subnetworks(
     recipe.check()
     _check_data(chain, starts, features, labels)
     run = _Training(chain, starts, features, labels, recipe, seed)
-    file = None if checkpoint is None else Path(checkpoint)
-    if file is not None and file.exists():
-        run.load(file)
-    saved = time.perf_counter()
+    record = run.record(checkpoint)
+    if record.exists:
+        run.load(record)
     while run.active and run.epoch < recipe.epochs:
         run.run_epoch()
-        if file is not None and time.perf_counter() - saved >= SECONDS_BETWEEN_SAVES:
-            run.save(file)
-            saved = time.perf_counter()
+        if record.due:
+            run.save(record)
         if progress is not None:
             progress(run.epoch, recipe.epochs)
     run.finish()
-    if file is not None:
-        file.unlink(missing_ok=True)
+    record.remove()
     return [result for result in run.results if result is not None]
 
 
@@ -279,18 +273,21 @@ class _Training:
 
     # -- interruption ------------------------------------------------------------------------------
 
-    def _identity(self) -> str:
-        """What makes a training the same: settings, data, subnetworks."""
-        sums = [float(w.double().abs().sum()) for sub in self.starts for w in sub.weights]
-        content = {
-            "recipe": asdict(self.recipe),
+    def record(self, file: str | os.PathLike[str] | None) -> Record:
+        """The record that keeps the training, in a file that need not exist; None keeps nothing."""
+        starts = hashlib.sha256()
+        for sub in self.starts:
+            for weight in sub.weights:
+                starts.update(weight.detach().cpu().contiguous().numpy().tobytes())
+        settings = {
+            **asdict(self.recipe),
             "seed": self.seed,
             "rows": len(self.labels),
-            "starts": sums,
+            "starts": starts.hexdigest(),
         }
-        return json.dumps(content, sort_keys=True)
+        return Record(file, "unfinished training", settings)
 
-    def save(self, file: Path) -> None:
+    def save(self, record: Record) -> None:
         """Write the state after the last finished epoch."""
         tensors: dict[str, Tensor] = {}
         for i, p in enumerate(self.stack.parameters):
@@ -298,51 +295,42 @@ class _Training:
             for key, value in self.optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{i}.{key}"] = value.contiguous()
-        records: dict[str, list[Any]] = {}
+        state: dict[str, Any] = {
+            "epoch": self.epoch,
+            "active": self.active,
+            "seconds": self.seconds,
+        }
         for name, found in (("best", self.best), ("results", self.results)):
-            packed, records[name] = pack(name, found)
+            packed, state[name] = pack(name, found)
             tensors |= packed
-        content = {"epoch": self.epoch, "active": self.active, "seconds": self.seconds, **records}
-        states.save(tensors, file, {"training": self._identity(), "state": json.dumps(content)})
+        record.write(tensors, state)
 
-    def load(self, file: Path) -> None:
+    def load(self, record: Record) -> None:
         """Go on from a saved state."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(file, "pt") as saved:
-                metadata = saved.metadata() or {}
-                tensors = {key: saved.get_tensor(key) for key in saved.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ModeconnError(f"{file} is no unfinished training: {error}") from error
-        if metadata.get("training") != self._identity():
-            raise ModeconnError(
-                f"{file} holds a training with other settings or data: delete it to start anew"
-            )
-        content = json.loads(metadata["state"])
-        self.epoch, self.seconds = content["epoch"], content["seconds"]
-        self.best, self.results = (
-            unpack(name, tensors, content[name], self.starts) for name in ("best", "results")
-        )
-        self.active = content["active"]
+        tensors, state = record.read()
+        self.epoch, self.seconds = state["epoch"], state["seconds"]
+        self.best = unpack("best", tensors, state["best"], self.starts)
+        self.results = unpack("results", tensors, state["results"], self.starts)
+        self.active = state["active"]
         which = torch.tensor(self.active, dtype=torch.int64, device=self.labels.device)
         self.stack.keep(which)
         self.rows.keep(self.active)
         self.optimizer = self._optimizer()
-        with torch.no_grad():
-            for i, p in enumerate(self.stack.parameters):
-                p.copy_(tensors[f"stack.{i}"])
-                prefix = f"optimizer.{i}."
-                values = {
-                    key.removeprefix(prefix): value
-                    for key, value in tensors.items()
-                    if key.startswith(prefix)
-                }
+        for i, p in enumerate(self.stack.parameters):
+            self._restore(i, p, tensors)
+
+    @torch.no_grad()
+    def _restore(self, i: int, parameter: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        """Set a parameter of the stack, and what the optimizer keeps of it."""
+        parameter.copy_(tensors[f"stack.{i}"])
+        prefix = f"optimizer.{i}."
+        kept: dict[str, Tensor] = {}
+        for key, value in tensors.items():
+            if key.startswith(prefix):
                 # In the parameter's own layout, or sums would run in another order.
-                self.optimizer.state[p] = {
-                    key: torch.empty_like(p).copy_(value) if value.dim() else value
-                    for key, value in values.items()
-                }
+                own = torch.empty_like(parameter).copy_(value) if value.dim() else value
+                kept[key.removeprefix(prefix)] = own
+        self.optimizer.state[parameter] = kept
 
 
 def _selected(values: Mapping[str, Any], which: Tensor) -> dict[str, Any]:

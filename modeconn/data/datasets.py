@@ -1,4 +1,4 @@
-"""The built-in image sets: digits, MNIST, Fashion-MNIST and CIFAR-10, read from the files that users have."""
+"""The built-in image sets: digits, MNIST, Fashion-MNIST and CIFAR-10, from users' own files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _CIFAR_RECORD = 1 + 3 * 32 * 32  # a label and the three colour planes
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Labelled images, kept as bytes and normalised when they are read: (x / scale - mean) / std.
+    """Labelled images, kept as bytes and normalized when they are read: (x / scale - mean) / std.
 
     Attributes:
         inputs: Pixels, uint8 [N, C, H, W].
@@ -78,7 +78,17 @@ class Images(Dataset[tuple[Tensor, int]]):
         std: float | Sequence[float] = 1.0,
         scale: float = 255.0,
     ) -> None:
-        """Checks and keeps the arrays; see the class for their shapes.
+        """Check the arrays and keep them.
+
+        Args:
+            inputs: Pixels, uint8 [N, C, H, W].
+            targets: Labels, integers [N].
+            name: What messages call the set.
+            split: "train", "test", or a name of the user's.
+            classes: The classes' names.
+            mean: Subtracted after the division by `scale`; one value, or one per channel.
+            std: Divided by last; one value, or one per channel.
+            scale: The pixels' largest value.
 
         Raises:
             ModeconnError: The shapes do not fit, a label is no class, or mean or std cannot be
@@ -109,19 +119,19 @@ class Images(Dataset[tuple[Tensor, int]]):
         return len(self.inputs)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image, normalised, float32 [C, H, W], and its label."""
-        return self._normalised(self.inputs[index]), int(self.targets[index])
+        """Return an image, normalized, float32 [C, H, W], and its label."""
+        return self._normalized(self.inputs[index]), int(self.targets[index])
 
     def slice(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Images start to stop, normalised, float32 [B, C, H, W], and their labels, int64 [B]."""
-        return self._normalised(self.inputs[start:stop]), self.targets[start:stop]
+        """Return images start to stop, normalized, float32 [B, C, H, W], and labels, int64 [B]."""
+        return self._normalized(self.inputs[start:stop]), self.targets[start:stop]
 
     def __repr__(self) -> str:
         shape = "x".join(str(size) for size in self.inputs.shape[1:])
         what = f"{self.name} {self.split}: {len(self):,} of {shape}, {len(self.classes)} classes"
         return f"Images({what}, {self.normalization})"
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
+    def _normalized(self, pixels: Tensor) -> Tensor:
         # The operations of torchvision's ToTensor and Normalize, in their order: the same to the
         # last bit.
         mean, std = self.mean[:, None, None], self.std[:, None, None]
@@ -136,18 +146,17 @@ def load(
     std: float | Sequence[float] | None = None,
     limit: int | None = None,
 ) -> Images:
-    """One of the built-in sets, in its files' order.
+    """Load one of the built-in sets, in its files' order.
 
-    ===============  ===========  ===============
-    =================================================== name             images       train / test
-    default normalisation ===============  ===========  ===============
-    =================================================== "digits"         [1, 8, 8]    1437 / 360
-    x / 16 "mnist"          [1, 28, 28]  60,000 / 10,000  (x / 255 - 0.5) / 0.5 "fashion-mnist"  [1,
-    28, 28]  60,000 / 10,000  (x / 255 - 0.5) / 0.5 "cifar10"        [3, 32, 32]  50,000 / 10,000
-    (x / 255 - (0.4914, 0.4822, 0.4465))
+    ===============  ===========  ===============  ================================================
+    name             images       train / test     default normalization
+    ===============  ===========  ===============  ================================================
+    "digits"         [1, 8, 8]    1437 / 360       x / 16
+    "mnist"          [1, 28, 28]  60,000 / 10,000  (x / 255 - 0.5) / 0.5
+    "fashion-mnist"  [1, 28, 28]  60,000 / 10,000  (x / 255 - 0.5) / 0.5
+    "cifar10"        [3, 32, 32]  50,000 / 10,000  (x / 255 - (0.4914, 0.4822, 0.4465))
                                                    / (0.2470, 0.2435, 0.2616)
-    ===============  ===========  ===============
-    ===================================================
+    ===============  ===========  ===============  ================================================
 
     Digits are split by a fixed permutation, `np.random.RandomState(0)`: the first 1437 are the
     training set.
@@ -217,8 +226,8 @@ def _read_mnist(name: str, split: str, root: Root) -> Arrays:
     images, labels = _read_idx(images_file, 3), _read_idx(labels_file, 1)
     if len(images) != len(labels):
         raise ModeconnError(
-            f"{name}: {images_file} holds {len(images):,} images but {labels_file} {len(labels):,} labels; "
-            "expected one label per image"
+            f"{name}: {images_file} holds {len(images):,} images but {labels_file} "
+            f"{len(labels):,} labels; expected one label per image"
         )
     return images[:, None], labels
 
@@ -229,12 +238,7 @@ def _read_cifar10(name: str, split: str, root: Root) -> Arrays:
     places = (base / "cifar-10-batches-bin", base)
     place = next((place for place in places if (place / files[0]).is_file()), None)
     if place is None:
-        for folder in (base / "cifar-10-batches-py", base):
-            if (folder / files[0].removesuffix(".bin")).is_file():
-                raise ModeconnError(
-                    f"{name}: {folder} holds the python version, pickles, which can run code when read; "
-                    "unpack cifar-10-binary.tar.gz there instead, or pass torchvision's CIFAR10 as the data"
-                )
+        _refuse_pickles(base, name, files[0])
         raise ModeconnError(
             f"{name}: no {files[0]} in {' or '.join(map(str, places))}; expected the binary version"
         )
@@ -242,11 +246,23 @@ def _read_cifar10(name: str, split: str, root: Root) -> Arrays:
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
+def _refuse_pickles(base: Path, name: str, file: str) -> None:
+    """Raise a ModeconnError where CIFAR-10's Python version lies in the place of the binary one."""
+    for folder in (base / "cifar-10-batches-py", base):
+        if (folder / file.removesuffix(".bin")).is_file():
+            raise ModeconnError(
+                f"{name}: {folder} holds the python version, pickles, which can run code when "
+                "read; unpack cifar-10-binary.tar.gz there instead, or pass torchvision's CIFAR10 "
+                "as the data"
+            )
+
+
 def _read_cifar_file(file: Path) -> np.ndarray:
     content, expected = _content(file), _CIFAR_IMAGES * _CIFAR_RECORD
     if len(content) != expected:
         raise ModeconnError(
-            f"{file}: {len(content):,} bytes; expected {expected:,} for {_CIFAR_IMAGES:,} images (truncated?)"
+            f"{file}: {len(content):,} bytes; expected {expected:,} "
+            f"for {_CIFAR_IMAGES:,} images (truncated?)"
         )
     return np.frombuffer(content, np.uint8).reshape(_CIFAR_IMAGES, _CIFAR_RECORD)
 
@@ -278,8 +294,8 @@ def _folder(root: Root, name: str, layout: str) -> Path:
     chosen = root if root is not None else os.environ.get("MODECONN_DATA")
     if not chosen:
         raise ModeconnError(
-            f"{name}: no folder given; expected root=DIR (--data-root DIR) or MODECONN_DATA=DIR in the "
-            f"environment, where DIR holds {layout}"
+            f"{name}: no folder given; expected root=DIR (--data-root DIR) or MODECONN_DATA=DIR "
+            f"in the environment, where DIR holds {layout}"
         )
     base = Path(chosen).expanduser()
     if not base.is_dir():
@@ -288,24 +304,26 @@ def _folder(root: Root, name: str, layout: str) -> Path:
 
 
 def _find(places: Sequence[Path], stem: str, ending: str, name: str) -> Path:
+    # some mirrors write train-images.idx3-ubyte
+    names = [f"{stem}{joint}{ending}" for joint in "-."]
+    names = [names[0], f"{names[0]}.gz", names[1], f"{names[1]}.gz"]
     for place in places:
-        for joint in "-.":  # some mirrors write train-images.idx3-ubyte
-            for suffix in ("", ".gz"):
-                file = place / f"{stem}{joint}{ending}{suffix}"
-                if file.is_file():
-                    return file
+        found = next((place / each for each in names if (place / each).is_file()), None)
+        if found is not None:
+            return found
     raise ModeconnError(
         f"{name}: no {stem}-{ending} or {stem}-{ending}.gz in {', '.join(map(str, places))}"
     )
 
 
 def _read_idx(file: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of bytes: a magic number (type, dimensions), the big-endian sizes, the bytes."""
+    """Read an IDX file of bytes: magic number (type, dimensions), big-endian sizes, bytes."""
     content, start = _content(file), 4 + 4 * dimensions
     magic = bytes((0, 0, 8, dimensions))
     if content[:4] != magic:
         raise ModeconnError(
-            f"{file}: starts with {content[:4].hex() or 'nothing'}; expected an IDX file's {magic.hex()}"
+            f"{file}: starts with {content[:4].hex() or 'nothing'}; "
+            f"expected an IDX file's {magic.hex()}"
         )
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
     expected = start + math.prod(shape)
@@ -318,7 +336,7 @@ def _read_idx(file: Path, dimensions: int) -> np.ndarray:
 
 
 def _content(file: Path) -> bytearray:
-    """All bytes of a file, unpacked if it is gzip, whatever its name ends with."""
+    """Read all bytes of a file, unpacked if it is gzip, whatever its name ends with."""
     try:
         content = file.read_bytes()
         if content.startswith(b"\x1f\x8b"):
@@ -331,7 +349,7 @@ def _content(file: Path) -> bytearray:
 
 
 # ----------------------------------------------------------------------------------------
-# normalisation
+# normalization
 
 
 def _per_channel(values: Any, channels: int, what: str) -> Tensor:
@@ -351,6 +369,6 @@ def _per_channel(values: Any, channels: int, what: str) -> Tensor:
 
 
 def _text(values: Tensor) -> str:
-    """One number if all channels agree, else all of them: "(0.4914, 0.4822, 0.4465)"."""
+    """Format one number if all channels agree, else all: "(0.4914, 0.4822, 0.4465)"."""
     texts = [f"{value:.6g}" for value in values.tolist()]
     return texts[0] if len(set(texts)) == 1 else f"({', '.join(texts)})"

@@ -1,4 +1,7 @@
-"""A network's inputs: one tensor, or several as a tuple (by position) or a dict (by name); axis 0 is the samples."""
+"""A network's inputs: one tensor, or several as a tuple (by position) or a dict (by name).
+
+Axis 0 of each tensor is that of the samples.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +16,26 @@ Inputs = Union[Tensor, "tuple[Tensor, ...]", "dict[str, Tensor]"]
 
 
 def leaves(inputs: Inputs) -> list[Tensor]:
-    """The tensors, in order."""
+    """Return the tensors, in order."""
     if isinstance(inputs, Tensor):
         return [inputs]
     return list(inputs.values()) if isinstance(inputs, Mapping) else list(inputs)
 
 
 def keys(inputs: Inputs) -> list[Any]:
-    """What names each tensor: None for the only one, its place in a tuple, its name in a dict."""
+    """Return the key of each tensor: None, its place in a tuple, or its name in a dict."""
     if isinstance(inputs, Tensor):
         return [None]
     return list(inputs) if isinstance(inputs, Mapping) else list(range(len(inputs)))
 
 
 def rows(inputs: Inputs) -> int:
-    """The number of samples."""
+    """Return the number of samples."""
     return len(leaves(inputs)[0])
 
 
 def apply(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
-    """A function of each tensor, in the same structure."""
+    """Apply a function to each tensor, and keep the structure."""
     if isinstance(inputs, Tensor):
         return function(inputs)
     if isinstance(inputs, Mapping):
@@ -41,19 +44,21 @@ def apply(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
 
 
 def moved(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Inputs as they are computed with; integers (tokens) stay integers."""
-    return apply(
-        lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None), inputs
-    )
+    """Return inputs on a device, floating point in a dtype; integers (tokens) stay integers."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+    return apply(move, inputs)
 
 
 def take(inputs: Inputs, start: int, stop: int) -> Inputs:
-    """Samples start to stop."""
+    """Return samples start to stop."""
     return apply(lambda tensor: tensor[start:stop], inputs)
 
 
 def join(parts: Sequence[Inputs]) -> Inputs:
-    """Batches of one structure, one after the other."""
+    """Concatenate batches of equal structure."""
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(list(parts))  # type: ignore[arg-type]
@@ -63,20 +68,20 @@ def join(parts: Sequence[Inputs]) -> Inputs:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """The model's output: tuples are passed by position, dicts by name."""
+    """Call a model: tuples are passed by position, dicts by name."""
     args, kwargs = arguments(inputs)
     return model(*args, **kwargs)
 
 
 def arguments(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Positional and keyword arguments of a call."""
+    """Return the positional and the keyword arguments of a call."""
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
 
 
 def describe(inputs: Inputs) -> str:
-    """Shapes and dtypes, for messages: "['N', 3] float32", or several of them by name."""
+    """Describe shapes and dtypes, as "['N', 3] and dtype float32", or several of them by name."""
     parts = []
     for key, tensor in zip(keys(inputs), leaves(inputs)):
         text = f"{['N', *tensor.shape[1:]]} and dtype {str(tensor.dtype).removeprefix('torch.')}"

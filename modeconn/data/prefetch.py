@@ -1,4 +1,4 @@
-"""Data on its way to the device: batch by batch, the next one while the present one is computed, or all of it once."""
+"""Data on its way to the device: batch by batch, one ahead of the computation, or all at once."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ from torch import Tensor
 
 from modeconn.data.inputs import Inputs, apply, leaves, moved
 
-# Of a device's free memory, what a data set that stays there may take.
+# The share of a device's free memory that a resident data set may take: the rest is for weights and
+# activations, which are not known yet.
 _SHARE = 0.25
 
 
 def resident(data: Any, device: torch.device, free: Callable[[], int] | None = None) -> Any:
-    """Data that is read more than once, on a CUDA device if it is tensors and fits there; otherwise as it is.
+    """Move data that is read more than once to a CUDA device, if they are tensors and fit there.
 
     Args:
         data: as `evaluate` takes it.
-        free: bytes that are free on the device.
+        device: of the computation.
+        free: returns the bytes that are free on the device.
+
+    Returns:
+        The data on the device, or as they are.
     """
     if device.type != "cuda" or not isinstance(data, (tuple, list)) or len(data) != 2:
         return data
     inputs, targets = data
-    parts = [targets, *(leaves(inputs) if isinstance(inputs, (Tensor, dict, tuple)) else [inputs])]
+    known = isinstance(inputs, (Tensor, dict, tuple))
+    parts = [targets, *(leaves(inputs) if known else [inputs])]
     if not all(isinstance(part, Tensor) for part in parts):
         return data
     limit = _SHARE * (free() if free else torch.cuda.mem_get_info(device)[0])
@@ -39,16 +45,16 @@ def on_device(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[tuple[Inputs, Tensor, Tensor]]:
-    """Each batch's inputs and labels on the device, and the labels as they came, for what the host wants to know of them.
+    """Yield each batch's inputs and labels on the device, and the labels as they came.
 
-    To a CUDA device a batch goes from pinned memory and in a stream of its own, one batch ahead.
-    What lies there already stays where it is.
+    The host reads the latter, and need not wait for the device. To a CUDA device a batch goes from
+    pinned memory and in a stream of its own, one batch ahead. Tensors that are there already stay.
 
     Args:
         batches: inputs and targets.
-        fit: targets to labels, checked; done before they travel, so that the device need not be
-            waited for.
+        fit: turns targets into labels and checks them, before they travel.
         dtype: of floating-point inputs on the device.
+        device: of the computation.
     """
     if device.type != "cuda":
         for inputs, targets in batches:
@@ -76,7 +82,7 @@ def on_device(
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that may still be under way, by way of pinned memory of our own: the source may be filled again."""
+    """Begin a copy to the device by way of pinned memory of our own: sources may be refilled."""
     if tensor.device == device:
         return tensor
     if tensor.device.type != "cpu":
@@ -88,7 +94,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 def _taken(
     sent: tuple[tuple[Inputs, Tensor, Tensor], Any], device: torch.device
 ) -> tuple[Inputs, Tensor, Tensor]:
-    """The batch, once it is there; its memory is not given to the next one before it has been used."""
+    """Wait for a batch, and keep its memory from the next one until it has been used."""
     stream = torch.cuda.current_stream(device)
     (inputs, labels, given), arrived = sent
     stream.wait_event(arrived)

@@ -1,4 +1,4 @@
-"""What the arguments that `evaluate`, `explain` and `forward` share mean; each is checked here, once."""
+"""Checks of the arguments that `evaluate`, `explain` and `forward` share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modeconn.parameters import state as states
 from modeconn.parameters.paths import Path
 
 BUFFERS = ("interpolate", "start", "recompute")
-# What values have; "tf32" and "bf16" are about what products are made of, on a GPU.
+# The dtype of values; "tf32" and "bf16" are those of the factors of products, on a GPU.
 PRECISIONS = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -22,14 +22,14 @@ PRECISIONS = {
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """What to compute in."""
+    """Return the dtype to compute in."""
     if precision not in PRECISIONS:
         raise ModeconnError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
 
 
 def device_of(device: str | torch.device | None, path: Path) -> torch.device:
-    """Where to compute: by default where the path's control points are."""
+    """Return the device to compute on: by default that of the path's control points."""
     if device is None:
         return next(iter(path.control_points[0].values())).device
     try:
@@ -43,9 +43,13 @@ def device_of(device: str | torch.device | None, path: Path) -> torch.device:
 
 
 def frozen_entries(buffers: str, path: Path, data: bool = True) -> frozenset[str]:
-    """Entries that do not move: norms' running statistics, where they are to stay those of the start.
+    """Return the names of tensors that do not move along the path.
+
+    They are norms' running statistics, where those of the path's start are requested.
 
     Args:
+        buffers: "interpolate", "start" or "recompute".
+        path: the path.
         data: whether there are data to recompute the statistics from.
     """
     allowed = BUFFERS if data else BUFFERS[:2]
@@ -60,17 +64,15 @@ def frozen_entries(buffers: str, path: Path, data: bool = True) -> frozenset[str
 
 
 def check_fit(model: nn.Module, path: Path) -> None:
-    """Raise a ModeconnError for a model without memory of its own, or whose entries differ from the path's."""
+    """Raise a ModeconnError unless the model has memory, and the path's parameters and buffers."""
     own = model.state_dict()
-    nowhere = [
-        name
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        if tensor.is_meta
-    ]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    nowhere = [name for name, tensor in named if tensor.is_meta]
     if nowhere:
         raise ModeconnError(
-            f"the model {type(model).__name__} has {len(nowhere)} entries on the meta device, {nowhere[0]!r} first, and no "
-            'numbers for them: model.to_empty(device="cpu") makes room, and the path has the weights'
+            f"the model {type(model).__name__} has {len(nowhere)} tensors on the meta device, "
+            f'{nowhere[0]!r} first: allocate them by model.to_empty(device="cpu"), and the path '
+            "has the weights"
         )
     states.match(
         [own, path.control_points[0]],
@@ -81,7 +83,7 @@ def check_fit(model: nn.Module, path: Path) -> None:
 
 
 def positive(name: str, value: Any) -> int | None:
-    """A whole number of at least one, or None for the default."""
+    """Check that a value is a whole number of at least one, or None for the default."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ModeconnError(f"{name} is {value!r}: expected a whole number, at least 1")
     return value

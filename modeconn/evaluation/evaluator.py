@@ -21,9 +21,10 @@ from modeconn.backends.precision import products
 from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Graph
 from modeconn.capture.opaque import eval_mode
-from modeconn.data.batches import Batch, Batches, as_inputs
+from modeconn.data.batches import Batch, Batches
 from modeconn.data.inputs import call, moved, rows, take
 from modeconn.data.prefetch import on_device
+from modeconn.data.tensors import as_inputs
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import check_fit, device_of, dtype_of, frozen_entries
 from modeconn.evaluation.notices import (

@@ -1,7 +1,8 @@
-"""Outputs of a network at many points of a path, for a batch of inputs: the engine as a primitive."""
+"""Outputs of a network at many points of a path, for a batch of inputs."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,20 +35,19 @@ from modeconn.plan.report import Plan
 class Forward:
     """A network, captured and planned for some points of a path: call it with batches of inputs.
 
-    What does not depend on t is computed once per call, dead units are left out, and what is linear
-    in the coefficients is combined, as `explain` shows.
+    Values that do not depend on t are computed once per call, dead units are left out, and values
+    that are linear in the coefficients are combined, as `explain` shows.
 
-    Outputs can be differentiated in x, and in the control points where their tensors in
-    `path.control_points` require gradients when this is made. Weights that are zero then count as
-    any others, and in the precision that they have they may change between calls (an optimizer's
-    step, say).
+    Outputs can be differentiated with respect to x, and to the control points where the tensors in
+    `path.control_points` require gradients when this is made. Zero weights then count as any
+    others, and weights of the requested precision may change between calls, by an optimizer's step.
 
     Args:
         model: the architecture; its own weights do not matter, and it is left as it was, training
             mode included.
         path: of checkpoints that fit the model. Its weights are looked at here: after they have
-            changed, make another, unless they require gradients.
-        t: a count of points, or the t values themselves, in any order, repeated if need be.
+            changed, make another `Forward`, unless they require gradients.
+        t: a count of points, or the t values, in any order, repeated or not.
         sample: a few rows of input [N, …], or a tuple or dict of such tensors where the model takes
             several; only their shape and dtype count.
         buffers: "interpolate" the norms' running statistics with the weights, or keep those of the
@@ -61,7 +61,7 @@ class Forward:
 
     Attributes:
         t: float64 [T] for a curve, [T, dim] otherwise.
-        plan: what `explain` would print.
+        plan: the `Plan` that `explain` would return.
 
     Raises:
         ModeconnError: bad input, or a network whose output is not one tensor with a row per sample.
@@ -81,11 +81,8 @@ class Forward:
         memory_budget: int | None = None,
     ) -> None:
         self.t: np.ndarray = path.points(t)
-        self._precision, self._dtype, self._device = (
-            precision,
-            dtype_of(precision),
-            device_of(device, path),
-        )
+        self._precision = precision
+        self._dtype, self._device = dtype_of(precision), device_of(device, path)
         check_name(backend, precision, self._device)
         self._backend = backend
         self._budget = positive("memory_budget", memory_budget) or MEMORY_BUDGET
@@ -99,9 +96,8 @@ class Forward:
         with eval_mode(self._model), torch.no_grad():
             _check_output(graph, call(self._model, few), rows(few))
         warn_of_capture(graph, "the rows that are given together")
-        self._weights_move = any(
-            tensor.requires_grad for point in path.control_points for tensor in point.values()
-        )
+        tensors = itertools.chain.from_iterable(point.values() for point in path.control_points)
+        self._weights_move = any(tensor.requires_grad for tensor in tensors)
         program = make_program(
             graph,
             path,
@@ -116,7 +112,7 @@ class Forward:
         self._engine(self._weights_move)  # raises here, not at the first call
 
     def __call__(self, x: Any) -> Tensor:
-        """The outputs [T, B, …] for inputs [B, …], in the order of `t`.
+        """Return the outputs [T, B, …] for inputs [B, …], in the order of `t`.
 
         Raises:
             ModeconnError: rows of another shape than the sample's, or none.
@@ -124,7 +120,7 @@ class Forward:
         inputs = self._input(x)
         if describe(inputs) != self._row:
             raise ModeconnError(
-                f"inputs have shape {describe(inputs)}: expected {self._row}, as in the sample this was made for"
+                f"inputs have shape {describe(inputs)}: expected {self._row}, as in the sample"
             )
         count = rows(inputs)
         wanted = torch.is_grad_enabled() and (
@@ -157,7 +153,8 @@ class Forward:
         if not shapes or not all(shape and shape[0] == shapes[0][0] > 0 for shape in shapes):
             text = shapes[0] if isinstance(inputs, Tensor) else shapes
             raise ModeconnError(
-                f"inputs have shape {text}: expected at least one row, [N, …], and as many of each input"
+                f"inputs have shape {text}: expected at least one row, [N, …], "
+                "and as many of each input"
             )
         return moved(inputs, self._dtype, self._device)
 
@@ -174,7 +171,7 @@ class Forward:
         return self._engines[differentiable]
 
     def _outputs(self, engine: Backend, x: Inputs) -> Tensor:
-        """The outputs at the distinct points, [T, B, …]."""
+        """Return the outputs at the distinct points, [T, B, …]."""
         program, count = self.plan.program, rows(x)
         values = engine.shared(x)
         points: list[list[Tensor]] = [[] for _ in program.points]
@@ -204,17 +201,25 @@ def forward(
     device: str | torch.device | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    """The outputs of a network at each t, for the rows of x.
+    """Return the outputs of a network at each t, for the rows of x.
 
-    Batch after batch with the same model, path and t, make a `Forward` once and call that.
+    For many batches with one model, path and t, make a `Forward` once and call that.
 
     Args:
-        x: inputs [B, …].
-        model, path, t, buffers, backend, precision, device, memory_budget: as for `Forward`.
+        model: the architecture; its own weights do not matter, and it is left as it was.
+        path: of checkpoints that fit the model.
+        t: a count of points, or the t values, in any order, repeated or not.
+        x: inputs [B, …], or a tuple or dict of them where the model takes several.
+        buffers: "interpolate" the norms' running statistics with the weights, or keep those of the
+            path's "start".
+        backend: "auto", or a backend by name, which then runs or raises.
+        precision: "float32" or "float64"; on a CUDA device also "tf32" or "bf16".
+        device: of the computation; by default where the path's control points are.
+        memory_budget: bytes for what is shared between points, 128 MiB by default.
 
     Returns:
-        the outputs [T, B, …], in the order of t; what `vmap` of `functional_call` over the stacked
-            weights would give.
+        The outputs [T, B, …], in the order of t, as `vmap` of `functional_call` over the stacked
+        weights computes them.
 
     Raises:
         ModeconnError: bad input, or a network whose output is not one tensor with a row per sample.
@@ -236,16 +241,17 @@ def forward(
 def _check_output(graph: Graph, example: Any, count: int) -> None:
     if not isinstance(example, Tensor) or graph.tensor_output is None:
         raise ModeconnError(
-            f"the model returns {type(example).__name__}, and forward needs one tensor [N, …]: wrap the model in a module "
-            "that returns the tensor you want"
+            f"the model returns {type(example).__name__}, and forward needs one tensor [N, …]: "
+            "wrap the model in a module that returns the tensor you want"
         )
-    shape = graph.nodes[graph.tensor_output].shape
-    if (
-        example.dim() == 0
-        or len(example) != count
-        or not isinstance(shape[0], Size)
-        or str(shape[0]) != "N"
-    ):
+    if example.dim() == 0 or len(example) != count or not _has_row_per_input(graph):
         raise ModeconnError(
-            f"the model's output has shape {list(example.shape)} for {count} inputs: expected a row per input, [N, …]"
+            f"the model's output has shape {list(example.shape)} for {count} inputs: "
+            "expected a row per input, [N, …]"
         )
+
+
+def _has_row_per_input(graph: Graph) -> bool:
+    assert graph.tensor_output is not None
+    first = graph.nodes[graph.tensor_output].shape[0]
+    return isinstance(first, Size) and str(first) == "N"

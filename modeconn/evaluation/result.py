@@ -14,7 +14,7 @@ import numpy as np
 
 from modeconn import plotting
 from modeconn.errors import ModeconnError
-from modeconn.parameters.state import atomic_write
+from modeconn.files import atomic_write
 
 if TYPE_CHECKING:
     import pandas

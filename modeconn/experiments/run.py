@@ -22,12 +22,14 @@ from modeconn.experiments import figures
 from modeconn.experiments.settings import Experiment, Join, Sweep, settings
 from modeconn.experiments.settings import Solution as SolutionSettings
 from modeconn.experiments.tables import Tables
+from modeconn.files import atomic_write
 from modeconn.parameters.paths import Line
-from modeconn.parameters.state import atomic_write
+from modeconn.resuming import claim
 from modeconn.stability.dropout import dropout_stability
 from modeconn.stability.subnetworks import subnetwork_stability
 from modeconn.stability.table import StabilityTable
-from modeconn.training.train import train, training_file
+from modeconn.training.checkpoint import training_file
+from modeconn.training.train import train
 
 Log = Callable[[str], None]
 File = str | os.PathLike[str]
@@ -75,7 +77,7 @@ def reproduce(
         "solutions": [str(Path(file).resolve()) for file in solutions],
         "settings": json.loads(json.dumps(asdict(setting))),
     }
-    _claim(folder, described)
+    claim(folder, "settings.json", "experiment", described)
     say = log or (lambda line: None)
     if isinstance(setting, Sweep):
         result = _sweep(setting, folder, root, seed, say)
@@ -94,22 +96,6 @@ def reproduce(
         figures.save(folder / f"{name}.png", lambda: figures.widths(name, result["lines"]))
     _write_json(folder / "result.json", result)
     return result
-
-
-def _claim(folder: Path, described: dict[str, Any]) -> None:
-    file = folder / "settings.json"
-    if file.exists():
-        if json.loads(file.read_text()) != described:
-            raise ModeconnError(
-                f"{folder} holds an experiment with other settings: name another folder"
-            )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModeconnError(
-            f"{folder} is there already and holds no experiment: name another folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(file, described)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

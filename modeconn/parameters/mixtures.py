@@ -1,4 +1,4 @@
-"""Which weighted sums of networks to look at: grids and draws on the simplex, subsets, task arithmetic, greedy soups.
+"""Coefficients of mixtures: simplex grids and draws, subsets, task arithmetic, greedy soups.
 
 Coefficients for a `Mixture` of n networks, float64 [T, n]. One evaluation takes hundreds of them in
 one pass.
@@ -14,14 +14,14 @@ import numpy as np
 
 from modeconn.errors import ModeconnError
 
-# More sums than anyone looks at are a slip.
+# More mixtures than anyone looks at are a slip of typing.
 MOST = 100_000
-# Networks of which all subsets are still few.
+# All subsets of so many networks are still few: 1023.
 MOST_OF_SUBSETS = 10
 
 
 def simplex_grid(count: int, steps: int) -> np.ndarray:
-    """All weights of `count` networks that are multiples of 1/steps, at least 0, and add up to 1."""
+    """Return all coefficients that are multiples of 1/steps, at least 0, and sum to 1."""
     _limit(math.comb(steps + count - 1, count - 1))
     places = steps + count - 1
     bars = [(-1, *each, places) for each in itertools.combinations(range(places), count - 1)]
@@ -30,17 +30,21 @@ def simplex_grid(count: int, steps: int) -> np.ndarray:
 
 
 def random_simplex(count: int, draws: int, seed: int = 0) -> np.ndarray:
-    """The mean of the networks, then weights drawn evenly from those that add up to 1."""
+    """Return the mean of the networks, then coefficients drawn uniformly from the simplex."""
     _limit(draws)
     drawn = np.random.default_rng(seed).dirichlet(np.ones(count), draws)
     return np.concatenate([np.full((1, count), 1.0 / count), drawn])
 
 
 def subset_means(count: int) -> np.ndarray:
-    """The mean of every subset of the networks, each alone included (uniform soups, Wortsman et al. 2022)."""
+    """Return the mean of every subset of the networks, each alone included.
+
+    These are the uniform soups of Wortsman et al. 2022.
+    """
     if count > MOST_OF_SUBSETS:
         raise ModeconnError(
-            f"{count} networks have {2**count - 1:,} subsets: expected at most {MOST_OF_SUBSETS} networks"
+            f"{count} networks have {2**count - 1:,} subsets: "
+            f"expected at most {MOST_OF_SUBSETS} networks"
         )
     subsets = np.array(list(itertools.product((0.0, 1.0), repeat=count)))[1:]
     means: np.ndarray = subsets / subsets.sum(1, keepdims=True)
@@ -48,14 +52,17 @@ def subset_means(count: int) -> np.ndarray:
 
 
 def task_arithmetic(count: int, scales: Sequence[float]) -> np.ndarray:
-    """base + Σ x_i · (network_i - base) for every choice of the scales x_i (Ilharco et al. 2023); the base comes last."""
+    """Return base + Σ x_i · (network_i - base) for every choice of the scales x_i.
+
+    Task arithmetic (Ilharco et al. 2023); the base is the last of the networks.
+    """
     _limit(len(scales) ** count)
     chosen = np.array(list(itertools.product(scales, repeat=count)), np.float64)
     return np.column_stack([chosen, 1.0 - chosen.sum(1)])
 
 
 def greedy_soup(count: int, score: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """The means that a greedy soup passes through (Wortsman et al. 2022, recipe 1).
+    """Return the means that a greedy soup passes through (Wortsman et al. 2022, recipe 1).
 
     The networks come in the order of their own scores; each joins the mean if that does not make it
     worse.
@@ -81,4 +88,4 @@ def greedy_soup(count: int, score: Callable[[np.ndarray], np.ndarray]) -> np.nda
 
 def _limit(count: int) -> None:
     if count > MOST:
-        raise ModeconnError(f"that makes {count:,} sums: expected at most {MOST:,}")
+        raise ModeconnError(f"that makes {count:,} mixtures: expected at most {MOST:,}")

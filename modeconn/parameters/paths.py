@@ -1,8 +1,8 @@
 """Paths in parameter space: control points and a basis, θ(t) = Σ_k c_k(t) θ_k.
 
-A path owns its control points (state dicts) and says, for any t, with which coefficients they are
-added up and which of them are *active*, that is, on which segment t lies. Everything else in
-modeconn works on those two.
+A path owns its control points (state dicts). For any t it gives the coefficients of their sum, and
+the segment on which t lies, that is, which of them are *active*. Everything else in modeconn works
+on those two.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from modeconn.parameters import state as states
 from modeconn.parameters.state import State
 from modeconn.parameters.trajectory import principal_plane
 
-# What t, a count of points or a sequence of values, may be given as.
+# A count of points, or t values: a number, a sequence, an array or a tensor.
 Points = Any
-# What a control point may be given as.
+# A control point: a module, a state dict or the name of a checkpoint file.
 Source = Any
 
 # t * segments within this many rounding errors of a whole number is that breakpoint, so that t = i
@@ -36,12 +36,18 @@ class Path:
 
     Attributes:
         control_points: K state dicts with equal keys, shapes and dtypes.
-        dim: how many numbers make one t (1 for a curve, 2 for a plane, K for a mixture).
+        dim: the number of coordinates of t (1 for a curve, 2 for a plane, K for a mixture).
+        names: what messages call the control points.
 
-    The tensors of modules and state dicts are not copied: train a model on, and a path through it
-    follows. Entries that are not floating point (counters such as `num_batches_tracked`) are not
-    interpolated: they are those of the first control point everywhere. Those in half precision are
-    taken as float32.
+    The tensors of modules and state dicts are not copied: a path follows a model that is trained
+    further. Tensors that are not floating point (counters such as `num_batches_tracked`) are not
+    interpolated: everywhere they are those of the first control point. Half precision is widened to
+    float32.
+
+    Args:
+        control_points: modules, state dicts or names of checkpoint files.
+        names: what messages call them; by default the file names.
+        least: the fewest control points.
     """
 
     dim = 1
@@ -53,11 +59,13 @@ class Path:
             control_points, Sequence
         ):
             raise ModeconnError(
-                f"{type(self).__name__} takes a list of control points, got {type(control_points).__name__}"
+                f"{type(self).__name__} takes a list of control points, "
+                f"got {type(control_points).__name__}"
             )
         if len(control_points) < least:
             raise ModeconnError(
-                f"{type(self).__name__} needs at least {least} control points, got {len(control_points)}"
+                f"{type(self).__name__} needs at least {least} control points, "
+                f"got {len(control_points)}"
             )
         names = names or [_name(source, k) for k, source in enumerate(control_points)]
         self.control_points: list[State] = [
@@ -71,21 +79,24 @@ class Path:
     # -- what a kind of path defines ---------------------------------------------------------------
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
-        """Coefficients [T, K] at t ([T] or [T, dim], float64)."""
+        """Return the coefficients [T, K] at t ([T] or [T, dim], float64)."""
         raise NotImplementedError
 
     def segment_of(self, t: np.ndarray) -> np.ndarray:
-        """The segment on which each t lies, int [T]. Two t's on one segment share their active control points."""
+        """Return the segment on which each t lies, int [T].
+
+        All t of a segment share their active control points.
+        """
         return np.zeros(len(t), np.int64)
 
     def grid(self, count: int) -> np.ndarray:
-        """The t values that `points=count` stands for: evenly spaced over [0, 1]."""
+        """Return the t values that `points=count` stands for: evenly spaced over [0, 1]."""
         return np.linspace(0.0, 1.0, count)
 
     # -- what every path offers --------------------------------------------------------------------
 
     def points(self, points: Points) -> np.ndarray:
-        """Check and complete what the user gave as points: a count, or the t values themselves.
+        """Check points, and fill in the t values where they are a count.
 
         Returns:
             float64 [T] for a curve, [T, dim] otherwise.
@@ -121,39 +132,40 @@ class Path:
         return t
 
     def coefficients(self, t: Points) -> Tensor:
-        """Coefficients c_k(t) of the control points, float64 [T, K]."""
+        """Return the coefficients c_k(t) of the control points, float64 [T, K]."""
         return torch.from_numpy(self._basis(self.points(t)))
 
     def at(self, t: Points) -> State:
-        """The parameters at one t, in the control points' dtype.
+        """Return the parameters and buffers at one t, in the control points' dtype.
 
-        Where one control point has coefficient 1 and all others 0 (the end points, and breakpoints
-        of a chain) its tensors are returned as they are: no rounding, not even of -0.0 or a
-        subnormal.
+        Where one control point has coefficient 1 and all others 0 (at end points, and at the
+        breakpoints of a chain) its tensors are returned as they are, bit for bit.
         """
         values = self.points([t] if self.dim == 1 and np.ndim(t) == 0 else t)
         if len(values) != 1:
             raise ModeconnError(f"at() takes one t, got {len(values)}")
         row = self._basis(values)[0]
-        first = self.control_points[0]
-        return {
-            key: blend([point[key] for point in self.control_points], row)
-            if first[key].is_floating_point()
-            else first[key]
-            for key in first
-        }
+        state = {}
+        for key, first in self.control_points[0].items():
+            tensors = [point[key] for point in self.control_points]
+            state[key] = blend(tensors, row) if first.is_floating_point() else first
+        return state
 
     def info(self) -> dict[str, str]:
-        """Returns facts of the path to keep with a result, as text by name."""
+        """Return what a result records of the path, as text by name."""
         return {"path": repr(self)}
 
     def __repr__(self) -> str:
         count = sum(v.numel() for v in self.control_points[0].values() if v.is_floating_point())
-        return f"{type(self).__name__}({len(self.control_points)} control points, {count:,} numbers each)"
+        points = f"{len(self.control_points)} control points"
+        return f"{type(self).__name__}({points}, {count:,} numbers each)"
 
 
 def blend(tensors: Sequence[Tensor], row: Sequence[float] | np.ndarray) -> Tensor:
-    """Σ_k row[k] · tensors[k]; zero coefficients are left out and a lone coefficient 1 returns its tensor as it is."""
+    """Return Σ_k row[k] · tensors[k].
+
+    Zero coefficients are left out, and a lone coefficient 1 returns its tensor as it is.
+    """
     terms = [(float(c), tensor) for c, tensor in zip(row, tensors) if c != 0]
     if not terms:
         return torch.zeros_like(tensors[0])
@@ -178,25 +190,26 @@ class Line(Path):
 
 
 class PolyChain(Path):
-    """Line segments through p_0 … p_n, of equal length in t; t outside [0, 1] extends the first or last segment."""
+    """Line segments through p_0 … p_n, of equal length in t.
+
+    t outside [0, 1] extends the first or the last segment.
+    """
 
     @property
     def segments(self) -> int:
-        """The number of segments, one less than of control points."""
+        """The number of segments, one less than that of control points."""
         return len(self.control_points) - 1
 
     def _scaled(self, t: np.ndarray) -> np.ndarray:
         scaled = t * self.segments
         nearest = np.round(scaled)
-        return np.where(
-            np.abs(scaled - nearest) <= _SNAP * np.maximum(1.0, np.abs(nearest)), nearest, scaled
-        )
+        close = np.abs(scaled - nearest) <= _SNAP * np.maximum(1.0, np.abs(nearest))
+        return np.where(close, nearest, scaled)
 
     def segment_of(self, t: np.ndarray) -> np.ndarray:
-        segment: np.ndarray = np.clip(np.floor(self._scaled(t)), 0, self.segments - 1).astype(
-            np.int64
-        )
-        return segment
+        """Return the segment on which each t lies; a breakpoint lies on the one that it begins."""
+        segment: np.ndarray = np.clip(np.floor(self._scaled(t)), 0, self.segments - 1)
+        return segment.astype(np.int64)
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
         segment, rows = self.segment_of(t), np.arange(len(t))
@@ -208,26 +221,29 @@ class PolyChain(Path):
 
 
 class Bezier(Path):
-    """The Bézier curve Σ_k binomial(n, k) (1 - t)^(n-k) t^k p_k (Garipov et al. 2018, eq. 5); t outside [0, 1] extrapolates."""
+    """The Bézier curve Σ_k binomial(n, k) (1 - t)^(n-k) t^k p_k (Garipov et al. 2018, eq. 5).
+
+    t outside [0, 1] extrapolates.
+    """
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
         n = len(self.control_points) - 1
-        return np.stack(
-            [math.comb(n, k) * (1.0 - t) ** (n - k) * t**k for k in range(n + 1)], axis=1
-        )
+        columns = [math.comb(n, k) * (1.0 - t) ** (n - k) * t**k for k in range(n + 1)]
+        return np.stack(columns, axis=1)
 
 
 class Plane(Path):
     """The plane origin + x u + y v, with t = (x, y).
 
-    u and v are directions: state dicts of origin's shapes; entries that they leave out are zero.
+    u and v are directions: state dicts of origin's shapes; tensors that they leave out are zero.
     `Plane.through`, `Plane.random` and `Plane.trajectory` build the planes most often drawn.
 
     Attributes:
-        extent: what `points=count` covers along each axis, ((x, x), (y, y)); set it to look at
-            another part.
+        extent: the range that `points=count` covers on each axis, ((x, x), (y, y)); set it to
+            evaluate another part.
         marks: the t of the networks that the plane was made of, [n, 2], which plots show.
-        explained: of a trajectory's plane, which share of the squared distances each axis explains.
+        explained: for a trajectory's plane, the share of the squared distances that each axis
+            explains.
     """
 
     dim = 2
@@ -245,7 +261,10 @@ class Plane(Path):
 
     @classmethod
     def through(cls, a: Source, b: Source, c: Source) -> Plane:
-        """The plane a + x (b - a) + y (c - a): a at (0, 0), b at (1, 0) and c at (0, 1), each bitwise."""
+        """Return the plane a + x (b - a) + y (c - a).
+
+        a is at (0, 0), b at (1, 0) and c at (0, 1), each bitwise.
+        """
         plane = cls.__new__(cls)
         Path.__init__(plane, [a, b, c])
         plane._through = True
@@ -256,7 +275,7 @@ class Plane(Path):
     def random(
         cls, model: Source, *, seed: int = 0, norm: str | None = "filter", biases: bool = False
     ) -> Plane:
-        """The plane through a model along two random Gaussian directions.
+        """Return the plane through a model along two random Gaussian directions.
 
         Args:
             model: the centre, at t = (0, 0); `points=n` covers [-1, 1]².
@@ -279,20 +298,19 @@ class Plane(Path):
     def trajectory(
         cls, checkpoints: Sequence[Source], *, centre: int = -1, margin: float = 0.2
     ) -> Plane:
-        """The plane through one of a training's checkpoints along the first two principal components of all of them.
+        """Return the plane of a training: its checkpoints' first two principal components.
 
-        Coordinates are distances in parameter space. The checkpoints' places in the plane are in
-        `marks`, and `explained` says how much of their spread it shows: what is off the plane is
-        projected away.
+        It passes through one of the checkpoints. Coordinates are distances in parameter space.
+        `marks` are the checkpoints, projected onto the plane, and `explained` is the share of their
+        spread that the plane shows.
 
         Args:
             checkpoints: three or more, in the order of the training.
             centre: which of them is the origin, by default the last.
-            margin: `points=n` covers all marks and so much more on each side, as a share of their
-                extent.
+            margin: room around the marks that `points=n` covers, too, as a share of their extent.
 
         Raises:
-            ModeconnError: fewer than three, or such as lie on one line.
+            ModeconnError: there are fewer than three checkpoints, or they lie on one line.
         """
         path = Path(checkpoints, least=3)
         if not -len(checkpoints) <= centre < len(checkpoints):
@@ -308,15 +326,19 @@ class Plane(Path):
         return plane
 
     def grid(self, count: int) -> np.ndarray:
+        """Return the t values that `points=count` stands for: count × count over the extent."""
         x, y = np.meshgrid(*(np.linspace(*ends, count) for ends in self.extent), indexing="ij")
         return np.stack([x.ravel(), y.ravel()], axis=1)
 
     def info(self) -> dict[str, str]:
+        """Return what a result records of the plane, as text by name: its marks, too."""
         marks = {"control_points": json.dumps(self.marks.tolist())}
         if self.explained is None:
             return super().info() | marks
         shares = " and ".join(f"{share:.4f}" for share in self.explained)
-        return super().info() | marks | {"trajectory": f"{shares} of the squared distances explained"}
+        return (
+            super().info() | marks | {"trajectory": f"{shares} of the squared distances explained"}
+        )
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
         x, y = t[:, 0], t[:, 1]
@@ -335,9 +357,15 @@ class Mixture(Path):
         self.dim = len(self.control_points)
 
     def points(self, points: Points) -> np.ndarray:
+        """Check coefficients [T, K]; a count of points is refused, as there is no default grid.
+
+        Raises:
+            ModeconnError: a count, no values, values that are not finite, or of the wrong shape.
+        """
         if isinstance(points, (int, np.integer)):
             raise ModeconnError(
-                f"points is {points}: a Mixture has no default grid, give coefficients [T, {self.dim}]"
+                f"points is {points}: expected coefficients [T, {self.dim}], "
+                "as a Mixture has no default grid"
             )
         return super().points(points)
 
@@ -346,7 +374,7 @@ class Mixture(Path):
 
 
 def _widened(state: State) -> State:
-    """Entries in half precision as float32, which has all their values; the others as they are."""
+    """Convert half precision to float32, which has all its values; leave all else as it is."""
     half = (torch.float16, torch.bfloat16)
     return {key: value.float() if value.dtype in half else value for key, value in state.items()}
 
@@ -372,8 +400,5 @@ def _random_direction(
 
 
 def _name(source: Source, k: int) -> str:
-    return (
-        str(source)
-        if isinstance(source, (str, bytes)) or hasattr(source, "__fspath__")
-        else f"control point {k}"
-    )
+    is_file = isinstance(source, (str, bytes)) or hasattr(source, "__fspath__")
+    return str(source) if is_file else f"control point {k}"

@@ -1,4 +1,4 @@
-"""The plane that shows most of a training trajectory: the first two principal components of its checkpoints."""
+"""The plane of a training trajectory: the first two principal components of its checkpoints."""
 
 from __future__ import annotations
 
@@ -17,37 +17,31 @@ _STATISTICS = ("running_mean", "running_var")
 def principal_plane(
     states: Sequence[State], centre: int
 ) -> tuple[State, State, np.ndarray, np.ndarray]:
-    """Principal component analysis of checkpoints around one of them (Li et al. 2018, section 7.2).
+    """Find the principal components of checkpoints around one of them (Li et al. 2018, sec. 7.2).
 
     The components are those of the differences to the centre, over all parameters; norms' running
-    statistics follow along but have no say. With n checkpoints that takes an n × n matrix of
-    products, and never one of the size of the parameters.
+    statistics follow along but do not count. That takes the n × n matrix of products of n
+    checkpoints, and never one of the size of the parameters.
 
     Returns:
-        two directions of length 1, at right angles; the checkpoints' coordinates [n, 2]; what share
-            of the sum of squared
-        distances each direction explains, [2].
+        Two directions of length 1, at right angles; the checkpoints' coordinates [n, 2]; the share
+        of the sum of squared distances that each direction explains, [2].
 
     Raises:
         ModeconnError: the checkpoints lie on one line, or at one point.
     """
-    counted = [
-        k for k, v in states[0].items() if v.is_floating_point() and not k.endswith(_STATISTICS)
-    ]
     gram = torch.zeros(len(states), len(states), dtype=torch.float64)
-    for key in counted:
-        rows = torch.stack(
-            [
-                (state[key].double() - states[centre][key].double()).flatten().cpu()
-                for state in states
-            ]
-        )
-        gram += rows @ rows.t()
+    for key, base in states[centre].items():
+        if base.is_floating_point() and not key.endswith(_STATISTICS):
+            differences = [state[key].double() - base.double() for state in states]
+            rows = torch.stack([each.flatten().cpu() for each in differences])
+            gram += rows @ rows.t()
     values, vectors = (part.flip(-1) for part in torch.linalg.eigh(gram))
     total = float(values.clamp_min(0).sum())
     if not total or float(values[1]) <= 1e-12 * total:
         raise ModeconnError(
-            f"the {len(states)} checkpoints lie on one line: expected a trajectory that spans a plane"
+            f"the {len(states)} checkpoints lie on one line: "
+            "expected a trajectory that spans a plane"
         )
     weights = vectors[:, :2] / values[:2].sqrt()
     places = gram @ weights
@@ -59,7 +53,7 @@ def principal_plane(
 
 
 def _combined(states: Sequence[State], centre: int, weights: Tensor) -> State:
-    """Σ_i weights[i] · (states[i] - states[centre])."""
+    """Return Σ_i weights[i] · (states[i] - states[centre])."""
     direction = {}
     for key, base in states[centre].items():
         if base.is_floating_point():

@@ -1,15 +1,13 @@
-"""The state of an unfinished training, as it is kept in ``<checkpoint>.training``.
+"""The state of an unfinished training, kept in ``<checkpoint>.training``.
 
-A safetensors file: the model's entries under ``model.``, the momentum buffers under ``momentum.``,
-and one metadata entry ``training`` of JSON text.  No pickle, so a file from elsewhere cannot run
-code.
+A `modeconn.resuming.Record`: the model's parameters and buffers under ``model.``, the momentum
+buffers under ``momentum.``, and the epoch. No pickle, so a file from elsewhere cannot run code.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,12 @@ from typing import Any
 import torch
 
 from modeconn.errors import ModeconnError
-from modeconn.parameters import state
-
-FORMAT = "modeconn.training/1"
+from modeconn.resuming import Record
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the weights after a given number of epochs; a resumed training must have the same."""
+    """All that decides the weights after a given number of epochs."""
 
     lr: float
     momentum: float
@@ -37,7 +33,7 @@ class Settings:
     halve_every: int = 0
 
     def check(self) -> None:
-        """Raise ModeconnError for a setting outside its range."""
+        """Raise a ModeconnError for a setting outside its range."""
         ranges: list[tuple[str, float, bool, str]] = [
             ("lr", self.lr, math.isfinite(self.lr) and self.lr > 0, "a positive number"),
             ("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1"),
@@ -48,16 +44,11 @@ class Settings:
         ]
         for name, value, good, expected in ranges:
             if not good:
-                raise ModeconnError(f"{name} is {value}, expected {expected}")
+                raise ModeconnError(f"{name} is {value}: expected {expected}")
 
-    def check_same(self, saved: Mapping[str, Any], file: Path) -> None:
-        """Raise ModeconnError where a saved training was made with other settings or data."""
-        for name, mine in asdict(self).items():
-            if saved.get(name) != mine:
-                what = (
-                    "other data" if name == "data_crc" else f"{name} {saved.get(name)}, not {mine}"
-                )
-                raise ModeconnError(f"{file} cannot be resumed: it was started with {what}")
+    def described(self) -> dict[str, Any]:
+        """The settings that a reader understands, by name: all but the checksum of the data."""
+        return {name: value for name, value in asdict(self).items() if name != "data_crc"}
 
 
 @dataclass(frozen=True)
@@ -77,38 +68,38 @@ class Snapshot:
     momentum: dict[str, torch.Tensor]
 
 
-def save(snapshot: Snapshot, settings: Settings, file: Path) -> None:
-    """Write a training state, whole or not at all."""
-    about = {
-        "format": FORMAT,
-        "epoch": snapshot.epoch,
-        "error": snapshot.error,
-        "settings": asdict(settings),
-    }
+def training_file(checkpoint: str | os.PathLike[str]) -> Path:
+    """The file that keeps the state of an unfinished training of a checkpoint."""
+    return Path(f"{os.fspath(checkpoint)}.training")
+
+
+def record_of(checkpoint: str | os.PathLike[str] | None, settings: Settings) -> Record:
+    """The record of a training; one that keeps nothing where there is no checkpoint."""
+    file = None if checkpoint is None else training_file(checkpoint)
+    # In a list, as a checksum says nothing to a reader of the message that names differences.
+    return Record(
+        file, "unfinished training", {**settings.described(), "data": [settings.data_crc]}
+    )
+
+
+def save(snapshot: Snapshot, record: Record) -> None:
+    """Write a training, whole or not at all."""
     tensors = {f"model.{key}": value for key, value in snapshot.weights.items()}
     tensors |= {f"momentum.{key}": value for key, value in snapshot.momentum.items()}
-    state.save(tensors, file, {"training": json.dumps(about)})
+    record.write(tensors, {"epoch": snapshot.epoch, "error": snapshot.error})
 
 
-def load(file: Path, settings: Settings) -> Snapshot:
-    """The training saved in `file`, checked against the settings that are to go on with it."""
-    from safetensors import SafetensorError, safe_open
+def load(record: Record) -> Snapshot:
+    """Read the training that a record keeps.
 
-    if not file.is_file():
-        raise ModeconnError(f"{file}: no such file, so there is no training to resume")
-    try:
-        with safe_open(file, framework="pt") as archive:
-            about = json.loads((archive.metadata() or {})["training"])
-            tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118  # it is no dict
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ModeconnError(
-            f"{file} is not a training state: {type(error).__name__}: {error}"
-        ) from error
-    if about.get("format") != FORMAT:
-        raise ModeconnError(f"{file} has format {about.get('format')!r}, expected {FORMAT!r}")
-    settings.check_same(about["settings"], file)
+    Raises:
+        ModeconnError: nothing is kept, or a training with other settings.
+    """
+    if not record.exists:
+        raise ModeconnError(f"{record.file}: no such file, so there is no training to resume")
+    tensors, kept = record.read()
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "momentum": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         parts[part][name] = tensor
-    return Snapshot(about["epoch"], about["error"], parts["model"], parts["momentum"])
+    return Snapshot(kept["epoch"], kept["error"], parts["model"], parts["momentum"])

@@ -1,0 +1,138 @@
+"""Checkpoint files: their kind by their first bytes, and their content, without running code."""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeconn.errors import ModeconnError, listed
+
+# torch.save before 1.6: its magic number, pickled
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+def read(path: Path) -> Any:
+    """Read a checkpoint file, its tensors mapped to the file where the format allows it.
+
+    Returns:
+        whatever the file holds: a state dict, or a container with one in it.
+
+    Raises:
+        ModeconnError: the file is missing, truncated or no checkpoint, or holds objects other than
+            weights.
+    """
+    if path.is_dir():
+        suffixes = (".safetensors", ".pt", ".pth")
+        files = sorted(each.name for each in path.iterdir() if each.suffix in suffixes)
+        inside = f" in it: {listed(files)}" if files else ""
+        raise ModeconnError(f"{path}: is a folder; expected a checkpoint file{inside}")
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(512)
+    except FileNotFoundError:
+        raise ModeconnError(
+            f"{path}: no such file; expected a .safetensors or .pt checkpoint"
+        ) from None
+    except OSError as error:
+        raise ModeconnError(f"{path}: cannot be read: {error.strerror}") from error
+    if head.startswith(b"PK"):
+        _check_archive(path)
+        # a name that torch.load goes by
+        return _read_torch(path, mmap=path.suffix != ".safetensors")
+    if head.startswith(_OLD_TORCH):
+        return _read_torch(path, mmap=False)
+    if head[8:9] == b"{":
+        return _read_safetensors(path)
+    raise ModeconnError(
+        f"{path}: {_foreign(head)}; expected a .safetensors file or one that torch.save wrote"
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _read_torch(path: Path, *, mmap: bool) -> Any:
+    import pickle
+
+    try:
+        with path.open("rb") as stream, warnings.catch_warnings():
+            # notes on old formats that the reader can do nothing about
+            warnings.simplefilter("ignore")
+            return torch.load(
+                path if mmap else stream, map_location="cpu", weights_only=True, mmap=mmap
+            )
+    except pickle.UnpicklingError as error:
+        raise _not_weights(path, str(error)) from None
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        reason = str(error).strip() or type(error).__name__
+        raise _damaged(path, reason.splitlines()[0]) from error
+
+
+def _damaged(path: Path, reason: str) -> ModeconnError:
+    return ModeconnError(
+        f"{path}: truncated or damaged checkpoint ({path.stat().st_size:,} bytes): {reason}"
+    )
+
+
+def _check_archive(path: Path) -> None:
+    """Raise a ModeconnError unless a zip archive is complete and one that torch.save wrote."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {name.rpartition("/")[2] for name in archive.namelist()}
+    except Exception as error:  # not only BadZipFile: damaged names and versions raise other errors
+        raise _damaged(path, str(error)) from error
+    if "constants.pkl" in members:
+        weights = f"torch.jit.load({str(path)!r}).state_dict()"
+        raise ModeconnError(f"{path}: a TorchScript program, not weights; {_recipe(weights)}")
+    if "data.pkl" not in members:
+        found = listed(sorted(members))
+        raise ModeconnError(f"{path}: a zip archive of {found}; expected one that torch.save wrote")
+
+
+def _not_weights(path: Path, reason: str) -> ModeconnError:
+    """The error for a pickle of more than weights; it says how the file's owner can convert it."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except Exception:  # older formats cannot be listed; the reason names the first one
+        found = re.findall(r"GLOBAL ([\w.]+)", reason)
+    if not found:
+        return _damaged(path, "its pickle cannot be decoded")
+    whole = any(name.startswith("torch.nn.modules.") for name in found)
+    kind = "a whole module" if whole else "a pickle that is not weights alone"
+    part = ".state_dict()" if whole else "['state_dict']"
+    weights = f"torch.load({str(path)!r}, weights_only=False){part}"
+    return ModeconnError(
+        f"{path}: {kind}: reading {listed(found)} can run code; {_recipe(weights)}"
+    )
+
+
+def _recipe(weights: str) -> str:
+    return f"if you trust the file, convert it once: torch.save({weights}, 'weights.pt')"
+
+
+def _foreign(head: bytes) -> str:
+    """Tell what a file that is no checkpoint seems to be, from its first bytes."""
+    if not head:
+        return "is empty (0 bytes)"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file itself (run `git lfs pull`)"
+    if head[257:262] == b"ustar":
+        return "is a tar archive (PyTorch's format before 0.1.10, or a packed folder: unpack it)"
+    if head.startswith(b"\x80"):
+        return "is a Python pickle, which could run code when read"
+    if head.lstrip()[:1] == b"<":
+        return "is a web page (a download that failed?)"
+    return f"starts with {head[:12]!r}"

@@ -1,0 +1,224 @@
+"""Computations that continue after an interruption, from a file or folder that keeps what is done.
+
+A `Record` is a file: the settings that decide the outcome, and tensors and plain values of what is
+done so far. `claim` does the same for a folder of such files. Equal settings continue; others are
+refused by one error that names what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from modeconn.errors import ModeconnError
+from modeconn.files import atomic_write, is_temporary, sweep
+from modeconn.parameters import state as states
+
+FORMAT = "modeconn.record/1"
+# Short steps do not wait for the disk; a kill loses at most so much work, and one step.
+SECONDS_BETWEEN_WRITES = 5.0
+# Formats of older versions, by the entry of a file's metadata that tells them.
+_OLDER = {"training": "modeconn.training/1", "fit": "modeconn.fit/1"}
+# Rounding that differs between machines changes sums over all samples by less.
+_TOLERANCE = 1e-5
+
+
+class Record:
+    """What is done of a computation, in a safetensors file.
+
+    Args:
+        file: the file, which need not exist; None to keep nothing.
+        kind: what messages call it, such as "unfinished training".
+        settings: the plain values that decide the outcome of the computation.
+    """
+
+    def __init__(
+        self, file: str | os.PathLike[str] | None, kind: str, settings: Mapping[str, Any]
+    ) -> None:
+        self.file = None if file is None else Path(file)
+        self.kind = kind
+        self._settings = _plain(settings)
+        # The first write is due at once: a file that cannot be written is reported early.
+        self._written = -math.inf
+        if self.file is not None:
+            sweep(self.file)
+
+    @property
+    def exists(self) -> bool:
+        """Whether something is kept already."""
+        return self.file is not None and self.file.exists()
+
+    @property
+    def due(self) -> bool:
+        """Whether the last write is long enough ago."""
+        waited = time.monotonic() - self._written
+        return self.file is not None and waited >= SECONDS_BETWEEN_WRITES
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors and the plain values that were written last, both empty if none were.
+
+        Raises:
+            ModeconnError: the file is no such record, or one of other settings.
+        """
+        if self.file is None or not self.file.exists():
+            return {}, {}
+        metadata, tensors = self._content(self.file)
+        about = _about(metadata)
+        if about.get("format") != FORMAT:
+            raise ModeconnError(
+                f"{self.file} has format {about.get('format')!r}, expected {FORMAT!r}: "
+                "remove it to start anew"
+            )
+        if about["kind"] != self.kind:
+            raise self._foreign(f"it is a record of the kind {about['kind']!r}")
+        _check_same(self.file, self.kind, about["settings"], self._settings)
+        return tensors, about["state"]
+
+    def write(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Write what is done, whole or not at all.
+
+        Args:
+            tensors: at least one, by name.
+            state: plain values.
+        """
+        if self.file is None:
+            return
+        about = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "settings": self._settings,
+            "state": state,
+        }
+        states.save(tensors, self.file, {"record": json.dumps(about)})
+        self._written = time.monotonic()
+
+    def remove(self) -> None:
+        """Remove the file: the computation is finished, or cannot be continued."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+            sweep(self.file)
+
+    def _content(self, file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+        from safetensors import SafetensorError, safe_open
+
+        if _is_archive_of_sums(file):
+            return {"record": json.dumps({"format": "modeconn.unfinished/1"})}, {}
+        try:
+            with safe_open(file, framework="pt") as archive:
+                metadata = archive.metadata() or {}
+                tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118  # it is no dict
+        except (SafetensorError, OSError) as error:
+            raise self._foreign(str(error)) from error
+        if not {"record", *_OLDER} & set(metadata):
+            raise self._foreign("it has no settings")
+        return metadata, tensors
+
+    def _foreign(self, reason: str) -> ModeconnError:
+        return ModeconnError(
+            f"{self.file} is no {self.kind}, {reason}: remove it, or name another file"
+        )
+
+
+def claim(
+    folder: Path,
+    name: str,
+    kind: str,
+    settings: Mapping[str, Any],
+    approximate: Collection[str] = (),
+) -> None:
+    """Make a folder that keeps the parts of a computation, or check that it is of this one.
+
+    Args:
+        folder: the folder; it is new, empty, or was claimed before with equal settings.
+        name: of the JSON file in it that has the settings.
+        kind: what messages call the computation, such as "search".
+        settings: the plain values that decide its outcome.
+        approximate: names of settings, lists of numbers, that may differ in rounding.
+
+    Raises:
+        ModeconnError: the folder holds something else, or a computation with other settings.
+    """
+    file = folder / name
+    if not file.exists():
+        if folder.exists() and (
+            not folder.is_dir() or not all(map(is_temporary, folder.iterdir()))
+        ):
+            raise ModeconnError(
+                f"{folder} is there already and holds no {kind}: name another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(file)
+        text = json.dumps(settings, indent=1)
+        atomic_write(file, lambda stream: stream.write(text.encode()))
+        return
+    sweep(file)
+    try:
+        before = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ModeconnError(
+            f"{file} does not describe a {kind}: remove {folder} to start anew"
+        ) from error
+    _check_same(folder, kind, before, _plain(settings), approximate)
+
+
+def _check_same(
+    place: Path,
+    kind: str,
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    approximate: Collection[str] = (),
+) -> None:
+    """Raise a ModeconnError that names the settings which differ."""
+    differences = []
+    for name in {**now, **before}:
+        old, new = before.get(name), now.get(name)
+        if old == new or (name in approximate and _close(old, new)):
+            continue
+        # Fingerprints and lists say nothing to a reader.
+        shown = all(isinstance(v, (int, float, str, type(None))) for v in (old, new))
+        if shown and max(len(str(old)), len(str(new))) <= 20:
+            differences.append(f"{name} {old}, not {new}")
+        else:
+            differences.append(f"other {name}")
+    if differences:
+        raise ModeconnError(
+            f"{place} holds another {kind}, started with {'; '.join(differences)}: "
+            "remove it to start anew, or name another place"
+        )
+
+
+def _close(before: Any, now: Any) -> bool:
+    if not isinstance(before, list) or not isinstance(now, list) or len(before) != len(now):
+        return False
+    pairs = zip(before, now)
+    return all(math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=1e-6) for a, b in pairs)
+
+
+def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The description of a record, or of an older version's file as far as its format."""
+    if "record" in metadata:
+        about: dict[str, Any] = json.loads(metadata["record"])
+        return about
+    return {"format": next(_OLDER[key] for key in _OLDER if key in metadata)}
+
+
+def _is_archive_of_sums(file: Path) -> bool:
+    """Whether a file is an unfinished evaluation of an older version, which wrote npz files."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return "meta.npy" in archive.namelist()
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back: with lists for tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
+    return plain
