@@ -18,6 +18,11 @@ SETTINGS = {"lr": 0.1, "shape": (2, 3), "seed": 1}
 TENSORS = {"sums": torch.arange(3.0, dtype=torch.float64)}
 
 
+def older_sums(file: Path) -> None:
+    with file.open("wb") as stream:
+        np.savez(stream, meta=np.array("{}"))
+
+
 def record(file: Path | None, **changes: object) -> Record:
     return Record(file, "unfinished training", {**SETTINGS, **changes})
 
@@ -70,7 +75,7 @@ def test_other_settings_are_named(tmp_path: Path):
             "modeconn.record/9",
             lambda f: state.save(TENSORS, f, {"record": '{"format": "modeconn.record/9"}'}),
         ),
-        ("modeconn.unfinished/1", lambda f: np.savez(f.open("wb"), meta=np.array("{}"))),
+        ("modeconn.unfinished/1", older_sums),
     ],
 )
 def test_other_versions_are_named(tmp_path: Path, version: str, write):

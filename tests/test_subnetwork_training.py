@@ -173,7 +173,7 @@ def test_interrupted_and_resumed_is_bitwise_the_same(kind: str, tmp_path, monkey
 
     with pytest.raises(KeyboardInterrupt):
         train_subnetworks(chain, subs, [h] * 3, y, recipe, checkpoint=file, progress=stop)
-    with pytest.raises(ModeconnError, match="started with lr .*, not 1.0"):
+    with pytest.raises(ModeconnError, match=r"started with lr .*, not 1\.0"):
         train_subnetworks(chain, subs, [h] * 3, y, replace(recipe, lr=1.0), checkpoint=file)
     resumed = train_subnetworks(chain, subs, [h] * 3, y, recipe, checkpoint=file)
     assert not file.exists()
