@@ -285,7 +285,7 @@ def test_plots_refuse_what_they_cannot_show(ax):
         result_of([[0, 0, 1]], loss=[1]).plot(ax)
     with pytest.raises(ModeconnError, match="finite nowhere"):
         result_of([[0, 0], [0, 1]], loss=[math.nan, math.inf]).plot(ax)
-    with pytest.raises(ModeconnError, match="20 × 15 is too small"):
+    with pytest.raises(ModeconnError, match="terminal plot is 20 × 15: expected at least"):
         result_of(loss=HUMP).terminal_plot(width=20)
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation returns: the values at every t, with barrier, save, load, tables and plots."""
+"""The result of an evaluation: metrics at every t, with barrier, files, tables and plots."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FORMAT = "modeconn.PathResult/1"
 SUFFIXES = (".npz", ".json")
+# Fields that are plain JSON values.
+_PLAIN = ("samples", "passes", "backend", "seconds", "info")
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -29,24 +31,24 @@ _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class PathResult:
     """Metrics along a path, one value per t, each an exact mean over all samples.
 
-    Metrics are attributes too: ``result.loss`` is ``result.values["loss"]``.  (A metric whose name
-    is that of a field or method, such as ``samples``, is reached through ``values``.)
+    Metrics are attributes too: ``result.loss`` is ``result.values["loss"]``. A metric with the name
+    of a field or method, such as ``samples``, is reached through ``values``.
 
     Attributes:
         t: float64 ``[T]``, or ``[T, D]`` where a path has D coordinates.
-        values: metric name to float64 ``[T]``.  ``loss`` is a mean per sample; names ending in
-            ``error`` are fractions in [0, 1].  Non-finite values are kept as they are.
-        samples: number of samples that every value is a mean over.
-        passes: number of passes over the data that were made.
+        values: float64 ``[T]`` by name of the metric. ``loss`` is a mean per sample; names that end
+            in ``error`` are fractions in [0, 1]. Non-finite values are kept as they are.
+        samples: the number of samples that every value is a mean over.
+        passes: the number of passes over the data.
         backend: the backend that ran.
         seconds: wall-clock time of the evaluation.
-        info: versions, device, precision and the like: text and numbers.  ``info["statistics"]`` is
-            what recomputed the norms' statistics, "native" or "reference", "" where none were.
+        info: versions, device, precision and the like, as text and numbers. ``info["statistics"]``
+            is the backend that recomputed the norms' statistics, "native" or "reference", or "".
             ``info["control_points"]``, if present, is JSON text: the t of each control point, which
             a plot of a plane marks.
 
     Raises:
-        ModeconnError: where the shapes of ``t`` and ``values`` do not agree.
+        ModeconnError: the shapes of ``t`` and ``values`` do not agree.
     """
 
     t: np.ndarray
@@ -64,16 +66,17 @@ class PathResult:
         }
         if self.t.ndim not in (1, 2) or not len(self.t):
             raise ModeconnError(
-                f"t has shape {list(self.t.shape)}, expected [T] or [T, D] with T >= 1"
+                f"t has shape {list(self.t.shape)}: expected [T] or [T, D] with T >= 1"
             )
         for name, column in self.values.items():
             if column.shape != self.t.shape[:1]:
                 raise ModeconnError(
-                    f"metric {name!r} has shape {list(column.shape)}, expected [{len(self.t)}], one per t"
+                    f"metric {name!r} has shape {list(column.shape)}: "
+                    f"expected [{len(self.t)}], one value per t"
                 )
 
     def __getattr__(self, name: str) -> np.ndarray:
-        # Reached only where the ordinary look-up failed.  `values` itself is missing while
+        # Reached only where the ordinary look-up failed. `values` itself is missing while
         # unpickling.
         values: dict[str, np.ndarray] = self.__dict__.get("values", {})
         if name in values:
@@ -87,64 +90,58 @@ class PathResult:
 
     def __repr__(self) -> str:
         ranges = [f"{name}={_range(column)}" for name, column in self.values.items()]
-        parts = [
-            f"points={len(self.t)}",
-            *ranges,
-            f"samples={self.samples}",
-            f"passes={self.passes}",
-        ]
-        return (
-            f"PathResult({', '.join(parts)}, backend={self.backend!r}, seconds={self.seconds:.3g})"
-        )
+        counts = [f"samples={self.samples}", f"passes={self.passes}"]
+        run = [f"backend={self.backend!r}", f"seconds={self.seconds:.3g}"]
+        return f"PathResult({', '.join([f'points={len(self.t)}', *ranges, *counts, *run])})"
 
     def metric(self, name: str) -> np.ndarray:
-        """The values of one metric, ``[T]``; an unknown name raises ModeconnError listing the known ones."""
+        """Return the values of one metric, ``[T]``.
+
+        Raises:
+            ModeconnError: the result has no such metric.
+        """
         if name not in self.values:
-            raise ModeconnError(
-                f"metric {name!r} is not in this result, which has {', '.join(self.values) or 'none'}"
-            )
+            known = ", ".join(self.values) or "none"
+            raise ModeconnError(f"metric {name!r} is not in this result, which has {known}")
         return self.values[name]
 
     def highest(self, metric: str = "loss") -> tuple[float | tuple[float, ...], float]:
-        """The t of the largest value of a metric, and that value; a NaN counts as the largest."""
+        """Return the t of the largest value of a metric, and that value; NaN counts as largest."""
         column = self.metric(metric)
         index = int(column.argmax())
-        where = self.t[index]
-        return (float(where) if self.t.ndim == 1 else tuple(map(float, where))), float(
-            column[index]
-        )
+        t = self.t[index]
+        where = float(t) if self.t.ndim == 1 else tuple(map(float, t))
+        return where, float(column[index])
 
     def barrier(self, metric: str = "loss") -> float:
-        """How far a metric rises above the straight line between its two ends.
+        """Return how far a metric rises above the straight line between its two ends.
 
-        The maximum over the evaluated t in [0, 1] of ``L(t) - ((1 - t) L(0) + t L(1))``, so never
-        below 0 (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis").
-        Not finite where the metric is not finite.
+        It is the maximum over the evaluated t in [0, 1] of ``L(t) - ((1 - t) L(0) + t L(1))``, so
+        never below 0 (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket
+        Hypothesis"), and not finite where the metric is not.
 
         Raises:
-            ModeconnError: where t has several coordinates, or does not hold exactly 0 and 1.
+            ModeconnError: t has several coordinates, or does not hold exactly 0 and 1.
         """
         column = self.metric(metric)
         if self.t.ndim != 1:
             raise ModeconnError(
-                f"a barrier needs t with one coordinate, this result has {self.t.shape[1]}"
+                f"t has {self.t.shape[1]} coordinates: a barrier needs t with one coordinate"
             )
-        ends = [np.flatnonzero(self.t == end) for end in (0.0, 1.0)]
-        if not all(len(end) for end in ends):
-            missing = " and ".join(
-                str(t) for t, end in zip((0, 1), ends, strict=True) if not len(end)
-            )
+        missing = [str(end) for end in (0, 1) if end not in self.t]
+        if missing:
             raise ModeconnError(
-                f"a barrier needs the ends of the path: t = {missing} was not evaluated"
+                "a barrier needs the ends of the path: "
+                f"t = {' and '.join(missing)} was not evaluated"
             )
-        first, last = column[ends[0][0]], column[ends[1][0]]
+        first, last = (column[self.t == end][0] for end in (0.0, 1.0))
         inside = (self.t >= 0) & (self.t <= 1)
         t, column = self.t[inside], column[inside]
         with np.errstate(invalid="ignore"):  # inf - inf is nan, and is reported as such
             return float((column - ((1 - t) * first + t * last)).max())
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as plain JSON values.  Non-finite numbers are the strings "nan", "inf" and "-inf"."""
+        """Return the result as JSON values, with "nan", "inf" and "-inf" for such numbers."""
         try:
             barriers = {name: _encode(self.barrier(name)) for name in self.values}
         except ModeconnError:
@@ -164,31 +161,28 @@ class PathResult:
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the result to a ``.npz`` (no pickle) or ``.json`` file, whole or not at all.
 
-        Both keep every float64 exactly.  In JSON, NaN and infinities are the strings "nan", "inf",
-        "-inf", and the barriers are added for readers that have no modeconn.
+        Both keep every float64 exactly. JSON has the strings "nan", "inf" and "-inf" for such
+        numbers, and the barriers for readers without modeconn.
 
         Raises:
-            ModeconnError: for another suffix.
+            ModeconnError: the file has another suffix, or cannot be written.
         """
         content = self.to_dict()
         if _suffix(file) == ".json":
             text = json.dumps(content, indent=1, allow_nan=False) + "\n"
             atomic_write(file, lambda stream: stream.write(text.encode()))
             return
-        meta = {
-            key: content[key]
-            for key in ("format", "samples", "passes", "backend", "seconds", "info")
-        }
+        meta = {key: content[key] for key in ("format", *_PLAIN)}
         arrays = {f"values/{name}": column for name, column in self.values.items()}
         arrays |= {"t": self.t, "meta": np.array(json.dumps(meta, allow_nan=False))}
         atomic_write(file, lambda stream: np.savez(stream, **arrays))  # type: ignore[arg-type]  # ** also fills flags
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> PathResult:
-        """Read what :meth:`save` wrote; never runs pickled code.
+        """Read a result that :meth:`save` wrote; no code in the file ever runs.
 
         Raises:
-            ModeconnError: where the file is missing, or is not a saved result.
+            ModeconnError: the file is missing, or is not a saved result.
         """
         if not Path(file).is_file():
             raise ModeconnError(f"{file}: no such file")
@@ -210,12 +204,8 @@ class PathResult:
     def _from_npz(cls, file: str | os.PathLike[str]) -> PathResult:
         with Path(file).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             content = json.loads(str(archive["meta"]))
-            prefix = "values/"
-            values = {
-                name[len(prefix) :]: archive[name]
-                for name in archive.files
-                if name.startswith(prefix)
-            }
+            names = [name for name in archive.files if name.startswith("values/")]
+            values = {name.removeprefix("values/"): archive[name] for name in names}
             return cls._from_content({**content, "t": archive["t"], "values": values})
 
     @classmethod
@@ -225,14 +215,14 @@ class PathResult:
         return cls(
             t=_decode(content["t"]),
             values={name: _decode(column) for name, column in content["values"].items()},
-            **{key: content[key] for key in ("samples", "passes", "backend", "seconds", "info")},
+            **{key: content[key] for key in _PLAIN},
         )
 
     def to_frame(self) -> pandas.DataFrame:
-        """A pandas table: column ``t`` (or ``t0``, ``t1``, …), then one column per metric.
+        """Return a pandas table: column ``t`` (or ``t0``, ``t1``, …), then one for each metric.
 
         Raises:
-            ModeconnError: where pandas is not installed.
+            ModeconnError: pandas is not installed.
         """
         try:
             import pandas
@@ -249,62 +239,59 @@ class PathResult:
     def plot(self, ax: Axes | None = None, metric: str = "loss", surface: bool = False) -> Axes:
         """Draw the result with matplotlib and return the axes.
 
-        One coordinate: the metric against t, its barrier, and the error rates (%) on a second axis.
-        Two coordinates: filled contours of the metric, with the control points marked if ``info``
-        has them, and joined up if they are a training trajectory; or a surface in three dimensions.
+        With one coordinate: the metric against t, its barrier, and the error rates (%) on a second
+        axis. With two: filled contours of the metric, the control points marked if ``info`` has
+        them, and joined up if they are a training trajectory; or a surface in three dimensions.
 
         Args:
-            ax: matplotlib axes to draw on, for a surface such with ``projection="3d"``; a new
+            ax: matplotlib axes to draw on, made with ``projection="3d"`` for a surface; a new
                 figure if None.
             metric: the metric of the left axis, of the contours or of the surface.
             surface: draw a surface, where t has two coordinates.
 
         Raises:
-            ModeconnError: where matplotlib is not installed, or t has more than two coordinates.
+            ModeconnError: matplotlib is not installed, or t has more than two coordinates.
         """
         column = self.metric(metric)
         if surface and self._coordinates() != 2:
-            raise ModeconnError("a surface needs t with two coordinates, as on a plane")
+            raise ModeconnError("t has one coordinate: a surface needs t with two coordinates")
         if ax is None:
             ax = plotting.new_axes(surface)
-        title = f"{metric.capitalize()} {{}}: {_count(len(self.t), 'point')}, {_count(self.samples, 'sample')}"
         if surface:
             plotting.draw_surface(ax, self.t, column, metric, self._marks())
-            ax.set_title(title.format("on a plane"))
-            return ax
-        if self._coordinates() == 2:
-            plotting.draw_plane(
-                ax, self.t, column, metric, self._marks(), joined="trajectory" in self.info
-            )
-            ax.set_title(title.format("on a plane"))
-            return ax
-        errors = {
-            name: values
-            for name, values in self.values.items()
-            if name.endswith("error") and name != metric
-        }
-        plotting.draw_curve(ax, self.t.reshape(-1), column, metric, self._chord(metric), errors)
-        ax.set_title(title.format("along the path"))
+        elif self._coordinates() == 2:
+            joined = "trajectory" in self.info
+            plotting.draw_plane(ax, self.t, column, metric, self._marks(), joined=joined)
+        else:
+            errors = {
+                name: values
+                for name, values in self.values.items()
+                if name.endswith("error") and name != metric
+            }
+            plotting.draw_curve(ax, self.t.reshape(-1), column, metric, self._chord(metric), errors)
+        where = "on a plane" if self._coordinates() == 2 else "along the path"
+        size = f"{_count(len(self.t), 'point')}, {_count(self.samples, 'sample')}"
+        ax.set_title(f"{metric.capitalize()} {where}: {size}")
         return ax
 
     def terminal_plot(self, width: int = 72, height: int = 15, metric: str = "loss") -> str:
-        """A small picture of one metric in Unicode text, without a newline at the end.
+        """Draw one metric as a small picture in Unicode text, without a newline at the end.
 
-        One coordinate: a curve in Braille dots, with the straight line between the ends dotted.
-        Two: shades.
+        With one coordinate: a curve in Braille dots, and the straight line between the ends dotted.
+        With two: shades.
 
         Args:
             width: columns of the whole picture, labels included; at least 30.
             height: rows of the whole picture; at least 6.
-            metric: which metric.
+            metric: the metric to draw.
 
         Raises:
-            ModeconnError: where the size is too small, or t has more than two coordinates.
+            ModeconnError: the size is too small, or t has more than two coordinates.
         """
         column = self.metric(metric)
         if width < 30 or height < 6:
             raise ModeconnError(
-                f"a terminal plot of {width} × {height} is too small, expected at least 30 × 6"
+                f"the size of the terminal plot is {width} × {height}: expected at least 30 × 6"
             )
         if self._coordinates() == 2:
             return plotting.text_plane(self.t, column, metric, width, height)
@@ -313,16 +300,16 @@ class PathResult:
         )
 
     def _coordinates(self) -> int:
-        """1 or 2, the number of coordinates that a plot can show."""
+        """Return the number of coordinates, 1 or 2; a plot cannot show more."""
         count = 1 if self.t.ndim == 1 else self.t.shape[1]
         if count > 2:
             raise ModeconnError(
-                f"a plot shows t with one or two coordinates, this result has {count}"
+                f"t has {count} coordinates: a plot shows t with one or two coordinates"
             )
         return count
 
     def _chord(self, metric: str) -> tuple[float, float] | None:
-        """The metric at t = 0 and t = 1 where both were evaluated and are finite."""
+        """Return the metric at t = 0 and t = 1 where both were evaluated and are finite."""
         try:
             self.barrier(metric)
         except ModeconnError:
@@ -339,7 +326,8 @@ def _suffix(file: str | os.PathLike[str]) -> str:
     suffix = Path(file).suffix.lower()
     if suffix not in SUFFIXES:
         raise ModeconnError(
-            f"{file}: a result is saved as {' or '.join(SUFFIXES)}, not as {suffix or 'a bare name'}"
+            f"{file}: a result is saved as {' or '.join(SUFFIXES)}, "
+            f"not as {suffix or 'a bare name'}"
         )
     return suffix
 
@@ -360,7 +348,7 @@ def _encode(value: Any) -> Any:
     if isinstance(value, list):
         return [_encode(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+        return str(value)  # "nan", "inf" or "-inf"
     return value
 
 

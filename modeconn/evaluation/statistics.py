@@ -1,10 +1,10 @@
 """Batch-norm statistics recomputed from the data, for all points of a path in one pass.
 
-Between two networks the blend of their norms' running statistics is not what the network in between
-has: its activations are other ones. Re-estimating them point by point, as Garipov et al. 2018 do
-(`update_bn`), costs a pass per point. Here every norm of the captured graph is replaced by one that
-normalises by the statistics of the batch, as in training, and hands them out; that graph is planned
-like any other, and run for all points at once (backends/native/statistics.py).
+Between two networks, interpolated running statistics are not those of the activations of the
+network in between. Re-estimating them point by point, as Garipov et al. 2018 do (`update_bn`),
+costs a pass for each point. Here every norm of the captured graph is replaced by one that
+normalizes by the statistics of the batch, as in training, and returns them. That graph is planned
+like any other, and runs for all points at once (backends/native/statistics.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from modeconn.parameters.state import State
 from modeconn.plan.planner import make_program
 from modeconn.plan.program import Program
 
-# Rows of a batch, and so of each estimate, where the caller does not say.
+# Rows of a batch, and so of each estimate, by default: a usual batch size of trainings, whose
+# running statistics these are to be like.
 BATCH_SIZE = 128
 
 
@@ -41,10 +42,10 @@ class Recomputed(NamedTuple):
     """The statistics of norms along a path.
 
     Attributes:
-        tables: per name of a running mean or variance its values [T, channels]; empty for a network
+        tables: values [T, channels] by name of a running mean or variance; empty for a network
             without batch norm.
-        backend: what computed them, "native" where any of it ran in the engine; "" where there were
-            none.
+        backend: "native" where the engine computed any of them, "reference" otherwise, "" where
+            there are none.
     """
 
     tables: dict[str, Tensor]
@@ -64,21 +65,24 @@ def recompute(
     limit: int | None = None,
     seen: Callable[[int], None] = lambda count: None,
 ) -> Recomputed:
-    """The running statistics of every batch norm at every point, from one pass over the data.
+    """Recompute the running statistics of every batch norm at every point, in one pass.
 
-    What PyTorch gives after `reset_running_stats()` with `momentum=None` and a pass in training
-    mode: the mean, over the batches, of the batch's mean and of its unbiased variance, while each
-    norm normalises by the batch's own statistics. Everything else (dropout, say) stays in
-    evaluation mode.
+    They are those that PyTorch has after `reset_running_stats()` with `momentum=None` and a pass in
+    training mode: the means, over the batches, of a batch's mean and of its unbiased variance,
+    while each norm normalizes by the batch's own statistics. All other modules (dropout, say) stay
+    in evaluation mode.
 
     Args:
         graph: the captured model.
-        points: the distinct points in rising order.
+        path: of its checkpoints.
+        points: t values; the distinct ones are evaluated in rising order.
         batches: the training data, in its order.
+        dtype: of the computation.
+        device: of the computation.
         stage: the pass, of which some batches may be done already.
-        backend: "auto" or "native": in the C++ engine, where it knows the network.
-        limit: only so many batches.
-        seen: called with the rows of each batch that is done.
+        backend: "auto" or "native" for the C++ engine, where it knows the network.
+        limit: the most batches to read.
+        seen: called with the number of rows of each batch that is done.
 
     Raises:
         ModeconnError: a batch from which no variance can be estimated.
@@ -102,12 +106,13 @@ def recompute(
             raise
         except ValueError as error:
             raise ModeconnError(
-                f'buffers="recompute": batch {number} has {rows(inputs)} rows, and a norm cannot estimate a variance from it '
-                f"({str(error).splitlines()[0]}): choose a batch_size that leaves no such batch"
+                f'buffers="recompute": batch {number} has {rows(inputs)} rows, and a norm cannot '
+                f"estimate a variance from it ({str(error).splitlines()[0]}): choose a batch_size "
+                "that leaves no such batch"
             ) from error
         seen(rows(inputs))
     # more than once where a norm is called more than once
-    used = Counter(name for pair in names for name in pair)
+    used = Counter(itertools.chain.from_iterable(names))
     return Recomputed(
         {name: (total / (count * used[name])).to(dtype) for name, total in sums.items()},
         engine.name,
@@ -123,14 +128,16 @@ def network_at(
     batch_size: int | None = None,
     precision: str = "float32",
 ) -> State:
-    """The network at one point of a path, as a state dict.
+    """Return the network at one point of a path, as a state dict.
 
     Args:
         model: the architecture; it is left as it was.
-        data: re-estimate the norms' running statistics from these, as `recompute` does; None to
-            blend them with the weights.
-        batch_size: rows of a batch of the data.
-        precision: of the estimates' computation.
+        path: of checkpoints that fit the model.
+        t: the point.
+        data: data to recompute the norms' running statistics from; None to interpolate them with
+            the weights.
+        batch_size: rows of a batch of the data, 128 by default.
+        precision: of the statistics' computation.
     """
     state = path.at(t)
     if data is None:
@@ -148,15 +155,16 @@ def network_at(
 
 
 def placeholders(graph: Graph, path: Path, points: int) -> dict[str, Tensor]:
-    """Statistics that are different at every point, for a plan without data."""
+    """Return statistics that are different at every point, for a plan without data."""
     _, names = training_graph(graph)
     start = path.control_points[0]
-    known = {name: start.get(name, graph.constants.get(name)) for pair in names for name in pair}
-    return {
-        name: torch.arange(1.0, points + 1).view(-1, *[1] * like.dim()).expand(points, *like.shape)
-        for name, like in known.items()
-        if like is not None
-    }
+    tables = {}
+    for name in itertools.chain.from_iterable(names):
+        like = start.get(name, graph.constants.get(name))
+        if like is not None:
+            column = torch.arange(1.0, points + 1).view(-1, *[1] * like.dim())
+            tables[name] = column.expand(points, *like.shape)
+    return tables
 
 
 def _add(
