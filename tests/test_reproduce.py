@@ -62,7 +62,7 @@ def test_entry_layers(tmp_path: Path) -> None:
     before = (out / "solution.safetensors").stat().st_mtime_ns
     assert reproduce("mnist-fcn", out) == result
     assert (out / "solution.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(ModeconnError, match="started with seed 0, not 2"):
+    with pytest.raises(ModeconnError, match="started with seed 1, not 2"):
         reproduce("mnist-fcn", out, seed=2)
 
 
