@@ -5,6 +5,7 @@ A table per file of kernels/. A new kernel adds its own to `CASES`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,12 +88,8 @@ def linear_cases() -> list[AotCase]:
 
     One x per point and materialized weights; a combined x and weights blended in the kernel.
     """
-    return [
-        _linear_case(width, precision, blends)
-        for width in (64, 245)
-        for precision in PRECISIONS.values()
-        for blends in (False, True)
-    ]
+    choices = itertools.product((64, 245), PRECISIONS.values(), (False, True))
+    return [_linear_case(*choice) for choice in choices]
 
 
 def _linear_case(width: int, precision: str, blends: bool) -> AotCase:
@@ -144,11 +141,8 @@ def _cross_entropy_case(classes: int, precision: str, given: bool) -> AotCase:
 
 def mlp_cases() -> list[AotCase]:
     """Layers of 245 units, the input a combination of two values, 10 classes, top-5 errors too."""
-    return [
-        _mlp_case(precision, archs)
-        for precision in PRECISIONS.values()
-        for archs in ((80, 90), (100,))
-    ]
+    choices = itertools.product(PRECISIONS.values(), ((80, 90), (100,)))
+    return [_mlp_case(*choice) for choice in choices]
 
 
 def _mlp_case(precision: str, archs: tuple[int, ...]) -> AotCase:

@@ -1,7 +1,8 @@
-"""The cases of one part of bench/gpu_check.py, in a process of their own: a line of JSON as one begins and when it is done.
+"""Runs the cases of one part of bench/gpu_check.py, in a process of their own.
 
-python bench/gpu_cases.py kernels '{"cases": [], "dry": true, "seconds": 30, "machine": []}'
-lists them
+    python bench/gpu_cases.py kernels '{"cases": [], "dry": true, "seconds": 30, "machine": []}'
+
+Prints a line of JSON as a case begins and when it is done; without cases, as here, it lists them.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ import torch
 
 from gpu_timing import milliseconds
 
-# What each part's cases are made by; each module has a function cases(context).
+# The module of each part, which has a function cases(context).
 MODULES = {"machine": __name__, "kernels": "gpu_kernels", "evaluations": "gpu_evaluations"}
 Case = Callable[[], dict[str, Any]]
 
 
 @dataclass
 class Context:
-    """What cases are told.
+    """The circumstances under which cases run.
 
     Attributes:
-        device: what they run on.
+        device: where they run.
         dry: whether sizes are to be tiny.
-        seconds: what all of them may take.
+        seconds: the time for all of them.
         machine: bytes per second of "copy", operations per second of each precision, where they
             were measured.
     """
@@ -41,33 +42,33 @@ class Context:
     machine: dict[str, float] = field(default_factory=dict)
 
     def floor(self, bytes_: float, flops: float, precision: str) -> float | None:
-        """The least time that moving so many bytes and doing so much arithmetic takes at the measured rates, ms."""
+        """Returns the least time for so many bytes and operations at the measured rates, in ms.
+
+        For "float32" the better of true products and of three TF32 ones counts.
+        """
         rates = self.machine
         if "copy" not in rates or precision not in rates:
             return None
-        fastest = (
-            max(rates["float32"], rates["tf32"] / 3) if precision == "float32" else rates[precision]
-        )
+        fastest = rates[precision]
+        if precision == "float32":
+            fastest = max(fastest, rates["tf32"] / 3)
         return 1e3 * max(bytes_ / rates["copy"], flops / fastest)
 
 
 def cases(context: Context) -> dict[str, Case]:
-    """The machine itself: its name, the rate at which it copies memory, and that of products in each precision."""
+    """Cases of the machine itself: its name, its rate of copies and of products per precision."""
     device = context.device
 
     def describe() -> dict[str, Any]:
         if device.type != "cuda":
             return {"note": f"no CUDA device, torch {torch.__version__}"}
         found = torch.cuda.get_device_properties(device)
-        triton = (
-            importlib.import_module("triton").__version__
-            if importlib.util.find_spec("triton")
-            else "none"
-        )
-        return {
-            "note": f"{found.name}, {found.total_memory >> 30} GiB, {found.multi_processor_count} multiprocessors, "
-            f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton}"
-        }
+        triton = "none"
+        if importlib.util.find_spec("triton"):
+            triton = importlib.import_module("triton").__version__
+        size = f"{found.total_memory >> 30} GiB, {found.multi_processor_count} multiprocessors"
+        versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton}"
+        return {"note": f"{found.name}, {size}, {versions}"}
 
     def copy() -> dict[str, Any]:
         source = torch.randn((1 << 16) if context.dry else (1 << 28), device=device)
@@ -87,19 +88,13 @@ def cases(context: Context) -> dict[str, Case]:
             with products(precision, device):
                 ms = milliseconds(lambda: a @ b, device)
             rate = 2 * size**3 / ms * 1e3
-            return {
-                "ms": ms,
-                "value": rate,
-                "note": f"{rate / 1e12:.4g} TFLOP/s, {size}³ by PyTorch",
-            }
+            note = f"{rate / 1e12:.4g} TFLOP/s, {size}³ by PyTorch"
+            return {"ms": ms, "value": rate, "note": note}
 
         return run
 
-    return {
-        "device": describe,
-        "copy": copy,
-        **{p: product(p) for p in ("float32", "tf32", "bf16")},
-    }
+    products_of = {precision: product(precision) for precision in ("float32", "tf32", "bf16")}
+    return {"device": describe, "copy": copy, **products_of}
 
 
 def say(**line: Any) -> None:

@@ -1,12 +1,13 @@
-"""What a GPU has to say, in minutes: builds, tests, rates of the machine, kernels against their floors, whole evaluations.
+"""Builds, tests and measures on a GPU within minutes.
 
-    python bench/gpu_check.py                 all of it, within 340 seconds; JSON to $OUT or
-    bench/results/ python bench/gpu_check.py --only kernels,evaluations --out DIR python
-    bench/gpu_check.py --dry-run       the script itself, on a CPU: tiny sizes, Triton's interpreter
+    python bench/gpu_check.py              all of it, in 340 seconds; JSON to $OUT or bench/results/
+    python bench/gpu_check.py --only kernels,evaluations --out DIR
+    python bench/gpu_check.py --dry-run    the script itself, on a CPU: tiny sizes, the interpreter
 
-Runs from a checkout, installed or not, with what is there: a part whose packages are missing is
-left out, and said to be. Cases run in a process of their own, which is started anew behind one that
-crashes or hangs; the table comes last, and the exit code is 1 where anything failed.
+The parts: rates of the machine, tests, the build, kernels against their floors, whole evaluations.
+Runs from a checkout, installed or not; a part whose packages are missing is left out, and named.
+Cases run in a process of their own, which is started anew behind one that crashes or hangs. The
+table comes last, and the exit code is 1 where anything failed.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ NEEDED = (
 
 
 def checkout(folder: Path) -> Path:
-    """A folder to import modeconn from: the checkout's files by links, with kernels/ where it would be installed."""
+    """Fills a folder to import modeconn from, by links to the checkout's files.
+
+    kernels/ is linked to where it would be installed.
+    """
     package = folder / "modeconn"
     package.mkdir()
     for entry in (ROOT / "modeconn").iterdir():
@@ -57,28 +61,26 @@ def checkout(folder: Path) -> Path:
 
 
 def environment(folder: Path, dry: bool) -> dict[str, str]:
-    """The variables of every process that is started."""
+    """Returns the environment of every process that is started."""
     paths = [folder, ROOT / "bench", ROOT / "tests"]
     more = {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "OMP_WAIT_POLICY": "passive",
         "PYTHONUNBUFFERED": "1",
     }
-    more |= (
-        {"TRITON_INTERPRET": "1", "MODECONN_TEST_DEVICE": "cpu"}
-        if dry
-        else {"MODECONN_TEST_DEVICE": "cuda"}
-    )
+    more["MODECONN_TEST_DEVICE"] = "cpu" if dry else "cuda"
+    if dry:
+        more["TRITON_INTERPRET"] = "1"
     kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return {**kept, **more}
 
 
 class Check:
-    """One run: its results so far, and the time that is left.
+    """A run of the check: its results so far, and the time that is left.
 
     Attributes:
-        results: what each case gave, in order; "error" says what went wrong, "skipped" why there
-            was nothing to do.
+        results: of each case, in order; "error" says what went wrong, "skipped" why there was
+            nothing to do.
     """
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
@@ -100,14 +102,14 @@ class Check:
         print(f"  {mark} {result['part']}: {result['case']} {note}".rstrip(), flush=True)
 
     def attempt(self, part: str) -> None:
-        """One part, which must not take the others with it."""
+        """Runs a part; its failure does not end the others."""
         try:
             self.run(part)
         except Exception as error:
             self.add(part=part, case="all", error=f"{type(error).__name__}: {error}")
 
     def run(self, part: str) -> None:
-        """One part, within its share of the time that is left."""
+        """Runs a part, within its share of the time that is left."""
         share = max(10.0, PARTS[part] * self.left())
         lacking = [name for name in ("torch", "numpy") if name in self.missing]
         if self.left() < 5:
@@ -122,14 +124,15 @@ class Check:
             self.cases(part, share)
 
     def begin_build(self) -> None:
-        """Start to build the C++ extension, and the CUDA one where there is nvcc, in place; not in a dry run."""
+        """Starts to build the C++ extension in place, and the CUDA one where there is nvcc.
+
+        A dry run builds nothing.
+        """
         lacking = [name for name in ("setuptools", "pybind11") if name in self.missing]
         if lacking or self.options.dry_run:
-            why = (
-                "a dry run builds nothing"
-                if self.options.dry_run
-                else f"{', '.join(lacking)} not installed"
-            )
+            why = f"{', '.join(lacking)} not installed"
+            if self.options.dry_run:
+                why = "a dry run builds nothing"
             self.add(part="build", case="csrc", skipped=why)
             return
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
@@ -139,7 +142,7 @@ class Check:
             )
 
     def build(self, seconds: float) -> None:
-        """Wait for the build."""
+        """Waits for the build."""
         if self.building is None:
             return
         try:
@@ -158,25 +161,19 @@ class Check:
                 link.symlink_to(built)
 
     def tests(self, seconds: float) -> None:
-        """The tests marked gpu."""
+        """Runs the tests marked gpu."""
         lacking = [name for name in ("pytest", "triton") if name in self.missing]
         if lacking:
-            self.add(
-                part="tests", case="pytest -m gpu", skipped=f"{', '.join(lacking)} not installed"
-            )
+            why = f"{', '.join(lacking)} not installed"
+            self.add(part="tests", case="pytest -m gpu", skipped=why)
             return
-        options = [
-            "-v",
-            "-m",
-            "gpu",
-            "--tb=line",
-            "--show-capture=no",
-            "-p",
-            "no:cacheprovider",
-            "--rootdir",
+        options = "-v -m gpu --tb=line --show-capture=no -p no:cacheprovider --rootdir".split()
+        options += [
             str(ROOT),
+            "-c",
+            str(ROOT / "pyproject.toml"),
+            str(ROOT / "tests" / "test_gpu.py"),
         ]
-        options += ["-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / "test_gpu.py")]
         if self.options.dry_run:
             options += ["-k", "linear"]
         try:
@@ -198,13 +195,13 @@ class Check:
         failed = [
             line for line in lines if line.startswith(("FAILED", "ERROR")) or " FAILED" in line
         ]
-        problem = (
-            {} if code == 0 else {"error": "; ".join([ended, f"{passed} passed", *failed])[:2000]}
-        )
+        problem = {}
+        if code:
+            problem["error"] = "; ".join([ended, f"{passed} passed", *failed])[:2000]
         self.add(part="tests", case="pytest -m gpu", note=ended, output=text[-6000:], **problem)
 
     def cases(self, part: str, seconds: float) -> None:
-        """A part's cases, in processes of their own: behind a crash the rest go on in a new one."""
+        """Runs a part's cases; behind a crash the rest go on in a new process."""
         until = time.monotonic() + min(seconds, self.left())
         listed = self.worker(part, [], until)
         waiting = [line["case"] for line in listed if "listed" in line]
@@ -213,19 +210,7 @@ class Check:
             return
         while waiting and time.monotonic() < until:
             lines = self.worker(part, waiting, until)
-            begun = {line["case"] for line in lines if "case" in line}
-            for line in lines:
-                if line.get("done"):
-                    self.add(
-                        part=part, **{key: value for key, value in line.items() if key != "done"}
-                    )
-            open_ones = begun - {line["case"] for line in lines if line.get("done")}
-            for case in open_ones:
-                ran = lines[-1]["at"] - next(
-                    line["at"] for line in lines if line.get("case") == case
-                )
-                cut = ran < _HANGS and time.monotonic() >= until
-                self.add(part=part, case=case, **{"skipped" if cut else "error": _ended(lines)})
+            begun = self.collect(part, lines, until)
             if not begun:
                 self.add(part=part, case=waiting[0], error=_ended(lines))
                 begun = {waiting[0]}
@@ -233,8 +218,24 @@ class Check:
         for case in waiting:
             self.add(part=part, case=case, skipped="no time left")
 
+    def collect(self, part: str, lines: list[dict[str, Any]], until: float) -> set[str]:
+        """Adds the results among a process's lines, and returns the cases that were begun."""
+        begun: dict[str, float] = {}
+        for line in lines:
+            if line.get("done"):
+                self.add(part=part, **{key: v for key, v in line.items() if key != "done"})
+            elif "case" in line:
+                begun.setdefault(line["case"], line["at"])
+        for case in begun.keys() - {line["case"] for line in lines if line.get("done")}:
+            cut = lines[-1]["at"] - begun[case] < _HANGS and time.monotonic() >= until
+            self.add(part=part, case=case, **{"skipped" if cut else "error": _ended(lines)})
+        return set(begun)
+
     def worker(self, part: str, cases: list[str], until: float) -> list[dict[str, Any]]:
-        """What a process that runs these cases, or lists them, printed; it is ended when its time is up."""
+        """Runs cases in a process, or lists them, and returns the lines that it printed.
+
+        The process is ended when its time is up.
+        """
         known = [r for r in self.results if r["part"] == "machine" and "value" in r]
         order = {
             "cases": cases,
@@ -262,7 +263,7 @@ class Check:
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """A line of JSON, or None for any other."""
+    """Parses a line of JSON; None for any other."""
     try:
         found = json.loads(line)
     except json.JSONDecodeError:
@@ -279,17 +280,18 @@ def _ended(lines: list[dict[str, Any]]) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> Iterator[str]:
-    """The results, a line each."""
+    """Formats the results, a line each."""
     yield f"{'part':<12}{'case':<44}{'time':>13}{'floor':>13}{'of floor':>10}  note"
     for r in results:
         time_, floor = r.get("ms"), r.get("floor_ms")
         shown = [f"{v:.4g} ms" if v is not None else "" for v in (time_, floor)]
         share = f"{floor / time_:.0%}" if time_ and floor else ""
         note = f"FAILED {r['error']}" if "error" in r else r.get("skipped") or r.get("note", "")
-        yield f"{r['part']:<12}{r['case']:<44}{shown[0]:>13}{shown[1]:>13}{share:>10}  {note[:110]}".rstrip()
+        line = f"{r['part']:<12}{r['case']:<44}{shown[0]:>13}{shown[1]:>13}{share:>10}"
+        yield f"{line}  {note[:110]}".rstrip()
 
 
-def main() -> int:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -304,16 +306,22 @@ def main() -> int:
         "--dry-run", action="store_true", help="on a CPU, with tiny sizes: checks the script"
     )
     options = parser.parse_args()
-    wanted = options.only.split(",")
-    if set(wanted) - set(PARTS):
+    if set(options.only.split(",")) - set(PARTS):
         parser.error(f"--only {options.only}: expected some of {','.join(PARTS)}")
+    return options
+
+
+def main() -> int:
+    options = _options()
+    requested = options.only.split(",")
     started = datetime.now(timezone.utc)
     with tempfile.TemporaryDirectory() as folder:
         check = Check(checkout(Path(folder)), options)
-        if "build" in wanted:
+        if "build" in requested:
             check.begin_build()
-        for part in (part for part in PARTS if part in wanted):
-            check.attempt(part)
+        for part in PARTS:
+            if part in requested:
+                check.attempt(part)
     device = next((r["note"] for r in check.results if r["case"] == "device"), "no device")
     report = {
         "device": device,
@@ -325,16 +333,13 @@ def main() -> int:
         "results": check.results,
     }
     name = "".join(c if c.isalnum() else "-" for c in device.split(",")[0].lower()).strip("-")
-    target = (
-        Path(options.out)
-        / f"{started:%Y-%m-%d}-gpu-check-{'dry-run' if options.dry_run else name}.json"
-    )
+    name = "dry-run" if options.dry_run else name
+    target = Path(options.out) / f"{started:%Y-%m-%d}-gpu-check-{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(report, indent=1), encoding="utf-8")
     failed = [r for r in check.results if "error" in r]
-    print(
-        f"\n{device}, {started:%Y-%m-%d}, {report['seconds']:.0f} s; not installed: {', '.join(check.missing) or 'nothing'}"
-    )
+    missing = ", ".join(check.missing) or "nothing"
+    print(f"\n{device}, {started:%Y-%m-%d}, {report['seconds']:.0f} s; not installed: {missing}")
     print("\n".join(table(check.results)))
     print(f"{len(failed)} failed; written to {target}")
     return 1 if failed else 0

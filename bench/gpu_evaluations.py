@@ -1,8 +1,8 @@
-"""Whole evaluations of a line: modeconn's backends against a loop, vmap and torch.compile, on the same data on the device.
+"""Whole evaluations of a line: modeconn's backends against a loop, vmap and torch.compile.
 
-A pass per point costs the same at every point, so the slow ways are timed on a few points, and all
-are quoted per point. What a backend gives is compared with a float64 pass at three points, on the
-first rows.
+All take the same data on the device. A pass per point costs the same at every point, so the slow
+ways are timed on a few points, and all are quoted per point. A backend's losses are compared with a
+float64 pass at three points, on the first rows.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from modeconn.backends.precision import products
 from modeconn.models import build
 from modeconn.parameters.paths import Path
 
-# name: the model, one input's shape, samples; and the same tiny.
-WORKLOADS: dict[str, tuple[tuple[str, tuple[int, ...], int], tuple[str, tuple[int, ...], int]]] = {
+# The model, one input's shape, and samples.
+Sizes = tuple[str, tuple[int, ...], int]
+# By name: the sizes that are measured, and tiny ones for a dry run.
+WORKLOADS: dict[str, tuple[Sizes, Sizes]] = {
     "MLP 784-245x10-10": (("mlp:784-245x10-10", (784,), 60_000), ("mlp:5-4x2-3", (5,), 4)),
     "MLP 784-1024x10-10": (("mlp:784-1024x10-10", (784,), 60_000), ("mlp:5-4-3", (5,), 4)),
     "MLP 784-64x2-10, 256 rows": (("mlp:784-64x2-10", (784,), 60_000), ("mlp:5-4-3", (5,), 8)),
@@ -39,10 +41,10 @@ WORKLOADS: dict[str, tuple[tuple[str, tuple[int, ...], int], tuple[str, tuple[in
         ("gpt:vocab=7,context=4,width=4,layers=1,heads=1", (4,), 2),
     ),
 }
-# Points of ours; the many are left out where the few have shown that they take too long.
+# Points of our backends; the many are left out where the few show that they take too long.
 POINTS = (16, 128, 1024)
 BATCH = 4096
-# Rows of a batch where kernels are so short that starting them counts: what CUDA graphs are for.
+# Rows of a batch where kernels are so short that starting them counts: the case for CUDA graphs.
 SMALL_BATCH, SMALL_BATCH_DRY = 256, 1
 
 
@@ -58,69 +60,60 @@ class Workload:
         self.text = spec.startswith("gpt")
         vocabulary = int(spec.split("vocab=")[1].split(",")[0]) if self.text else 0
         if self.text:
-            self.x = torch.randint(0, vocabulary, (samples, *row), generator=generator).to(
-                self.device
-            )
-            self.y = self.x
+            x = torch.randint(0, vocabulary, (samples, *row), generator=generator)
+            self.x = self.y = x.to(self.device)
         else:
             self.x = torch.randn(samples, *row, generator=generator).to(self.device)
             classes = 3 if context.dry and spec.startswith("mlp") else 10
             self.y = torch.randint(0, classes, (samples,), generator=generator).to(self.device)
         self.loss = "next_token" if self.text else "cross_entropy"
         self.small = name.endswith("rows")
-        self.batch = (
-            (SMALL_BATCH_DRY if context.dry else SMALL_BATCH)
-            if self.small
-            else 64
-            if self.text
-            else BATCH
-        )
+        self.batch = 64 if self.text else BATCH
+        if self.small:
+            self.batch = SMALL_BATCH_DRY if context.dry else SMALL_BATCH
 
     def evaluate(self, points: Any, **options: Any) -> mc.PathResult:
-        """By modeconn."""
+        """Evaluates by modeconn."""
         options = {"loss": self.loss, "metrics": ("loss", "error"), "buffers": "start", **options}
         if self.small:
             options["batch_size"] = self.batch
         return mc.evaluate(self.model, self.path, (self.x, self.y), points, **options)
 
     def total(self, outputs: Tensor, rows: slice) -> Tensor:
-        """Loss and errors of a batch, summed: what every peer does with its logits."""
+        """Sums loss and errors of a batch's logits, as every peer does."""
         labels = self.y[rows]
         if self.text:
             outputs, labels = outputs[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        return torch.stack(
-            [F.cross_entropy(outputs, labels, reduction="sum"), (outputs.argmax(1) != labels).sum()]
-        )
+        loss = F.cross_entropy(outputs, labels, reduction="sum")
+        return torch.stack([loss, (outputs.argmax(1) != labels).sum()])
 
     def batches(self) -> list[slice]:
-        return [
-            slice(i, min(i + self.batch, len(self.x))) for i in range(0, len(self.x), self.batch)
-        ]
+        starts = range(0, len(self.x), self.batch)
+        return [slice(start, min(start + self.batch, len(self.x))) for start in starts]
 
     def loop(
         self, network: Callable[[Tensor], Tensor], model: nn.Module
     ) -> Callable[[np.ndarray], list[list[float]]]:
-        """A pass per point: load the weights, run the batches."""
+        """Returns a pass per point: it loads the weights and runs the batches."""
 
         def run(t: np.ndarray) -> list[list[float]]:
-            sums = []
+            sums: list[Any] = []
             with torch.inference_mode():
                 for value in t:
                     model.load_state_dict(self.path.at(value))
-                    sums.append(
-                        sum(
-                            self.total(network(self.x[rows]), rows).double()
-                            for rows in self.batches()
-                        )
-                    )
-            return torch.stack(sums).tolist()  # type: ignore[arg-type, no-any-return]
+                    sums.append(0)
+                    for rows in self.batches():
+                        sums[-1] = sums[-1] + self.total(network(self.x[rows]), rows).double()
+            return torch.stack(sums).tolist()  # type: ignore[no-any-return]
 
         return run
 
     def by_vmap(self, t: np.ndarray) -> list[list[float]]:
-        """All points at once, over stacked weights; batches so much the smaller."""
+        """Evaluates all points at once, over stacked weights; batches are smaller by as much."""
         states = [self.path.at(value) for value in t]
-        stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
+        stacked = {}
+        for key in states[0]:
+            stacked[key] = torch.stack([state[key] for state in states])
         network = vmap(
             lambda state, inputs: functional_call(self.model, state, (inputs,)), in_dims=(0, None)
         )
@@ -201,7 +194,7 @@ def _with_graphs(case: Case) -> Case:
 
 
 def _distance(work: Workload, t: np.ndarray, options: dict[str, Any]) -> float:
-    """The largest relative error of the loss, on the first rows, against float64 by the reference backend."""
+    """Returns the largest relative error of the loss against float64, on the first rows."""
     part = copy.copy(work)
     part.x, part.y = work.x[:256], work.y[:256]
     got = part.evaluate(t, **options).loss

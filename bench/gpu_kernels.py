@@ -1,8 +1,8 @@
-"""Each kernel by itself: its time against its floor, and its error against float64 on part of its output.
+"""Each kernel by itself: its time against its floor, and its error against float64.
 
-Bytes are those of inputs read once and outputs written once; operations those of the products. The
-floor takes both at the rates measured on the same machine in the same run; for "float32" the better
-of true products and of three TF32 ones.
+The error is that of a tiny case. Bytes are those of inputs read once and outputs written once;
+operations those of the products. The floor takes both at the rates measured on the same machine in
+the same run; for "float32" the better of true products and of three TF32 ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALLOWED = {"float32": 2e-5, "tf32": 1e-2, "bf16": 8e-2}
 
 @dataclass
 class Work:
-    """A call of a kernel: arguments on the device, and what it costs at least."""
+    """A call of a kernel: its arguments on the device, and the bytes and operations it needs."""
 
     op: str
     arguments: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Work:
 
 
 def cases(context: Context) -> dict[str, Case]:
-    """All kernels at the sizes of the goals; products in each precision."""
+    """Cases of all kernels at the sizes of the goals; products in each precision."""
     made: dict[str, Case] = {}
     for name, make in WORKS.items():
         product = (
@@ -62,20 +62,13 @@ def _case(
         error = _error(make(_Sizes(replace(context, dry=True))), function, reference, options)
         ms = milliseconds(lambda: work.call(function, **options), context.device)
         floor = context.floor(work.bytes, work.flops, precision)
-        result = {
-            "ms": ms,
-            "floor_ms": floor,
-            "bytes": work.bytes,
-            "flops": work.flops,
-            "error_small": error,
-        }
-        result["note"] = (
-            f"{work.flops / ms / 1e9:.4g} TFLOP/s, {work.bytes / ms / 1e6:.4g} GB/s, error {error:.1e}"
-        )
-        if not error <= ALLOWED[precision]:  # NaN is none either
-            result["error"] = (
-                f"error {error:.2g} against float64, expected at most {ALLOWED[precision]}"
-            )
+        result: dict[str, Any] = {"ms": ms, "floor_ms": floor, "error_small": error}
+        result |= {"bytes": work.bytes, "flops": work.flops}
+        rates = f"{work.flops / ms / 1e9:.4g} TFLOP/s, {work.bytes / ms / 1e6:.4g} GB/s"
+        result["note"] = f"{rates}, error {error:.1e}"
+        if not error <= ALLOWED[precision]:  # NaN fails, too
+            expected = f"expected at most {ALLOWED[precision]}"
+            result["error"] = f"error {error:.2g} against float64, {expected}"
         return result
 
     return run
@@ -84,7 +77,10 @@ def _case(
 def _error(
     work: Work, function: Callable[..., Any], reference: Callable[..., Any], options: dict[str, Any]
 ) -> float:
-    """The largest error against float64, relative to the largest value; memory that nobody writes is NaN."""
+    """Returns the largest error against float64, relative to the largest value.
+
+    Memory that is allocated is filled with NaN first, so that values never written show.
+    """
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -96,7 +92,7 @@ def _error(
 
 
 def _wide(value: Any) -> Any:
-    """The same in float64."""
+    """Returns an argument in float64."""
     if isinstance(value, Blended):
         return Blended(value.tensors.double(), value.coefficients.double())
     if isinstance(value, list):
@@ -107,7 +103,7 @@ def _wide(value: Any) -> Any:
 
 
 class _Sizes:
-    """Random numbers of sensible size, on the device, and sizes: the ones meant, or tiny ones."""
+    """Draws random tensors on the device, and chooses sizes: the ones meant, or tiny ones."""
 
     def __init__(self, context: Context) -> None:
         self.dry, self.device = context.dry, context.device

@@ -1,4 +1,4 @@
-"""Times on a GPU: warmed up, by events, the median, with what the second-level cache holds written over in between."""
+"""Times of calls on a GPU: the median by events, warmed up, the second-level cache flushed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _FLUSH_BYTES = 256 << 20
 def milliseconds(
     call: Callable[[], Any], device: torch.device, budget: float = 1.0, most: int = 30
 ) -> float:
-    """The median time of a call.
+    """Measures the median time of a call.
 
     Args:
-        budget: seconds that the measurement may take, about; at least three calls are timed after
-            one that is not.
+        budget: seconds for the measurement, about; at least three calls are timed after one that
+            is not.
         most: calls, at most.
     """
-    if device.type != "cuda":  # a dry run: that it runs is all that counts
+    if device.type != "cuda":  # a dry run, where it is enough that the call works
         return wall_milliseconds(call, device, repeats=1)
     call()
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
@@ -31,18 +31,20 @@ def milliseconds(
     call()
     torch.cuda.synchronize(device)
     count = max(3, min(most, int(budget / max(time.perf_counter() - started, 1e-6))))
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-    for before, after in events:
+    events = []
+    for _ in range(count):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         before.record()
         call()
         after.record()
+        events.append((before, after))
     torch.cuda.synchronize(device)
     return sorted(before.elapsed_time(after) for before, after in events)[count // 2]
 
 
 def wall_milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
-    """The least wall time of something that ends by waiting for the device itself."""
+    """Measures the least wall time of a call that waits for the device itself."""
     times = []
     for _ in range(repeats):
         if device.type == "cuda":

@@ -1,10 +1,11 @@
-"""Peak memory does not grow with the number of points: each evaluation in a process of its own, few points against many.
+"""Peak memory of evaluations at few points against many: it does not grow with their number.
 
     python bench/memory.py                    MNIST line, ResNet-20, GPT and recomputed statistics
     python bench/memory.py --few 11 --many 1001 --samples 64
 
-Prints the peak resident memory of both, and what a further point costs. What must grow is the
-result (8 bytes a metric and point) and, with recomputed statistics, 8 bytes a channel and point.
+Each evaluation runs in a process of its own. Prints the peak resident memory of both, and the cost
+of a further point. Only the result must grow (8 bytes a metric and point) and, with recomputed
+statistics, 8 bytes a channel and point.
 """
 
 from __future__ import annotations
@@ -18,38 +19,22 @@ CASES = ("mnist", "resnet", "gpt", "recompute")
 
 
 def peak(case: str, points: int, samples: int) -> int:
-    """Peak resident bytes of an evaluation in a fresh process."""
-    command = [
-        sys.executable,
-        __file__,
-        "--case",
-        case,
-        "--many",
-        str(points),
-        "--samples",
-        str(samples),
-    ]
+    """Measures the peak resident bytes of an evaluation in a fresh process."""
+    options = "--case", case, "--many", str(points), "--samples", str(samples)
+    command = [sys.executable, __file__, *options]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def evaluate(case: str, points: int, samples: int) -> None:
-    """One evaluation, then the process's peak on stdout."""
+    """Runs an evaluation, then prints the process's peak."""
     import modeconn as mc
     import workloads
 
-    make = {"mnist": workloads.mnist_line, "gpt": workloads.gpt_line}.get(
-        case, workloads.resnet_line
-    )
-    work = make(samples)
+    lines = {"mnist": workloads.mnist_line, "gpt": workloads.gpt_line}
+    work = lines.get(case, workloads.resnet_line)(samples)
     buffers = "recompute" if case == "recompute" else "start"
-    mc.evaluate(
-        work.model,
-        work.path,
-        (work.x, work.y),
-        points,
-        buffers=buffers,
-        batch_size=min(samples, 64),
-    )
+    data, rows = (work.x, work.y), min(samples, 64)
+    mc.evaluate(work.model, work.path, data, points, buffers=buffers, batch_size=rows)
     print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 

@@ -1,4 +1,4 @@
-"""The native engine in BLIS's manner, one line per case: GFLOP/s, share of the peaks, residual, verdict.
+"""The native engine, one line per case: GFLOP/s, share of the peaks, residual, verdict.
 
     python bench/native_report.py [--threads 1] [--isa avx512,avx2] [--repeats 5] [--only TEXT]
     [--json FILE]
@@ -61,7 +61,7 @@ GROUPS = 8  # of a grouped convolution's channels
 
 @dataclass
 class Case:
-    """Terms, their coefficients, the layers behind them, and labels; the terms' activation is ReLU."""
+    """A chain of layers behind the ReLU of combined terms, and labels."""
 
     terms: list[np.ndarray]
     coefficients: np.ndarray
@@ -70,7 +70,7 @@ class Case:
     flops: float
 
     def sums(self, isa: str, threads: int = 1) -> np.ndarray:
-        """The engine's sums over the rows, [points, 3]."""
+        """Returns the engine's sums over the rows, [points, 3]."""
         return engine.chain_sums(
             self.terms,
             self.coefficients,
@@ -82,7 +82,7 @@ class Case:
         )
 
     def first(self, rows: int, points: int) -> Case:
-        """A part of the case, for the residual."""
+        """Returns the first rows and points of the case, for the residual."""
         c = np.ascontiguousarray(self.coefficients[:points])
         layers = [
             {**layer, "coefficients": c} if "coefficients" in layer else layer
@@ -91,42 +91,39 @@ class Case:
         return Case([v[:rows] for v in self.terms], c, layers, self.labels[:rows], 0.0)
 
     def losses(self, dtype: torch.dtype) -> np.ndarray:
-        """Mean losses [points] by plain PyTorch."""
-
-        def mix(blocks: list[np.ndarray], row: np.ndarray) -> Tensor:
-            return torch.stack(
-                [float(c) * torch.from_numpy(block).to(dtype) for c, block in zip(row, blocks)]
-            ).sum(0)
+        """Computes mean losses [points] by plain PyTorch."""
 
         means = []
         for row in self.coefficients:
-            x = mix(self.terms, row).relu()
+            x = _mix(self.terms, row, dtype).relu()
             for layer in self.layers:
-                if layer["op"] == "flatten":
-                    x = x.flatten(1)
-                    continue
-                weight, bias, groups = (
-                    mix(layer["weights"], row),
-                    mix(layer["biases"], row),
-                    layer.get("groups", 1),
-                )
-                y = (
-                    F.linear(x, weight, bias)
-                    if weight.dim() == 2
-                    else F.conv2d(x, weight, bias, padding=1, groups=groups)
-                )
-                y = y + x if "add" in layer else y
-                x = {"relu": F.relu, "gelu": F.gelu, "identity": lambda v: v}[layer["activation"]](
-                    y
-                )
-            means.append(
-                F.cross_entropy(x, torch.from_numpy(self.labels), reduction="none").double().mean()
-            )
+                x = x.flatten(1) if layer["op"] == "flatten" else _apply(layer, x, row)
+            losses = F.cross_entropy(x, torch.from_numpy(self.labels), reduction="none")
+            means.append(losses.double().mean())
         return torch.stack(means).numpy()
 
 
+def _mix(blocks: list[np.ndarray], row: np.ndarray, dtype: torch.dtype) -> Tensor:
+    parts = [float(c) * torch.from_numpy(block).to(dtype) for c, block in zip(row, blocks)]
+    return torch.stack(parts).sum(0)
+
+
+def _apply(layer: dict[str, Any], x: Tensor, row: np.ndarray) -> Tensor:
+    """Applies a layer with the weights of one point, by PyTorch."""
+    weight, bias = (_mix(layer[name], row, x.dtype) for name in ("weights", "biases"))
+    if weight.dim() == 2:
+        y = F.linear(x, weight, bias)
+    else:
+        y = F.conv2d(x, weight, bias, padding=1, groups=layer.get("groups", 1))
+    if "add" in layer:
+        y = y + x
+    if layer["activation"] == "identity":
+        return y
+    return {"relu": F.relu, "gelu": F.gelu}[layer["activation"]](y)
+
+
 def make(name: str) -> Case:
-    """A case with random numbers of sensible sizes."""
+    """Returns a case with random numbers of sensible sizes."""
     rows, points, widths = CASES[name]
     generator = np.random.default_rng(0)
     image, groups = "convolutions" in name, GROUPS if name.startswith("grouped") else 1
@@ -141,18 +138,10 @@ def make(name: str) -> Case:
     for before, after in itertools.pairwise(widths):
         shape = (after, before // groups, 3, 3) if image else (after, before)
         scale = np.float32(np.sqrt(2 / np.prod(shape[1:])))
-        weights, biases = (
-            [draw(*shape) * scale for _ in range(2)],
-            [draw(after) * scale for _ in range(2)],
-        )
-        layers.append(
-            {
-                "op": "conv2d" if image else "linear",
-                "weights": weights,
-                "biases": biases,
-                "coefficients": c,
-            }
-        )
+        weights = [draw(*shape) * scale for _ in range(2)]
+        biases = [draw(after) * scale for _ in range(2)]
+        layers.append({"op": "conv2d" if image else "linear", "coefficients": c})
+        layers[-1] |= {"weights": weights, "biases": biases}
         layers[-1] |= {"activation": "gelu" if name.startswith("gelu") else "relu"}
         layers[-1] |= {"padding": (1, 1), "groups": groups} if image else {}
         if name.startswith("residual") and before == after:
@@ -160,16 +149,8 @@ def make(name: str) -> Case:
         flops += 2.0 * np.prod(shape) * (SIDE * SIDE if image else 1)
     if image:
         head = [draw(10, widths[-1] * SIDE * SIDE) * np.float32(0.01) for _ in range(2)]
-        layers += [
-            {"op": "flatten"},
-            {
-                "op": "linear",
-                "weights": head,
-                "biases": [draw(10), draw(10)],
-                "coefficients": c,
-                "activation": "identity",
-            },
-        ]
+        last: dict[str, Any] = {"op": "linear", "coefficients": c, "activation": "identity"}
+        layers += [{"op": "flatten"}, last | {"weights": head, "biases": [draw(10), draw(10)]}]
     elif layers:
         layers[-1]["activation"] = "identity"
     shape = (rows, widths[0], SIDE, SIDE) if image else (rows, widths[0])
@@ -178,31 +159,21 @@ def make(name: str) -> Case:
 
 
 def peaks(isas: list[str]) -> dict[str, Callable[[], float]]:
-    """For each instruction set a function that measures its multiply-add peak, GFLOP/s of one thread."""
+    """Returns, by instruction set, a function that measures a thread's multiply-add peak.
+
+    In GFLOP/s.
+    """
     found: dict[str, Callable[[], float]] = {}
     flags = {
-        "avx512": ["-mavx512f", "-DLANES=16"],
-        "avx2": ["-mavx2", "-DLANES=8"],
+        "avx512": ["-mfma", "-mavx512f", "-DLANES=16"],
+        "avx2": ["-mfma", "-mavx2", "-DLANES=8"],
         "generic": ["-DLANES=4"],
     }
+    always = "g++ -std=c++17 -O3 -ffp-contract=fast -fPIC -shared".split()
     for isa in isas:
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder, "peak.so")
-            fma = [] if isa == "generic" else ["-mfma"]
-            command = [
-                "g++",
-                "-std=c++17",
-                "-O3",
-                "-ffp-contract=fast",
-                "-fPIC",
-                "-shared",
-                *fma,
-                *flags[isa],
-                PEAK,
-                "-o",
-                library,
-            ]
-            subprocess.run(command, check=True)
+            subprocess.run([*always, *flags[isa], PEAK, "-o", library], check=True)
             function = ctypes.CDLL(str(library)).peak_gflops
         function.restype, function.argtypes = ctypes.c_double, [ctypes.c_double]
         found[isa] = lambda function=function: float(function(0.03))  # type: ignore[misc]
@@ -212,7 +183,10 @@ def peaks(isas: list[str]) -> dict[str, Callable[[], float]]:
 def measure(
     case: Case, isa: str, peak: Callable[[], float], threads: int, repeats: int
 ) -> dict[str, float]:
-    """Best rates: ours in GFLOP/s (in runs per second where there is no arithmetic to count), and the peaks."""
+    """Measures the best rates of the engine and the peaks, in GFLOP/s.
+
+    Where there is no arithmetic to count, the engine's rate is in runs per second.
+    """
     clock = time.process_time if threads == 1 else time.perf_counter
     a = torch.randn(2048, 2048)
     out = torch.empty_like(a)
@@ -230,7 +204,10 @@ def measure(
 
 
 def residual(case: Case, isa: str) -> tuple[float, bool]:
-    """The error of the mean losses of a few points and rows against float64, and whether the policy allows it."""
+    """Returns the error of the mean losses against float64, and whether the policy allows it.
+
+    Of a few points and rows.
+    """
     part = case.first(200, 3)
     exact, plain = part.losses(torch.float64), part.losses(torch.float32)
     ours, theirs = (
@@ -240,7 +217,7 @@ def residual(case: Case, isa: str) -> tuple[float, bool]:
     return float(ours), bool(ours <= 2 * theirs + 2 * np.finfo(np.float32).eps)
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -249,41 +226,37 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", default="", metavar="TEXT")
     parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def _rate(case: Case, best: dict[str, float]) -> str:
+    """Formats the rate of a case and its shares of the peaks."""
+    ours = best["ours"]
+    if case.flops:
+        return f"{ours:>9.1f}{ours / best['fma']:>8.1%}{ours / best['torch']:>10.0%}"
+    # no product: one point's time against a pass of the MNIST network at the peaks
+    point = 1 / ours / len(case.coefficients)
+    passes = [len(case.labels) * MNIST_PASS / (best[key] * 1e9) / point for key in ("fma", "torch")]
+    return f"{'1/':>9}{passes[0]:<8.0f}{'1/':>3}{passes[1]:<7.0f}"
+
+
+def main() -> None:
+    options = _options()
     torch.set_num_threads(options.threads)
     isas = options.isa.split(",")
     peak = peaks(isas)
     report: list[dict[str, Any]] = []
-    print(
-        f"{'case':<56}{'isa':<8}{'GFLOP/s':>9}{'of fma':>8}{'of torch':>10}{'residual':>10}  verdict"
-    )
+    columns = f"{'GFLOP/s':>9}{'of fma':>8}{'of torch':>10}{'residual':>10}"
+    print(f"{'case':<56}{'isa':<8}{columns}  verdict")
     for name in [name for name in CASES if options.only in name]:
         case = make(name)
         for isa in isas:
             best = measure(case, isa, peak[isa], options.threads, options.repeats)
             error, good = residual(case, isa)
-            report.append(
-                {
-                    "case": name,
-                    "isa": isa,
-                    "threads": options.threads,
-                    **best,
-                    "residual": error,
-                    "pass": good,
-                }
-            )
-            if case.flops:
-                rate = f"{best['ours']:>9.1f}{best['ours'] / best['fma']:>8.1%}{best['ours'] / best['torch']:>10.0%}"
-            else:  # no product: one point's time against a pass of the MNIST network at the peaks
-                point = 1 / best["ours"] / len(case.coefficients)
-                parts = [
-                    len(case.labels) * MNIST_PASS / (best[key] * 1e9) / point
-                    for key in ("fma", "torch")
-                ]
-                rate = f"{'1/':>9}{parts[0]:<8.0f}{'1/':>3}{parts[1]:<7.0f}"
-            print(
-                f"{name:<56}{isa:<8}{rate}{error:>10.1e}  {'PASS' if good else 'FAIL'}", flush=True
-            )
+            about = {"case": name, "isa": isa, "threads": options.threads}
+            report.append(about | best | {"residual": error, "pass": good})
+            verdict = "PASS" if good else "FAIL"
+            print(f"{name:<56}{isa:<8}{_rate(case, best)}{error:>10.1e}  {verdict}", flush=True)
     if options.json:
         result = {"machine": machine(), "cases": report}
         atomic_write(

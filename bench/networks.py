@@ -1,6 +1,11 @@
-"""Residual and dense networks for CIFAR-10 as users write them: `bench/run.py --resnet networks:pre_resnet20`."""
+"""Residual and dense networks for CIFAR-10 as users write them.
+
+For example `python bench/run.py --resnet networks:pre_resnet20`.
+"""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +31,10 @@ class NormsFirst(nn.Module):
 
 
 class Gated(nn.Module):
-    """A block with a gate of channels (Hu et al. 2018) and a shortcut without weights: every other pixel, zeros around."""
+    """A block with a gate of channels (Hu et al. 2018).
+
+    Its shortcut has no weights: it takes every other pixel, with channels of zeros around.
+    """
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -38,11 +46,10 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         gate = torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))))
-        short = (
-            F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more, self.more))
-            if self.more
-            else x
-        )
+        short = x
+        if self.more:
+            pixels = x[:, :, :: self.stride, :: self.stride]
+            short = F.pad(pixels, (0, 0, 0, 0, self.more, self.more))
         return F.relu(short + y * gate)
 
 
@@ -60,18 +67,11 @@ class Dense(nn.Module):
 
 
 def _residual(block: type[NormsFirst] | type[Gated]) -> nn.Sequential:
-    stages = [
-        (16, 16, 1),
-        (16, 16, 1),
-        (16, 16, 1),
-        (16, 32, 2),
-        (32, 32, 1),
-        (32, 32, 1),
-        (32, 64, 2),
-        (64, 64, 1),
-        (64, 64, 1),
+    widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
+    blocks = [
+        block(before, after, 1 if before == after else 2)
+        for before, after in itertools.pairwise(widths)
     ]
-    blocks = [block(*stage) for stage in stages]
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)
     return nn.Sequential(
         _conv(3, 16), nn.BatchNorm2d(16), nn.ReLU(), *blocks, nn.BatchNorm2d(64), nn.ReLU(), *head

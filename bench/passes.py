@@ -16,17 +16,14 @@ import workloads
 
 
 def recompute(options: argparse.Namespace) -> dict[str, Any]:
-    """Statistics of all points in two passes over the data, against two passes for each point."""
+    """Times statistics of all points in two passes over the data, against two for each point."""
     work = workloads.resnet_line(
         options.samples, "vgg11_bn:width=16" if options.vgg else "resnet20"
     )
     ours, few = np.linspace(0, 1, options.points), np.linspace(0, 1, options.peer_points)
     args = (work.model, work.path, work.x, work.y)
-    naive = (
-        2
-        * mc.explain(work.model, work.path, work.x[:4], options.points).program.naive_flops
-        * len(work.x)
-    )
+    plan = mc.explain(work.model, work.path, work.x[:4], options.points)
+    naive = 2 * plan.program.naive_flops * len(work.x)
 
     def two_passes(backend: str) -> Callable[[], Any]:
         return lambda: mc.evaluate(
@@ -37,21 +34,15 @@ def recompute(options: argparse.Namespace) -> dict[str, Any]:
         f"modeconn ({name})": (two_passes(name), len(ours), naive)
         for name in backends(work, options, "recompute")
     }
-    contenders["re-estimate and test, per point"] = (
-        functools.partial(peers.re_estimating(False), *args, few),
-        len(few),
-        naive,
-    )
-    contenders["the same, channels_last"] = (
-        functools.partial(peers.re_estimating(True), *args, few),
-        len(few),
-        naive,
-    )
+    others = {"re-estimate and test, per point": False, "the same, channels_last": True}
+    for name, channels_last in others.items():
+        peer = functools.partial(peers.re_estimating(channels_last), *args, few)
+        contenders[name] = peer, len(few), naive
     return _report(f"{work.name}, statistics recomputed", work, options, contenders, options.points)
 
 
 def plane(options: argparse.Namespace) -> dict[str, Any]:
-    """A grid of points on a plane through three networks, against a pass per point."""
+    """Times a grid of points on a plane through three networks, against a pass per point."""
     work = workloads.mnist_plane(options.samples)
     few = np.random.default_rng(0).random((options.peer_points, 2))
     args = (work.model, work.path, work.x, work.y)
@@ -80,7 +71,7 @@ def plane(options: argparse.Namespace) -> dict[str, Any]:
 def backends(
     work: workloads.Workload, options: argparse.Namespace, buffers: str = "interpolate"
 ) -> list[str]:
-    """Those of the backends asked for that can run the workload."""
+    """Lists the requested backends that can run the workload."""
 
     def able(name: str) -> bool:
         try:

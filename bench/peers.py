@@ -1,6 +1,7 @@
-"""What careful users do without modeconn, each as fast as its idea allows: losses and errors at T points of a path.
+"""Losses and errors at T points as careful users compute them without modeconn.
 
-Every peer takes (model, path, x, y, t) and returns (losses [T], errors [T]).
+Each peer is as fast as its idea allows. It takes (model, path, x, y, t) and returns (losses [T],
+errors [T]).
 """
 
 from __future__ import annotations
@@ -25,10 +26,20 @@ def _finish(rows: list[tuple[Tensor, Tensor]], samples: int) -> tuple[np.ndarray
     return loss, error
 
 
+def _stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    stacked = {}
+    for key in states[0]:
+        stacked[key] = torch.stack([state[key] for state in states])
+    return stacked
+
+
 def dataloader_loop(
     model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each point load its weights, then go through a DataLoader in batches of 100 (as published evaluations do)."""
+    """Loads each point's weights, then goes through a DataLoader in batches of 100.
+
+    Published evaluations do so.
+    """
     rows = []
     loader = DataLoader(TensorDataset(x, y), batch_size=100)
     with torch.no_grad():
@@ -46,25 +57,27 @@ def dataloader_loop(
 def whole_tensor(
     model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each point load its weights and run the whole data set as one batch (as loss-landscapes does)."""
+    """Loads each point's weights and runs the whole data set as one batch.
+
+    The package loss-landscapes does so.
+    """
     rows = []
     with torch.no_grad():
         for value in t:
             model.load_state_dict(path.at(value))
             outputs = model(x)
-            rows.append(
-                (
-                    F.cross_entropy(outputs, y, reduction="sum"),
-                    (outputs.argmax(1) != y).sum().double(),
-                )
-            )
+            loss = F.cross_entropy(outputs, y, reduction="sum")
+            rows.append((loss, (outputs.argmax(1) != y).sum().double()))
     return _finish(rows, y.numel())
 
 
 def channels_last_loop(
     model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each point load its weights; model and images in channels-last layout, batches of 128: the best for convolutions."""
+    """Loads each point's weights; model and images are channels last, in batches of 128.
+
+    That is the fastest for convolutions.
+    """
     rows = []
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = x.contiguous(memory_format=torch.channels_last)
@@ -81,7 +94,10 @@ def channels_last_loop(
 
 
 def functional_chunks(rows_per_chunk: int) -> Peer:
-    """functional_call in chunks of rows that stay in the cache: the best that plain PyTorch does on a CPU."""
+    """Returns a peer that runs functional_call in chunks of rows that stay in the cache.
+
+    That is the fastest that plain PyTorch does on a CPU.
+    """
 
     def run(
         model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray
@@ -90,15 +106,12 @@ def functional_chunks(rows_per_chunk: int) -> Peer:
         with torch.no_grad():
             for value in t:
                 state = path.at(value)
-                loss, wrong = (
-                    torch.zeros((), dtype=torch.float64),
-                    torch.zeros((), dtype=torch.int64),
-                )
+                loss = torch.zeros((), dtype=torch.float64)
+                wrong = torch.zeros((), dtype=torch.int64)
                 for start in range(0, len(x), rows_per_chunk):
                     labels = y[start : start + rows_per_chunk]
-                    outputs = functional_call(
-                        model, state, (x[start : start + rows_per_chunk],), tie_weights=False
-                    )
+                    inputs = (x[start : start + rows_per_chunk],)
+                    outputs = functional_call(model, state, inputs, tie_weights=False)
                     loss += F.cross_entropy(outputs, labels, reduction="sum")
                     wrong += (outputs.argmax(1) != labels).sum()
                 rows.append((loss, wrong.double()))
@@ -108,7 +121,10 @@ def functional_chunks(rows_per_chunk: int) -> Peer:
 
 
 def vmap_points(points_per_call: int, rows_per_chunk: int) -> Peer:
-    """vmap of functional_call over stacked weights: the "model ensembling" recipe of torch.func."""
+    """Returns a peer that maps functional_call over stacked weights by vmap.
+
+    That is the "model ensembling" recipe of torch.func.
+    """
 
     def run(
         model: nn.Module, path: Path, x: Tensor, y: Tensor, t: np.ndarray
@@ -121,7 +137,7 @@ def vmap_points(points_per_call: int, rows_per_chunk: int) -> Peer:
         with torch.no_grad():
             for first in range(0, len(t), points_per_call):
                 states = [path.at(value) for value in t[first : first + points_per_call]]
-                stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
+                stacked = _stacked(states)
                 loss = torch.zeros(len(states), dtype=torch.float64)
                 wrong = torch.zeros(len(states), dtype=torch.int64)
                 for start in range(0, len(x), rows_per_chunk):
@@ -138,7 +154,7 @@ def vmap_points(points_per_call: int, rows_per_chunk: int) -> Peer:
 
 
 def re_estimating(channels_last: bool) -> Peer:
-    """For each point load its weights, re-estimate the norms' statistics in a pass in training mode, then evaluate.
+    """Returns a peer that re-estimates the norms' statistics at each point, then evaluates.
 
     The way of Garipov et al. 2018: `update_bn`, then `test`, in batches of 128 and the same data
     for both.
@@ -149,11 +165,8 @@ def re_estimating(channels_last: bool) -> Peer:
     ) -> tuple[np.ndarray, np.ndarray]:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         model, x = copy.deepcopy(model).to(memory_format=layout), x.contiguous(memory_format=layout)  # type: ignore[call-overload]
-        norms = [
-            module
-            for module in model.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        ]
+        kind = nn.modules.batchnorm._BatchNorm
+        norms = [module for module in model.modules() if isinstance(module, kind)]
         rows = []
         with torch.no_grad():
             for value in t:
@@ -165,10 +178,8 @@ def re_estimating(channels_last: bool) -> Peer:
                 for inputs in x.split(128):
                     model(inputs)
                 model.eval()
-                loss, wrong = (
-                    torch.zeros((), dtype=torch.float64),
-                    torch.zeros((), dtype=torch.int64),
-                )
+                loss = torch.zeros((), dtype=torch.float64)
+                wrong = torch.zeros((), dtype=torch.int64)
                 for inputs, labels in zip(x.split(128), y.split(128)):
                     outputs = model(inputs)
                     loss += F.cross_entropy(outputs, labels, reduction="sum")

@@ -1,16 +1,21 @@
 """The side-by-side table: modeconn against what people do by hand, in one run on one machine.
 
-    python bench/run.py                       the line between two MNIST networks, 101 points,
-    60,000 samples python bench/run.py --samples 6000 --points 11 --json out.json python
-    bench/run.py --vgg --samples 10000 --points 21     two slim VGG-11 on CIFAR-10 python
-    bench/run.py --resnet --samples 2000 --points 21   two ResNet-20 of CIFAR-10's shape python
-    bench/run.py --resnet networks:densenet28 --samples 2000 --points 21      or another of
-    bench/networks.py python bench/run.py --gpt --samples 500 --points 21       two small GPT,
-    random tokens python bench/run.py --recompute --samples 2000 --points 21    batch-norm
-    statistics of all points of the ResNet line python bench/run.py --plane --samples 6000 --points
-    25    25 × 25 points of a plane through three MNIST networks python bench/run.py --accuracy
-    also the distance from a float64 pass per point, at every point python bench/run.py --chain
-    chains whose segments move dead units, or the last layer
+    python bench/run.py                                   the line between two MNIST networks,
+                                                          101 points, 60,000 samples
+    python bench/run.py --samples 6000 --points 11 --json out.json
+    python bench/run.py --vgg --samples 10000 --points 21      two slim VGG-11 on CIFAR-10
+    python bench/run.py --resnet --samples 2000 --points 21    two ResNet-20 of CIFAR-10's shape
+    python bench/run.py --resnet networks:densenet28 --samples 2000 --points 21
+                                                          or another of bench/networks.py
+    python bench/run.py --gpt --samples 500 --points 21        two small GPT, random tokens
+    python bench/run.py --recompute --samples 2000 --points 21 batch-norm statistics of all points
+                                                          of the ResNet line
+    python bench/run.py --plane --samples 6000 --points 25     25 × 25 points of a plane through
+                                                          three MNIST networks
+    python bench/run.py --accuracy                        also the distance from a float64 pass per
+                                                          point, at every point
+    python bench/run.py --chain                           chains whose segments move dead units, or
+                                                          the last layer
 
 Contenders take turns, each turn timed on its own; the minimum over the repeats is shown. A pass per
 point costs the same at every point, so the slow peers are timed on a few points and quoted per
@@ -25,7 +30,7 @@ import copy
 import functools
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,7 +46,7 @@ from modeconn.files import atomic_write
 
 
 def workload(options: argparse.Namespace) -> workloads.Workload:
-    """The line that the options name."""
+    """Returns the line that the options name."""
     if options.model:
         return workloads.random_line(options.model, options.samples)
     if options.resnet:
@@ -52,15 +57,11 @@ def workload(options: argparse.Namespace) -> workloads.Workload:
 
 
 def line(options: argparse.Namespace) -> dict[str, Any]:
-    """The line: ours at all points, the others at a few."""
+    """Times a line: modeconn at all points, the others at a few."""
     work = workload(options)
-    few = np.linspace(0, 1, options.peer_points)
     ours = np.linspace(0, 1, options.points)
     plan = mc.explain(work.model, work.path, work.x[:4], options.points)
-    naive = plan.program.naive_flops * len(work.x)
-    args = (work.model, work.path, work.x, work.y)
     results: dict[str, Any] = {}
-
     able = passes.backends(work, options)
 
     def one_pass(backend: str) -> Callable[[], Any]:
@@ -72,37 +73,43 @@ def line(options: argparse.Namespace) -> dict[str, Any]:
         f"modeconn ({name})": (one_pass(name), len(ours), plan.flops * len(work.x) / len(ours))
         for name in able
     }
-    convolutional = work.x.dim() == 4
-    rows = work.rows
-    others: dict[str, peers.Peer] = {"DataLoader loop, batch 100": peers.dataloader_loop}
-    if convolutional:
-        others["channels_last loop, batch 128"] = peers.channels_last_loop
-    elif work.x.is_floating_point():
-        others["whole tensor at once"] = peers.whole_tensor
-    others |= {f"functional_call, {n} rows": peers.functional_chunks(n) for n in rows}
-    others[f"vmap, 8 points, {rows[-2]} rows"] = peers.vmap_points(8, rows[-2])
-    for name, peer in others.items():
-        points = np.linspace(0, 1, 8) if name.startswith("vmap") else few
-        contenders[name] = (functools.partial(peer, *args, points), len(points), naive)
-    report = {
-        "workload": work.name,
-        "source": work.source,
-        "points": options.points,
-        **measured(contenders, options.repeats, options.warm),
-    }
+    naive = plan.program.naive_flops * len(work.x)
+    contenders |= _others(work, options, naive)
+    report = {"workload": work.name, "source": work.source, "points": options.points}
+    report |= measured(contenders, options.repeats, options.warm)
     show(report)
     if options.accuracy:
         report["accuracy"] = accuracy(work, results, options)
     return report
 
 
+def _others(
+    work: workloads.Workload, options: argparse.Namespace, naive: float
+) -> dict[str, Contender]:
+    """Returns the peers that suit a workload."""
+    rows = work.rows
+    others: dict[str, peers.Peer] = {"DataLoader loop, batch 100": peers.dataloader_loop}
+    if work.x.dim() == 4:
+        others["channels_last loop, batch 128"] = peers.channels_last_loop
+    elif work.x.is_floating_point():
+        others["whole tensor at once"] = peers.whole_tensor
+    others |= {f"functional_call, {n} rows": peers.functional_chunks(n) for n in rows}
+    others[f"vmap, 8 points, {rows[-2]} rows"] = peers.vmap_points(8, rows[-2])
+    contenders: dict[str, Contender] = {}
+    for name, peer in others.items():
+        points = np.linspace(0, 1, 8 if name.startswith("vmap") else options.peer_points)
+        call = functools.partial(peer, work.model, work.path, work.x, work.y, points)
+        contenders[name] = (call, len(points), naive)
+    return contenders
+
+
 def accuracy(
     work: workloads.Workload, results: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Distances of the losses from a float64 pass per point, at every point."""
+    """Measures the distances of the losses from a float64 pass per point, at every point."""
     t = np.linspace(0, 1, options.points)
     model = copy.deepcopy(work.model).double()
-    points = [{k: v.double() for k, v in point.items()} for point in work.path.control_points]
+    points = [_doubled(point) for point in work.path.control_points]
     exact, exact_error = peers.functional_chunks(1000)(
         model, mc.Line(*points), work.x.double(), work.y, t
     )
@@ -117,16 +124,20 @@ def accuracy(
     return figures
 
 
+def _doubled(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.double() for name, tensor in state.items()}
+
+
 def _distance(
     loss: np.ndarray, error: np.ndarray, exact: np.ndarray, exact_error: np.ndarray
 ) -> tuple[float, float]:
-    return float(np.abs(loss - exact).max() / np.abs(exact).max()), float(
-        np.abs(error - exact_error).max()
-    )
+    """Returns the largest relative error of the losses and the largest error of the error rates."""
+    relative = np.abs(loss - exact).max() / np.abs(exact).max()
+    return float(relative), float(np.abs(error - exact_error).max())
 
 
 def chain(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What a further point costs on segments that move dead units, or the last layer."""
+    """Times a further point on segments that move dead units, or the last layer."""
     reports = []
     for backend, kind in itertools.product(options.backends, ("rewrite", "swing")):
         work = workloads.mnist_chain(options.samples, 2, kind)
@@ -138,33 +149,25 @@ def chain(options: argparse.Namespace) -> list[dict[str, Any]]:
             mc.explain(work.model, work.path, work.x[:4], points).network_flops
             for points in (21, 2021)
         ]
-        print(
-            f"{work.name} ({backend}): forward pass {1e3 * forward:.0f} ms, a further point {1e6 * per_point:.0f} us"
-        )
-        print(
-            f"  = 1/{forward / max(per_point, 1e-9):.0f} of it; the network: {once[0]:.0f} and {once[1]:.0f} FLOP a sample"
-        )
-        reports.append(
-            {
-                "workload": work.name,
-                "backend": backend,
-                "forward_s": forward,
-                "per_point_s": per_point,
-                "machine": machine(),
-            }
-        )
+        times = f"forward pass {1e3 * forward:.0f} ms, a further point {1e6 * per_point:.0f} us"
+        print(f"{work.name} ({backend}): {times}")
+        ratio = forward / max(per_point, 1e-9)
+        flops = f"{once[0]:.0f} and {once[1]:.0f} FLOP a sample"
+        print(f"  = 1/{ratio:.0f} of it; the network: {flops}")
+        report = {"workload": work.name, "backend": backend, "machine": machine()}
+        reports.append(report | {"forward_s": forward, "per_point_s": per_point})
     return reports
 
 
 def seconds(work: workloads.Workload, points: Any, backend: str, repeats: int) -> float:
-    """The least time of an evaluation."""
+    """Measures the least time of an evaluation."""
     return min(
         timed(lambda: mc.evaluate(work.model, work.path, (work.x, work.y), points, backend=backend))
         for _ in range(repeats)
     )
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -191,7 +194,8 @@ def main() -> None:
         nargs="?",
         const="resnet20",
         metavar="SPEC",
-        help="two random networks with norms on CIFAR-10 instead, ResNet-20 or such as networks:pre_resnet20",
+        help="two random networks with norms on CIFAR-10 instead: ResNet-20, or for example "
+        "networks:pre_resnet20",
     )
     parser.add_argument("--gpt", action="store_true", help="two small GPT instead")
     parser.add_argument(
@@ -214,7 +218,11 @@ def main() -> None:
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--chain", action="store_true")
     parser.add_argument("--json", metavar="FILE")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _options()
     if options.threads:
         torch.set_num_threads(options.threads)
     kinds = {"chain": chain, "recompute": passes.recompute, "plane": passes.plane}

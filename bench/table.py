@@ -1,4 +1,4 @@
-"""How contenders are timed side by side, and the table that is printed."""
+"""Times contenders side by side and prints their table."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
-# What to run, how many points that is, and the arithmetic that its way of working needs per point.
+# A call, its number of points, and the arithmetic that its way of working needs per point.
 Contender = tuple[Callable[[], Any], int, float]
 
 
 def matrix_peak(repeats: int = 5) -> float:
-    """The fastest float32 matrix product, FLOP/s."""
+    """Measures the fastest float32 matrix product, in FLOP/s."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     return 2 * 2048**3 / min(timed(lambda: a @ b) for _ in range(repeats))
 
 
 def timed(call: Callable[[], Any]) -> float:
+    """Measures the wall time of a call, in seconds."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describes the machine and the versions of a measurement."""
     cpuinfo = Path("/proc/cpuinfo")
     rows = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next(
@@ -57,9 +58,10 @@ def machine() -> dict[str, Any]:
 def measured(
     contenders: Mapping[str, Contender], repeats: int, warm: bool = False
 ) -> dict[str, Any]:
-    """Seconds per point of each contender, which take turns, and the peak of the same run."""
-    for run, _, _ in contenders.values():
-        run() if warm else None
+    """Measures seconds per point of each contender, which take turns, and the run's peak."""
+    if warm:
+        for run, _, _ in contenders.values():
+            run()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     peaks = []
     for _ in range(repeats):
@@ -75,7 +77,7 @@ def measured(
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print the table of a report."""
+    """Prints the table of a report."""
     best = {name: min(times) for name, times in report["seconds_per_point"].items()}
     first = next(iter(best))
     print(f"\n{report['workload']}, {report['points']} points ({report['source']})")
@@ -85,6 +87,5 @@ def show(report: dict[str, Any]) -> None:
     for name, value in best.items():
         share = report["flops_per_point"][name] / value / 1e9 / report["peak_gflops"]
         spread = max(report["seconds_per_point"][name]) / value - 1
-        print(
-            f"{name:<30}{1e3 * value:>13.1f}{spread:>8.0%}{value / best[first]:>14.2f}x{share:>9.0%}"
-        )
+        line = f"{name:<30}{1e3 * value:>13.1f}{spread:>8.0%}"
+        print(f"{line}{value / best[first]:>14.2f}x{share:>9.0%}")

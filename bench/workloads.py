@@ -1,4 +1,4 @@
-"""What is timed: networks, paths and data, real ones where they are to be had."""
+"""The workloads that are timed: networks, paths and data, real ones where they are at hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ SHARED = File(os.environ.get("MODECONN_SHARED", ROOT.parent / "shared"))
 
 @dataclass(frozen=True)
 class Workload:
-    """One evaluation; `source` says whether networks and data are real, `rows` how many at a time suit plain PyTorch."""
+    """An evaluation.
+
+    Attributes:
+        source: whether networks and data are real.
+        rows: how many at a time suit plain PyTorch.
+    """
 
     name: str
     model: nn.Module
@@ -31,7 +36,10 @@ class Workload:
 
 
 def _between(spec: str, name: str) -> tuple[nn.Module, Path, str]:
-    """A model, the line between two networks trained from different seeds, or else random ones, and what they are."""
+    """Returns a model, the line between two networks of its kind, and the networks' source.
+
+    The networks are trained from different seeds, or random where there are no files of them.
+    """
     files = [SHARED / "checkpoints" / f"{name}-seed{seed}.safetensors" for seed in (1, 2)]
     if all(file.exists() for file in files):
         return build(spec), mc.Line(*files), "trained networks"
@@ -56,7 +64,7 @@ def vgg_line(samples: int) -> Workload:
 
 
 def resnet_line(samples: int, spec: str = "resnet20") -> Workload:
-    """The line between two random networks; batch norms have random statistics, as of trained networks."""
+    """The line between two random networks, whose norms have random statistics as trained ones."""
     torch.manual_seed(0)
     model, *ends = (build(spec) for _ in range(3))
     for network in ends:
@@ -132,7 +140,7 @@ def random_line(spec: str, samples: int) -> Workload:
 
 
 def mnist_chain(samples: int, segments: int, kind: str) -> Workload:
-    """A chain whose segments move dead units ("rewrite") or the last layer ("swing") of the MNIST network."""
+    """A chain from the MNIST network; segments move dead units ("rewrite") or the last layer."""
     line = mnist_line(samples)
     start = {key: value.clone() for key, value in line.path.control_points[0].items()}
     start["20.weight"][:, 122:] = 0

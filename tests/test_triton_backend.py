@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import modeconn as mc
 from modeconn.backends.triton.backend import TritonBackend, why_not
-from modeconn.backends.triton.schedule import Schedule
-from modeconn.backends.triton.segment import Steps, find_tail
+from modeconn.backends.triton.schedule import ChunkSchedule
+from modeconn.backends.triton.segment import SegmentSteps, find_epilogue
 from modeconn.models import build
 from naive import clone, mlp, pass_per_point
 from policy import assert_within_policy
@@ -55,17 +55,16 @@ def agrees(
 
 
 def kernels(model: nn.Module, path: Any, x: Tensor, points: Any = 3) -> list[list[str]]:
-    """List each segment's calls by their first operation, and the length of its epilogue."""
+    """List each segment's operations, by their last steps, and the layers of its epilogue."""
     program = mc.explain(model, path, x[:2], points).program
     found = []
     for segment in program.segments:
-        steps = Steps(program, segment, CPU, "float32")
-        tail = find_tail(steps, 256)
-        assert tail is not None
-        calls = Schedule(steps, [tail.reads]).calls
-        found.append(
-            [segment.steps[call.step].node.op for call in calls] + [f"tail {len(tail.layers)}"]
-        )
+        steps = SegmentSteps(program, segment, CPU, "float32")
+        epilogue = find_epilogue(steps, 256)
+        assert epilogue is not None
+        operations = ChunkSchedule(steps, [epilogue.reads]).operations
+        names = [segment.steps[operation.step].node.op for operation in operations]
+        found.append([*names, f"epilogue {len(epilogue.layers)}"])
     return found
 
 
@@ -76,13 +75,13 @@ def kernels(model: nn.Module, path: Any, x: Tensor, points: Any = 3) -> list[lis
 def test_lines_of_perceptrons(points):
     a, b = (mlp(6, 9, 7, 4, seed=k) for k in range(2))
     agrees(a, mc.Line(a, b), X, Y, points)
-    assert kernels(a, mc.Line(a, b), X) == [["linear", "relu", "tail 2"]]
+    assert kernels(a, mc.Line(a, b), X) == [["linear", "relu", "epilogue 2"]]
 
 
 def test_layers_too_wide_for_one_kernel():
     a, b = (mlp(6, 258, 3, 4, seed=k) for k in range(2))
     agrees(a, mc.Line(a, b), X, Y, 3)
-    assert kernels(a, mc.Line(a, b), X) == [["linear", "relu", "relu", "tail 1"]]
+    assert kernels(a, mc.Line(a, b), X) == [["linear", "relu", "relu", "epilogue 1"]]
 
 
 @pytest.mark.parametrize("module", [nn.LeakyReLU, nn.GELU], ids=lambda m: m.__name__)
@@ -115,7 +114,11 @@ def test_dead_units_and_swings():
     path = mc.PolyChain([a, b, c, d])
     got = agrees(model, path, X, Y, 13)
     assert got.loss[0] == got.loss[3]
-    assert kernels(model, path, X, 13) == [["tail 0"], ["tail 0"], ["linear", "relu", "tail 1"]]
+    assert kernels(model, path, X, 13) == [
+        ["epilogue 0"],
+        ["epilogue 0"],
+        ["linear", "relu", "epilogue 1"],
+    ]
 
 
 def test_weights_and_biases_that_vary_apart():
@@ -228,7 +231,7 @@ def test_a_network_like_vgg():
     nets = [vgg(seed) for seed in range(2)]
     x = IMAGES[:, :, :, :6]
     agrees(nets[0], mc.Line(*nets), x, Y[:5], 3)
-    fused = ["relu", "max_pool2d", "relu", "avg_pool2d", "flatten", "tail 2"]
+    fused = ["relu", "max_pool2d", "relu", "avg_pool2d", "flatten", "epilogue 2"]
     assert kernels(nets[0], mc.Line(*nets), x) == [fused]
 
 

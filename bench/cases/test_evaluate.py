@@ -1,4 +1,4 @@
-"""pytest-benchmark cases: `pytest bench/cases --benchmark-json=out.json`. Small enough to run in a minute."""
+"""pytest-benchmark cases, a minute in all: `pytest bench/cases --benchmark-json=out.json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: work that is the same for batch after batch of one shape, recorded once and then replayed.
+"""CUDA graphs: work that is the same for batch after batch of one shape, recorded and replayed.
 
 With small networks and batches, starting the kernels one by one takes longer than they run; a graph
 starts them all at once. Nothing here waits for the device. Recording is off until a measurement
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 Work = Callable[[Sequence[Tensor]], Tensor]
-# Records what a function does to memory that stays where it is; what it gives does it again, into
-# the same result.
+# Records the work of a function on memory that stays where it is, and returns a function that does
+# it again, into the same result.
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 # Recording pays after so many batches of a shape; the first ones also compile kernels and choose
@@ -27,7 +27,7 @@ _MOST = 32
 
 
 def recorder(device: torch.device) -> Record | None:
-    """How to record on a device; None where that is not wanted or not possible."""
+    """Returns a function that records on a device, or None where recording is off or impossible."""
     if device.type != "cuda" or os.environ.get("MODECONN_CUDA_GRAPHS", "0") != "1":
         return None
     pool = torch.cuda.graph_pool_handle()
@@ -56,7 +56,7 @@ def recorder(device: torch.device) -> Record | None:
 
 @dataclass
 class _Seen:
-    """Work that has been asked for."""
+    """Work that has been requested, and its recording once there is one."""
 
     times: int = 0
     inputs: list[Tensor] = field(default_factory=list)
@@ -64,14 +64,14 @@ class _Seen:
 
 
 class Replays:
-    """Does work, and where it comes again and again, by a recording."""
+    """Does work, by a recording where it comes again and again."""
 
     def __init__(self, record: Record) -> None:
         self._record = record
         self._seen: dict[Hashable, _Seen] = {}
 
     def run(self, key: Hashable, work: Work, inputs: Sequence[Tensor]) -> Tensor:
-        """What `work` gives for these inputs; to be used before the next call, which may write over it.
+        """Returns the result of `work` for these inputs; the next call may write over it.
 
         Args:
             key: names the work: with equal keys it differs in the inputs alone, which are read and

@@ -1,49 +1,52 @@
-"""A segment's steps as the Triton backend looks at them: who reads what, the weights, and the layers before the loss.
+"""A segment's steps as the Triton backend reads them: their readers and weights, and the epilogue.
 
-The layers before the loss, where they are narrow, are one kernel with it (`Tail`);
+The layers before the loss, where they are narrow, are one kernel with it (`Epilogue`);
 backends/triton/schedule.py does the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modeconn.backends.activations import activation_of
-from modeconn.backends.base import attempt
+from modeconn.backends.activations import IDENTITY, Activation, activation_of
 from modeconn.backends.node_reading import convolution_geometry, passes_through
 from modeconn.backends.triton.values import Weight
 from modeconn.capture.graph import In, Node
+from modeconn.errors import Unsupported
 from modeconn.plan.program import Combination, Moving, Program, Segment, VaryingStep
 
 # What a step reads: an earlier one, or shared values.
 Operand = Combination | int
 
 
-@dataclass
-class Layer:
-    """A linear layer in a tail."""
+@dataclass(frozen=True)
+class EpilogueLayer:
+    """A linear layer that is one kernel with the loss."""
 
     weight: Weight
     bias: Weight | None
-    activation: str = "identity"
-    slope: float = 0.01
+    activation: Activation
 
 
-@dataclass
-class Tail:
-    """The layers before the loss that are one kernel with it: none where the logits are anything else's."""
+@dataclass(frozen=True)
+class Epilogue:
+    """The layers that are one kernel with the loss: none where it takes the logits as they are.
+
+    Attributes:
+        reads: the first layer's input, or the logits.
+    """
 
     reads: Operand
-    layers: list[Layer] = field(default_factory=list)
+    layers: tuple[EpilogueLayer, ...] = ()
 
 
-class Steps:
-    """A segment's steps, and what is known of each: who reads it, and its weights.
+class SegmentSteps:
+    """A segment's steps, with the weights that they read and the inputs that they really have.
 
     Args:
         gradients: whether outputs are differentiated, and weights may change.
@@ -57,52 +60,62 @@ class Steps:
         precision: str,
         gradients: bool = False,
     ) -> None:
-        self.program, self.segment, self.precision, self.gradients = (
-            program,
-            segment,
-            precision,
-            gradients,
-        )
+        self.program = program
+        self.segment = segment
+        self.device = device
+        self.precision = precision
+        self.gradients = gradients
         self.steps = segment.steps
         self.count = len(segment.point_indices)
-        self.device = device
         self.kept: set[int] = set()  # shared values that calls read, and the planner's steps do not
         self._same = {
-            i: step.inputs[0] for i, step in enumerate(self.steps) if self._passes_through(step)
+            index: step.inputs[0]
+            for index, step in enumerate(self.steps)
+            if self._passes_through(step)
         }
         self._weights: dict[int, Weight] = {}
-        # by id of the form, which is kept alive
-        self._columns: dict[int, tuple[Combination, Tensor]] = {}
+        # by id of the combination, which is kept alive
+        self._coefficients: dict[int, tuple[Combination, Tensor]] = {}
 
     def weight(self, step: VaryingStep, leaf: Any) -> Weight | None:
-        """The entry that an argument of a node is."""
+        """Returns the weight that stands for an argument of a step's node, if there is one."""
         return None if leaf is None else self.entry(step.entries[leaf.index])
 
     def entry(self, entry: Tensor | Moving) -> Weight:
-        """The weight that stands for an entry."""
+        """Returns the weight that stands for a parameter or buffer; one for each."""
         if id(entry) not in self._weights:
-            self._weights[id(entry)] = Weight(
-                entry, self.count, self.device, changes=self.gradients
-            )
+            weight = Weight(entry, self.count, self.device, changes=self.gradients)
+            self._weights[id(entry)] = weight
         return self._weights[id(entry)]
 
     def coefficients(self, form: Combination) -> Tensor:
-        """The coefficients of a combination at all points, [T, J], taken to the device once."""
-        if id(form) not in self._columns:
+        """Returns a combination's coefficients at all points, [T, J], taken to the device once."""
+        if id(form) not in self._coefficients:
             columns = torch.stack([torch.from_numpy(term.coefficients) for term in form.terms], 1)
-            self._columns[id(form)] = (form, columns.to(self.device, torch.float32))
-        return self._columns[id(form)][1]
+            self._coefficients[id(form)] = (form, columns.to(self.device, torch.float32))
+        return self._coefficients[id(form)][1]
 
     def source(self, operand: Operand) -> Operand:
-        """What an operand is, past operations that change nothing."""
+        """Follows an operand back past operations that change nothing."""
         while isinstance(operand, int) and operand in self._same:
             operand = self._same[operand]
         return operand
 
     def inputs(self, index: int) -> tuple[Operand, ...]:
-        """What a step reads."""
+        """Returns the operands of a step."""
         step = self.steps[index]
         return (step.combine,) if step.combine is not None else tuple(map(self.source, step.inputs))
+
+    def readers(self, requested: Sequence[int]) -> dict[int, list[int]]:
+        """Lists the readers of every step that the requested ones need, themselves included."""
+        readers: dict[int, list[int]] = {index: [] for index in requested}
+        for index in reversed(range(len(self.steps))):
+            if index not in readers:
+                continue
+            for operand in self.inputs(index):
+                if isinstance(operand, int):
+                    readers.setdefault(operand, []).append(index)
+        return readers
 
     def _passes_through(self, step: VaryingStep) -> bool:
         if step.combine is not None or len(step.inputs) != 1 or step.entries:
@@ -110,106 +123,90 @@ class Steps:
         return passes_through(step.node, self.program.graph.nodes[step.node.inputs[0]].shape)
 
 
-def find_tail(steps: Steps, widest: int) -> Tail | None:
-    """The layers before the loss, of no more than `widest` units if they are several; None where they are no such thing."""
+def find_epilogue(steps: SegmentSteps, widest: int) -> Epilogue | None:
+    """Finds the layers before the loss, of no more than `widest` units if they are several.
+
+    Returns:
+        None where the output is no tensor of class logits.
+    """
     graph = steps.program.graph
-    output = graph.tensor_output
-    if (
-        output is None
-        or len(graph.nodes[output].shape) not in (2, 3)
-        or not graph.nodes[output].batched
-    ):
+    if graph.tensor_output is None:
         return None
-    form = steps.segment.outputs[output]
+    output = graph.nodes[graph.tensor_output]
+    if len(output.shape) not in (2, 3) or not output.batched:
+        return None
+    form = steps.segment.outputs[output.id]
     if isinstance(form, Combination):
-        return Tail(form)
+        return Epilogue(form)
     cursor = steps.source(form.step)
-    tail = Tail(cursor)
-    readers = readers_of(steps, [cursor] if isinstance(cursor, int) else [])
-    activation, slope, before = "identity", 0.01, cursor
-    while isinstance(before, int):
-        step = steps.steps[before]
-        if step.combine is None and is_linear(step):
-            weight, bias = weight_and_bias(steps, step)
-            narrow = max(weight.shape) <= widest and all(
-                max(layer.weight.shape) <= widest for layer in tail.layers
+    epilogue = Epilogue(cursor)
+    readers = steps.readers([cursor] if isinstance(cursor, int) else [])
+    activation = IDENTITY
+    while isinstance(cursor, int) and steps.steps[cursor].combine is None:
+        step = steps.steps[cursor]
+        found = activation_of(step.node, "triton")
+        if is_linear(step):
+            first = EpilogueLayer(*weight_and_bias(steps, step), activation)
+            layers = (first, *epilogue.layers)
+            chained = len(output.shape) == 2 and all(
+                max(layer.weight.shape) <= widest for layer in layers
             )
-            if tail.layers and not (narrow and len(graph.nodes[output].shape) == 2):
+            if len(layers) > 1 and not chained:
                 break
-            tail.layers.insert(0, Layer(weight, bias, activation, slope))
-            activation, slope = "identity", 0.01
-            (before,) = steps.inputs(before)
-            tail.reads = before
-        elif (
-            tail.layers
-            and step.combine is None
-            and activation == "identity"
-            and (found := activation_of(step.node, "triton"))
-        ):
-            activation, slope = found.name, found.slope
-            (before,) = steps.inputs(before)
+            (cursor,) = steps.inputs(cursor)
+            epilogue = Epilogue(cursor, layers)
+            activation = IDENTITY
+        elif found is not None and epilogue.layers and activation is IDENTITY:
+            activation = found
+            (cursor,) = steps.inputs(cursor)
         else:
             break
-        if isinstance(before, int) and len(readers.get(before, ())) != 1:
+        if isinstance(cursor, int) and len(readers.get(cursor, ())) != 1:
             break
-    return tail
+    return epilogue
 
 
 def is_linear(step: VaryingStep) -> bool:
     """Whether a step is a linear layer that the kernels take."""
-    return (
-        step.node.op == "linear"
-        and is_product(step)
-        and step.node.batched
-        and len(step.node.shape) >= 2
-    )
+    node = step.node
+    return node.op == "linear" and is_product(step) and node.batched and len(node.shape) >= 2
 
 
 def is_product(step: VaryingStep) -> bool:
     """Whether a step is a product with a weight of its own, and perhaps a bias."""
-    args = step.node.args
-    return (
-        args[:1] == (In(0),)
-        and len(step.inputs) == 1
-        and len(step.entries) == 2 - (len(args) < 3 or args[2] is None)
-    )
+    node = step.node
+    entries = 1 if node["bias"] is None else 2
+    return node["input"] == In(0) and len(step.inputs) == 1 and len(step.entries) == entries
 
 
 def convolution(node: Node) -> dict[str, Any] | None:
-    """Stride and padding of a convolution that there is a kernel for."""
+    """Returns stride and padding of a convolution that there is a kernel for."""
     if node.op != "conv2d":
         return None
-    geometry = attempt(lambda: convolution_geometry(node))
-    if isinstance(geometry, dict) and set(geometry) == {"stride", "padding"}:
-        return geometry
-    return None
+    try:
+        geometry = convolution_geometry(node)
+    except Unsupported:
+        return None
+    return geometry if set(geometry) == {"stride", "padding"} else None
 
 
-def weight_and_bias(steps: Steps, step: VaryingStep) -> tuple[Weight, Weight | None]:
-    """The entries of a product."""
-    args = step.node.args
-    weight = steps.weight(step, args[1])
+def weight_and_bias(steps: SegmentSteps, step: VaryingStep) -> tuple[Weight, Weight | None]:
+    """Returns the weight and the bias of a product."""
+    weight = steps.weight(step, step.node["weight"])
     assert weight is not None
-    return weight, steps.weight(step, args[2] if len(args) > 2 else None)
+    return weight, steps.weight(step, step.node["bias"])
 
 
-def affine(steps: Steps, step: VaryingStep) -> tuple[Tensor, Tensor]:
-    """A batch norm with given statistics as scale and shift, [T, channels] over the segment's points."""
+def affine(steps: SegmentSteps, step: VaryingStep) -> tuple[Tensor, Tensor]:
+    """Returns a batch norm with given statistics as scale and shift, [T, channels]."""
     node = step.node
-    mean, var, weight, bias = (steps.weight(step, leaf) for leaf in node.args[1:5])
+    names = ("mean", "var", "weight", "bias")
+    mean, var, weight, bias = (steps.weight(step, node[name]) for name in names)
     assert mean is not None and var is not None
-    scale = (var.exact() + node.args[5]).rsqrt()
-    scale = scale if weight is None else scale * weight.exact()
-    shift = -mean.exact() * scale if bias is None else bias.exact() - mean.exact() * scale
+    scale = (var.exact() + node["eps"]).rsqrt()
+    if weight is not None:
+        scale = scale * weight.exact()
+    shift = -mean.exact() * scale
+    if bias is not None:
+        shift = bias.exact() + shift
     return scale.float(), shift.float()
-
-
-def readers_of(steps: Steps, wanted: Sequence[int]) -> dict[int, list[int]]:
-    """Of every step that the wanted ones take, those that read it."""
-    readers: dict[int, list[int]] = {index: [] for index in wanted}
-    for index in reversed(range(len(steps.steps))):
-        if index in readers:
-            for operand in steps.inputs(index):
-                if isinstance(operand, int):
-                    readers.setdefault(operand, []).append(index)
-    return readers

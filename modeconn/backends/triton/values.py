@@ -1,38 +1,31 @@
-"""Values at many points at once, and plain PyTorch for the operations that have no kernel of their own.
+"""Values at many points at once, and plain PyTorch for the operations that have no kernel.
 
 A value of a step is the same at all points (`Fixed`), has the points in front (`AtPoints`, [T, …]),
-or is an activation of a combination that nobody has added up yet (`Combined`): the kernels that
-can, add it up as they read it.
+or is an activation of a combination that is not materialized yet (`Combined`): the kernels that can
+combine its terms as they read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from modeconn.backends.activations import IDENTITY, TABLE, Activation
 from modeconn.capture.graph import Node, Size
 from modeconn.kernels.blended import Blended
 from modeconn.plan.program import Moving, PerPoint
 from modeconn.plan.rules.axiswise import Elementwise
 from modeconn.plan.rules.table import rule_for
 
-# What each activation of the kernels is; "slope" is leaky_relu's.
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "identity": lambda x, slope: x,
-    "relu": lambda x, slope: x.relu(),
-    "leaky_relu": F.leaky_relu,
-    "tanh": lambda x, slope: x.tanh(),
-    "gelu": lambda x, slope: F.gelu(x),
-    "gelu_tanh": lambda x, slope: F.gelu(x, approximate="tanh"),
-    "silu": lambda x, slope: F.silu(x),
-    "sigmoid": lambda x, slope: x.sigmoid(),
-}
+# A combination of more values than this is added up once, not by each tile of a kernel that reads
+# it: every term is one more tile in shared memory and one more read.
+_MOST_TERMS = 4
+_FUNCTIONS = {row.name: row.function for row in TABLE}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,36 +44,38 @@ class AtPoints:
 
 @dataclass(frozen=True, eq=False)
 class Combined:
-    """activation(Σ_j c_j(t) v_j) of shared values v_j, not yet added up."""
+    """activation(Σ_j c_j(t) v_j) of shared values v_j, not yet materialized."""
 
     blended: Blended
-    activation: str = "identity"
-    slope: float = 0.01
+    activation: Activation = IDENTITY
 
     def materialized(self) -> AtPoints:
-        """The same, added up."""
-        return AtPoints(ACTIVATIONS[self.activation](added(self.blended), self.slope))
+        """Adds up the terms and applies the activation."""
+        function = _FUNCTIONS[self.activation.name]
+        return AtPoints(function(summed(self.blended), self.activation.slope))
 
 
 Value = Fixed | AtPoints | Combined
 
 
-def added(blended: Blended) -> Tensor:
-    """What `Blended.materialized` gives, in one pass over each of the tensors."""
+def summed(blended: Blended) -> Tensor:
+    """Returns Σ_k c_k(t) tensor_k, [T, …]; two terms, the most common, in a pass over each."""
     tensors, columns = blended.tensors, blended.coefficients.to(blended.tensors.dtype)
     if len(tensors) != 2:
-        of_all: Tensor = blended.materialized()
-        return of_all
+        total: Tensor = blended.materialized()
+        return total
     first, second = (column.view(-1, *[1] * (tensors.dim() - 1)) for column in columns.T)
-    total = torch.where(first == 0, 0.0, first * tensors[0])
-    return torch.where(second == 0, total, torch.addcmul(total, second, tensors[1]))
+    begun = torch.where(first == 0, 0.0, first * tensors[0])
+    return torch.where(second == 0, begun, torch.addcmul(begun, second, tensors[1]))
 
 
 class Weight:
-    """An entry of a step at the segment's points: Σ_k c_k(t) · tensor_k, stacked when it is first used.
+    """A parameter or buffer of a step at the segment's points: Σ_k c_k(t) · tensor_k.
+
+    Its tensors are stacked when they are first used.
 
     Args:
-        changes: the tensors may change, and want gradients: they are stacked each time.
+        changes: whether the tensors may change, and need gradients: they are stacked each time.
     """
 
     def __init__(
@@ -102,7 +97,7 @@ class Weight:
         return self.entry.shape if isinstance(self.entry, Tensor) else self.entry.like.shape
 
     def blended(self, points: slice) -> Blended:
-        """The entry at some of the points, as the kernels take it."""
+        """Returns the weight at some of the points, as the kernels take it."""
         if isinstance(self.entry, PerPoint):
             table = self.entry.table[points]
             return Blended(table, torch.eye(len(table), device=self._device))
@@ -119,15 +114,16 @@ class Weight:
         return Blended(torch.stack(list(self.entry.tensors)), coefficients)
 
     def materialized(self, points: slice) -> Tensor:
-        """The entry at some of the points, [T, …]."""
-        return (
-            self.entry.table[points]
-            if isinstance(self.entry, PerPoint)
-            else added(self.blended(points))
-        )
+        """Returns the weight at some of the points, [T, …]."""
+        if isinstance(self.entry, PerPoint):
+            return self.entry.table[points]
+        return summed(self.blended(points))
 
     def exact(self) -> Tensor:
-        """The entry at all points in float64, [T, …]; for vectors, since it is materialized for all points at once."""
+        """Returns the weight at all points in float64, [T, …].
+
+        Meant for vectors, since it is materialized for all points at once.
+        """
         if isinstance(self.entry, Tensor):
             return self.entry.double().expand(self._points, *self.entry.shape)
         if isinstance(self.entry, PerPoint):
@@ -141,7 +137,7 @@ class Weight:
 
 
 def materialized(value: Value) -> Fixed | AtPoints:
-    """The value, added up where it is not yet."""
+    """Returns the value, with the terms of a combination added up."""
     return value.materialized() if isinstance(value, Combined) else value
 
 
@@ -153,7 +149,7 @@ def run(
     points: slice,
     rows: int,
 ) -> AtPoints:
-    """A node's value at some of a segment's points.
+    """Computes a node's value at some of a segment's points, by PyTorch.
 
     Args:
         shapes: of the node's inputs, as in the graph.
@@ -162,35 +158,64 @@ def run(
         points: which of the segment's.
         rows: of the samples.
     """
-    count = points.stop - points.start
     if node.op == "getitem" and isinstance(values[0], AtPoints):
         return AtPoints(values[0].value[node.args[1]])
     if is_elementwise(node):
-        rank = len(node.shape)
-        operands = [_aligned(v.value, rank) if isinstance(v, AtPoints) else v.value for v in values]
-        entries = [
-            w.entry if isinstance(w.entry, Tensor) else _aligned(w.materialized(points), rank)
-            for w in weights
-        ]
-        return AtPoints(node.run(operands, entries, rows))
-    with_rows = all(has_rows(shape) for v, shape in zip(values, shapes) if isinstance(v, AtPoints))
-    if with_rows and all(weight.fixed for weight in weights) and treats_rows_apart(node, shapes):
-        operands = [_folded(v, shape, count) for v, shape in zip(values, shapes)]
-        out = node.run(operands, [w.entry for w in weights], count * rows)  # type: ignore[misc]
-        return AtPoints(
-            pytree.tree_map(lambda part: part.unflatten(0, (count, len(part) // count)), out)
-        )
-    entries_at = [
-        w.entry if isinstance(w.entry, Tensor) else w.materialized(points) for w in weights
+        return _run_elementwise(node, values, weights, points, rows)
+    moving = [shape for value, shape in zip(values, shapes) if isinstance(value, AtPoints)]
+    fixed = all(weight.fixed for weight in weights)
+    if all(map(has_rows, moving)) and fixed and treats_rows_apart(node, shapes):
+        return _run_folded(node, shapes, values, weights, points.stop - points.start, rows)
+    return _run_each(node, values, weights, points, rows)
+
+
+def _run_elementwise(
+    node: Node,
+    values: Sequence[Fixed | AtPoints],
+    weights: Sequence[Weight],
+    points: slice,
+    rows: int,
+) -> AtPoints:
+    """Runs a node once, on values with the points in front."""
+    rank = len(node.shape)
+    operands = [_aligned(v.value, rank) if isinstance(v, AtPoints) else v.value for v in values]
+    entries = [
+        w.entry if isinstance(w.entry, Tensor) else _aligned(w.materialized(points), rank)
+        for w in weights
     ]
-    outs = [
-        node.run(
-            [at(v, p) for v in values],
-            [e if w.fixed else e[p] for w, e in zip(weights, entries_at)],
-            rows,
-        )
-        for p in range(count)
-    ]
+    return AtPoints(node.run(operands, entries, rows))
+
+
+def _run_folded(
+    node: Node,
+    shapes: Sequence[tuple[Any, ...]],
+    values: Sequence[Fixed | AtPoints],
+    weights: Sequence[Weight],
+    count: int,
+    rows: int,
+) -> AtPoints:
+    """Runs a node once, with the points as more rows."""
+    operands = [_folded(value, shape, count) for value, shape in zip(values, shapes)]
+    out = node.run(operands, [w.entry for w in weights], count * rows)  # type: ignore[misc]
+    return AtPoints(
+        pytree.tree_map(lambda part: part.unflatten(0, (count, len(part) // count)), out)
+    )
+
+
+def _run_each(
+    node: Node,
+    values: Sequence[Fixed | AtPoints],
+    weights: Sequence[Weight],
+    points: slice,
+    rows: int,
+) -> AtPoints:
+    """Runs a node point by point."""
+    entries = [w.entry if isinstance(w.entry, Tensor) else w.materialized(points) for w in weights]
+    outs = []
+    for point in range(points.stop - points.start):
+        operands = [at(value, point) for value in values]
+        here = [e if w.fixed else e[point] for w, e in zip(weights, entries)]
+        outs.append(node.run(operands, here, rows))
     return AtPoints(pytree.tree_map(lambda *parts: torch.stack(parts), outs[0], *outs[1:]))
 
 
@@ -209,33 +234,15 @@ def is_elementwise(node: Node) -> bool:
 # Operations that treat rows apart however they are called, once axis 0 of their values is that of
 # the rows.
 _BY_ROWS = frozenset(
-    "linear conv1d conv2d batch_norm layer_norm group_norm rms_norm flatten clone contiguous max_pool1d max_pool2d avg_pool1d "
-    "avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d scaled_dot_product_attention expand take".split()
+    "linear conv1d conv2d batch_norm layer_norm group_norm rms_norm flatten clone contiguous "
+    "max_pool1d max_pool2d avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_max_pool2d scaled_dot_product_attention take".split()
 )
-# Those that do so unless an argument, the one at this position, names axis 0.
-_BY_AXIS = {
-    "softmax": 1,
-    "_softmax": 1,
-    "log_softmax": 1,
-    "_log_softmax": 1,
-    "cat": 1,
-    "stack": 1,
-    "slice": 1,
-    "select": 1,
-    "unsqueeze": 1,
-    "squeeze": 1,
-    "split": 2,
-    "split_with_sizes": 2,
-    "chunk": 2,
-    "unbind": 1,
-    "mean": 1,
-    "sum": 1,
-    "amax": 1,
-    "amin": 1,
-    "glu": 1,
-    "cumsum": 1,
-    "flip": 1,
-}
+# Those that do so unless an argument, `dim` or `dims`, names axis 0.
+_BY_AXIS = frozenset(
+    "softmax _softmax log_softmax _log_softmax cat stack slice select unsqueeze squeeze split "
+    "split_with_sizes chunk unbind mean sum amax amin glu cumsum flip".split()
+)
 
 
 def has_rows(shape: Sequence[Any]) -> bool:
@@ -244,35 +251,41 @@ def has_rows(shape: Sequence[Any]) -> bool:
 
 
 def treats_rows_apart(node: Node, shapes: Sequence[tuple[Any, ...]]) -> bool:
-    """Whether points can be taken for more rows: axis 0 is that of the rows, and what the node does keeps to a row."""
-    if not any(map(has_rows, shapes)) or any(
-        isinstance(size, Size) for shape in (*shapes, node.shape) for size in shape[1:]
-    ):
+    """Whether points can be taken for more rows: axis 0 is that of the rows, which stay apart."""
+    if not any(map(has_rows, shapes)) or any(map(_has_rows_inside, (*shapes, node.shape))):
         return False
     rank = len(shapes[0])
-    if node.op in ("reshape", "view", "_unsafe_view", "expand"):
-        return has_rows(node.shape) and isinstance(node.args[1][0], Size)
+    if node.op == "reshape":
+        return has_rows(node.shape) and isinstance(node["shape"][0], Size)
+    if node.op == "expand":
+        return has_rows(node.shape) and isinstance(node["size"][0], Size)
     if node.op == "permute":
-        return bool(node.args[1][0] % rank == 0)
+        return bool(node["dims"][0] % rank == 0)
     if node.op == "transpose":
-        return 0 not in (node.args[1] % rank, node.args[2] % rank)
+        return 0 not in (node["dim0"] % rank, node["dim1"] % rank)
     if node.op in _BY_AXIS:
-        place = _BY_AXIS[node.op]
-        given = node.args[place] if len(node.args) > place else node.kwargs.get("dim")
+        given = node.arguments.get("dims", node.arguments.get("dim"))
         axes = [given] if isinstance(given, int) else given or []
         longer = rank + 1 if node.op in ("unsqueeze", "stack") else rank
         return bool(axes) and all(axis % longer for axis in axes)
     return node.op in _BY_ROWS
 
 
+def _has_rows_inside(shape: Sequence[Any]) -> bool:
+    """Whether another axis than the first depends on the number of rows."""
+    return any(isinstance(size, Size) for size in shape[1:])
+
+
 def _aligned(value: Tensor, rank: int) -> Tensor:
-    """[T, …] with axes of one after the first, so that it goes together with values of a higher rank."""
+    """Inserts axes of one after the points, so that [T, …] broadcasts with `rank` axes behind."""
     missing = rank + 1 - value.dim()
-    return value.reshape(value.shape[0], *[1] * missing, *value.shape[1:]) if missing > 0 else value
+    if missing <= 0:
+        return value
+    return value.reshape(value.shape[0], *[1] * missing, *value.shape[1:])
 
 
 def _folded(value: Fixed | AtPoints, shape: tuple[Any, ...], count: int) -> Any:
-    """The value with the points as more rows; one that has no rows stays as it is."""
+    """Returns the value with the points as more rows; one that has no rows stays as it is."""
     if isinstance(value, AtPoints):
         return pytree.tree_map(lambda part: part.flatten(0, 1), value.value)
     if not has_rows(shape):
@@ -281,9 +294,33 @@ def _folded(value: Fixed | AtPoints, shape: tuple[Any, ...], count: int) -> Any:
 
 
 def at(value: Fixed | AtPoints, point: int) -> Any:
-    """The value at one point."""
-    return (
-        pytree.tree_map(lambda part: part[point], value.value)
-        if isinstance(value, AtPoints)
-        else value.value
-    )
+    """Returns the value at one point."""
+    if isinstance(value, Fixed):
+        return value.value
+    return pytree.tree_map(lambda part: part[point], value.value)
+
+
+def as_read(value: Value) -> tuple[Tensor | Blended, dict[str, Any]]:
+    """Returns a value as the products take it, and their options for it."""
+    if isinstance(value, Combined):
+        name = value.activation.name
+        if len(value.blended.tensors) <= _MOST_TERMS and name != "leaky_relu":
+            return value.blended, {"input_activation": name}
+        value = value.materialized()
+    return value.value, {}
+
+
+def as_matrix(x: Tensor | Blended, rank: int) -> tuple[Tensor | Blended, list[int]]:
+    """Returns a value of `rank` axes as rows × features, and the lengths of its other axes."""
+    if isinstance(x, Blended):
+        return Blended(x.tensors.flatten(-rank, -2), x.coefficients), list(
+            x.tensors.shape[-rank:-1]
+        )
+    return x.flatten(-rank, -2), list(x.shape[-rank:-1])
+
+
+def at_points(value: Value, count: int) -> Tensor:
+    """Returns a value with the points in front."""
+    value = materialized(value)
+    tensor: Tensor = value.value
+    return tensor if isinstance(value, AtPoints) else tensor.expand(count, *tensor.shape)
