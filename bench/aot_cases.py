@@ -70,7 +70,7 @@ def _linear_arguments(precision: str, blends: bool) -> tuple[Types, dict[str, An
     """The types and constants of `linear_tile`'s arguments, of padded rows.
 
     Args:
-        blends: whether input and weights are combinations of two terms, added up in the kernel.
+        blends: whether input and weights are combinations of two terms, summed in the kernel.
     """
     weights = "bf16" if precision == "bf16" and not blends else "fp32"
     types = _pointers("x", "x_coefficients", "w_coefficients", "bias", "bias_coefficients")

@@ -147,7 +147,7 @@ def resources(file: str, place: int, arch: int) -> Resources:
     registers, stack = (
         max(map(int, re.findall(rf"\b{what}:(\d+)", usage))) for what in ("REG", "STACK")
     )
-    # Kernels whose warps have different tasks are launched with more of them than were asked for.
+    # Kernels whose warps have different tasks are launched with more of them than requested.
     threads = re.search(r"^\.(?:reqntid|maxntid)\s+(\d+)", kernel.asm["ptx"], re.MULTILINE)
     warps = int(threads[1]) // 32 if threads else case.num_warps
     shared = kernel.metadata.shared

@@ -56,7 +56,7 @@ def pool2d_kernel(
     place = (pixel - image * (out_height * out_width)).to(tl.int32)
     top = place // out_width * SH - PH
     left = place % out_width * SW - PW
-    wanted = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    exists = (pixel < pixels)[:, None] & (channel < channels)[None, :]
     source = x + image * height * width * channels
     total = tl.full((BLOCK_P, BLOCK_C), float("-inf") if MAX else 0.0, tl.float32)
     for di in range(KH):
@@ -65,7 +65,7 @@ def pool2d_kernel(
             address = source + ((top + di) * width + left + dj) * channels
             value = tl.load(
                 address[:, None] + channel[None, :],
-                mask=wanted & inside[:, None],
+                mask=exists & inside[:, None],
                 other=float("-inf") if MAX else 0.0,
             )
             value = value.to(tl.float32)
@@ -78,7 +78,7 @@ def pool2d_kernel(
     tl.store(
         out + pixel[:, None] * channels + channel[None, :],
         total.to(out.dtype.element_ty),
-        mask=wanted,
+        mask=exists,
     )
 
 

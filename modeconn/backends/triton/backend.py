@@ -4,8 +4,8 @@ Each segment is analysed once (backends/triton/segment.py). Then, batch by batch
 through in chunks that fit the device's free memory: a linear layer, say, is one launch for all
 points of a chunk. Weights of a point exist only inside the kernels, or for a chunk; logits never
 leave them. Operations without a kernel run in PyTorch, for all points of the chunk at once where
-they can. With
-TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly, for tests.
+they can. With TRITON_INTERPRET=1 in the environment the kernels run on CPU tensors, slowly, for
+tests.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The operations that compute a segment's steps for a chunk of points at once.
 
 Steps that follow each other are fused: a linear layer takes its activation along; a convolution its
-batch norm, a residual sum and its activation; a combination is added up by the layer that reads it.
+batch norm, a residual sum and its activation; the layer that reads a combination sums its terms.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class ChunkSchedule:
         return Operation(index, (form,), lambda chunk: chunk.read(form), numel=numel)
 
     def _plain(self, index: int) -> Operation:
-        """By PyTorch; but an activation of a combination is left to the kernel that reads it."""
+        """Runs a step in PyTorch; an activation of a combination is left to the reading kernel."""
         steps, step = self._steps, self._steps.steps[index]
         reads = steps.inputs(index)
         shapes = [steps.program.graph.nodes[i].shape for i in step.node.inputs]

@@ -22,15 +22,15 @@ from modeconn.plan.program import Moving, PerPoint
 from modeconn.plan.rules.axiswise import Elementwise
 from modeconn.plan.rules.table import rule_for
 
-# A combination of more values than this is added up once, not by each tile of a kernel that reads
-# it: every term is one more tile in shared memory and one more read.
+# A combination of more terms than this is materialized, not summed by each tile of a kernel that
+# reads it: every term is one more tile in shared memory and one more read.
 _MOST_TERMS = 4
 _FUNCTIONS = {row.name: row.function for row in TABLE}
 
 
 @dataclass(frozen=True, eq=False)
 class Fixed:
-    """The same value at all points."""
+    """A value that is the same at all points."""
 
     value: Any
 
@@ -50,7 +50,7 @@ class Combined:
     activation: Activation = IDENTITY
 
     def materialized(self) -> AtPoints:
-        """Adds up the terms and applies the activation."""
+        """Sums the terms and applies the activation."""
         function = _FUNCTIONS[self.activation.name]
         return AtPoints(function(summed(self.blended), self.activation.slope))
 
@@ -137,7 +137,7 @@ class Weight:
 
 
 def materialized(value: Value) -> Fixed | AtPoints:
-    """Returns the value, with the terms of a combination added up."""
+    """Returns the value, with a combination materialized."""
     return value.materialized() if isinstance(value, Combined) else value
 
 
@@ -225,7 +225,7 @@ _ELEMENTWISE = ("add", "sub", "mul", "div", "pow", "where", "maximum", "minimum"
 
 def is_elementwise(node: Node) -> bool:
     """Whether a node works number by number, so that more axes in front change nothing."""
-    rearranges = ("clone", "contiguous")  # these may be asked for a layout of so many axes
+    rearranges = ("clone", "contiguous")  # these may be given a layout of so many axes
     return node.op in _ELEMENTWISE or (
         isinstance(rule_for(node), Elementwise) and node.op not in rearranges
     )
