@@ -158,7 +158,7 @@ def cross_entropy_kernel(
     rank = tl.zeros((BLOCK_M,), tl.int32)
     # The second pass counts ranks, which need the label's logit; with one tile both are one.
     PASSES: tl.constexpr = 2 if TOP5 and not ONE_TILE else 1
-    for make in tl.static_range(PASSES):
+    for turn in tl.static_range(PASSES):
         for start in range(0, BLOCK_N if ONE_TILE else units, BLOCK_N):
             c = start + tl.arange(0, BLOCK_N)
             z = _logits(
@@ -177,9 +177,9 @@ def cross_entropy_kernel(
                 PRECISION,
                 BLOCK_K,
             )
-            if make == 0:
+            if turn == 0:
                 state = head_update(z, c, units, label, state)
-            if TOP5 and make == PASSES - 1:
+            if TOP5 and turn == PASSES - 1:
                 rank += head_rank(z, c, units, label, state)
     place = sums + (t.to(tl.int64) * row_tiles + row_tile) * 3
     head_store(place, row, rows, label, state, rank, TOP5)
