@@ -4,9 +4,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from native_chain_cases import ACTIVATIONS, DTYPES, PLAIN, combine
+from native_chain_cases import outputs as chain_outputs
 from policy import assert_within_policy
-from test_native_chain import ACTIVATIONS, DTYPES, PLAIN, combine
-from test_native_chain import outputs as chain_outputs
 
 
 def reference(case, dtype):

@@ -10,23 +10,18 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import evaluate_cases
 import modeconn as mc
+from evaluate_cases import X, Y
 from modeconn.backends.reference import ReferenceBackend
 from naive import clone, mlp, pass_per_point
 from policy import assert_within_policy
 
-X = torch.randn(130, 20, generator=torch.Generator().manual_seed(0))
-Y = torch.arange(130) % 10
-
-
-@pytest.fixture(scope="module")
-def nets() -> list[nn.Sequential]:
-    return [mlp(20, 33, 17, 10, seed=k) for k in range(3)]
+# Fixtures.
+nets = evaluate_cases.nets
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -97,96 +92,6 @@ def test_the_end_points_are_the_given_networks(nets):
         assert got.loss[t] == pytest.approx(
             nn.functional.cross_entropy(net(X).double(), Y).item(), rel=1e-6
         )
-
-
-# -- invariants ------------------------------------------------------------------------------------
-
-
-def states(seed: int) -> tuple[nn.Sequential, list[dict[str, Tensor]]]:
-    model = mlp(20, 13, 9, 10, seed=seed)
-    return model, [clone(mlp(20, 13, 9, 10, seed=seed + k)) for k in range(3)]
-
-
-@settings(max_examples=8)
-@given(seed=st.integers(0, 1000), points=st.integers(1, 9))
-def test_reversing_a_path_reverses_its_result(seed, points):
-    model, (a, b, c) = states(seed)
-    for forth, back in (
-        (mc.Line(a, b), mc.Line(b, a)),
-        (mc.PolyChain([a, b, c]), mc.PolyChain([c, b, a])),
-        (mc.Bezier([a, b, c]), mc.Bezier([c, b, a])),
-    ):
-        t = np.linspace(0, 1, points)
-        np.testing.assert_allclose(
-            mc.evaluate(model, forth, (X, Y), t).loss,
-            mc.evaluate(model, back, (X, Y), 1 - t).loss,
-            rtol=2e-6,
-        )
-
-
-@settings(max_examples=8)
-@given(seed=st.integers(0, 1000))
-def test_permuting_hidden_units_of_both_ends_changes_nothing(seed):
-    model, (a, b, _) = states(seed)
-    order = torch.randperm(13, generator=torch.Generator().manual_seed(seed))
-
-    def permuted(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            **state,
-            "0.weight": state["0.weight"][order],
-            "0.bias": state["0.bias"][order],
-            "2.weight": state["2.weight"][:, order],
-        }
-
-    np.testing.assert_allclose(
-        mc.evaluate(model, mc.Line(a, b), (X, Y), 5).loss,
-        mc.evaluate(model, mc.Line(permuted(a), permuted(b)), (X, Y), 5).loss,
-        rtol=2e-6,
-    )
-
-
-@settings(max_examples=8)
-@given(seed=st.integers(0, 1000), cut=st.sampled_from([0.25, 0.5, 0.75]))
-def test_splitting_a_segment_changes_nothing(seed, cut):
-    model, (a, b, _) = states(seed)
-    line = mc.Line(a, b)
-    split = mc.PolyChain([a, line.at(cut), b])
-    t = np.linspace(0, 1, 9)
-    u = np.where(t <= 0.5, 2 * t * cut, cut + (2 * t - 1) * (1 - cut))
-    np.testing.assert_allclose(
-        mc.evaluate(model, split, (X, Y), t).loss,
-        mc.evaluate(model, line, (X, Y), u).loss,
-        rtol=5e-6,
-    )
-
-
-@settings(max_examples=10)
-@given(batch_size=st.integers(1, 200), budget=st.integers(1, 1 << 20))
-def test_batches_do_not_matter(batch_size, budget):
-    model, (a, b, _) = states(1)
-    whole = mc.evaluate(model, mc.Line(a, b), (X, Y), 3)
-    got = mc.evaluate(model, mc.Line(a, b), (X, Y), 3, batch_size=batch_size)
-    np.testing.assert_allclose(got.loss, whole.loss, rtol=2e-6)
-    np.testing.assert_array_equal(got.error, whole.error)
-    got = mc.evaluate(model, mc.Line(a, b), (X, Y), 3, memory_budget=budget)
-    np.testing.assert_allclose(got.loss, whole.loss, rtol=2e-6)
-
-
-@settings(max_examples=10)
-@given(t=st.lists(st.floats(-1, 2), min_size=1, max_size=12))
-def test_order_and_repetition_of_t_do_not_matter(t):
-    model, (a, b, c) = states(2)
-    for path in (mc.Line(a, b), mc.PolyChain([a, b, c])):
-        got = mc.evaluate(model, path, (X, Y), t)
-        assert got.t.tolist() == t
-        again = mc.evaluate(model, path, (X, Y), t[::-1] + t)
-        np.testing.assert_array_equal(again.loss, np.concatenate([got.loss[::-1], got.loss]))
-
-
-def test_the_same_call_gives_the_same_bits(nets):
-    path = mc.Line(*nets[:2])
-    first, second = (mc.evaluate(nets[0], path, (X, Y), 11).loss for _ in range(2))
-    np.testing.assert_array_equal(first, second)
 
 
 # -- data, losses, options -------------------------------------------------------------------------
@@ -385,71 +290,6 @@ def test_a_memory_map_larger_than_the_budget_streams(tmp_path):
         np.memmap(tmp_path / name, np.float32, "w+", shape=(count, 64)).flush()
     (_, small), (_, large) = peaks("mapped", *(tmp_path / name for name in rows))
     assert large < small + 48 * 1024, "kilobytes that the process holds itself"
-
-
-# -- bad input -------------------------------------------------------------------------------------
-
-
-def bad(nets: list[nn.Sequential], says: str, **changes: object) -> None:
-    arguments: dict[str, object] = {
-        "model": nets[0],
-        "path": mc.Line(*nets[:2]),
-        "data": (X, Y),
-        "points": 3,
-        **changes,
-    }
-    with pytest.raises(mc.ModeconnError, match=says) as caught:
-        mc.evaluate(**arguments)  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "says, changes",
-    [
-        ("loss is 'hinge'.*cross_entropy", {"loss": "hinge"}),
-        ("metric 'accuracy' is unknown", {"metrics": ("loss", "accuracy")}),
-        ("metrics is empty", {"metrics": ()}),
-        ("metrics has 'loss' twice", {"metrics": ("loss", "loss")}),
-        ("backend 'fast' is unknown", {"backend": "fast"}),
-        ("buffers is 'mean'", {"buffers": "mean"}),
-        ("precision is 'half'", {"precision": "half"}),
-        ("batch_size is 0", {"batch_size": 0}),
-        ("memory_budget is -1", {"memory_budget": -1}),
-        ("points is 0", {"points": 0}),
-        ("device 'nowhere'", {"device": "nowhere"}),
-        ("no samples", {"data": (X[:0], Y[:0])}),
-        ("no samples", {"data": []}),
-        (r"label 11 is out of range: the model has 10 classes", {"data": (X, Y + 2)}),
-        (r"label -1 is out of range", {"data": (X, Y - 1)}),
-        ("class labels are integers", {"data": (X, Y.float())}),
-        ("expects floating point", {"data": (X, Y), "loss": "mse"}),
-        (r"does not run on inputs of shape \['N', 19\]", {"data": (X[:, 1:], Y)}),
-        (
-            "does not run on inputs of shape.*int64",
-            {"data": (torch.ones(5, 20, dtype=torch.int64), Y[:5])},
-        ),
-        ("does not match the model Sequential in .*'0.weight' is", {"model": mlp(20, 30, 17, 10)}),
-        (
-            "in 2 entries: '5.weight' is missing",
-            {"model": mlp(20, 33, 17, 10).append(nn.Linear(10, 10))},
-        ),
-        ("loss gives \\[\\] for 130 samples", {"loss": nn.functional.cross_entropy}),
-        ('for classes, and loss="mse" has none', {"loss": "mse", "metrics": ("error",)}),
-    ],
-)
-def test_bad_input_is_one_clear_line(nets, says, changes):
-    bad(nets, says, **changes)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there(nets):
-    bad(nets, "device 'cuda' cannot be used", device="cuda")
-
-
-def test_a_generator_is_spent_after_one_pass(nets):
-    data = ((X[i : i + 9], Y[i : i + 9]) for i in range(0, 130, 9))
-    mc.evaluate(nets[0], mc.Line(*nets[:2]), data, 3)
-    bad(nets, "iterator can be read only once", data=data)
 
 
 def test_a_good_run_warns_of_nothing(nets):

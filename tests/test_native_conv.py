@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from image_cases import Maker, check, outputs, reference, vgg
-from test_native_chain import ACTIVATIONS, DTYPES, ISAS, engine
+from native_chain_cases import ACTIVATIONS, DTYPES, ISAS, engine
 
 every = lambda f: pytest.mark.parametrize("isa", ISAS)(pytest.mark.parametrize("dtype", DTYPES)(f))
 

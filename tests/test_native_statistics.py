@@ -12,15 +12,12 @@ from torch.nn import functional as F
 
 import modeconn as mc
 from modeconn.backends.reference import ReferenceBackend
-from modeconn.capture.export import capture
-from modeconn.evaluation.resume import Unfinished
-from modeconn.evaluation.statistics import recompute
 from modeconn.models import build
 from modeconn.parameters.paths import Path
-from native_cases import engine, python
+from native_cases import engine
+from native_statistics_cases import DOUBLE, SINGLE, drawn, rows_net, statistics
 from policy import assert_within_policy
 
-SINGLE, DOUBLE = torch.float32, torch.float64
 T = [0.0, 0.4, 1.0]
 
 
@@ -32,23 +29,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the reference backend was asked for a point")
 
     monkeypatch.setattr(ReferenceBackend, "outputs", refused)
-
-
-def statistics(
-    model: nn.Module, path: Path, x: Tensor, t: object, dtype: torch.dtype, batch_size: int
-) -> dict[str, Tensor]:
-    model = copy.deepcopy(model).to(dtype).eval()
-    with torch.no_grad(), Unfinished(None, {}).stage("statistics") as stage:
-        batches = [(part, None) for part in x.to(dtype).split(batch_size)]
-        return recompute(
-            capture(model, batches[0][0]),
-            path,
-            path.points(t),
-            batches,
-            dtype=dtype,
-            device=torch.device("cpu"),
-            stage=stage,
-        ).tables
 
 
 def re_estimated(
@@ -76,17 +56,6 @@ def re_estimated(
                 network(part)
         rows.append({k: v.clone() for k, v in network.state_dict().items() if "running" in k})
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def drawn(make: object, seed: int) -> nn.Module:
-    """A network in float64, whose norms have scales of either sign."""
-    torch.manual_seed(seed)
-    network = make().double()  # type: ignore[operator]
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias, std=0.3)
-    return network
 
 
 def agrees(
@@ -238,20 +207,6 @@ def pooled(pool: nn.Module, act: nn.Module | None = None) -> nn.Sequential:
     )
 
 
-def rows_net(norm: type[nn.Module] = nn.BatchNorm1d) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(6, 9),
-        norm(9),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Linear(9, 63, bias=False),
-        norm(63, affine=False),
-        nn.Tanh(),
-        norm(63),
-        nn.Linear(63, 4),
-    )
-
-
 NETS = {
     "residual": Residual,
     "twice": Twice,
@@ -363,123 +318,3 @@ def test_what_does_not_move_is_computed_once(alone):
     exact = re_estimated(first, path, images(24), t, DOUBLE, 24)
     got = statistics(first, path, images(24), t, DOUBLE, 24)
     same(got, exact)
-
-
-@pytest.mark.parametrize("backend", ["native", "auto", "reference"])
-def test_a_norm_that_the_engine_does_not_have_is_left_to_pytorch(backend):
-    """A norm over texts; the rest of the network is the engine's."""
-    make = lambda: nn.Sequential(
-        nn.Linear(5, 6), nn.BatchNorm1d(8), nn.ReLU(), nn.Flatten(), nn.Linear(48, 10)
-    )
-    nets = [drawn(make, seed) for seed in (1, 2)]
-    x, y = torch.randn(30, 8, 5, dtype=DOUBLE), torch.arange(30) % 10
-    got = mc.evaluate(
-        nets[0],
-        mc.Line(*nets),
-        (x, y),
-        3,
-        buffers="recompute",
-        backend=backend,
-        precision="float64",
-    )
-    want = mc.evaluate(
-        nets[0],
-        mc.Line(*nets),
-        (x, y),
-        3,
-        buffers="recompute",
-        backend="reference",
-        precision="float64",
-    )
-    np.testing.assert_allclose(got.loss, want.loss, rtol=1e-12)
-    assert got.info["statistics"] == "reference"
-
-
-def test_the_result_tells_what_recomputed_the_statistics():
-    nets = [drawn(rows_net, seed) for seed in (1, 2)]
-    data, path = (torch.randn(14, 6), torch.zeros(14, dtype=torch.long)), mc.Line(*nets)
-    for backend in ("auto", "native", "reference"):
-        got = mc.evaluate(nets[0], path, data, 3, buffers="recompute", backend=backend)
-        assert got.info["statistics"] == ("reference" if backend == "reference" else "native")
-    assert mc.evaluate(nets[0], path, data, 3, buffers="start").info["statistics"] == ""
-
-
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_a_batch_of_one(backend):
-    nets = [drawn(rows_net, seed) for seed in (1, 2)]
-    x, y = torch.randn(15, 6, dtype=DOUBLE), torch.zeros(15, dtype=torch.long)
-    with pytest.raises(
-        mc.ModeconnError, match="batch 2 has 1 rows, and a norm cannot estimate a variance from it"
-    ) as caught:
-        mc.evaluate(
-            nets[0], mc.Line(*nets), (x, y), 3, buffers="recompute", backend=backend, batch_size=7
-        )
-    assert "\n" not in str(caught.value)
-
-
-def refused(*layers: dict[str, object], call: str = "chain_statistics", rows: int = 4) -> None:
-    x, ones = np.zeros((rows, 3, 2, 2), np.float32), np.ones((1, 1))
-    conv = {"op": "conv2d", "weights": [np.zeros((4, 3, 1, 1), np.float32)], "coefficients": ones}
-    more = {"out": np.zeros((1, rows, 16), np.float32)} if call == "chain_outputs" else {}
-    getattr(engine, call)([x], ones, [conv, *layers], **more)
-
-
-NORM = {"op": "batch_norm", "scale": np.ones((1, 4)), "shift": np.zeros((1, 4)), "eps": 1e-5}
-BAD = {
-    "none": ((), {}, "layers must have a batch_norm"),
-    "elsewhere": (
-        (NORM,),
-        {"call": "chain_outputs"},
-        "batch_norm must be one of chain_statistics' layers",
-    ),
-    "scale": (
-        ({**NORM, "scale": np.ones((1, 3))},),
-        {},
-        r"layers\[1\].scale must be \[1, 4\] float64",
-    ),
-    "no eps": (
-        ({k: v for k, v in NORM.items() if k != "eps"},),
-        {},
-        r"\(batch_norm\) must have scale, shift and eps",
-    ),
-    "of": (
-        ({**NORM, "of": -1},),
-        {},
-        r"must have the channels of the input, images of \[4, 2, 2\], got images of \[3",
-    ),
-    "one value": (
-        ({"op": "avg_pool2d", "kernel": (2, 2)}, NORM),
-        {"rows": 1},
-        r"layers\[2\] must get more than one value per channel",
-    ),
-    "key": (
-        ({**NORM, "momentum": 0.1},),
-        {},
-        r"layers\[1\] \(batch_norm\) has an unknown key 'momentum'",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_chains_are_refused(name):
-    layers, options, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        refused(*layers, **options)
-
-
-def test_an_interrupt_ends_it():
-    code = """
-import os, signal, threading
-import numpy as np
-f = lambda *shape: np.zeros(shape, np.float32)
-ones = np.ones((2000, 1))
-conv = dict(op="conv2d", weights=[f(16, 16, 3, 3)], coefficients=ones, padding=(1, 1))
-norm = dict(op="batch_norm", scale=np.ones((2000, 16)), shift=np.zeros((2000, 16)), eps=1e-5)
-threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-try:
-    e.chain_statistics([f(256, 16, 32, 32)], ones, [conv, norm] * 4, threads=2)
-except KeyboardInterrupt:
-    print("interrupted")
-"""
-    done = python(code)
-    assert done.stdout.startswith("interrupted"), done

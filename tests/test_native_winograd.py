@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from image_cases import PLAIN, Maker, check, outputs, reference
+from native_chain_cases import ACTIVATIONS, DTYPES, ISAS
 from policy import assert_within_policy
-from test_native_chain import ACTIVATIONS, DTYPES, ISAS
 
 every = lambda f: pytest.mark.parametrize("isa", ISAS)(pytest.mark.parametrize("dtype", DTYPES)(f))
 
