@@ -23,9 +23,16 @@ def test_the_code_runs(code, capsys):
     assert "101 points" in capsys.readouterr().out
 
 
-def test_the_commands_exist(capsys):
+@pytest.mark.slow
+def test_the_commands_run_in_their_order(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
     from modeconn.cli import main
 
-    for line in re.findall(r"^modeconn +(\w+)", README, re.MULTILINE):
-        assert main([line, "--help"]) == 0
-        assert "--" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^modeconn +(\w.*)", README, re.MULTILINE)
+    assert len(commands) >= 10
+    # the demo is tests/test_cli.py's, smaller
+    for command in commands:
+        assert command == "demo" or main(command.split()) == 0, command
+    assert {"barrier.png", "plane.png", "best.safetensors"} <= {p.name for p in tmp_path.iterdir()}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Build a path of low loss between two networks through subnetworks, and certify its loss on
 the training data. Loss and error on the test data along the path are bounded as well."""
-EXAMPLE = "modeconn connect a.safetensors b.safetensors --data digits --target 0.01 --out c/"
+EXAMPLE = "modeconn connect a.safetensors b.safetensors --data digits --target 0.02 --out c/"
 RESUME = """\
 Then modeconn verify c/ checks the certificate anew. After an interruption the
 same command continues from c.partial/."""
