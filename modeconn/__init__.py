@@ -1,8 +1,8 @@
-"""Evaluate a neural network at many points along a path in parameter space, in one pass over the data."""
+"""Loss landscapes and mode connectivity: networks along paths of parameters, in one pass."""
 
 from modeconn.connection.certificate import Certificate, FalseCertificate
-from modeconn.connection.connect import connect
 from modeconn.connection.connection import Connection
+from modeconn.connection.pipeline import connect
 from modeconn.connection.verification import verify
 from modeconn.data import datasets
 from modeconn.errors import ModeconnError

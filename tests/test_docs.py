@@ -60,6 +60,14 @@ def test_a_document_names_all_that_can_be_chosen(document: str, names: list[str]
     assert [name for name in names if name not in text] == []
 
 
+def test_the_map_of_contributors_has_every_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = ROOT / "modeconn"
+    rooms = [f"`modeconn/{path.name}`" for path in package.glob("[a-z]*.py")]
+    rooms += [f"`modeconn/{path.parent.name}/`" for path in package.glob("*/__init__.py")]
+    assert [room for room in rooms if room not in text] == []
+
+
 def test_commits_of_the_performance_ledger_exist():
     git = shutil.which("git")
     if git is None or not (ROOT / ".git").exists() or (ROOT / ".git" / "shallow").exists():

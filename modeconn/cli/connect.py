@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**31:
         raise ModeconnError(f"--seed is {args.seed}: expected at least 0 and below 2**31")
 
-    from modeconn.connection.connect import connect
+    from modeconn.connection.pipeline import connect
 
     spec, model = options.load_model(args, args.checkpoints)
     data, test = (options.load_data(args, split) for split in ("train", "test"))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from modeconn import models
-from modeconn.connection.connect import connect
 from modeconn.connection.connection import Connection
+from modeconn.connection.pipeline import connect
 from modeconn.data import datasets
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.evaluator import evaluate
