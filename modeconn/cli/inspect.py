@@ -34,14 +34,12 @@ def run(args: argparse.Namespace) -> None:
 
     loaded = state.load(args.checkpoint)
     entries = {name: _describe(loaded[name]) for name in sorted(loaded, key=_by_number)}
-    totals = {
-        key: sum(entry[key] for entry in entries.values())
-        for key in ("numbers", "bytes", "not_finite")
-    }
     content = {
         "file": args.checkpoint,
         "entries": entries,
-        **totals,
+        "numbers": _total(entries, "numbers"),
+        "bytes": _total(entries, "bytes"),
+        "not_finite": _total(entries, "not_finite"),
         "metadata": options.checkpoint_metadata(args.checkpoint),
     }
     if args.json is not None:
@@ -57,6 +55,10 @@ def _by_number(name: str) -> list[tuple[bool, int, str]]:
         number = part.isdecimal()
         key.append((number, int(part) if number else 0, part))
     return key
+
+
+def _total(entries: dict[str, dict[str, Any]], key: str) -> int:
+    return sum(entry[key] for entry in entries.values())
 
 
 def _describe(tensor: Tensor) -> dict[str, Any]:
