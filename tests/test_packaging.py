@@ -169,11 +169,14 @@ def test_a_pure_python_install_works(checkout: Path, tmp_path: Path):
 
     python = clean_environment(tmp_path / "clean", wheel)
     code = (
-        "import torch, modeconn, modeconn.kernels\nfrom modeconn import native\n"
-        "try: native.features()\nexcept modeconn.ModeconnError as error: print(native.available(), error)"
+        "import torch, modeconn, modeconn.kernels\n"
+        "from modeconn.backends.native import extension as native\n"
+        "try: native.extension()\n"
+        "except modeconn.ModeconnError as error: print(native.available(), error)"
     )
     assert run([python, "-c", code], tmp_path / "dist") == (
-        "False the C++ extension modeconn._native is not available: MODECONN_NATIVE=0 was set when modeconn was installed\n"
+        "False the C++ extension modeconn._native is not available: "
+        "MODECONN_NATIVE=0 was set when modeconn was installed\n"
     )
 
 
