@@ -114,25 +114,25 @@ class Workload:
         stacked = {}
         for key in states[0]:
             stacked[key] = torch.stack([state[key] for state in states])
-        network = vmap(
-            lambda state, inputs: functional_call(self.model, state, (inputs,)), in_dims=(0, None)
-        )
+
+        def one(state: dict[str, Tensor], inputs: Tensor) -> Any:
+            return functional_call(self.model, state, (inputs,), tie_weights=False)
+
+        network = vmap(one, in_dims=(0, None))
         sums: Any = 0
         step = max(1, self.batch // len(t))
         with torch.no_grad():
             for i in range(0, len(self.x), step):
                 rows = slice(i, min(i + step, len(self.x)))
-                sums = (
-                    sums
-                    + torch.stack(
-                        [self.total(one, rows) for one in network(stacked, self.x[rows])]
-                    ).double()
-                )
+                of_points = [
+                    self.total(outputs, rows) for outputs in network(stacked, self.x[rows])
+                ]
+                sums = sums + torch.stack(of_points).double()
         return sums.tolist()  # type: ignore[no-any-return]
 
 
 def cases(context: Context) -> dict[str, Case]:
-    """Per workload the peers, then ours in each precision and number of points."""
+    """Cases per workload: our backends in each precision and number of points, then the peers."""
     made: dict[str, Case] = {}
     share = context.seconds / (8 * len(WORKLOADS))
     for name in WORKLOADS:
