@@ -268,11 +268,7 @@ class BuildExtensions(build_ext):
         # -iquote, since a header of ours must never stand in for a system header of the same name.
         # A multiply-add is one rounding less: -ffp-contract=fast gives nothing else up.
         common = ["-iquotecsrc", *speed, "-pthread", "-Wall", "-Wextra", "-ffp-contract=fast"]
-        macros: Macros = [
-            ("MODECONN_VERSION", f'"{self.distribution.get_version()}"'),
-            ("MODECONN_SANITIZERS", f'"{sanitizers}"'),
-        ]
-        macros += [(f"MODECONN_HAVE_{name.upper()}", None) for name in found]
+        macros: Macros = [(f"MODECONN_HAVE_{name.upper()}", None) for name in found]
 
         def compile_one(source: str) -> list[str]:
             flags = X86_FLAGS.get(instruction_set(Path(source)), [])

@@ -4,7 +4,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <iterator>
 #include <sstream>
 
 #include "engine/chain.h"
@@ -74,14 +73,10 @@ const double* coefficients(const py::array& a, const std::string& what, int64_t 
 }
 
 Activation activation(const std::string& name, double slope) {
-  static const char* names[] = {"identity", "relu", "leaky_relu", "tanh", "gelu", "gelu_tanh", "silu", "sigmoid",
-                                "relu6", "hardsigmoid", "hardswish", "elu", "selu", "softplus", "mish"};
-  std::string all;
-  for (int i = 0; i < int(std::size(names)); ++i) {
-    if (name == names[i]) return {Act(i), slope};
-    all += std::string(i ? ", " : "") + names[i];
-  }
-  refuse("activation must be one of ", all, "; got '", name, "'");
+  Activation found{Act::identity, slope};
+  std::string known;
+  if (!find_activation(name, false, found.kind, known)) refuse("activation must be one of ", known, "; got '", name, "'");
+  return found;
 }
 
 }  // namespace

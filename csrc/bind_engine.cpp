@@ -17,15 +17,15 @@ struct Options {
 };
 
 template <class T>
-Chain<T> training_chain(const py::sequence& terms, const py::array& c, const py::sequence& layers, const Options& o) {
+StepGraph<T> training_chain(const py::sequence& terms, const py::array& c, const py::sequence& layers, const Options& o) {
   StepReader<T> reader(terms, c, activation(o.activation, o.slope));
   for (const auto& l : layers) reader.read(l);
   return reader.finish();
 }
 
 template <class T>
-Chain<T> chain(const py::sequence& terms, const py::array& c, const py::sequence& layers, const Options& o) {
-  Chain<T> built = training_chain<T>(terms, c, layers, o);
+StepGraph<T> chain(const py::sequence& terms, const py::array& c, const py::sequence& layers, const Options& o) {
+  StepGraph<T> built = training_chain<T>(terms, c, layers, o);
   if (norm_channels(built)) refuse("batch_norm must be one of chain_statistics' layers; elsewhere a norm is the scale and shift of a layer");
   return built;
 }
@@ -46,7 +46,7 @@ template <class Run> void released(const Options& o, Run&& run) {
 
 template <class T>
 void outputs_of(const py::sequence& terms, const py::array& c, const py::sequence& layers, const py::array& out, const Options& o) {
-  Chain<T> built = chain<T>(terms, c, layers, o);
+  StepGraph<T> built = chain<T>(terms, c, layers, o);
   built.head.outputs = const_cast<T*>(checked<T>(out, "out", {built.points, built.rows, built.result()}));
   if (!out.writeable()) refuse("out must be writable");
   built.head.point_stride = out.strides(0) / ptrdiff_t(sizeof(T));
@@ -58,7 +58,7 @@ void outputs_of(const py::sequence& terms, const py::array& c, const py::sequenc
 template <class T>
 py::array_t<double> sums_of(const py::sequence& terms, const py::array& c, const py::sequence& layers, const py::array& targets,
                             const std::string& loss, bool top5, const Options& o) {
-  Chain<T> built = chain<T>(terms, c, layers, o);
+  StepGraph<T> built = chain<T>(terms, c, layers, o);
   if (loss == "cross_entropy") {
     built.head.loss = Loss::cross_entropy;
     built.head.top5 = top5;
@@ -82,7 +82,7 @@ py::array_t<double> sums_of(const py::sequence& terms, const py::array& c, const
 
 template <class T>
 py::array_t<double> statistics_of(const py::sequence& terms, const py::array& c, const py::sequence& layers, const Options& o) {
-  Chain<T> built = training_chain<T>(terms, c, layers, o);
+  StepGraph<T> built = training_chain<T>(terms, c, layers, o);
   int64_t channels = norm_channels(built);
   if (!channels) refuse("layers must have a batch_norm");
   py::array_t<double> out({built.points, int64_t(2), channels});
@@ -113,6 +113,11 @@ void bind_engine(py::module_& m) {
     int n = supported_isas(names);
     return std::vector<std::string>(names, names + n);
   }, "The instruction sets this CPU runs, best first.");
+  m.def("activations", [] {
+    std::vector<std::string> names;
+    for (const ActivationRow& row : activation_rows) names.push_back(row.name);
+    return names;
+  }, "The activations of the kernels, in the order of the table.");
   m.def("kernel_names", [](const std::string& isa) {
     const Context& c = context(isa.c_str());
     return py::make_tuple(c.isa, c.f32.name, c.f64.name);

@@ -36,7 +36,7 @@ template <class T> class StepReader {
              "concat or terms, got '", op_, "'");
   }
 
-  Chain<T> finish() {
+  StepGraph<T> finish() {
     const Value& last = values_.back();
     if (last.image != !flattened_ && !chain_.images.empty())
       refuse("the last of the layers must be behind flatten, as others are; it gives ", text(last));
@@ -355,7 +355,7 @@ template <class T> class StepReader {
     return l;
   }
 
-  Chain<T> chain_{};
+  StepGraph<T> chain_{};
   std::vector<Value> values_;  // of the terms, then of each step
   bool flattened_ = false;
   std::string what_, op_;      // of the step that is being read

@@ -1,4 +1,4 @@
-"""Signatures of the C++ extension (csrc/bindings.cpp); modeconn.native is its only importer."""
+"""Signatures of the C++ extension (csrc/bind_engine.cpp)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,10 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-def features() -> dict[str, bool | int]: ...
-def versions() -> dict[str, str | int]: ...
-def logsumexp(x: npt.NDArray[np.float32] | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]: ...
 def isas() -> list[str]: ...
+def activations() -> list[str]: ...
 def kernel_names(isa: str = "") -> tuple[str, str, str]: ...
 def chain_outputs(
     terms: Sequence[npt.NDArray[Any]],
@@ -30,6 +28,16 @@ def chain_sums(
     *,
     loss: str = "cross_entropy",
     top5: bool = False,
+    activation: str = "identity",
+    slope: float = 0.01,
+    threads: int = 1,
+    isa: str = "",
+) -> npt.NDArray[np.float64]: ...
+def chain_statistics(
+    terms: Sequence[npt.NDArray[Any]],
+    coefficients: npt.NDArray[np.float64],
+    layers: Sequence[Mapping[str, Any]],
+    *,
     activation: str = "identity",
     slope: float = 0.01,
     threads: int = 1,

@@ -4,16 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../activations.h"
+
 namespace modeconn {
 
 constexpr int64_t cache_line = 64;  // bytes; panels and packed weights start on one
 
-enum class Act : int {
-  identity, relu, leaky_relu, tanh, gelu, gelu_tanh, silu, sigmoid, relu6, hardsigmoid, hardswish, elu, selu, softplus, mish
-};
-
-// What a product's tile can apply in registers; the others are a pass over the finished panel.
-constexpr bool fused(Act act) { return act == Act::identity || act == Act::relu || act == Act::leaky_relu || act == Act::relu6; }
+// Whether a product's tile applies it in registers; the others are a pass over the finished panel.
+constexpr bool fused(Act act) { return activation_rows[int(act)].in_registers; }
 
 struct Activation {
   Act kind = Act::identity;

@@ -28,7 +28,10 @@ template <size_t Count> int index_of(const std::string& name, const char* what, 
 }
 
 Act activation(const std::string& name) {
-  return Act(index_of(name, "activation", {"identity", "relu", "leaky_relu", "tanh", "gelu", "gelu_tanh", "silu", "sigmoid"}));
+  Act found;
+  std::string known;
+  if (!find_activation(name, true, found, known)) refuse("activation must be one of ", known, ", got '", name, "'");
+  return found;
 }
 
 template <class T> const T* address(uint64_t value, const std::string& what, bool needed = true) {
@@ -111,6 +114,12 @@ PYBIND11_MODULE(_cuda, module) {
   module.attr("max_layers") = max_layers;
   module.attr("max_terms") = max_terms;
   module.attr("architectures") = MODECONN_CUDA_ARCHS;
+  module.def("activations", [] {
+    std::vector<std::string> names;
+    for (const modeconn::ActivationRow& row : modeconn::activation_rows)
+      if (row.cuda) names.push_back(row.name);
+    return names;
+  }, "The activations of the kernels, in the order of the table.");
   module.def("device_count", [] {
     std::string problem;
     const int count = device_count(problem);

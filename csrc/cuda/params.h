@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../activations.h"
+
 namespace modeconn::cuda {
 
 constexpr int max_width = 256;  // of the input and of every layer
@@ -9,8 +11,6 @@ constexpr int max_layers = 64;
 constexpr int max_terms = 16;   // of the input
 constexpr int tile_rows = 128;  // samples that a block carries through all layers
 constexpr int threads = 256;
-
-enum class Act : int { identity, relu, leaky_relu, tanh, gelu, gelu_tanh, silu, sigmoid };
 
 // float32: three tf32 products per product, as exact as float32. The others round the operands, never the sums.
 enum class Precision : int { float32, tf32, bf16 };

@@ -24,7 +24,7 @@ struct Blocks {
 
 template <class T> class Engine {
  public:
-  Engine(const Chain<T>& chain, const Kernels<T>& kernels, Team& team, LossSums* sums)
+  Engine(const StepGraph<T>& chain, const Kernels<T>& kernels, Team& team, LossSums* sums)
       : chain_(chain), k_(kernels), team_(team), sums_(sums), packing_(chain, kernels), images_(chain, kernels, packing_),
         layers_(chain, kernels, packing_) {}
 
@@ -176,7 +176,7 @@ template <class T> class Engine {
     }
   }
 
-  const Chain<T>& chain_;
+  const StepGraph<T>& chain_;
   const Kernels<T>& k_;
   Team& team_;
   LossSums* sums_;
@@ -187,11 +187,11 @@ template <class T> class Engine {
 
 }  // namespace
 
-template <class T> void run(const Chain<T>& chain, const Kernels<T>& kernels, Team& team, LossSums* sums) {
+template <class T> void run(const StepGraph<T>& chain, const Kernels<T>& kernels, Team& team, LossSums* sums) {
   Engine<T>(chain, kernels, team, sums).run();
 }
 
-template void run(const Chain<float>&, const Kernels<float>&, Team&, LossSums*);
-template void run(const Chain<double>&, const Kernels<double>&, Team&, LossSums*);
+template void run(const StepGraph<float>&, const Kernels<float>&, Team&, LossSums*);
+template void run(const StepGraph<double>&, const Kernels<double>&, Team&, LossSums*);
 
 }  // namespace modeconn

@@ -79,7 +79,7 @@ template <class T> struct Head {
 };
 
 // The steps on images, then those on rows, then the head. Each list begins with terms, or, behind images, with flat.
-template <class T> struct Chain {
+template <class T> struct StepGraph {
   int64_t rows, points;
   std::vector<Step<T>> images, layers;
   int flat = 0;  // the step on images that is flattened
@@ -98,6 +98,6 @@ template <class T> std::vector<int> last_uses(const std::vector<Step<T>>& steps,
 }
 
 // sums: [points], unless the head writes outputs. The result does not depend on the number of threads.
-template <class T> void run(const Chain<T>& chain, const Kernels<T>& kernels, Team& team, LossSums* sums);
+template <class T> void run(const StepGraph<T>& chain, const Kernels<T>& kernels, Team& team, LossSums* sums);
 
 }  // namespace modeconn

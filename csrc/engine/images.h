@@ -40,7 +40,7 @@ template <class T> class PanelSteps;
 // All of the steps, one after the other.
 template <class T> class Images {
  public:
-  Images(const Chain<T>& chain, const Kernels<T>& kernels, const Packing<T>& packing) : k_(kernels), steps_(kernels) {
+  Images(const StepGraph<T>& chain, const Kernels<T>& kernels, const Packing<T>& packing) : k_(kernels), steps_(kernels) {
     if (!chain.images.empty()) make_stages(chain, packing), place();
   }
 
@@ -76,7 +76,7 @@ template <class T> class Images {
 
  private:
   // A pooling whose windows do not overlap takes the rows of terms or a convolution as they are made.
-  void make_stages(const Chain<T>& chain, const Packing<T>& packing) {
+  void make_stages(const StepGraph<T>& chain, const Packing<T>& packing) {
     const std::vector<Step<T>>& steps = chain.images;
     std::vector<int> last = last_uses(steps, chain.flat), readers(steps.size()), stage(steps.size(), -1);
     for (const Step<T>& s : steps)

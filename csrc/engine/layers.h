@@ -10,7 +10,7 @@ template <class T> class Layers {
  public:
   using Panels = std::vector<T*>;
 
-  Layers(const Chain<T>& chain, const Kernels<T>& kernels, const Packing<T>& packing)
+  Layers(const StepGraph<T>& chain, const Kernels<T>& kernels, const Packing<T>& packing)
       : steps_(chain.layers), rows_(chain.rows), k_(kernels), linears_(packing.linears),
         last_(last_uses(steps_, int(steps_.size()) - 1)) {
     for (const Step<T>& s : steps_) widest_ = std::max(widest_, s.out.count());

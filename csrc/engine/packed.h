@@ -89,7 +89,7 @@ template <class T> struct Packing {
   std::vector<Piece> pieces;
   int64_t size = 0;  // elements per point
 
-  Packing(const Chain<T>& chain, const Kernels<T>& kernels) {
+  Packing(const StepGraph<T>& chain, const Kernels<T>& kernels) {
     auto reserve = [&](int64_t n) {
       int64_t at = size;
       size += (n + cache_line - 1) / cache_line * cache_line;

@@ -21,7 +21,7 @@ struct Moments {
 };
 
 // One list of all steps, rows being images of one pixel.
-template <class T> std::vector<Step<T>> joined(const Chain<T>& chain) {
+template <class T> std::vector<Step<T>> joined(const StepGraph<T>& chain) {
   std::vector<Step<T>> steps = chain.images;
   int first = int(steps.size());
   for (Step<T> s : chain.layers) {
@@ -39,7 +39,7 @@ template <class T> std::vector<Step<T>> joined(const Chain<T>& chain) {
 // reads stay, for all panels of a point, the others are the thread's.
 template <class T> class Statistics {
  public:
-  Statistics(const Chain<T>& chain, const Kernels<T>& kernels, Team& team, double* out)
+  Statistics(const StepGraph<T>& chain, const Kernels<T>& kernels, Team& team, double* out)
       : chain_(alone(chain)), k_(kernels), team_(team), out_(out), packing_(chain_, kernels), steps_(kernels),
         channels_(norm_channels(chain_)) {
     make_stages(), place();
@@ -98,7 +98,7 @@ template <class T> class Statistics {
     const Norm* norm;
   };
 
-  static Chain<T> alone(const Chain<T>& chain) { return {chain.rows, chain.points, joined(chain), {}, 0, {}}; }
+  static StepGraph<T> alone(const StepGraph<T>& chain) { return {chain.rows, chain.points, joined(chain), {}, 0, {}}; }
 
   void make_stages() {
     const std::vector<Step<T>>& steps = chain_.images;
@@ -220,7 +220,7 @@ template <class T> class Statistics {
     }
   }
 
-  const Chain<T> chain_;
+  const StepGraph<T> chain_;
   const Kernels<T>& k_;
   Team& team_;
   double* out_;
@@ -237,11 +237,11 @@ template <class T> class Statistics {
 
 }  // namespace
 
-template <class T> void statistics(const Chain<T>& chain, const Kernels<T>& kernels, Team& team, double* out) {
+template <class T> void statistics(const StepGraph<T>& chain, const Kernels<T>& kernels, Team& team, double* out) {
   Statistics<T>(chain, kernels, team, out).run();
 }
 
-template void statistics(const Chain<float>&, const Kernels<float>&, Team&, double*);
-template void statistics(const Chain<double>&, const Kernels<double>&, Team&, double*);
+template void statistics(const StepGraph<float>&, const Kernels<float>&, Team&, double*);
+template void statistics(const StepGraph<double>&, const Kernels<double>&, Team&, double*);
 
 }  // namespace modeconn

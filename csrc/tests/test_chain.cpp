@@ -22,7 +22,7 @@ template <class T> double check(const Context& context, int64_t rows, std::vecto
   std::vector<double> c = draw<double>(points * 2);
   for (int64_t t = 0; t < points; ++t) c[2 * t] *= t % 3 != 0;
 
-  Chain<T> chain{rows, points, {}, {}, 0, {}};
+  StepGraph<T> chain{rows, points, {}, {}, 0, {}};
   Terms<T> terms{{}, c.data()};
   for (int j = 0; j < 2; ++j) terms.values.push_back({keep(rows * widths[0]), widths[0]});
   chain.layers.push_back({Op::terms, {}, {widths[0]}, {widths[0]}, {act, 0.125}, {}, {}, terms});

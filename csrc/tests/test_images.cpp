@@ -48,7 +48,7 @@ template <class T> double check(const Context& context, int64_t rows, const Imag
   auto keep = [&](int64_t n) { return (store.push_back(draw<T>(n)), store.back().data()); };
   const double ones[3] = {1, 1, 1};
   const int64_t points = 3;  // equal ones
-  Chain<T> chain{rows, points, {}, {}, 0, {}};
+  StepGraph<T> chain{rows, points, {}, {}, 0, {}};
   T* values = keep(rows * image.count());
   for (int64_t i = 0; i < rows * image.count() && c.large; ++i) values[i] *= std::numeric_limits<T>::max() / 6;
   Terms<T> terms{{{values, image.count()}}, ones};

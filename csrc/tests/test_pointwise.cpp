@@ -53,7 +53,7 @@ template <class T> double check(const Context& context, int64_t rows, const Imag
   store.reserve(8);
   auto factors = [&](int64_t n) { return (store.push_back(draw<double>(points * n)), store.back().data()); };
   const std::vector<double> ones(points, 1);
-  Chain<T> chain{rows, points, {}, {}, 0, {}};
+  StepGraph<T> chain{rows, points, {}, {}, 0, {}};
   std::vector<Step<T>>& steps = flat ? chain.layers : chain.images;
   steps.push_back({Op::terms, {}, image, image, {}, {}, {}, Terms<T>{{{given.data(), image.count()}}, ones.data()}});
   int64_t c = image.channels;

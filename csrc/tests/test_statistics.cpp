@@ -62,7 +62,7 @@ template <class T> double check(const Context& context, int64_t rows, int64_t ch
     return (doubles.push_back(all), doubles.back().data());
   };
   Image image{channels, 2 * pixels, 1}, half{channels + 3, pixels, 1}, whole{channels + 3, 2 * pixels, 1};
-  Chain<T> chain{rows, points, {}, {}, 0, {}};
+  StepGraph<T> chain{rows, points, {}, {}, 0, {}};
   std::vector<Step<T>>& steps = pixels ? chain.images : chain.layers;
   bool flat = pixels == 0;
   if (flat) image = {channels, 1, 1}, half = whole = {channels + 3, 1, 1};

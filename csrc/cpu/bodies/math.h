@@ -165,21 +165,10 @@ template <Act a> struct ActTag { static constexpr Act value = a; };
 // Calls f with the activation as a compile-time constant.
 template <class F> MODECONN_INLINE void with_activation(Act act, F&& f) {
   switch (act) {
-    case Act::identity: return f(ActTag<Act::identity>{});
-    case Act::relu: return f(ActTag<Act::relu>{});
-    case Act::leaky_relu: return f(ActTag<Act::leaky_relu>{});
-    case Act::tanh: return f(ActTag<Act::tanh>{});
-    case Act::gelu: return f(ActTag<Act::gelu>{});
-    case Act::gelu_tanh: return f(ActTag<Act::gelu_tanh>{});
-    case Act::silu: return f(ActTag<Act::silu>{});
-    case Act::sigmoid: return f(ActTag<Act::sigmoid>{});
-    case Act::relu6: return f(ActTag<Act::relu6>{});
-    case Act::hardsigmoid: return f(ActTag<Act::hardsigmoid>{});
-    case Act::hardswish: return f(ActTag<Act::hardswish>{});
-    case Act::elu: return f(ActTag<Act::elu>{});
-    case Act::selu: return f(ActTag<Act::selu>{});
-    case Act::softplus: return f(ActTag<Act::softplus>{});
-    case Act::mish: return f(ActTag<Act::mish>{});
+#define MODECONN_ROW(name, in_registers, cuda) \
+  case Act::name: return f(ActTag<Act::name>{});
+    MODECONN_ACTIVATIONS(MODECONN_ROW)
+#undef MODECONN_ROW
   }
 }
 

@@ -24,9 +24,11 @@ MODECONN_INLINE void accumulate(typename S::V (&sums)[R][NV], const typename S::
 
 // The activations that a product applies in registers.
 template <class S> MODECONN_INLINE typename S::V fused(Activation act, typename S::V y) {
-  if (act.kind == Act::relu) y = apply<S, Act::relu>(y, 0);
-  if (act.kind == Act::leaky_relu) y = apply<S, Act::leaky_relu>(y, typename S::T(act.slope));
-  if (act.kind == Act::relu6) y = apply<S, Act::relu6>(y, 0);
+#define MODECONN_ROW(name, in_registers, cuda) \
+  if constexpr (in_registers && Act::name != Act::identity) \
+    if (act.kind == Act::name) y = apply<S, Act::name>(y, typename S::T(act.slope));
+  MODECONN_ACTIVATIONS(MODECONN_ROW)
+#undef MODECONN_ROW
   return y;
 }
 
