@@ -1,4 +1,4 @@
-// The steps of a chain, from the dicts that Python passes. Included by bind_engine.cpp alone.
+// Reads a step graph from the dicts that Python passes. Included by bind_engine.cpp alone.
 #pragma once
 #include "bind_arrays.h"
 
@@ -41,7 +41,7 @@ template <class T> class StepReader {
     if (last.image != !flattened_ && !chain_.images.empty())
       refuse("the last of the layers must be behind flatten, as others are; it gives ", text(last));
     if (last.image) chain_.flat = last.index, chain_.layers[0].out = {last.shape.count(), 1, 1};
-    if (chain_.images.size() == 1) {  // nothing but terms: their rows are what is wanted
+    if (chain_.images.size() == 1) {  // nothing but terms: their rows are the output
       chain_.layers[0] = chain_.images[0];
       chain_.layers[0].out = {chain_.images[0].out.count(), 1, 1};
       chain_.images.clear();
@@ -314,7 +314,7 @@ template <class T> class StepReader {
     out[0] = values[0], out[1] = values[1];
   }
 
-  // Numbers of every point.
+  // One number per channel at every point.
   const double* dense(const char* key, int64_t count) const {
     std::string name = what_ + "." + key;
     return coefficients(array(d_[key], name), name, chain_.points, count);

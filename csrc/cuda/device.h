@@ -1,4 +1,4 @@
-// Everything that the kernels ask of the hardware. nvcc gets instructions; a host compiler gets the emulation of emulate.h,
+// The hardware, as the kernels use it. nvcc gets instructions; a host compiler gets the emulation of emulate.h,
 // which has the same functions. Nothing beside these two files and runtime.h knows which of the two it is.
 #pragma once
 #include <cmath>

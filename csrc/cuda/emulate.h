@@ -6,7 +6,7 @@
 // - wgmma reads registers and shared memory, and writes its sums, at wgmma_wait, not before.
 // - The lanes of a warp meet at its collectives; who leaves others waiting at a barrier or a collective is an error.
 // - Fragments are those of the PTX manual. Products are exact, a sum is rounded towards zero once per instruction: not
-//   exactly what the tensor cores do (nobody says what that is), but as coarse.
+//   exactly what the tensor cores do (which no manual states), but as coarse.
 //
 // Not emulated: bank conflicts, alignment of shared memory (the sanitizer's task), time.
 #pragma once
@@ -46,7 +46,7 @@ struct Wgmma {
 
 enum class State { ready, at_collective, at_barrier, done };
 
-// What the lanes of a warp do together, given each lane's argument.
+// A collective of a warp's lanes, given each lane's argument.
 using Collective = void (*)(void* const (&lanes)[32]);
 
 struct Lane {

@@ -1,4 +1,4 @@
-// Two small kernels around the chain: the weights of every point, formed and packed before it, and its sums added up after it.
+// Two small kernels around the chain: one materializes and packs the weights of every point before it, one adds up its sums.
 #pragma once
 #include "tiles.h"
 

@@ -1,4 +1,4 @@
-// From a chain to launches: what the bindings call.
+// Launches of a chain, for the bindings.
 #pragma once
 #include <string>
 
@@ -15,7 +15,7 @@ Variant best_variant(int device, Precision precision);
 // Why a device cannot run a chain; "" where it can.
 std::string cannot_run(int device, const Chain& chain);
 
-// Where the chain's workspace holds what. Nothing of the chain is read but its sizes, precision and variant.
+// Lays out the chain's workspace. Nothing of the chain is read but its sizes, precision and variant.
 Workspace plan(const Chain& chain);
 
 // Forms the weights, runs the chain and writes sums [points][3], all on the stream and without waiting for it.

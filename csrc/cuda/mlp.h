@@ -15,7 +15,7 @@ template <class Product> constexpr int shared_bytes() {
   return tile_rows * Product::stride * int(sizeof(float)) + Product::Weights::bytes;
 }
 
-// Which point and tile a block has: points fastest, in groups.
+// The point and tile of a block: points fastest, in groups.
 DEVICE void place_of_block(const MlpParams& p, int& point, int64_t& tile) {
   const int64_t whole = p.tiles * points_together, first = device::block() / whole * points_together, in_group = device::block() % whole;
   const int together = int(p.points - first < points_together ? p.points - first : points_together);
@@ -56,7 +56,7 @@ template <class Product> DEVICE void load_input(const MlpParams& p, int point, i
 }
 
 template <class Product> DEVICE void finish_layer(const Product& product, const PackedLayer& layer, const float* biases, float* values) {
-  Product::sync();  // nobody needs the layer's input any more
+  Product::sync();  // no thread needs the layer's input any more
   const Act quick = fused(layer.act) ? layer.act : Act::identity;
   product.results([&](int row, int column, float x, float y) {
     float* to = values + row * Product::stride + column;

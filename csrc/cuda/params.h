@@ -1,4 +1,4 @@
-// What a chain of linear layers is, for the host and for the kernels: plain numbers and addresses on the device.
+// A chain of linear layers, for the host and for the kernels: plain numbers and addresses on the device.
 #pragma once
 #include <cstdint>
 
@@ -15,7 +15,7 @@ constexpr int threads = 256;
 // float32: three tf32 products per product, as exact as float32. The others round the operands, never the sums.
 enum class Precision : int { float32, tf32, bf16 };
 
-// Which instructions multiply: mma.sync (sm_80 and later), or wgmma (sm_90 alone).
+// The instructions that multiply: mma.sync (sm_80 and later), or wgmma (sm_90 alone).
 enum class Variant : int { mma, wgmma };
 
 // Σ_k coefficients[t][k] tensors[k]: tensors are [count][size], coefficients [points][count]. count may be 0.
@@ -61,7 +61,7 @@ struct PackedLayer {
   float slope;
 };
 
-// Where a chain's workspace holds what: the packed weights and biases of each point, then the sums of each tile.
+// The layout of a chain's workspace: the packed weights and biases of each point, then the sums of each tile.
 struct Workspace {
   int64_t point_bytes = 0;     // of a point's weights and biases
   int64_t bias_offset = 0;     // of the biases, in a point's bytes

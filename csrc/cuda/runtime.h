@@ -1,4 +1,4 @@
-// What the host asks of CUDA: devices, and launches on a stream. The emulation has the same functions.
+// CUDA for the host: devices, and launches on a stream. The emulation has the same functions.
 #pragma once
 #include <stdexcept>
 #include <string>

@@ -17,7 +17,7 @@ template <int Stages, int SlabSteps, int SlabBytes> class Stream {
   DEVICE const char* take() {
     device::wait_copies<Stages - 2>();  // this thread's part of the slab is there
     device::fence_copies();
-    device::sync_block();               // everybody's is, and nobody reads the slab before it any more
+    device::sync_block();               // every thread's is, and none reads the slab before it any more
     fetch();
     return ring_ + (taken_++ % Stages) * SlabBytes;
   }

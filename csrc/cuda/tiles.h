@@ -1,4 +1,4 @@
-// How packed weights lie: in the order in which the tensor cores take them, so that a slab of them is one run of bytes.
+// The layout of packed weights: in the order in which the tensor cores take them, so that a slab is one run of bytes.
 //
 // A step is what one instruction multiplies: 8 columns of tf32 or 16 of bf16, 32 bytes per unit either way. Columns go into
 // steps 32 at a time, and not in their own order: a sum may be taken in any order, and in this one a thread finds its part

@@ -1,4 +1,4 @@
-// A network at many points of a path: what to compute. How is in chain.cpp, images.h and layers.h; nothing here knows a CPU.
+// A network at many points of a path, as data. chain.cpp, images.h and layers.h compute it; nothing here knows a CPU.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -33,7 +33,7 @@ struct Image {
   int64_t count() const { return channels * pixels(); }
 };
 
-// Of a convolution or a pooling: {vertical, horizontal}; the padding is on both sides.
+// The window of a convolution or a pooling: {vertical, horizontal}; the padding is on both sides.
 struct Window {
   int64_t kernel[2], stride[2], padding[2], dilation[2] = {1, 1};
   int64_t taps() const { return kernel[0] * kernel[1]; }

@@ -30,7 +30,7 @@ inline int64_t first_gap(std::vector<std::pair<int64_t, int64_t>> used, int64_t 
   return at;
 }
 
-// What is told of the rows of a convolution as they are made, where nobody asks.
+// Listens to the rows of a convolution as they are made, and does nothing with them.
 struct Unseen {
   template <class... A> void operator()(A&&...) const {}
 };
@@ -44,7 +44,7 @@ template <class T> class Images {
     if (!chain.images.empty()) make_stages(chain, packing), place();
   }
 
-  // How many points are combined at once: one reading and transposition of the terms serves them all.
+  // The number of points that are combined at once: one reading and transposition of the terms serves them all.
   int64_t share() const { return stages_.empty() ? 1 : std::clamp<int64_t>(combined_bytes / (first() * int64_t(sizeof(T))), 1, 8); }
 
   int64_t scratch(int64_t points) const { return stages_.empty() ? 0 : points * first() + values_ + strip_; }
@@ -85,7 +85,7 @@ template <class T> class Images {
     for (size_t i = 0; i < steps.size(); ++i) {
       const Step<T>& s = steps[i];
       const PackedLayer<T>* packed = s.op == Op::conv ? &*conv++ : nullptr;
-      if (stage[i] >= 0 || (i && last[i] < 0)) continue;  // a pooling that is done, a value that nobody reads
+      if (stage[i] >= 0 || (i && last[i] < 0)) continue;  // a pooling that is done, a value that no step reads
       const Step<T>* pool = nullptr;
       if ((s.op == Op::terms || s.op == Op::conv) && readers[i] == 1 && last[i] < int(steps.size())) pool = &steps[last[i]];
       if (pool && !steps_.pools(*pool, packed)) pool = nullptr;
@@ -205,7 +205,7 @@ template <class T> class PanelSteps {
   }
 
  private:
-  // Of these, what the rows that are made take.
+  // The elements of the strip that the rows take as they are made.
   int64_t strip_of_rows(const Stage<T>& s) const {
     int64_t rows = (s.pool ? s.pool->window.kernel[0] : 1) * s.made.width * k_.panel;
     return rows * (s.packed ? std::min<int64_t>(k_.units, s.made.channels) : int64_t(s.step->terms.values.size()) + 1);
@@ -241,7 +241,7 @@ template <class T> class PanelSteps {
             x + at.tiles.group(i) * channels * k_.panel, more ? more + u0 * k_.panel : nullptr};
   }
 
-  // Of the weights behind tile i, while that one is called so often.
+  // Prefetches the weights behind tile i, while that one is called so often.
   Prefetch next_tile(const PackedLayer<T>& at, int64_t i, const T* packed, int64_t calls) const {
     int64_t next = i + 1 < at.tiles.count ? at.tiles.size(i + 1) : 0;
     return Prefetch(packed + at.weights + (at.tiles.begin(i) + at.tiles.size(i)) * at.depth, next * at.depth, calls);

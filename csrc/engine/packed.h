@@ -1,4 +1,4 @@
-// Where the packed weights of one point lie, and their packing: per layer its tiles one after the other, each
+// The layout of one point's packed weights, and their packing: per layer its tiles one after the other, each
 // [depth][units of the tile], then the bias. The depth of a convolution is [taps][channels], or [16][channels] by Winograd.
 #pragma once
 #include <algorithm>

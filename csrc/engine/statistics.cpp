@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t value_bytes = 16 << 20;  // of the points in flight: their values should stay in the last cache level
 
-// Of so many values of one channel: their mean, and the sum of their squared distances from it.
+// The moments of so many values of one channel: their mean, and the sum of their squared distances from it.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
   void add(const Moments& more) {  // Chan, Golub and LeVeque 1979

@@ -1,5 +1,5 @@
 // The statistics of batches under the sanitizers, against plain loops in double precision: norms of images and of rows, one
-// behind a pooling that is taken first, one of a sum, and one whose value nobody reads.
+// behind a pooling that is taken first, one of a sum, and one whose value no step reads.
 #include <cmath>
 #include <cstdio>
 

@@ -91,7 +91,7 @@ LossSums cross_entropy(const typename S::T* x, int samples, int64_t classes, con
   return sums;
 }
 
-// f(lanes, n, x, y): so many samples of n units, in the panel from x on and as vectors y of their targets [samples][width].
+// Calls f(lanes, n, x, y) with so many samples of n units, in the panel from x on and as vectors y of their targets [samples][width].
 template <class S, int NV, class F>
 MODECONN_INLINE void each_target(const typename S::T* x, int samples, int64_t width, const typename S::T* targets, ptrdiff_t stride, F&& f) {
   using V = typename S::V;
