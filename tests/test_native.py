@@ -13,6 +13,7 @@ import torch
 from modeconn.backends.activations import names_of
 from modeconn.backends.native import extension as native
 from modeconn.errors import ModeconnError
+from modeconn.kernels.activations import ACTIVATIONS
 
 built = pytest.mark.skipif(not native.available(), reason=f"no C++ extension: {native.reason()}")
 def test_the_extension_is_built_wherever_there_is_a_compiler():
@@ -27,6 +28,10 @@ def test_the_extension_is_built_wherever_there_is_a_compiler():
 @built
 def test_the_activations_are_those_of_the_table():
     assert native.extension().activations() == names_of("native")
+
+
+def test_the_activations_of_triton_are_those_of_the_table():
+    assert list(ACTIVATIONS) == names_of("triton")
 
 
 def test_an_extension_of_another_version_says_so(monkeypatch):
