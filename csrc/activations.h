@@ -24,7 +24,8 @@ namespace modeconn {
   X(elu, false, false)          \
   X(selu, false, false)         \
   X(softplus, false, false)     \
-  X(mish, false, false)
+  X(mish, false, false)         \
+  X(log_sigmoid, false, false)
 
 enum class Act : int {
 #define MODECONN_ROW(name, in_registers, cuda) name,

@@ -27,6 +27,7 @@ ACTIVATIONS = {
     "selu": F.selu,
     "softplus": F.softplus,
     "mish": F.mish,
+    "log_sigmoid": F.logsigmoid,
 }
 
 

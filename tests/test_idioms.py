@@ -83,6 +83,7 @@ PIXELS = {
     "selu": lambda net, x: F.selu(x).mean((2, 3)),
     "softplus": lambda net, x: F.softplus(x).mean((2, 3)),
     "mish": lambda net, x: F.mish(x).mean((2, 3)),
+    "log sigmoid": lambda net, x: F.logsigmoid(x).mean((2, 3)),
 }
 PARTS = {
     "rounded up": (lambda net, x: F.max_pool2d(x.relu(), 2, ceil_mode=True).mean((2, 3)), {}),

@@ -117,6 +117,20 @@ def test_activation_on_the_whole_range(isa, dtype, activation):
     np.testing.assert_allclose(out[0], limits, rtol=np.finfo(x.dtype).eps)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_sigmoid_at_extremes(isa, dtype):
+    """Against float64; below the smallest normal number a value may count as zero."""
+    smallest = np.finfo(DTYPES[dtype]).smallest_subnormal
+    inputs = [np.nan, np.inf, 1e4, 40.0, 1.0, smallest, 0.0]
+    x = np.array([inputs, [-value for value in inputs]], DTYPES[dtype]).reshape(-1, 1)
+    out = np.zeros((1, *x.shape), x.dtype)
+    engine.chain_outputs([x], np.ones((1, 1)), [], out, activation="log_sigmoid", isa=isa)
+    exact = torch.nn.functional.logsigmoid(torch.from_numpy(x).double()).numpy()
+    info = np.finfo(DTYPES[dtype])
+    np.testing.assert_allclose(out[0], exact, rtol=4 * info.eps, atol=info.smallest_normal)
+
+
 def test_no_rows_and_no_points():
     case = make(0, (4, 3), 2, np.float32)
     assert (sums(case, np.zeros(0, np.int64), "") == 0).all()

@@ -112,6 +112,7 @@ TABLE = (
     Row("selu", lambda x, slope: F.selu(x), (Form("selu"),)),
     Row("softplus", lambda x, slope: F.softplus(x), (Form("softplus", _SOFTPLUS),)),
     Row("mish", lambda x, slope: F.mish(x), (Form("mish"),)),
+    Row("log_sigmoid", lambda x, slope: F.logsigmoid(x), (Form("log_sigmoid"),)),
 )
 
 _BY_OP: dict[str, list[tuple[Row, Form]]] = {}

@@ -130,6 +130,12 @@ template <class S> MODECONN_INLINE typename S::V softplus(typename S::V x) {
   return x > 20 ? x : (x < 0 ? rest : x + rest);
 }
 
+// log(1 / (1 + exp(-x))): the smaller of x and 0, less what is left of the logarithm.
+template <class S> MODECONN_INLINE typename S::V log_sigmoid(typename S::V x) {
+  typename S::V rest = log1p_positive<S>(exp_negative<S>(-absolute<S>(x)));
+  return (x < 0 ? x : typename S::V{}) - rest;
+}
+
 // x tanh(softplus(x)), and tanh(log(w)) is (w^2 - 1) / (w^2 + 1): divided by exp(2x) where x is positive.
 template <class S> MODECONN_INLINE typename S::V mish(typename S::V x) {
   typename S::V e = exp_negative<S>(-absolute<S>(x));
@@ -157,6 +163,7 @@ template <class S, Act act> MODECONN_INLINE typename S::V apply(typename S::V x,
     return T(1.0507009873554804934) * (x > 0 ? x : T(1.6732632423543772848) * expm1_negative<S>(-absolute<S>(x)));
   else if constexpr (act == Act::softplus) return softplus<S>(x);
   else if constexpr (act == Act::mish) return mish<S>(x);
+  else if constexpr (act == Act::log_sigmoid) return log_sigmoid<S>(x);
   else return x;
 }
 
