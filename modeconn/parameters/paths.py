@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
+from modeconn.parameters.directions import principal_plane, random_direction
 from modeconn.parameters.state import State
-from modeconn.parameters.trajectory import principal_plane
 
 # A count of points, or t values: a number, a sequence, an array or a tensor.
 Points = Any
@@ -290,7 +290,7 @@ class Plane(Path):
             raise ModeconnError(f'norm is {norm!r}: expected "filter", "layer" or None')
         base = states.load(model)
         generator = torch.Generator().manual_seed(seed)
-        plane = cls(base, *(_random_direction(base, generator, norm, biases) for _ in range(2)))
+        plane = cls(base, *(random_direction(base, generator, norm, biases) for _ in range(2)))
         plane.extent = ((-1.0, 1.0), (-1.0, 1.0))
         return plane
 
@@ -377,26 +377,6 @@ def _widened(state: State) -> State:
     """Convert half precision to float32, which has all its values; leave all else as it is."""
     half = (torch.float16, torch.bfloat16)
     return {key: value.float() if value.dtype in half else value for key, value in state.items()}
-
-
-def _random_direction(
-    base: State, generator: torch.Generator, norm: str | None, biases: bool
-) -> State:
-    direction = {}
-    for key, value in base.items():
-        moves = value.is_floating_point() and not key.endswith(("running_mean", "running_var"))
-        if not moves or (value.dim() <= 1 and not biases):
-            continue
-        d = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        w = value.detach().double().cpu()
-        if norm == "layer" or (norm == "filter" and w.dim() <= 1):
-            d *= w.norm() / d.norm().clamp_min(1e-10)
-        elif norm == "filter":
-            axes = tuple(range(1, w.dim()))
-            norms = [torch.linalg.vector_norm(v, dim=axes, keepdim=True) for v in (w, d)]
-            d *= norms[0] / norms[1].clamp_min(1e-10)
-        direction[key] = d.to(value)
-    return direction
 
 
 def _name(source: Source, k: int) -> str:

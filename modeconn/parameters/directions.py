@@ -1,4 +1,4 @@
-"""The plane of a training trajectory: the first two principal components of its checkpoints."""
+"""Directions that span a plane: random ones, and the principal components of a trajectory."""
 
 from __future__ import annotations
 
@@ -61,4 +61,32 @@ def _combined(states: Sequence[State], centre: int, weights: Tensor) -> State:
             for weight, state in zip(weights.tolist(), states):
                 total += weight * (state[key].double() - base.double()).cpu()
             direction[key] = total.to(base)
+    return direction
+
+
+def random_direction(
+    base: State, generator: torch.Generator, norm: str | None, biases: bool
+) -> State:
+    """Draw a direction, scaled to a network (Li et al. 2018, section 4).
+
+    Args:
+        base: the network.
+        generator: of the random numbers, on the CPU.
+        norm: "filter", "layer" or None: the norms of the network that the direction's are set to.
+        biases: whether vectors have a direction, too.
+    """
+    direction = {}
+    for key, value in base.items():
+        moves = value.is_floating_point() and not key.endswith(_STATISTICS)
+        if not moves or (value.dim() <= 1 and not biases):
+            continue
+        d = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        w = value.detach().double().cpu()
+        if norm == "layer" or (norm == "filter" and w.dim() <= 1):
+            d *= w.norm() / d.norm().clamp_min(1e-10)
+        elif norm == "filter":
+            axes = tuple(range(1, w.dim()))
+            norms = [torch.linalg.vector_norm(v, dim=axes, keepdim=True) for v in (w, d)]
+            d *= norms[0] / norms[1].clamp_min(1e-10)
+        direction[key] = d.to(value)
     return direction
