@@ -266,8 +266,7 @@ def _join(chain: LayerChain, a: Side, state: State, b: Side, end: State) -> list
     steps = [Breakpoint(state, "rewrite", "S_0 of a")]
     state = _swung(chain, state, sub, copies)
     steps.append(Breakpoint(state, "swing", "S_0 of b"))
-    moved = {p: copies[p] != target[p] for p in target}
-    if any(bool(m.any()) for m in moved.values()):
+    if any(not torch.equal(copies[p], units) for p, units in target.items()):
         state = _twinned(chain, state, copies, target)
         steps.append(Breakpoint(state, "rewrite", "S_0 of b, twins"))
         state = _shifted(chain, state, copies, target)

@@ -248,7 +248,11 @@ class _Builder:
         return _refusal(self.name, f"{node.op} ({node.source}) {why}")
 
     def add(self, node: Node, before: tuple[Any, ...]) -> None:
-        """Adds a node, which takes a value of the shape `before`."""
+        """Adds a node to the layer, or begins the next layer with it.
+
+        Args:
+            before: the shape of the value that it takes.
+        """
         if node.op in _AFFINE:
             self._begin(node, before)
         elif node.op == "flatten":
@@ -344,14 +348,14 @@ class _Builder:
 
 
 def _keeps_shape(node: Node, before: tuple[Any, ...]) -> bool:
-    """Whether the node is a reshape to the shape that the value has already."""
+    """Whether the node is a reshape to the value's own shape."""
     return node.op == "reshape" and list(map(str, node.shape)) == list(map(str, before))
 
 
 def _norm(node: Node) -> Norm:
     def key(name: str) -> str | None:
-        entry = node[name]
-        return None if entry is None else node.entries[entry.index]
+        leaf = node[name]
+        return None if leaf is None else node.entries[leaf.index]
 
     return Norm(key("weight"), key("bias"), key("mean"), key("var"), float(node["eps"]))
 

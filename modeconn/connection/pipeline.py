@@ -230,8 +230,9 @@ def _breakpoints(
     found: Mapping[str, Sequence[BestSubnetwork]],
 ) -> list[Breakpoint]:
     """Builds the path through the subnetworks that were found."""
-    subnetworks = {side: [each.subnetwork for each in found[side]] for side in found}
-    return breakpoints(chain, ends["a"], subnetworks["a"], ends["b"], subnetworks["b"])
+    of_a = [each.subnetwork for each in found["a"]]
+    of_b = [each.subnetwork for each in found["b"]]
+    return breakpoints(chain, ends["a"], of_a, ends["b"], of_b)
 
 
 def _records(found: Mapping[str, Sequence[BestSubnetwork]]) -> list[dict[str, Any]]:

@@ -38,8 +38,9 @@ class Stack:
     def __init__(self, chain: LayerChain, subs: Sequence[Subnetwork]) -> None:
         check_stackable(chain, subs)
         self.chain, self.entry = chain, subs[0].entry
-        self.weights = [torch.stack(layer) for layer in zip(*(sub.weights for sub in subs))]
-        self.biases = [_stacked(layer) for layer in zip(*(sub.biases for sub in subs))]
+        layers = range(len(subs[0].weights))
+        self.weights = [_stacked(subs, i) for i in layers]
+        self.biases = [_stacked_biases(subs, i) for i in layers]
         self._pad()
         self._take_gradients()
 
@@ -113,8 +114,13 @@ class Stack:
         ]
 
 
-def _stacked(biases: Sequence[Tensor | None]) -> Tensor | None:
-    """Stacks the biases of one layer; None where its layer has none."""
+def _stacked(subs: Sequence[Subnetwork], i: int) -> Tensor:
+    return torch.stack([sub.weights[i] for sub in subs])
+
+
+def _stacked_biases(subs: Sequence[Subnetwork], i: int) -> Tensor | None:
+    """Stacks the biases of the i-th layer; None where it has none."""
+    biases = [sub.biases[i] for sub in subs]
     return None if biases[0] is None else torch.stack([b for b in biases if b is not None])
 
 

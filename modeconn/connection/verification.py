@@ -36,7 +36,7 @@ _T_TOLERANCE = 1e-12  # of t at the ends of a segment, which are quotients of sm
 
 @dataclass(frozen=True)
 class Claims:
-    """What is said of a path to be certified.
+    """Statements about a path to be certified.
 
     Attributes:
         kinds: of its segments; checked against what the weights say.

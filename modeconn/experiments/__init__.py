@@ -1,1 +1,1 @@
-"""The experiments of Nguyen, Bréchet, Mondelli 2021, "When Are Solutions Connected in Deep Networks?", section 5."""
+"""Experiments of Nguyen, Bréchet, Mondelli 2021, "When Are Solutions Connected …?", section 5."""

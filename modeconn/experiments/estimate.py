@@ -1,8 +1,9 @@
-"""How long an experiment's training takes at most: a few steps of each kind, timed on this machine."""
+"""Estimates the time of an experiment's training from a few steps of each kind."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from modeconn import models
 from modeconn.connection.features import compute_features
@@ -21,16 +22,20 @@ from modeconn.data import datasets
 from modeconn.experiments.settings import Experiment, Join, Sweep, settings
 from modeconn.training.train import train
 
-# Steps of an epoch that is timed, the second of three: the first warms up, and the last measures.
+# Steps of a timed epoch, and epochs: the second one is timed, the first warms up, and the last
+# measures the exact loss, too.
 _STEPS, _EPOCHS = 2, 3
-# Draws are timed together where they are no more than so many numbers, and one by itself where they
-# are.
+_SAMPLE = 16  # rows that show the shapes of a network's values
+# Draws are timed together where their weights are no more numbers than this (80 MB), and one by
+# itself where they are: a few steps of large subnetworks would take minutes.
 _TOGETHER = 20_000_000
+# Lengthens the schedule of a training that ends early, so that its last epochs are never reached.
+_UNREACHED = 20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of training to the last epoch; a training ends before it once no error is left.
+    """Seconds of training to the last epoch, an upper bound: training ends once no error is left.
 
     Attributes:
         solutions: of the networks that are trained first.
@@ -45,17 +50,20 @@ class Estimate:
 
 
 def estimate(name: str, root: Any = None, *, quick: bool = True, solutions: int = 0) -> Estimate:
-    """How long the trainings of an experiment take at most on this machine, as it is now; seconds to minutes of work.
+    """Estimates how long the trainings of an experiment take at most on this machine.
+
+    This is seconds to minutes of work itself, and holds for the machine as it is now.
 
     Args:
         name, root, quick: as for `reproduce`.
-        solutions: how many trained networks are given.
+        solutions: the number of trained networks that are given.
     """
     setting = settings(name, quick)
     if isinstance(setting, Sweep):
-        return sum(
-            (_experiment(setting.at(width), root, 1) for width in setting.widths), Estimate()
-        )
+        total = Estimate()
+        for width in setting.widths:
+            total += _experiment(setting.at(width), root, 1)
+        return total
     if isinstance(setting, Join):
         return _experiment(setting.base, root, 2 - solutions, subnetworks=False)
     return _experiment(setting, root, 1 - solutions)
@@ -64,66 +72,67 @@ def estimate(name: str, root: Any = None, *, quick: bool = True, solutions: int 
 def _experiment(
     setting: Experiment, root: Any, solutions: int, *, subnetworks: bool = True
 ) -> Estimate:
+    """Estimates the training of so many solutions and, if asked, of the subnetworks of one."""
     data = datasets.load(setting.data, root, "train", limit=setting.limit)
     model = models.build(setting.model)
-    x, y = data.slice(0, min(len(data), _STEPS * setting.solution.batch_size))
-    how = replace(setting.solution, epochs=_EPOCHS)
-    seconds = 0.0
-    if solutions:
-        seconds = _epoch(lambda tick: train(model, (x, y), **asdict(how), log=lambda _: tick()))
-        seconds *= solutions * setting.solution.epochs * len(data) / len(x)
-    found = Estimate(solutions=seconds)
+    found = Estimate(solutions=solutions * _solution(setting, model, data) if solutions else 0.0)
     if not subnetworks:
         return found
+    x, _ = data.slice(0, min(len(data), _SAMPLE))
     chain = LayerChain.of(model, x.float())
-    state = dict(model.state_dict())
-    for fraction in setting.fractions:
-        for entry in range(chain.length):
-            recipe = setting.recipes.get(entry, setting.recipe)
-            rows = slice(0, min(len(data), _STEPS * recipe.batch_size))
-            x, y = data.slice(rows.start, rows.stop)
-            h = compute_features(chain, state, (x, y), [entry]).entry(entry)
-            epoch = _draws(chain, entry, fraction, setting.draws, h, y.long(), recipe)
-            found += Estimate(subnetworks=epoch * recipe.epochs * len(data) / len(x))
+    for fraction, entry in itertools.product(setting.fractions, range(chain.length)):
+        seconds = _draws(setting, model, chain, data, entry, fraction)
+        found += Estimate(subnetworks=seconds)
     return found
 
 
+def _solution(setting: Experiment, model: nn.Module, data: datasets.Images) -> float:
+    """Times the training of one solution."""
+    x, y = data.slice(0, min(len(data), _STEPS * setting.solution.batch_size))
+    how = asdict(replace(setting.solution, epochs=_EPOCHS))
+    epoch = _second_epoch(lambda tick: train(model, (x, y), **how, log=lambda _: tick()))
+    return epoch * setting.solution.epochs * len(data) / len(x)
+
+
 def _draws(
+    setting: Experiment,
+    model: nn.Module,
     chain: LayerChain,
+    data: datasets.Images,
     entry: int,
     fraction: float,
-    draws: int,
-    h: Tensor,
-    labels: Tensor,
-    recipe: Any,
 ) -> float:
-    """Seconds of an epoch on a few rows, for all draws of an entry layer."""
+    """Times the training of all draws of an entry layer."""
+    recipe = setting.recipes.get(entry, setting.recipe)
+    x, y = data.slice(0, min(len(data), _STEPS * recipe.batch_size))
+    h = compute_features(chain, model.state_dict(), (x, y), [entry]).entry(entry)
     units = chain.widths[entry]
     kept = torch.arange(units - math.floor(units / fraction) if entry else units)
     widths = [math.floor(chain.widths[p] / fraction) for p in range(entry + 1, chain.length)]
     start = initial(chain, entry, kept, widths, torch.Generator().manual_seed(0))
-    together = draws if draws * start.parameters <= _TOGETHER else 1
-    short = replace(recipe, epochs=_EPOCHS * 20, stop_loss=None, stop_error=None)
-
-    class Enough(Exception):
-        pass
+    together = setting.draws if setting.draws * start.parameters <= _TOGETHER else 1
+    short = replace(recipe, epochs=_EPOCHS * _UNREACHED, stop_loss=None, stop_error=None)
 
     def run(tick: Callable[[], None]) -> None:
         def progress(done: int, _: int) -> None:
             tick()
             if done == _EPOCHS:
-                raise Enough
+                raise _Enough
 
-        with contextlib.suppress(Enough):
-            train_subnetworks(
-                chain, [start] * together, [h] * together, labels, short, progress=progress
-            )
+        starts, features = [start] * together, [h] * together
+        with contextlib.suppress(_Enough):
+            train_subnetworks(chain, starts, features, y.long(), short, progress=progress)
 
-    return _epoch(run) * draws / together
+    epoch = _second_epoch(run) * setting.draws / together
+    return epoch * recipe.epochs * len(data) / len(x)
 
 
-def _epoch(run: Callable[[Callable[[], None]], object]) -> float:
-    """Seconds between the first two calls back."""
+class _Enough(Exception):
+    """Raised to end a training once its epochs are timed."""
+
+
+def _second_epoch(run: Callable[[Callable[[], None]], object]) -> float:
+    """Runs a training that calls back after each epoch; returns the seconds of its second."""
     ticks: list[float] = []
     run(lambda: ticks.append(time.perf_counter()))
     return ticks[1] - ticks[0]

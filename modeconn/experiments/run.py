@@ -1,4 +1,4 @@
-"""Run an experiment in a folder: what is finished there is read, what is not is done, so that a run can be interrupted."""
+"""Runs an experiment in a folder; finished parts are read from it, so a run can be interrupted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from modeconn.stability.dropout import dropout_stability
 from modeconn.stability.subnetworks import subnetwork_stability
 from modeconn.stability.table import StabilityTable
 from modeconn.training.checkpoint import training_file
-from modeconn.training.train import train
+from modeconn.training.train import Epoch, train
 
 Log = Callable[[str], None]
 File = str | os.PathLike[str]
@@ -45,11 +45,11 @@ def reproduce(
     seed: int = 1,
     log: Log | None = None,
 ) -> dict[str, Any]:
-    """Run one of the paper's experiments.
+    """Runs one of the experiments of Nguyen et al. 2021, section 5.
 
     Args:
         name: "mnist-fcn", "cifar10-fcn", "cifar10-vgg11", "widths", "widths-cifar10" or "path".
-        out: a folder, new or of the same experiment: then what is finished is kept and the rest is
+        out: a folder, new or of the same experiment: then finished parts are kept and the rest is
             done.
         root: the folder of the data set's files.
         quick: settings of minutes on two cores; otherwise the paper's.
@@ -59,7 +59,7 @@ def reproduce(
         log: called with a line of text now and then.
 
     Returns:
-        what is written as ``result.json``: settings, a line per entry layer (and width), the
+        the content of ``result.json``: settings, a line per entry layer (and width), the
             figure's name.
 
     Raises:
@@ -67,9 +67,7 @@ def reproduce(
             missing data.
     """
     setting = settings(name, quick)
-    wanted = {Experiment: 1, Sweep: 0, Join: 2}[type(setting)]
-    if solutions and len(solutions) != wanted:
-        raise ModeconnError(f"{len(solutions)} solutions given: {name} takes {wanted or 'none'}")
+    _check_solutions(name, setting, solutions)
     folder = Path(out)
     described = {
         "experiment": name,
@@ -78,24 +76,42 @@ def reproduce(
         "settings": json.loads(json.dumps(asdict(setting))),
     }
     claim(folder, "settings.json", "experiment", described)
-    say = log or (lambda line: None)
+    run = _Run(root, seed, log or _silent)
     if isinstance(setting, Sweep):
-        result = _sweep(setting, folder, root, seed, say)
+        found = _sweep(run, setting, folder, name)
     elif isinstance(setting, Join):
-        result = _join(setting, folder, root, solutions, seed, say)
+        found = _join(run, setting, folder, solutions)
     else:
-        tables = _layers(setting, folder, root, solutions[0] if solutions else None, seed, say)
-        figures.save(folder / f"{name}.png", lambda: figures.layers(name, tables))
-        result = {"lines": [line for each in tables for line in each.lines()]}
-    result = {
-        **described,
-        **result,
-        "figure": f"{name}.png" if not isinstance(setting, Join) else "path.png",
-    }
-    if isinstance(setting, Sweep):
-        figures.save(folder / f"{name}.png", lambda: figures.widths(name, result["lines"]))
+        found = _single(run, setting, folder, name, solutions)
+    result = {**described, **found}
     _write_json(folder / "result.json", result)
     return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The data's folder, the seed and the log of an experiment."""
+
+    root: Any
+    seed: int
+    say: Log
+
+    def data(self, setting: Experiment) -> tuple[datasets.Images, datasets.Images]:
+        """Loads training and test data."""
+        data = datasets.load(setting.data, self.root, "train", limit=setting.limit)
+        return data, datasets.load(setting.data, self.root, "test")
+
+
+def _silent(line: str) -> None:
+    """Ignores a line of the log."""
+
+
+def _check_solutions(
+    name: str, setting: Experiment | Sweep | Join, solutions: Sequence[File]
+) -> None:
+    expected = {Experiment: 1, Sweep: 0, Join: 2}[type(setting)]
+    if solutions and len(solutions) != expected:
+        raise ModeconnError(f"{len(solutions)} solutions given: {name} takes {expected or 'none'}")
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -103,24 +119,91 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     atomic_write(file, lambda stream: stream.write(text.encode()))
 
 
-def _data(setting: Experiment, root: Any) -> tuple[datasets.Images, datasets.Images]:
-    return (
-        datasets.load(setting.data, root, "train", limit=setting.limit),
-        datasets.load(setting.data, root, "test"),
-    )
+# -- the kinds of experiments ----------------------------------------------------------------------
 
 
-def _solution(setting: Experiment, file: Path, root: Any, seed: int, say: Log) -> Path:
-    """A network trained as the settings say, once."""
+def _single(
+    run: _Run, setting: Experiment, folder: Path, name: str, solutions: Sequence[File]
+) -> dict[str, Any]:
+    """Compares subnetworks and dropout networks of one solution, entry layer by entry layer."""
+    if solutions:
+        checkpoint = Path(solutions[0])
+    else:
+        checkpoint = _solution(run, setting, folder / "solution.safetensors")
+    tables = _layers(run, setting, folder, checkpoint)
+    figures.save(folder / f"{name}.png", lambda: figures.layers(name, tables))
+    return {"lines": _lines(tables), "figure": f"{name}.png"}
+
+
+def _sweep(run: _Run, setting: Sweep, folder: Path, name: str) -> dict[str, Any]:
+    """Compares them at several widths."""
+    lines: list[dict[str, Any]] = []
+    for width in setting.widths:
+        run.say(f"width {width}")
+        place = folder / f"width-{width}"
+        place.mkdir(exist_ok=True)
+        experiment = setting.at(width)
+        checkpoint = _solution(run, experiment, place / "solution.safetensors")
+        tables = _layers(run, experiment, place, checkpoint)
+        lines += [{"width": width, **line} for line in _lines(tables)]
+    figures.save(folder / f"{name}.png", lambda: figures.widths(name, lines))
+    return {"lines": lines, "figure": f"{name}.png"}
+
+
+def _join(run: _Run, setting: Join, folder: Path, solutions: Sequence[File]) -> dict[str, Any]:
+    """Joins two solutions and draws the path beside the dropout networks' level."""
+    base = setting.base
+    ends = [Path(file) for file in solutions] or _two_solutions(run, base, folder)
+    model = models.build(base.model)
+    data, _ = run.data(base)
+    dropout = _dropout(run, base, folder / "dropout-2", ends[0], 2)
+    level = max(each.best.train_loss for each in dropout.summary())
+    connection = _connection(run, setting, folder, ends)
+    line = evaluate(model, Line(*ends), data, points=25)
+    curve = connection.evaluate(model, data)
+    figures.save(folder / "path.png", lambda: figures.path(connection, line, curve, level))
+    certificate = connection.certificate
+    outcome = {
+        "bound": certificate.bound,
+        "target": setting.target,
+        "outcome": certificate.outcome.name.lower(),
+        "straight_line": float(max(line.loss)),
+        "dropout_level": level if math.isfinite(level) else None,
+    }
+    return {"lines": [outcome], "figure": "path.png"}
+
+
+def _lines(tables: Sequence[Tables]) -> list[dict[str, Any]]:
+    lines = []
+    for each in tables:
+        lines += each.lines()
+    return lines
+
+
+# -- their parts, each done once -------------------------------------------------------------------
+
+
+def _solution(run: _Run, setting: Experiment, file: Path, seed: int | None = None) -> Path:
+    """Trains a network as the settings say, unless the file is there.
+
+    Args:
+        seed: the run's if None.
+    """
     if file.exists():
         return file
-    data, test = _data(setting, root)
+    seed = run.seed if seed is None else seed
+    data, test = run.data(setting)
     model = models.build(setting.model)
     models.initialise(model, torch.Generator().manual_seed(seed))
     how: SolutionSettings = setting.solution
-    say(
-        f"training {setting.model} on {len(data):,} samples of {setting.data}, at most {how.epochs} epochs"
+    run.say(
+        f"training {setting.model} on {len(data):,} samples of {setting.data}, "
+        f"at most {how.epochs} epochs"
     )
+
+    def show(e: Epoch) -> None:
+        run.say(f"epoch {e.epoch} of {e.epochs}: loss {e.loss:.4g}, error {100 * e.error:.2f} %")
+
     report = train(
         model,
         data,
@@ -130,137 +213,104 @@ def _solution(setting: Experiment, file: Path, root: Any, seed: int, say: Log) -
         checkpoint=file,
         resume=training_file(file).exists(),
         metadata={"model": setting.model, "data": setting.data},
-        log=lambda e: say(
-            f"epoch {e.epoch} of {e.epochs}: loss {e.loss:.4g}, error {100 * e.error:.2f} %"
-        ),
+        log=show,
     )
-    say(
-        f"trained for {report.epochs} epochs: loss {report.loss:.4g}, error {100 * report.error:.2f} %"
+    run.say(
+        f"trained for {report.epochs} epochs: "
+        f"loss {report.loss:.4g}, error {100 * report.error:.2f} %"
     )
     return file
 
 
-def _layers(
-    setting: Experiment, folder: Path, root: Any, solution: File | None, seed: int, say: Log
-) -> list[Tables]:
-    """Both tables at every fraction."""
-    checkpoint = (
-        Path(solution)
-        if solution
-        else _solution(setting, folder / "solution.safetensors", root, seed, say)
-    )
-    data, test = _data(setting, root)
-    model = models.build(setting.model)
+def _two_solutions(run: _Run, setting: Experiment, folder: Path) -> list[Path]:
+    """Trains two networks from different seeds."""
+    ends = []
+    for i in (1, 2):
+        file = folder / f"solution-{i}.safetensors"
+        ends.append(_solution(run, setting, file, run.seed + i - 1))
+    return ends
+
+
+def _layers(run: _Run, setting: Experiment, folder: Path, checkpoint: Path) -> list[Tables]:
+    """Makes both tables at every fraction."""
     found = []
     for fraction in setting.fractions:
-        dropout = _dropout(
-            setting, folder / f"dropout-{fraction:g}", checkpoint, data, test, fraction, seed, say
-        )
-        entries = range(len(dropout.entries))
-        # The entry layers of equal recipes in one call.
-        recipes = {e: setting.recipes.get(e, setting.recipe) for e in entries}
-        parts = [
-            subnetwork_stability(
-                model,
-                checkpoint,
-                data,
-                test,
-                fraction=fraction,
-                draws=setting.draws,
-                method="trained",
-                recipe=recipe,
-                entries=[e for e in entries if recipes[e] == recipe],
-                seed=seed,
-                folder=folder / "draws",
-                log=say,
-            )
-            for recipe in dict.fromkeys(recipes.values())
-        ]
-        subnetworks = StabilityTable(
-            [row for part in parts for row in part.rows], parts[0].original
-        )
+        stem = folder / f"dropout-{fraction:g}"
+        dropout = _dropout(run, setting, stem, checkpoint, fraction)
+        subnetworks = _subnetworks(run, setting, folder, checkpoint, fraction, len(dropout.entries))
         for suffix in (".csv", ".json"):
             subnetworks.save(folder / f"subnetworks-{fraction:g}{suffix}")
         found.append(Tables(fraction, subnetworks, dropout))
     return found
 
 
-def _dropout(
-    setting: Experiment,
-    stem: Path,
-    checkpoint: Path,
-    data: Any,
-    test: Any,
-    fraction: float,
-    seed: int,
-    say: Log,
+def _subnetworks(
+    run: _Run, setting: Experiment, folder: Path, checkpoint: Path, fraction: float, count: int
 ) -> StabilityTable:
+    """Trains the subnetworks of so many entry layers; those of equal recipes in one call."""
+    data, test = run.data(setting)
+    model = models.build(setting.model)
+    recipes = {entry: setting.recipes.get(entry, setting.recipe) for entry in range(count)}
+    tables = []
+    for recipe in dict.fromkeys(recipes.values()):
+        table = subnetwork_stability(
+            model,
+            checkpoint,
+            data,
+            test,
+            fraction=fraction,
+            draws=setting.draws,
+            method="trained",
+            recipe=recipe,
+            entries=[entry for entry, own in recipes.items() if own == recipe],
+            seed=run.seed,
+            folder=folder / "draws",
+            log=run.say,
+        )
+        tables.append(table)
+    whole = tables[0]
+    for table in tables[1:]:
+        whole = whole + table
+    return whole
+
+
+def _dropout(
+    run: _Run, setting: Experiment, stem: Path, checkpoint: Path, fraction: float
+) -> StabilityTable:
+    """Evaluates the dropout networks, unless the table is there."""
     file = stem.with_name(f"{stem.name}.json")
     if file.exists():
         return StabilityTable.load(file)
-    say(f"dropout networks, {setting.dropout_draws} draws per entry layer")
-    model = models.build(setting.model)
+    draws = setting.dropout_draws
+    run.say(f"dropout networks, {draws} draws per entry layer")
+    model, (data, test) = models.build(setting.model), run.data(setting)
     table = dropout_stability(
-        model, checkpoint, data, test, fraction=fraction, draws=setting.dropout_draws, seed=seed
+        model, checkpoint, data, test, fraction=fraction, draws=draws, seed=run.seed
     )
     table.save(stem.with_name(f"{stem.name}.csv"))
     table.save(file)
     return table
 
 
-def _sweep(setting: Sweep, folder: Path, root: Any, seed: int, say: Log) -> dict[str, Any]:
-    lines: list[dict[str, Any]] = []
-    for width in setting.widths:
-        say(f"width {width}")
-        place = folder / f"width-{width}"
-        place.mkdir(exist_ok=True)
-        tables = _layers(setting.at(width), place, root, None, seed, say)
-        lines += [{"width": width, **line} for each in tables for line in each.lines()]
-    return {"lines": lines}
-
-
-def _join(
-    setting: Join, folder: Path, root: Any, solutions: Sequence[File], seed: int, say: Log
-) -> dict[str, Any]:
-    base = setting.base
-    ends = [Path(file) for file in solutions] or [
-        _solution(base, folder / f"solution-{i}.safetensors", root, seed + i - 1, say)
-        for i in (1, 2)
-    ]
-    data, test = _data(base, root)
-    model = models.build(base.model)
-    dropout = _dropout(base, folder / "dropout-2", ends[0], data, test, 2, seed, say)
-    level = max(each.best.train_loss for each in dropout.summary())
+def _connection(run: _Run, setting: Join, folder: Path, ends: Sequence[Path]) -> Connection:
+    """Connects two solutions, unless the connection is there."""
     place = folder / "connection"
     if place.exists():
-        connection = Connection.load(place)
-    else:
-        connection = connect(
-            model,
-            ends[0],
-            ends[1],
-            data,
-            setting.kept,
-            setting.target,
-            test,
-            seed=seed,
-            spec=base.model,
-            folder=folder / "search",
-            log=say,
-        )
-        connection.save(place)
-    line = evaluate(model, Line(*ends), data, points=25)
-    curve = connection.evaluate(model, data)
-    figures.save(folder / "path.png", lambda: figures.path(connection, line, curve, level))
-    bound = connection.certificate.bound
-    return {
-        "lines": [
-            {
-                "bound": bound,
-                "target": setting.target,
-                "outcome": connection.certificate.outcome.name.lower(),
-                "straight_line": float(max(line.loss)),
-                "dropout_level": level if math.isfinite(level) else None,
-            }
-        ]
-    }
+        return Connection.load(place)
+    base = setting.base
+    data, test = run.data(base)
+    connection = connect(
+        models.build(base.model),
+        ends[0],
+        ends[1],
+        data,
+        setting.kept,
+        setting.target,
+        test,
+        seed=run.seed,
+        spec=base.model,
+        folder=folder / "search",
+        log=run.say,
+    )
+    connection.save(place)
+    return connection

@@ -1,4 +1,4 @@
-"""What each experiment trains and draws: the paper's settings, and small ones that show the same effect in minutes."""
+"""Settings of the experiments: the paper's, and small ones that show the same effect in minutes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from modeconn.connection.recipe import Recipe
 from modeconn.errors import ModeconnError
 
-# The paper's stop: no training error left.
+# The paper's subnetworks stop where no training error is left.
 _PAPER = Recipe(
     "sgd", lr=3e-3, momentum=0.95, batch_size=100, epochs=400, schedule="constant", stop_error=0.0
 )
@@ -17,7 +17,10 @@ _QUICK = Recipe("adamw", lr=2e-3, batch_size=256, epochs=10, schedule="onecycle"
 
 @dataclass(frozen=True)
 class Solution:
-    """How the network of an experiment is trained, to zero training error or to the end (`modeconn.training.train.train`)."""
+    """Settings of the training of an experiment's network, to zero training error or to the end.
+
+    They are arguments of `modeconn.training.train.train`.
+    """
 
     lr: float
     epochs: int = 200
@@ -35,8 +38,8 @@ class Experiment:
     Attributes:
         data: name of the data set.
         model: spec of the architecture.
-        solution: how it is trained, where no checkpoint is given.
-        recipe: of the subnetworks; `recipes` has others for some entry layers.
+        solution: of its training, where no checkpoint is given.
+        recipe: of the subnetworks' training; `recipes` has others for some entry layers.
         fractions: F: half of the units (2) or a quarter (4) are left to the next subnetwork.
         draws, dropout_draws: per entry layer.
         limit: only so many training samples; None for all.
@@ -61,14 +64,19 @@ class Sweep:
     widths: tuple[int, ...]
 
     def at(self, width: int) -> Experiment:
-        """The experiment of one width."""
+        """Returns the experiment of one width."""
         inputs, _, classes = self.base.model.split("-")
         return replace(self.base, model=f"{inputs}-{width}x2-{classes}")
 
 
 @dataclass(frozen=True)
 class Join:
-    """Two solutions joined by a path, beside the dropout networks' level."""
+    """Two solutions joined by a path, beside the dropout networks' level.
+
+    Attributes:
+        base: the experiment of one solution.
+        target, kept: as for `connect`.
+    """
 
     base: Experiment
     target: float
@@ -177,7 +185,7 @@ NAMES = tuple(FULL)
 
 
 def settings(name: str, quick: bool) -> Experiment | Sweep | Join:
-    """The settings of an experiment; a ModeconnError lists the experiments there are."""
+    """Returns the settings of an experiment; a ModeconnError lists the experiments there are."""
     if name not in FULL:
         raise ModeconnError(f"experiment {name!r} is unknown: expected one of {', '.join(NAMES)}")
     return (QUICK if quick else FULL)[name]

@@ -1,4 +1,4 @@
-"""What an experiment finds: subnetworks beside dropout networks."""
+"""Results of an experiment: subnetworks beside dropout networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Tables:
     dropout: StabilityTable
 
     def lines(self) -> list[dict[str, Any]]:
-        """Per entry layer the best draws' training loss and error, and whether the subnetwork's loss is the smaller one."""
+        """Compares the best draws of each entry layer, by training loss."""
         rows = []
         for a, b in zip(self.subnetworks.summary(), self.dropout.summary(), strict=True):
             rows.append(

@@ -1,10 +1,14 @@
-"""Which of the conditions for connectivity a given network meets, entry layer by entry layer (Nguyen et al. 2021)."""
+"""Checks the conditions of Nguyen et al. 2021 for connectivity, entry layer by entry layer.
+
+They are the room condition of Theorem 4.1 and its two corollaries: subnetworks whose last two
+hidden layers have order of √N units on distinct features, and linearly separable features.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.connection.construct import room
-from modeconn.connection.features import compute_features
+from modeconn.connection.features import Features, compute_features
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.subnetworks import check_entry, kept_units
 from modeconn.data.batches import as_batches
@@ -27,17 +31,24 @@ if TYPE_CHECKING:
 # done, total: entry layers.
 Progress = Callable[[int, int], None]
 
-_EXPLANATION = """\
-kept: |I_l| of n_l units, drawn at random.  width: the smallest hidden width of the subnetwork S_l, - if it has no hidden layer.
-room: S_l fits beside S_{l+1} in every layer.  equal rows: samples whose kept features equal an earlier sample's; conflicts:
-those of them with another label, which no S_l can fit.  width/√N: the smaller of the widths of S_l's last two hidden layers
-over √N; the theory asks for the order of 1 and for no equal rows, and says nothing of constants; - if it has one or none.
-separable: the kept features are linearly separable (yes and no are proved, ? is not decided); margin: at norm 1."""
+_BATCH = 1024
+_EXPLANATION = (
+    "kept: |I_l| of n_l units, drawn at random.  "
+    "width: the smallest hidden width of the subnetwork S_l, - if it has no hidden layer.\n"
+    "room: S_l fits beside S_{l+1} in every layer.  "
+    "equal rows: samples whose kept features equal an earlier sample's; conflicts:\n"
+    "those of them with another label, which no S_l can fit.  "
+    "width/√N: the smaller of the widths of S_l's last two hidden layers\n"
+    "over √N; the theory asks for the order of 1 and for no equal rows, "
+    "and says nothing of constants; - if it has one or none.\n"
+    "separable: the kept features are linearly separable "
+    "(yes and no are proved, ? is not decided); margin: at norm 1."
+)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One entry layer.
+    """The conditions at one entry layer.
 
     Attributes:
         entry: l.
@@ -46,8 +57,8 @@ class Condition:
             L-1).
         room: |I_{l+1}| + m_{l,l+1} ≤ n_{l+1} and m_{l+1,p} + m_{l,p} ≤ n_p for p ≥ l+2, and no
             width is 0.
-        shortage: what is short of how many units, "" where there is room.
-        repeated: samples whose kept features are those of an earlier sample, number by number.
+        shortage: the layers without room and the units that they lack, "" where there is room.
+        repeated: samples whose kept features equal those of an earlier sample.
         conflicting: those of them that have another label than the first such sample.
         root_ratio: the smaller of m_{l,L-2} and m_{l,L-1} over √N; NaN if the subnetwork has fewer
             than two hidden layers.
@@ -92,18 +103,11 @@ class ConditionsTable:
         return len(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and text; numbers that are not defined are None, so that it is valid JSON."""
-        rows = [
-            {
-                k: None if isinstance(v, float) and math.isnan(v) else v
-                for k, v in asdict(row).items()
-            }
-            for row in self.rows
-        ]
-        return {"samples": self.samples, "rows": rows}
+        """Returns plain JSON values; numbers that are not defined are None."""
+        return {"samples": self.samples, "rows": [_defined(asdict(row)) for row in self.rows]}
 
     def to_frame(self) -> pandas.DataFrame:
-        """A pandas table with a row per entry layer.
+        """Returns a pandas table with a row per entry layer.
 
         Raises:
             ModeconnError: where pandas is not installed.
@@ -114,9 +118,8 @@ class ConditionsTable:
             raise ModeconnError(
                 "to_frame() needs pandas, which is not installed: pip install pandas"
             ) from None
-        return pandas.DataFrame(
-            [asdict(row) for row in self.rows], columns=[field.name for field in fields(Condition)]
-        )
+        columns = [field.name for field in fields(Condition)]
+        return pandas.DataFrame([asdict(row) for row in self.rows], columns=columns)
 
     def __str__(self) -> str:
         lines = ["entry kept width room equal_rows conflicts width/√N separable margin".split()]
@@ -154,7 +157,7 @@ def conditions(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> ConditionsTable:
-    """Say which of the paper's conditions a network meets at which entry layer.
+    """Checks which of the paper's conditions a network meets at which entry layer.
 
     Nothing is trained. Room and the √N condition are about widths alone; equal rows and
     separability are about the features of the kept units over all training samples, which are drawn
@@ -164,7 +167,7 @@ def conditions(
     Args:
         model: the architecture, a chain of layers.
         params: its weights: a module, state dict or checkpoint file.
-        train: the data, as for `modeconn.evaluation.evaluator`; targets are class labels.
+        train: the data, as for `modeconn.evaluate`; targets are class labels.
         kept: |I_l| / n_l, the fraction of units whose features a subnetwork reads.
         width: m_{l,p} / n_p, the fraction of a layer's units that a subnetwork has; rounded down.
         entries: the entry layers, 0 … L-1; all of them if None.
@@ -178,48 +181,39 @@ def conditions(
     Raises:
         ModeconnError: the model is no chain; kept, width or entries out of range; bad data.
     """
-    for name, value in (("kept", kept), ("width", width)):
+    _check_fractions(kept=kept, width=width)
+    state = states.load(params)
+    source = as_batches(train, batch_size or _BATCH)
+    chain = LayerChain.of(model, next(iter(source))[0][:2])
+    requested = list(range(chain.length)) if entries is None else sorted(set(entries))
+    decided = set(requested if separability is True else separability or ())
+    for entry in [*requested, *decided]:
+        check_entry(chain, entry)
+    units = {entry: _kept(chain, entry, kept, seed) for entry in range(chain.length)}
+    read = {entry: units[entry] for entry in requested}
+    features = compute_features(chain, state, source, requested, kept=read)
+    sizes = {entry: len(each) for entry, each in units.items()}
+    rows = []
+    for number, entry in enumerate(requested, 1):
+        row = _condition(chain, entry, sizes, width, features)
+        if entry in decided:
+            row = _with_verdict(row, chain, features, iterations)
+        rows.append(row)
+        if progress is not None:
+            progress(number, len(requested))
+    return ConditionsTable(tuple(rows), len(features))
+
+
+def _check_fractions(**fractions: float) -> None:
+    for name, value in fractions.items():
         if not 0 < value <= 1:
             raise ModeconnError(
                 f"{name} is {value}: expected a fraction of the units, above 0 and at most 1"
             )
-    state = states.load(params)
-    source = as_batches(train, batch_size or 1024)
-    chain = LayerChain.of(model, next(iter(source))[0][:2])
-    wanted = list(range(chain.length)) if entries is None else sorted(set(entries))
-    decided = set(wanted if separability is True else separability or ())
-    for entry in [*wanted, *decided]:
-        check_entry(chain, entry)
-    units = {entry: _kept(chain, entry, kept, seed) for entry in range(chain.length)}
-    features = compute_features(
-        chain, state, source, wanted, kept={entry: units[entry] for entry in wanted}
-    )
-    rows = []
-    for number, entry in enumerate(wanted, 1):
-        h = features.entry(entry)
-        found = coinciding(h, features.labels)
-        rows.append(
-            _condition(
-                chain, entry, units, width, len(features), (found.repeated, found.conflicting)
-            )
-        )
-        if entry in decided:
-            separation = linear_separability(
-                h, features.labels, classes=chain.classes, iterations=iterations
-            )
-            verdict = {
-                "separable": separation.separable,
-                "margin": separation.margin,
-                "reason": separation.reason,
-            }
-            rows[-1] = Condition(**{**asdict(rows[-1]), **verdict})
-        if progress is not None:
-            progress(number, len(wanted))
-    return ConditionsTable(tuple(rows), len(features))
 
 
 def _kept(chain: LayerChain, entry: int, kept: float, seed: int) -> Tensor:
-    """I_l: all inputs at entry layer 0, a random part of the units after that."""
+    """Draws I_l: all inputs at entry layer 0, a random part of the units after that."""
     units = chain.widths[entry]
     if entry == 0:
         return torch.arange(units)
@@ -228,41 +222,69 @@ def _kept(chain: LayerChain, entry: int, kept: float, seed: int) -> Tensor:
 
 
 def _condition(
-    chain: LayerChain,
-    entry: int,
-    units: dict[int, Tensor],
-    width: float,
-    samples: int,
-    rows: tuple[int, int],
+    chain: LayerChain, entry: int, sizes: Mapping[int, int], width: float, features: Features
 ) -> Condition:
-    """What follows from widths and counts, without a verdict on separability."""
+    """Checks widths and equal rows at one entry layer, without a verdict on separability.
+
+    Args:
+        sizes: |I_l| by entry layer.
+    """
     hidden = {p: math.floor(width * chain.widths[p]) for p in range(1, chain.length)}
-    widths = {e: [hidden[p] for p in range(e + 1, chain.length)] for e in (entry, entry + 1)}
-    own = widths[entry]
-    sizes = {e: len(each) for e, each in units.items()}
+    own = [hidden[p] for p in range(entry + 1, chain.length)]
+    short = _shortages(chain, entry, sizes, hidden)
+    found = coinciding(features.entry(entry), features.labels)
+    # The ratio needs two hidden layers.
+    ratio = min(own[-2:]) / math.sqrt(len(features)) if len(own) > 1 else math.nan
+    return Condition(
+        entry=entry,
+        units=chain.widths[entry],
+        kept=sizes[entry],
+        width=min(own, default=0),
+        room=not short,
+        shortage="; ".join(short),
+        repeated=found.repeated,
+        conflicting=found.conflicting,
+        root_ratio=ratio,
+        separable=None,
+        margin=math.nan,
+        reason="",
+    )
+
+
+def _shortages(
+    chain: LayerChain, entry: int, sizes: Mapping[int, int], hidden: Mapping[int, int]
+) -> list[str]:
+    """Lists where S_l has no room beside S_{l+1}, or no unit at all."""
+    widths = {}
+    for each in (entry, entry + 1):
+        widths[each] = [hidden[p] for p in range(each + 1, chain.length)]
     # The lines about S_l come first; those about S_{l+1} belong to the next entry layer.
     lines = room(chain, sizes, widths)
     others = room(chain, sizes, {entry + 1: widths[entry + 1]})
     short = lines[: len(lines) - len(others)]
-    short += [
-        f"layer {p} has too few units for a subnetwork"
-        for p in range(entry + 1, chain.length)
-        if not hidden[p]
-    ]
-    ratio = min(own[-2:]) / math.sqrt(samples) if len(own) > 1 else math.nan
-    return Condition(
-        entry,
-        chain.widths[entry],
-        sizes[entry],
-        min(own, default=0),
-        not short,
-        "; ".join(short),
-        *rows,
-        ratio,
-        None,
-        math.nan,
-        "",
+    for p in range(entry + 1, chain.length):
+        if not hidden[p]:
+            short.append(f"layer {p} has too few units for a subnetwork")
+    return short
+
+
+def _with_verdict(
+    row: Condition, chain: LayerChain, features: Features, iterations: int
+) -> Condition:
+    """Adds the verdict on linear separability."""
+    found = linear_separability(
+        features.entry(row.entry), features.labels, classes=chain.classes, iterations=iterations
     )
+    return replace(row, separable=found.separable, margin=found.margin, reason=found.reason)
+
+
+def _defined(values: dict[str, Any]) -> dict[str, Any]:
+    """Replaces NaN by None, which JSON has."""
+    return {name: None if _is_nan(value) else value for name, value in values.items()}
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _number(value: float) -> str:

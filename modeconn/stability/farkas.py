@@ -1,4 +1,4 @@
-"""The proof that there is no w with a · w > 0 for all of given rows a (Farkas' lemma), sound in spite of rounding.
+"""Proves that no w has a · w > 0 for all of given rows a (Farkas' lemma), despite rounding.
 
 If positive multipliers λ give Σ λ a = 0, no w can make every a · w positive. Multipliers found
 numerically leave a residual r = Σ λ a that is not quite 0. They still prove it: with M = Σ λ a aᵀ
@@ -16,21 +16,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _EPS = float(np.finfo(np.float64).eps)
-# Newton steps before rows that are far on the right side are left out, and how often that is done.
+# Newton steps before rows that are far on the right side are left out, and rounds of that. Newton's
+# method converges in about ten steps where there is a minimum at all.
 _STEPS = 12
 _ROUNDS = 8
 # Such rows have a · w above this: multipliers below 0.001.
 _FAR = 7.0
+# Added to the curvature's diagonal, relative to its mean: the rows may not span the space.
+_RIDGE = 1e-13
+# Halvings of a Newton step: one that is a billion times too long is too long for ever.
+_HALVINGS = 30
+# A symmetric eigenvalue is wrong by at most this multiple of D ε |M|, with room to spare.
+_EIGENVALUE_ERROR = 100
+# Covers the rounding of the final comparison's own few operations.
+_SAFETY = 1.01
 
 
 def affine(x: Tensor) -> Tensor:
-    """(x, 1) in float64."""
+    """Appends a column of ones: (x, 1) in float64."""
     x = x.double()
     return torch.cat([x, x.new_ones(len(x), 1)], 1)
 
 
 def inequalities(raw: Tensor, y: Tensor, C: int) -> Tensor:
-    """Every inequality as a row a of a · w > 0, [N (C - 1), (C - 1) (d + 1)]; the last class's readout is taken to be 0."""
+    """Writes every inequality as a row a of a · w > 0, [N (C - 1), (C - 1) (d + 1)].
+
+    The last class's readout is taken to be 0.
+    """
     x = affine(raw)
     N, wide = x.shape
     rows = x.new_zeros(N, C, C, wide)
@@ -42,9 +54,10 @@ def inequalities(raw: Tensor, y: Tensor, C: int) -> Tensor:
 
 
 def proves_none(rows: Tensor) -> bool:
-    """Whether it is proved that no w has a · w > 0 for all rows a [m, D], by Newton's method on Σ log(1 + exp(-a · w)).
+    """Proves that no w has a · w > 0 for all rows a [m, D], if it can.
 
-    False means nothing: there may be such a w or not.
+    The multipliers come from Newton's method on Σ log(1 + exp(-a · w)). False means nothing: there
+    may be such a w or not.
     """
     for _ in range(_ROUNDS):
         rows = _independent(rows)
@@ -66,16 +79,16 @@ def proves_none(rows: Tensor) -> bool:
 
 
 def _newton(rows: Tensor, w: Tensor) -> bool:
-    """A step in place, halved until the loss falls; False if it does not."""
+    """Takes a Newton step in place, halved until the loss falls; returns False if it does not."""
     z = rows @ w
     multipliers = torch.sigmoid(-z)
     curvature = (rows * (multipliers * (1 - multipliers))[:, None]).T @ rows
-    curvature.diagonal().add_(1e-13 * float(curvature.trace()) / len(curvature) + 1e-290)
+    curvature.diagonal().add_(_RIDGE * float(curvature.trace()) / len(curvature) + 1e-290)
     step, info = torch.linalg.solve_ex(curvature, rows.T @ multipliers)
     if int(info) or not bool(torch.isfinite(step).all()):
         return False
     along, before, length = rows @ step, float(F.softplus(-z).sum()), 1.0
-    for _ in range(30):
+    for _ in range(_HALVINGS):
         # Near the minimum the loss changes by less than its rounding: there Newton's step is right
         # as it is.
         if float(F.softplus(-(z + length * along)).sum()) <= before * (1 + 1e-12):
@@ -86,7 +99,10 @@ def _newton(rows: Tensor, w: Tensor) -> bool:
 
 
 def _check(rows: Tensor, w: Tensor) -> bool:
-    """Whether λ = sigmoid(-a · w) proves it: max |a| · |Σ λ a| < the smallest eigenvalue of Σ λ a aᵀ, rounding included."""
+    """Whether λ = sigmoid(-a · w) proves it, rounding included.
+
+    It does where max |a| · |Σ λ a| is below the smallest eigenvalue of Σ λ a aᵀ.
+    """
     m, D = rows.shape
     multipliers = torch.sigmoid(-(rows @ w))
     if not bool((multipliers > 0).all()):
@@ -94,24 +110,21 @@ def _check(rows: Tensor, w: Tensor) -> bool:
     # A sum of m products, in any order, is wrong by at most m ε / 2 times the sum of their sizes
     # (Higham 2002, section 3.1).
     rounding = 2 * (m + 8) * _EPS
-    residual = float((rows.T @ multipliers).norm()) + rounding * float(
-        (rows.abs().T @ multipliers).norm()
-    )
+    sizes = float((rows.abs().T @ multipliers).norm())
+    residual = float((rows.T @ multipliers).norm()) + rounding * sizes
     squares = rows.square().sum(1)
-    needed = 1.01 * float(squares.max().sqrt()) * residual
+    needed = _SAFETY * float(squares.max().sqrt()) * residual
     if not needed < float(multipliers @ squares) / D:
         return False  # the smallest eigenvalue is no larger than their mean
     matrix = (rows * multipliers[:, None]).T @ rows
     # The norm of Σ λ |a| |a|ᵀ is at most its trace; a symmetric eigenvalue is wrong by a modest
     # multiple of D ε |M|.
-    smallest = float(torch.linalg.eigvalsh(matrix)[0]) - (rounding + 100 * D * _EPS) * float(
-        matrix.trace()
-    )
-    return needed < smallest
+    error = (rounding + _EIGENVALUE_ERROR * D * _EPS) * float(matrix.trace())
+    return needed < float(torch.linalg.eigvalsh(matrix)[0]) - error
 
 
 def _independent(rows: Tensor) -> Tensor:
-    """The rows with columns scaled by powers of 2, which is exact, and without those that add nothing to what w can do.
+    """Scales columns by powers of 2, which is exact, and drops those that add nothing.
 
     These are columns of zeros, equal ones, and multiples of a column with one value up to sign:
     dead features and constant ones, for which the column of ones stands.
@@ -136,7 +149,10 @@ def _independent(rows: Tensor) -> Tensor:
 
 
 def largest_margin(rows: Tensor) -> Tensor | None:
-    """The w in [-1, 1]^D that makes the smallest a · w largest, by linear programming; None without scipy or success."""
+    """Finds the w in [-1, 1]^D that makes the smallest a · w largest, by linear programming.
+
+    Returns None without scipy or success.
+    """
     try:
         from scipy.optimize import linprog
     except ImportError:

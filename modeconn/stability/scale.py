@@ -1,4 +1,7 @@
-"""The scalar that outputs are multiplied by to make the loss smallest: a convex problem in one dimension per network."""
+"""Finds the scalar factor of outputs that makes the loss smallest: convex in one dimension.
+
+Dropout networks of Kuditipudi et al. 2019 are rescaled by it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,11 @@ Chunk = tuple[Tensor, Tensor]
 # A loss that counts as 0: where a network is right on every sample the loss falls for ever as the
 # scale grows.
 ENOUGH = 1e-6
+# Newton's method takes about ten steps; halving an interval down to the precision, about 60.
 _STEPS = 60
+# Below this a curvature, or a scale, counts as 0 when it is divided by or compared with.
+_TINY_CURVATURE = 1e-300
+_TINY_SCALE = 1e-3
 # A step changes the scale by no more than so many times its size (or 1).
 _LONGEST = 3.0
 # The search ends where Newton's step, or the interval, is this small beside the scale: the loss is
@@ -22,7 +29,7 @@ _PRECISION = {torch.float32: 1e-6, torch.float64: 1e-10}
 
 
 def best_scales(chunks: Iterable[Chunk], skip: int = 0) -> Tensor:
-    """The s that minimises the mean cross-entropy of s · z for each network's outputs z, float64 [T - skip].
+    """Minimises the mean cross-entropy of s · z in s, for each network's outputs z.
 
     Newton's method from s = 1, inside an interval in which the slope changes its sign, halving it
     where Newton's method is slow. The search ends where the step is lost in the outputs' rounding,
@@ -31,6 +38,9 @@ def best_scales(chunks: Iterable[Chunk], skip: int = 0) -> Tensor:
     Args:
         chunks: read once per step.
         skip: networks at the beginning that are left out.
+
+    Returns:
+        s, float64 [T - skip].
     """
     first = next(iter(chunks))[0]
     count, precision = len(first) - skip, _PRECISION[first.dtype]
@@ -41,11 +51,10 @@ def best_scales(chunks: Iterable[Chunk], skip: int = 0) -> Tensor:
     for _ in range(_STEPS):
         loss, slope, curvature = _moments(chunks, active + skip, scale[active])
         finite = torch.isfinite(loss) & torch.isfinite(slope)
-        newton = -slope / curvature.clamp_min(1e-300)
-        step = newton.clamp(
-            *(sign * _LONGEST * scale[active].abs().clamp_min(1.0) for sign in (-1, 1))
-        )
-        small = precision * scale[active].abs().clamp_min(1e-3)
+        newton = -slope / curvature.clamp_min(_TINY_CURVATURE)
+        longest = _LONGEST * scale[active].abs().clamp_min(1.0)
+        step = newton.clamp(-longest, longest)
+        small = precision * scale[active].abs().clamp_min(_TINY_SCALE)
         done = ~finite | (newton.abs() <= small) | (loss <= ENOUGH)
         low[active] = torch.where(slope < 0, scale[active], low[active])
         high[active] = torch.where(slope > 0, scale[active], high[active])
@@ -67,7 +76,7 @@ def best_scales(chunks: Iterable[Chunk], skip: int = 0) -> Tensor:
 def _moments(
     chunks: Iterable[Chunk], which: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss and its first and second derivative in the scale, summed in float64."""
+    """Computes mean loss and its first and second derivative in the scale, summed in float64."""
     sums = torch.zeros(3, len(which), dtype=torch.float64)
     samples = 0
     for outputs, labels in chunks:
@@ -92,7 +101,7 @@ def _moments(
 
 
 def losses_and_errors(chunks: Iterable[Chunk], scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy and error of the scaled outputs of each network, float64 [T] each."""
+    """Computes mean cross-entropy and error of each network's scaled outputs, float64 [T] each."""
     loss = torch.zeros(len(scales), dtype=torch.float64)
     wrong = torch.zeros_like(loss)
     samples = 0

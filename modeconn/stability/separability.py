@@ -1,7 +1,8 @@
-"""Are features linearly separable? A witness, a proof that there is none, or "not decided": never a guess.
+"""Decides whether features are linearly separable: a witness, a counterproof, or "not decided".
 
-Separable means: there are U [C, d] and c [C] such that for every sample i and every class k other
-than its label y
+If the kept features of an entry layer are separable, a subnetwork on them drives the loss to 0
+(Nguyen et al. 2021, second corollary of Theorem 4.1). Separable means: there are U [C, d] and c [C]
+such that for every sample i and every class k other than its label y
 
     (u_y - u_k) · x_i + (c_y - c_k) > 0.
 
@@ -27,27 +28,44 @@ from modeconn.errors import ModeconnError
 from modeconn.stability.farkas import affine, inequalities, largest_margin, proves_none
 
 _EPS = float(np.finfo(np.float64).eps)
-# L-BFGS iterations between two looks at whether all samples are right, and before the first search
-# for a proof.
+# Iterations of L-BFGS between two checks whether all samples are right, and before the first search
+# for a proof: most witnesses are found before it, and a proof needs the regression to have settled.
 _CHECK_EVERY = 20
 _FIRST_PROOF = 100
-# Pairs of classes, the most confused first, that are searched for a proof at a time.
+# Pairs of classes, the most confused first, that are searched for a proof at a time: the first one
+# usually has it.
 _PAIRS = 3
-# All constraints together: numbers in their matrix, and multiply-adds in a Newton step, that are
-# still taken on.
+# All constraints together: numbers in their matrix (160 MB), and multiply-adds in a Newton step
+# (some seconds), that are still taken on.
 _MOST_NUMBERS = 20_000_000
 _MOST_WORK = 2e10
 _CHUNK = 8192
+# A bound on the underflow of sums of products, beyond the relative errors of their terms.
+_UNDERFLOW = 1e-290
+# Multipliers that sum up to less are lost in rounding.
+_VANISHED = 1e-280
 
 
 class Outcome(enum.Enum):
-    """What was found; the text says what it means."""
+    """The verdict; its text says what it means."""
 
-    SEPARABLE = "a linear readout is right on every sample with a positive margin: scaled up, it drives the loss to 0"
-    DUPLICATES = "two samples have equal features and different labels: nothing that reads these features tells them apart"
-    NOT_SEPARABLE = "no linear readout is right on every sample: positive multipliers of its inequalities add up to 0"
+    SEPARABLE = (
+        "a linear readout is right on every sample with a positive margin: "
+        "scaled up, it drives the loss to 0"
+    )
+    DUPLICATES = (
+        "two samples have equal features and different labels: "
+        "nothing that reads these features tells them apart"
+    )
+    NOT_SEPARABLE = (
+        "no linear readout is right on every sample: "
+        "positive multipliers of its inequalities add up to 0"
+    )
     ONE_CLASS = "there is one class only: any readout separates it"
-    UNDECIDED = "neither a separating readout nor a proof that there is none was found: more iterations may find one"
+    UNDECIDED = (
+        "neither a separating readout nor a proof that there is none was found: "
+        "more iterations may find one"
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +76,7 @@ class Separation:
     (u_y - u_k) · x + (c_y - c_k) over all samples and wrong classes k.
 
     Attributes:
-        outcome: what was found; its value is the explanation.
+        outcome: the verdict; its value is the explanation.
         witness: U [C, d] and c [C], float64, of norm 1, if separable.
         margin: a lower bound on the witness's margin, rounding included; NaN without a witness.
         margin_at_most: no (U, c) of norm 1 has a larger margin: 0 where it is proved that there is
@@ -93,12 +111,8 @@ class Separation:
             return f"{text} (margin {self.margin:.3g} at a radius of {self.radius:.3g})"
         if self.outcome is Outcome.DUPLICATES:
             return f"{text} (samples {self.proof[0]} and {self.proof[1]})"
-        if self.outcome is Outcome.NOT_SEPARABLE:
-            return (
-                f"{text} (classes {self.proof[0]} and {self.proof[1]} alone)"
-                if self.proof
-                else text
-            )
+        if self.outcome is Outcome.NOT_SEPARABLE and self.proof:
+            return f"{text} (classes {self.proof[0]} and {self.proof[1]} alone)"
         if self.outcome is Outcome.UNDECIDED:
             return f"{text}; no readout of norm 1 has a margin above {self.margin_at_most:.3g}"
         return text
@@ -120,7 +134,7 @@ class Coincidence:
 
 
 def coinciding(features: Tensor, labels: Tensor) -> Coincidence:
-    """Find rows that are equal, number by number (0 and -0 are equal).
+    """Finds rows that are equal, number by number (0 and -0 are equal).
 
     Args:
         features: [N, …].
@@ -145,7 +159,7 @@ def coinciding(features: Tensor, labels: Tensor) -> Coincidence:
 def linear_separability(
     features: Any, labels: Any, *, classes: int | None = None, iterations: int = 1000
 ) -> Separation:
-    """Decide whether there is a linear readout (U, c) that is right on every sample.
+    """Decides whether there is a linear readout (U, c) that is right on every sample.
 
     From cheap to dear: equal features with different labels; a softmax regression by L-BFGS, which
     finds a witness where there is a margin; Newton's method on the logistic loss of the most
@@ -167,9 +181,7 @@ def linear_separability(
     """
     raw, y, C = _checked(features, labels, classes, iterations)
     N = len(raw)
-    radius = math.sqrt(
-        max(float(block.double().square().sum(1).max()) for block in raw.split(_CHUNK)) + 1.0
-    )
+    radius = _radius(raw)
     if len(torch.unique(y)) == 1:
         return Separation(Outcome.ONE_CLASS, N, C, radius)
     example = coinciding(raw, y).example
@@ -185,9 +197,16 @@ def linear_separability(
     return Separation(Outcome.UNDECIDED, N, C, radius, margin_at_most=found.at_most)
 
 
+def _radius(raw: Tensor) -> float:
+    """Returns the largest norm of (x, 1)."""
+    squares = [float(block.double().square().sum(1).max()) for block in raw.split(_CHUNK)]
+    return math.sqrt(max(squares) + 1.0)
+
+
 def _checked(
     features: Any, labels: Any, classes: int | None, iterations: int
 ) -> tuple[Tensor, Tensor, int]:
+    """Returns features [N, d] and labels on the CPU, and the number of classes."""
     x, y = torch.as_tensor(features).detach().cpu(), torch.as_tensor(labels).cpu()
     if x.dim() < 2 or not len(x):
         raise ModeconnError(
@@ -201,8 +220,9 @@ def _checked(
         raise ModeconnError(f"iterations is {iterations}: expected at least 1")
     low, high = int(y.min()), int(y.max())
     if low < 0 or (classes is not None and high >= classes):
+        last = (classes or high + 1) - 1
         raise ModeconnError(
-            f"labels run from {low} to {high}: expected class numbers from 0 to {(classes or high + 1) - 1}"
+            f"labels run from {low} to {high}: expected class numbers from 0 to {last}"
         )
     x = (x if x.is_floating_point() else x.double()).flatten(1)
     if not all(bool(torch.isfinite(block).all()) for block in x.split(_CHUNK)):
@@ -212,7 +232,7 @@ def _checked(
 
 @dataclass
 class _Found:
-    """What a search has come up with: a witness and its margin, or a proof, or a bound on the margin."""
+    """The result of a search: a witness and its margin, or a proof, or a bound on the margin."""
 
     witness: tuple[Tensor, Tensor] | None = None
     margin: float = math.nan
@@ -221,6 +241,7 @@ class _Found:
 
 
 def _search(raw: Tensor, y: Tensor, C: int, iterations: int) -> _Found:
+    """Runs the regression, checks for a witness as it goes, and searches pairs for a proof."""
     regression = _Regression(raw, y, C)
     done, next_proof = 0, _FIRST_PROOF
     tried: set[tuple[int, int]] = set()
@@ -243,7 +264,7 @@ def _search(raw: Tensor, y: Tensor, C: int, iterations: int) -> _Found:
 
 
 def _last_resort(raw: Tensor, y: Tensor, C: int, regression: _Regression) -> _Found:
-    """All inequalities together: Newton's method for a proof, a linear program for a witness."""
+    """Takes all inequalities together: Newton for a proof, a linear program for a witness."""
     at_most = regression.at_most(raw)
     m, D = len(raw) * (C - 1), (C - 1) * (raw.shape[1] + 1)
     if m * D > _MOST_NUMBERS:
@@ -267,7 +288,7 @@ def _last_resort(raw: Tensor, y: Tensor, C: int, regression: _Regression) -> _Fo
 
 
 class _Regression:
-    """Softmax regression on standardised features, which condition the problem; its readout is that of the raw ones."""
+    """Softmax regression on standardised features, which converges faster than on raw ones."""
 
     def __init__(self, raw: Tensor, y: Tensor, C: int) -> None:
         self.y = y
@@ -288,7 +309,7 @@ class _Regression:
         )
 
     def run(self, steps: int) -> bool:
-        """Go on for some iterations; False once that changes nothing any more."""
+        """Runs some iterations; returns False once they change nothing any more."""
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
@@ -303,12 +324,12 @@ class _Regression:
         return not torch.equal(before, self.V.detach())
 
     def readout(self) -> tuple[Tensor, Tensor]:
-        """(U, c) for the raw features, of norm 1."""
+        """Returns (U, c) for the raw features, of norm 1."""
         U = self.V.detach() * self.inverse
         return _normalised(U, self.b.detach() - U @ self.mean)
 
     def confusion(self) -> np.ndarray:
-        """How many samples of each class are taken for each other class, [C, C]."""
+        """Counts the samples of each class that are taken for each other class, [C, C]."""
         guess = F.linear(self.x, self.V.detach(), self.b.detach()).argmax(1)
         C = len(self.b)
         counts = torch.bincount(self.y * C + guess, minlength=C * C).view(C, C).numpy()
@@ -316,14 +337,15 @@ class _Regression:
         return counts
 
     def at_most(self, raw: Tensor) -> float:
-        """A bound on the margin of any (U, c) of norm 1, by multipliers λ = softmax probabilities of wrong classes.
+        """Bounds the margin of any (U, c) of norm 1.
 
-        Σ λ a = r and Σ λ = s give s · min a · w <= r · w <= |r|, whatever w of norm 1.
+        The multipliers λ are the softmax probabilities of wrong classes: Σ λ a = r and Σ λ = s
+        give s · min a · w <= r · w <= |r|, whatever w of norm 1.
         """
         p = F.linear(self.x, self.V.detach(), self.b.detach()).softmax(1)
         p.scatter_(1, self.y[:, None], 0.0)
         total = float(p.sum())
-        if total < 1e-280:
+        if total < _VANISHED:
             return math.inf
         signed = (-p).scatter_(1, self.y[:, None], p.sum(1, keepdim=True))
         blocks = list(zip(signed.split(_CHUNK), (affine(block) for block in raw.split(_CHUNK))))
@@ -334,14 +356,15 @@ class _Regression:
 
 
 def _normalised(U: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    # What is the same for all classes changes no difference.
+    """Scales a readout to norm 1, without the part common to all classes."""
+    # That part changes no difference between classes, and would make the margin look smaller.
     U, c = U - U.mean(0), c - c.mean()
     norm = torch.cat([U, c[:, None]], 1).norm()
     return (U / norm, c / norm) if norm > 0 else (U, c)
 
 
 def _margin(raw: Tensor, y: Tensor, U: Tensor, c: Tensor) -> float:
-    """A lower bound on the smallest difference between the own class's output and another's.
+    """Bounds the smallest difference between the own class's output and another's from below.
 
     A product of d terms, summed in any order, is wrong by at most d ε Σ |x| |u| (Higham 2002,
     section 3.1); twice that with a few terms more covers the bound's own rounding.
@@ -351,7 +374,7 @@ def _margin(raw: Tensor, y: Tensor, U: Tensor, c: Tensor) -> float:
     for x, own in zip(raw.split(_CHUNK), y.split(_CHUNK)):
         x = x.double()
         z = x @ U.T + c
-        size = (x.abs() @ U.abs().T + c.abs()) * factor + 1e-290
+        size = (x.abs() @ U.abs().T + c.abs()) * factor + _UNDERFLOW
         at = own[:, None]
         low = z.gather(1, at) - size.gather(1, at) - z - size
         worst = min(worst, float(low.scatter_(1, at, math.inf).min()))
@@ -361,10 +384,11 @@ def _margin(raw: Tensor, y: Tensor, U: Tensor, c: Tensor) -> float:
 def _pair_proof(
     raw: Tensor, y: Tensor, confusion: np.ndarray, tried: set[tuple[int, int]]
 ) -> tuple[int, int] | None:
-    """Two classes that are not separable from each other, among the pairs confused most."""
+    """Finds two classes that are not separable from each other, among the pairs confused most."""
     both = confusion + confusion.T
     pairs = sorted(itertools.combinations(range(len(both)), 2), key=lambda pair: -both[pair])
-    for pair in [pair for pair in pairs if both[pair] and pair not in tried][:_PAIRS]:
+    left = [pair for pair in pairs if both[pair] and pair not in tried]
+    for pair in left[:_PAIRS]:
         tried.add(pair)
         first, second = (affine(raw[y == k]) for k in pair)
         if proves_none(torch.cat([first, -second])):

@@ -296,8 +296,12 @@ def _cells(summary: Summary, names: Sequence[str]) -> list[str]:
     return cells
 
 
+def _measures(row: Row) -> list[float]:
+    return [getattr(row, name) for name in MEASURES]
+
+
 def _summary(entry: int, rows: Sequence[Row]) -> Summary:
-    values = np.array([[getattr(row, name) for name in MEASURES] for row in rows], np.float64)
+    values = np.array([_measures(row) for row in rows], np.float64)
     with np.errstate(invalid="ignore"):  # the deviation of infinite losses is NaN
         mean, std = values.mean(0), values.std(0)
     losses = np.where(np.isnan(values[:, 0]), np.inf, values[:, 0])
