@@ -41,6 +41,11 @@ _SHALLOW_ROUNDS = ((2, 20), (3, 30), (3, 60))
 _READOUT_ROUNDS = (300, 1000, 3000)
 # Epochs of full-depth subnetworks, round after round. Few: they begin with trained weights.
 _FULL_DEPTH_ROUNDS = (6, 12, 24)
+_ROUNDS = {
+    "head": len(_SHALLOW_ROUNDS),
+    "readout": len(_READOUT_ROUNDS),
+    "trained": len(_FULL_DEPTH_ROUNDS),
+}
 # Small matrix problems bear a larger learning rate and batch than full-depth training.
 _SHALLOW = Recipe(lr=4e-3, batch_size=256, schedule="onecycle", weight_decay=1e-4)
 _FULL_DEPTH = Recipe(lr=1e-3, batch_size=128, schedule="onecycle", weight_decay=1e-4)
@@ -158,19 +163,14 @@ class Search:
         Returns:
             the subnetworks of entry layers 0 … L-1 of each network.
         """
-        plans: dict[str, Sequence[Any]] = {
-            "head": _SHALLOW_ROUNDS,
-            "readout": ((0, 0),) * len(_READOUT_ROUNDS),
-            "trained": _FULL_DEPTH_ROUNDS,
-        }
-        for number, plan in enumerate(plans[self.method][:rounds]):
+        for number in range(_ROUNDS[self.method])[:rounds]:
             left = [slot for slot in self._slots() if not self._is_finished(slot)]
             if not left:
                 break
             if self.method == "trained":
-                self._train_full_depth(left, plan, number)
+                self._train_full_depth(left, number)
             else:
-                self._train_shallow(left, plan[0], plan[1], number)
+                self._train_shallow(left, number)
             self._report(number)
         shared = self.best["a", 0]
         return {side: [shared, *self._found_above(side)] for side in self.problem.ends}
@@ -199,8 +199,9 @@ class Search:
 
     # -- shallow subnetworks on fixed features -----------------------------------------------------
 
-    def _train_shallow(self, left: Sequence[Slot], depth: int, epochs: int, number: int) -> None:
+    def _train_shallow(self, left: Sequence[Slot], number: int) -> None:
         """Trains shallow subnetworks; those of equal shape together, whatever their slots."""
+        depth, epochs = _SHALLOW_ROUNDS[number] if self.method == "head" else (0, 0)
         groups: dict[tuple[int, ...], list[tuple[Slot, Subnetwork]]] = {}
         for slot in left:
             sub = self._new_shallow(slot, depth, number)
@@ -244,8 +245,9 @@ class Search:
 
     # -- full-depth subnetworks --------------------------------------------------------------------
 
-    def _train_full_depth(self, left: Sequence[Slot], epochs: int, number: int) -> None:
+    def _train_full_depth(self, left: Sequence[Slot], number: int) -> None:
         """Trains full-depth subnetworks, entry layer by entry layer, both networks together."""
+        epochs = _FULL_DEPTH_ROUNDS[number]
         for entry in sorted({entry for _, entry in left}, reverse=True):
             members = [(slot, self._start(slot)) for slot in left if slot[1] == entry]
             if entry == self.chain.length - 1:

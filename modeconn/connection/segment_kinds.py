@@ -4,8 +4,8 @@ Weights are linear in t on a segment, so what holds at both ends (a weight is ze
 equal, a row is what it was) holds throughout. The kinds are the moves of the path of Nguyen,
 Bréchet, Mondelli 2021, Theorem 4.1:
 
-    rewrite  only dead units change: units that no chain of non-zero weights joins to the output.
-             The function is constant.
+    rewrite  only dead units change: units whose outputs reach the network's output through no
+             non-zero weights. The function is constant.
     shift    units with equal functions trade outgoing weights. The function is constant.
     swing    only the output layer changes. The logits are affine in t.
 """
@@ -192,7 +192,7 @@ def _class_change(chain: LayerChain, start: State, stop: State) -> str | None:
     for layer in chain.layers[:-1]:
         ends = [_rows(layer, state, groups[-1]) for state in (start, stop)]
         groups.append(_equal_rows(torch.cat(ends, 1)))
-    groups.append(torch.arange(chain.layers[-1].units))  # outputs are what is looked at, one by one
+    groups.append(torch.arange(chain.layers[-1].units))  # each output is a class of its own
     live = torch.ones(chain.layers[-1].units, dtype=torch.bool)
     for layer, below, own in zip(
         reversed(chain.layers), reversed(groups[:-1]), reversed(groups[1:])
