@@ -1,4 +1,4 @@
-"""The fits of a search, kept in a folder: the same search goes on from there and finds the same."""
+"""Keeps the fits of a search in a folder: the same search goes on from there to the same end."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class Fits:
     def __init__(self, folder: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
         self.folder, self.number = None if folder is None else Path(folder), 0
         if self.folder is not None:
-            # What the features sum up to may differ in rounding between machines.
+            # The sums of the features may differ in rounding between machines.
             claim(self.folder, "search.json", "search", settings, approximate=("features",))
 
     def next(
         self, starts: Sequence[Subnetwork], fit: Callable[[Path | None], list[TrainedSubnetwork]]
     ) -> list[TrainedSubnetwork]:
-        """The next fit.
+        """Reads or makes the next fit.
 
         Args:
             starts: the subnetworks to begin with.
-            fit: does it; it is given a file for what is unfinished.
+            fit: makes it; it is given a file that keeps an unfinished training.
         """
         if self.folder is None:
             return fit(None)
@@ -68,7 +68,11 @@ def search_settings(
     units: Mapping[int, Tensor],
     **settings: Any,
 ) -> dict[str, Any]:
-    """What decides a search: the networks bit for bit, labels, what the features sum up to, the kept units, and more."""
+    """Describes all that decides a search.
+
+    These are the networks bit for bit, the labels, the sums of the features, the kept units, and
+    further settings.
+    """
     weights = hashlib.sha256()
     for end in ends.values():
         for key in sorted(end):

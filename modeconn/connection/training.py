@@ -274,7 +274,7 @@ class _Training:
     # -- interruption ------------------------------------------------------------------------------
 
     def record(self, file: str | os.PathLike[str] | None) -> Record:
-        """The record that keeps the training, in a file that need not exist; None keeps nothing."""
+        """Returns the record that keeps the training; one without a file keeps nothing."""
         starts = hashlib.sha256()
         for sub in self.starts:
             for weight in sub.weights:
@@ -288,7 +288,7 @@ class _Training:
         return Record(file, "unfinished training", settings)
 
     def save(self, record: Record) -> None:
-        """Write the state after the last finished epoch."""
+        """Writes the state after the last finished epoch."""
         tensors: dict[str, Tensor] = {}
         for i, p in enumerate(self.stack.parameters):
             tensors[f"stack.{i}"] = p.detach().contiguous()
@@ -306,7 +306,7 @@ class _Training:
         record.write(tensors, state)
 
     def load(self, record: Record) -> None:
-        """Go on from a saved state."""
+        """Goes on from a saved state."""
         tensors, state = record.read()
         self.epoch, self.seconds = state["epoch"], state["seconds"]
         self.best = unpack("best", tensors, state["best"], self.starts)
@@ -321,7 +321,7 @@ class _Training:
 
     @torch.no_grad()
     def _restore(self, i: int, parameter: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        """Set a parameter of the stack, and what the optimizer keeps of it."""
+        """Sets a parameter of the stack and the optimizer's state of it."""
         parameter.copy_(tensors[f"stack.{i}"])
         prefix = f"optimizer.{i}."
         kept: dict[str, Tensor] = {}

@@ -29,7 +29,8 @@ from modeconn.stability.dropout import dropout_stability
 from modeconn.stability.subnetworks import subnetwork_stability
 from modeconn.stability.table import StabilityTable
 from modeconn.training.checkpoint import training_file
-from modeconn.training.train import Epoch, train
+from modeconn.training.loop import Epoch
+from modeconn.training.train import train
 
 Log = Callable[[str], None]
 File = str | os.PathLike[str]
