@@ -17,6 +17,7 @@ import cuda_cases
 import modeconn as mc
 from cuda_cases import ACTIVATIONS, CSRC, CXX, agrees, link_and_load, problem
 from modeconn.backends import cuda
+from modeconn.backends.activations import Activation, names_of
 from modeconn.backends.cuda import CudaLayer, mlp_sums
 from naive import clone, mlp, pass_per_point
 from policy import assert_within_policy
@@ -125,6 +126,10 @@ def test_ties_and_special_logits(device):
     assert each[:, 2].tolist() == [0, 0, 0, 1, 0, 0, 0]
 
 
+def test_the_activations_are_those_of_the_table(device):
+    assert cuda.extension().activations() == names_of("cuda")
+
+
 def test_bad_input_is_named(device):
     p = problem(4, 2, 2, (5, 3))
     for change, text in (
@@ -134,7 +139,7 @@ def test_bad_input_is_named(device):
         ({"terms": [t.T.contiguous().T for t in p["terms"]]}, r"terms\[0\] is .* contiguous"),
         ({"terms": []}, r"coefficients is .*\[2, 0\]"),
         ({"precision": "fp8"}, "precision must be one of float32, tf32, bf16, got 'fp8'"),
-        ({"activation": "swish"}, "activation must be one of identity"),
+        ({"activation": Activation("swish")}, "activation must be one of identity"),
         ({"variant": "wgmma"}, "variant 'wgmma' is for tf32 and bf16"),
     ):
         with pytest.raises(mc.ModeconnError, match=text):
