@@ -213,5 +213,5 @@ def test_a_pipe_gets_plain_text_and_any_encoding_will_do(here: Path):
     assert err == ""
     assert "\x1b" not in out
     assert "\r" not in out
-    assert "4 entries, 1,210 numbers" in out
+    assert "4 tensors, 1,210 elements" in out
     assert "?" in out, "what the encoding lacks is replaced"
