@@ -154,6 +154,8 @@ class Graph:
             reason.
         mixes_rows: whether a row's output depends on the other rows of its batch.
         inputs: per input None if it is the only one, else its place or its name.
+        random: whether two runs of the network give different outputs.
+        example: the network's output for a few rows, on the meta device: shapes and dtypes alone.
     """
 
     nodes: tuple[Node, ...]
@@ -163,6 +165,8 @@ class Graph:
     closed: tuple[str, ...] = ()
     mixes_rows: bool = False
     inputs: tuple[Any, ...] = (None,)
+    random: bool = False
+    example: Any = None
 
     def given(self, inputs: Any) -> list[Tensor]:
         """The tensors of a batch of inputs, one for each of the graph's input nodes."""

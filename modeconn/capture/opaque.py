@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,8 @@ class Opaque:
         shapes: per tensor of the output its dtype and sizes; those that follow from the rows as
             (tensor, axis, factor).
         names: of its parameters and buffers: its entries.
+        fresh: makes a copy for each call, which is loaded before `eval()`: for a module whose
+            `eval()` or forward changes more than it returns.
     """
 
     module: nn.Module
@@ -103,9 +105,11 @@ class Opaque:
     arguments: Structure
     output: Structure | None = None
     shapes: list[tuple[torch.dtype, list[Any]]] = field(default_factory=list)
+    fresh: Callable[[], nn.Module] | None = None
 
     def __post_init__(self) -> None:
-        self.names = tuple(self.module.state_dict())
+        names = _slots(self.module) if self.fresh is None else self.fresh().state_dict()
+        self.names = tuple(names)
 
     def __str__(self) -> str:
         return f"{self.path or 'the model'} ({type(self.module).__name__}): {self.reason}"
@@ -115,7 +119,13 @@ class Opaque:
         return out if self.output is None else tensors_of(out)
 
     def _run(self, tensors: Sequence[Tensor], state: dict[str, Tensor]) -> Any:
-        args, kwargs = self.arguments.filled(tensors)
+        # The module may change what it is given, and parameters that are swapped in as well.
+        args, kwargs = self.arguments.filled([tensor.clone() for tensor in tensors])
+        state = {name: value.clone() for name, value in state.items()}
+        if self.fresh is not None:
+            module = self.fresh()
+            module.load_state_dict(state, strict=False)
+            return module.eval()(*args, **kwargs)
         with eval_mode(self.module):
             return functional_call(self.module, state, args, kwargs, tie_weights=False)
 
@@ -155,11 +165,30 @@ class Opaque:
         return [*tensors_of(out), *(state[name] for name in names)]
 
 
+def _slots(model: nn.Module) -> Iterator[str]:
+    """The names in a module's state dict, one for each parameter or buffer of a submodule.
+
+    A submodule that is used in two places has each of its parameters under two names, and
+    `functional_call` would swap it twice. Parameters that are tied are two, of two submodules.
+    """
+    saved = set(model.state_dict())
+    seen: set[tuple[int, str]] = set()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name in [*module._parameters, *module._buffers]:
+            full = f"{prefix}.{name}" if prefix else name
+            if full in saved and (id(module), name) not in seen:
+                seen.add((id(module), name))
+                yield full
+
+
 def whole(
-    model: nn.Module, arguments: tuple[tuple[Any, ...], dict[str, Any]], reason: str
+    model: nn.Module,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    reason: str,
+    fresh: Callable[[], nn.Module] | None = None,
 ) -> Opaque:
-    """The network itself as one closed part."""
-    return Opaque(model, "", reason, Structure.of(arguments)[0])
+    """The network itself as one closed part; `fresh` as for `Opaque`."""
+    return Opaque(model, "", reason, Structure.of(arguments)[0], fresh=fresh)
 
 
 def line_of(error: BaseException) -> str:

@@ -20,9 +20,9 @@ from modeconn.backends.base import Backend
 from modeconn.backends.precision import products
 from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Graph
-from modeconn.capture.opaque import eval_mode
+from modeconn.capture.trial import Runner
 from modeconn.data.batches import Batch, Batches
-from modeconn.data.inputs import call, moved, rows, take
+from modeconn.data.inputs import moved, rows, take
 from modeconn.data.prefetch import on_device
 from modeconn.data.tensors import as_inputs
 from modeconn.errors import ModeconnError
@@ -138,7 +138,6 @@ def evaluate(
     identity = {} if resume is None else fingerprint(path, request.t)
     unfinished = Unfinished(resume, identity | request.settings())
     with (
-        eval_mode(runner),
         torch.no_grad(),
         products(precision, request.where),
         reporting(progress) as report,
@@ -205,7 +204,7 @@ class _Run:
     """
 
     request: Request
-    model: nn.Module
+    model: Runner
     meter: Meter
     unfinished: Unfinished
 
@@ -215,7 +214,7 @@ class _Prepared:
     """A planned program, the engine that runs it, and its pass over the data, which has begun.
 
     Attributes:
-        example: the model's output for a few rows, which targets are checked against.
+        example: the shape of the model's output for a few rows, which targets are checked against.
         most_rows: the most rows that the engine takes at a time.
         statistics: of the program's norms.
     """
@@ -272,7 +271,7 @@ def _prepare(run: _Run, source: Batches, statistics: Recomputed) -> _Prepared:
     # The pass begins here: the data themselves give the shape that the model is captured with.
     first, batches = _begun(source)
     x = moved(first[0], request.dtype, request.where)
-    graph, example = capture(run.model, x), call(run.model, take(x, 0, 2))
+    graph = capture(run.model, x)
     warn_of_capture(
         graph, f"batch_size, here {request.batch_size or 'chosen by the memory budget'}"
     )
@@ -291,7 +290,7 @@ def _prepare(run: _Run, source: Batches, statistics: Recomputed) -> _Prepared:
     most_rows = engine.most_rows(request.budget)
     if request.resume is not None:
         most_rows = min(most_rows, _rows_of_a_part(program))
-    return _Prepared(program, engine, batches, source, example, most_rows, statistics)
+    return _Prepared(program, engine, batches, source, graph.example, most_rows, statistics)
 
 
 def _sums(run: _Run, prepared: _Prepared) -> _Sums:

@@ -47,7 +47,7 @@ def warn_of_capture(graph: Graph, batch: str) -> None:
             "the model's output for a sample depends on the other samples of its batch: "
             f"results depend on {batch}"
         )
-    if any(node.random for node in graph.nodes):
+    if graph.random or any(node.random for node in graph.nodes):
         warn("the model draws random numbers in eval mode: results differ from run to run")
 
 

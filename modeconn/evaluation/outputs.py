@@ -16,8 +16,7 @@ from modeconn.backends.blocking import MEMORY_BUDGET
 from modeconn.backends.precision import products
 from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Graph, Size
-from modeconn.capture.opaque import eval_mode
-from modeconn.data.inputs import Inputs, call, describe, leaves, moved, rows, take
+from modeconn.data.inputs import Inputs, describe, leaves, moved, rows, take
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import (
     check_fit,
@@ -88,13 +87,10 @@ class Forward:
         self._budget = positive("memory_budget", memory_budget) or MEMORY_BUDGET
         frozen = frozen_entries(buffers, path, data=False)
         check_fit(model, path)
-        self._model = prepare(model, self._dtype, self._device)
         x = self._input(sample)
         self._row = describe(x)
-        graph = capture(self._model, x)
-        few = take(x, 0, 2)
-        with eval_mode(self._model), torch.no_grad():
-            _check_output(graph, call(self._model, few), rows(few))
+        graph = capture(prepare(model, self._dtype, self._device), x)
+        _check_output(graph)
         warn_of_capture(graph, "the rows that are given together")
         tensors = itertools.chain.from_iterable(point.values() for point in path.control_points)
         self._weights_move = any(tensor.requires_grad for tensor in tensors)
@@ -129,7 +125,6 @@ class Forward:
         engine = self._engine(wanted or self._weights_move)
         most = count if self.plan.program.graph.mixes_rows else engine.most_rows(self._budget)
         with (
-            eval_mode(self._model),
             torch.set_grad_enabled(wanted),
             products(self._precision, self._device),
         ):
@@ -238,20 +233,21 @@ def forward(
     return made(x)
 
 
-def _check_output(graph: Graph, example: Any, count: int) -> None:
+def _check_output(graph: Graph) -> None:
+    example = graph.example
     if not isinstance(example, Tensor) or graph.tensor_output is None:
         raise ModeconnError(
             f"the model returns {type(example).__name__}, and forward needs one tensor [N, …]: "
             "wrap the model in a module that returns the tensor you want"
         )
-    if example.dim() == 0 or len(example) != count or not _has_row_per_input(graph):
+    if example.dim() == 0 or not _has_row_per_input(graph):
         raise ModeconnError(
-            f"the model's output has shape {list(example.shape)} for {count} inputs: "
-            "expected a row per input, [N, …]"
+            f"the model's output has shape {list(example.shape)} for a few inputs: expected a row "
+            "per input, [N, …]"
         )
 
 
 def _has_row_per_input(graph: Graph) -> bool:
     assert graph.tensor_output is not None
-    first = graph.nodes[graph.tensor_output].shape[0]
-    return isinstance(first, Size) and str(first) == "N"
+    first = graph.nodes[graph.tensor_output].shape[:1]
+    return bool(first) and isinstance(first[0], Size) and str(first[0]) == "N"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modeconn.backends.native.statistics import BatchStatistics, make_statistics
 from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Graph
-from modeconn.capture.opaque import Names, eval_mode
+from modeconn.capture.opaque import Names
 from modeconn.capture.training_mode import training_graph
 from modeconn.data.batches import Batch, as_batches
 from modeconn.data.inputs import Inputs, moved, rows
@@ -146,7 +146,7 @@ def network_at(
     dtype, device = dtype_of(precision), device_of(None, path)
     runner = prepare(model, dtype, device)
     stream = iter(as_batches(data, batch_size or BATCH_SIZE))
-    with eval_mode(runner), torch.no_grad(), Unfinished(None, {}).stage("statistics") as stage:
+    with torch.no_grad(), Unfinished(None, {}).stage("statistics") as stage:
         first = next(stream)
         graph = capture(runner, moved(first[0], dtype, device))
         batches = itertools.chain([first], stream)
