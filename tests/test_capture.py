@@ -204,11 +204,13 @@ def test_copies_in_another_precision_share_a_graph():
     assert capture(prepare(model, torch.float32, cpu), x) is single
 
 
-def test_copies_with_closed_parts_share_no_graph():
+def test_a_graph_with_closed_parts_holds_until_the_part_changes():
     model = nn.Sequential(nn.Linear(4, 4), DataDependent())
     x, cpu = torch.randn(6, 4).double(), torch.device("cpu")
     graphs = [capture(prepare(model, torch.float64, cpu), x) for _ in range(2)]
-    assert graphs[0].closed and graphs[0] is not graphs[1]
+    assert graphs[0].closed and graphs[0] is graphs[1]
+    model[1].layer = nn.Linear(4, 3, bias=False)
+    assert capture(prepare(model, torch.float64, cpu), x) is not graphs[0]
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64])

@@ -47,7 +47,7 @@ def _apart(first: Tensor, rest: Tensor, whole: Tensor, count: int) -> bool:
 
 
 def run(graph: Graph, state: dict[str, Tensor], x: Inputs) -> Any:
-    """Interprets a graph for one set of parameters and buffers; values go when nobody needs them."""
+    """Interprets a graph for one set of parameters and buffers; values go after their last use."""
     kept = set(graph.outputs())
     last = {i: node.id for node in graph.nodes for i in node.inputs}
     values: dict[int, Any] = dict(enumerate(graph.given(x)))
