@@ -189,7 +189,7 @@ class Mean(nn.Linear):
         (
             Mean(3, 2),
             torch.ones(4, 3),
-            r"output has shape \[\] for 2 inputs: expected a row per input",
+            r"output has shape \[\] for a few inputs: expected a row per input",
         ),
         (nn.Linear(3, 2), torch.ones(0, 3), "expected at least one row"),
         (nn.Linear(3, 2), torch.ones(4, 2), r"does not run on inputs of shape \['N', 2\]"),
