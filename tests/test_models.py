@@ -66,18 +66,18 @@ def test_every_activation_is_one_of_torch(name):
         ("mlp:784--10", "'' is not a width"),
         ("mlp:784-24.5-10", "'24.5' is not a width"),
         ("mlp:784-٣-10", "'٣' is not a width"),
-        ("mlp:784-10:swoosh", "activation 'swoosh' is not known, expected one of relu, tanh"),
+        ("mlp:784-10:swoosh", "activation 'swoosh' is not known: expected one of relu, tanh"),
         ("mlp:784-10:", "activation '' is not known"),
         ("mlp:784-999999x999999-10", "too large"),
-        ("mlp:999999-999999-10", "1,000,009,000,000 parameters, expected at most"),
+        ("mlp:999999-999999-10", "1,000,009,000,000 parameters: expected at most"),
         ("no.such.module:factory", "cannot be imported: ModuleNotFoundError"),
         ("torch.nn:NoSuchName", "cannot be imported: AttributeError"),
-        ("math:pi", "is float, expected a function or class"),
+        ("math:pi", "is float: expected a function or class"),
         (
             "torch.nn:Linear",
             "is called without arguments, but: missing a required argument: 'in_features'",
         ),
-        ("collections:OrderedDict", "returned OrderedDict, expected a torch.nn.Module"),
+        ("collections:OrderedDict", "returned OrderedDict: expected a torch.nn.Module"),
     ],
 )
 def test_a_bad_name_is_one_clear_line(spec, message):
@@ -190,7 +190,7 @@ def test_the_gpt_has_the_shape_of_nanogpt():
     assert logits.shape == (3, 6, 11)
     # No token sees those behind it.
     torch.testing.assert_close(small(tokens[:, :4]), logits[:, :4])
-    with pytest.raises(ModeconnError, match="texts of 7 tokens, and the model's context is 6"):
+    with pytest.raises(ModeconnError, match="texts have 7 tokens: expected at most 6"):
         small(torch.zeros(1, 7, dtype=torch.int64))
 
 
@@ -238,26 +238,26 @@ def test_a_seed_gives_the_weights(spec):
         (
             "vgg11:",
             (
-                "option '' is not known, expected some of "
+                "option '' is not known: expected some of "
                 "width=64, hidden=0, classes=0, form=cifar, channels=3"
             ),
         ),
         ("vgg11:wide=16", "option 'wide' is not known"),
         ("vgg11:depth=16", "option 'depth' is not known"),
-        ("vgg11:width", "option 'width' has no value, expected such as width=64"),
+        ("vgg11:width", "option 'width' has no value: expected such as width=64"),
         ("vgg11:width=16,width=8", "option 'width' is given twice"),
-        ("vgg11:width=0", "width is '0', expected a whole number of at least 1"),
-        ("vgg11:width=1.5", "width is '1.5', expected a whole number"),
+        ("vgg11:width=0", "width is '0': expected a whole number of at least 1"),
+        ("vgg11:width=1.5", "width is '1.5': expected a whole number"),
         ("vgg11:width=٣", "expected a whole number"),
-        ("vgg11:form=mnist", "form is 'mnist', expected cifar or imagenet"),
-        ("vgg11:width=100000", "parameters, expected at most"),
+        ("vgg11:form=mnist", "form is 'mnist': expected cifar or imagenet"),
+        ("vgg11:width=100000", "parameters: expected at most"),
         ("vgg11:width=99999999999999", "model 'vgg11:width=99999999999999': "),
         ("vgg12", "model 'vgg12' is not known: expected mlp:IN"),
-        ("resnet20:form=small", "form is 'small', expected cifar or imagenet"),
-        ("vit:image=30", "image is 30 and patch is 4, expected a patch that divides the image"),
+        ("resnet20:form=small", "form is 'small': expected cifar or imagenet"),
+        ("vit:image=30", "image is 30 and patch is 4: expected a patch that divides the image"),
         ("vit:heads=5", "width is 192 and heads is 5"),
         ("gpt:heads=5", "width is 384 and heads is 5"),
-        ("gpt:bias=no", "bias is 'no', expected true or false"),
+        ("gpt:bias=no", "bias is 'no': expected true or false"),
     ],
 )
 def test_a_bad_option_is_one_clear_line(spec, message):

@@ -63,8 +63,12 @@ def join(parts: Sequence[Inputs]) -> Inputs:
     if isinstance(first, Tensor):
         return torch.cat(list(parts))  # type: ignore[arg-type]
     if isinstance(first, Mapping):
-        return {key: torch.cat([part[key] for part in parts]) for key in first}  # type: ignore[index, call-overload]
-    return tuple(torch.cat([part[i] for part in parts]) for i in range(len(first)))  # type: ignore[index]
+        return {key: _concatenated(parts, key) for key in first}
+    return tuple(_concatenated(parts, place) for place in range(len(first)))
+
+
+def _concatenated(parts: Sequence[Any], key: Any) -> Tensor:
+    return torch.cat([part[key] for part in parts])
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:

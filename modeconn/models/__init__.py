@@ -34,20 +34,22 @@ __all__ = [
 ]
 
 # Name → constructor, and the arguments that the name stands for.
-_FAMILIES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
-    f"vgg{depth}{'_bn' * norm}": (VGG, {"depth": depth, "norm": norm})
-    for depth in (11, 13, 16, 19)
-    for norm in (False, True)
-}
+_FAMILIES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {}
+for _depth in (11, 13, 16, 19):
+    _FAMILIES[f"vgg{_depth}"] = (VGG, {"depth": _depth, "norm": False})
+    _FAMILIES[f"vgg{_depth}_bn"] = (VGG, {"depth": _depth, "norm": True})
 _FAMILIES |= {f"resnet{depth}": (ResNet, {"depth": depth}) for depth in (18, 20, 32, 34, 50, 56)}
 _FAMILIES |= {"vit": (ViT, {}), "gpt": (GPT, {})}
 _NAMES = ", ".join(_FAMILIES)
-GRAMMAR = f"{mlp.GRAMMAR}; one of {_NAMES} with options or without, such as vgg11_bn:width=16; or package.module:factory"
+GRAMMAR = (
+    f"{mlp.GRAMMAR}; one of {_NAMES} with options or without, such as vgg11_bn:width=16; "
+    "or package.module:factory"
+)
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def build(spec: str) -> nn.Module:
-    """Make the model that `spec` names.
+    """Build the model that a spec names.
 
     Args:
         spec: ``"mlp:784-245x10-10"`` is an MLP with ten hidden layers of 245 units and ReLU;
@@ -60,7 +62,7 @@ def build(spec: str) -> nn.Module:
         The model, in training mode, with the weights that PyTorch or the factory gave it.
 
     Raises:
-        ModeconnError: where the spec does not parse, or the factory cannot be imported or makes no
+        ModeconnError: the spec does not parse, or the factory cannot be imported or makes no
             module.
     """
     if spec.startswith("mlp:"):
@@ -79,7 +81,7 @@ def is_builtin(spec: str) -> bool:
 
 
 def options(name: str) -> list[str]:
-    """The options of a built-in model with their defaults, such as ["width=64", …]; empty for "mlp".
+    """List the options of a built-in model with their defaults: ["width=64", …], [] for "mlp".
 
     Raises:
         ModeconnError: there is no such model.

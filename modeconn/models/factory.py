@@ -29,7 +29,7 @@ def call_factory(spec: str) -> nn.Module:
         if not callable(factory):
             kind = type(factory).__name__
             raise ModeconnError(
-                f"model {spec!r} is {kind}, expected a function or class that makes a module"
+                f"model {spec!r} is {kind}: expected a function or class that makes a module"
             )
         try:
             inspect.signature(factory).bind()
@@ -45,7 +45,7 @@ def call_factory(spec: str) -> nn.Module:
             raise ModeconnError(f"model {spec!r} failed: {_first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModeconnError(
-            f"model {spec!r} returned {type(model).__name__}, expected a torch.nn.Module"
+            f"model {spec!r} returned {type(model).__name__}: expected a torch.nn.Module"
         )
     return model
 

@@ -21,7 +21,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, tokens, width] → the same."""
+        """Return [N, tokens, width] of inputs of that shape."""
         n, tokens, width = x.shape
         q, k, v = self.c_attn(x).split(width, dim=2)
         q, k, v = (
@@ -43,7 +43,7 @@ class Perceptron(nn.Module):
         self.c_proj = nn.Linear(4 * width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, tokens, width] → the same."""
+        """Return [N, tokens, width] of inputs of that shape."""
         out: Tensor = self.c_proj(self.gelu(self.c_fc(x)))
         return out
 
@@ -59,7 +59,7 @@ class GPTBlock(nn.Module):
         self.mlp = Perceptron(width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, tokens, width] → the same."""
+        """Return [N, tokens, width] of inputs of that shape."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
@@ -68,7 +68,7 @@ class GPT(nn.Module):
     """A language model without dropout; the output layer's weight is that of the token embedding.
 
     Args:
-        vocab: tokens there are.
+        vocab: the number of tokens.
         context: the longest text, in tokens.
         width: of a token; a multiple of `heads`.
         layers, heads: blocks, and heads of attention in each.
@@ -87,7 +87,8 @@ class GPT(nn.Module):
         super().__init__()
         if width % heads:
             raise ModeconnError(
-                f"width is {width} and heads is {heads}, expected a width that is a multiple of heads"
+                f"width is {width} and heads is {heads}: "
+                "expected a width that is a multiple of heads"
             )
         self.context = context
         self.transformer = nn.ModuleDict(
@@ -103,25 +104,25 @@ class GPT(nn.Module):
         self.initialise(None)
 
     def initialise(self, generator: Generator | None) -> None:
-        """Draw new weights as nanoGPT does: normal, the projections into the residual stream smaller, biases zero."""
+        """Draw new weights as nanoGPT does.
+
+        They are normal, smaller for the projections into the residual stream; biases are zero.
+        """
         layers = len(self.transformer["h"])  # type: ignore[arg-type]
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 small = name.endswith("c_proj.weight")
-                nn.init.normal_(
-                    parameter,
-                    std=0.02 / math.sqrt(2 * layers) if small else 0.02,
-                    generator=generator,
-                )
+                std = 0.02 / math.sqrt(2 * layers) if small else 0.02
+                nn.init.normal_(parameter, std=std, generator=generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [N, length, vocab] of the token after each of those given, int64 [N, length]."""
+        """Return logits [N, length, vocab] of the tokens that follow those of int64 [N, length]."""
         length = tokens.shape[1]
         if length > self.context:
             raise ModeconnError(
-                f"texts of {length} tokens, and the model's context is {self.context}"
+                f"texts have {length} tokens: expected at most {self.context}, the model's context"
             )
         position = torch.arange(length, dtype=torch.int64, device=tokens.device)
         x = self.transformer["wte"](tokens) + self.transformer["wpe"](position)

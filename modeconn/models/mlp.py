@@ -26,11 +26,13 @@ _WIDTH = re.compile(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?")
 
 
 class MLP(nn.Sequential):
-    """Linear layers with an activation between them; parameters ``0.weight``, ``0.bias``, ``2.weight``, …
+    """Linear layers with an activation between them.
+
+    The parameters are ``0.weight``, ``0.bias``, ``2.weight``, …
 
     Args:
         widths: units of each layer, input and output included; at least two.
-        activation: makes the module between two linear layers.
+        activation: the class of the module between two linear layers.
     """
 
     def __init__(self, widths: list[int], activation: type[nn.Module] = nn.ReLU) -> None:
@@ -40,13 +42,13 @@ class MLP(nn.Sequential):
         super().__init__(*layers[:-1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Outputs ``[N, OUT]`` of inputs ``[N, …]``, which are flattened to ``[N, IN]``."""
+        """Return outputs ``[N, OUT]`` of inputs ``[N, …]``, which are flattened to ``[N, IN]``."""
         outputs: torch.Tensor = super().forward(x.flatten(1))
         return outputs
 
 
 def build_mlp(spec: str) -> MLP:
-    """The perceptron that a spec such as ``"mlp:784-245x10-10"`` names.
+    """Build the perceptron that a spec such as ``"mlp:784-245x10-10"`` names.
 
     Raises:
         ModeconnError: the spec does not parse, or names a network that is too large.
@@ -54,14 +56,15 @@ def build_mlp(spec: str) -> MLP:
     shape, _, name = spec.removeprefix("mlp:").partition(":")
     if ":" in spec.removeprefix("mlp:") and name not in ACTIVATIONS:
         raise ModeconnError(
-            f"model {spec!r}: activation {name!r} is not known, expected one of {', '.join(ACTIVATIONS)}"
+            f"model {spec!r}: activation {name!r} is not known: "
+            f"expected one of {', '.join(ACTIVATIONS)}"
         )
     widths: list[int] = []
     for part in shape.split("-"):
         match = _WIDTH.fullmatch(part)
         if match is None:
             raise ModeconnError(
-                f"model {spec!r}: {part!r} is not a width such as 245 or 245x10; expected {GRAMMAR}"
+                f"model {spec!r}: {part!r} is not a width such as 245 or 245x10: expected {GRAMMAR}"
             )
         width, count = int(match[1]), int(match[2] or 1)
         if width * count > MOST_PARAMETERS:
@@ -69,11 +72,12 @@ def build_mlp(spec: str) -> MLP:
         widths += [width] * count
     if len(widths) < 2:
         raise ModeconnError(
-            f"model {spec!r} has one width, expected at least the input's and the output's: {GRAMMAR}"
+            f"model {spec!r} has one width: "
+            f"expected at least the input's and the output's, as in {GRAMMAR}"
         )
     parameters = sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(widths))
     if parameters > MOST_PARAMETERS:
         raise ModeconnError(
-            f"model {spec!r} has {parameters:,} parameters, expected at most {MOST_PARAMETERS:,}"
+            f"model {spec!r} has {parameters:,} parameters: expected at most {MOST_PARAMETERS:,}"
         )
     return MLP(widths, ACTIVATIONS[name or "relu"])

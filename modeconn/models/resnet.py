@@ -21,7 +21,9 @@ _EXPANSION = 4
 
 
 class Block(nn.Module):
-    """relu(x + f(x)), with f two convolutions of 3 × 3, or one between two of 1 × 1, each with a batch norm.
+    """relu(x + f(x)), with f two convolutions of 3 × 3, or one between two of 1 × 1.
+
+    A batch norm follows each convolution.
 
     Args:
         before: channels of x.
@@ -55,15 +57,16 @@ class Block(nn.Module):
         self.three, self.after = convolutions == 3, after
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, before, H, W] → [N, after, H / stride, W / stride]."""
+        """Return [N, after, H / stride, W / stride] of [N, before, H, W]."""
         out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         if self.three:
             out = self.bn3(self.conv3(self.relu(out)))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))  # type: ignore[no-any-return]
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(out + shortcut)  # type: ignore[no-any-return]
 
 
 class ResNet(nn.Module):
-    """A convolution, three or four stages of residual blocks, the mean over pixels and a linear layer.
+    """A convolution, three or four stages of residual blocks, the mean over pixels, a linear layer.
 
     Args:
         depth: 18, 34 or 50, torchvision's with four stages; 20, 32 or 56, He et al.'s for CIFAR-10
@@ -87,19 +90,15 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth not in _PLANS:
-            raise ModeconnError(
-                f"depth is {depth}, expected one of {', '.join(map(str, sorted(_PLANS)))}"
-            )
+            known = ", ".join(map(str, sorted(_PLANS)))
+            raise ModeconnError(f"depth is {depth}: expected one of {known}")
         if form not in ("cifar", "imagenet"):
-            raise ModeconnError(f"form is {form!r}, expected cifar or imagenet")
+            raise ModeconnError(f"form is {form!r}: expected cifar or imagenet")
         blocks, convolutions, usual = _PLANS[depth]
         width = width or usual
         small = form == "cifar"
-        self.conv1 = (
-            nn.Conv2d(channels, width, 3, 1, 1, bias=False)
-            if small
-            else nn.Conv2d(channels, width, 7, 2, 3, bias=False)
-        )
+        kernel, stride, padding = (3, 1, 1) if small else (7, 2, 3)
+        self.conv1 = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU()
         self.maxpool: nn.Module = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
@@ -117,7 +116,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(before, classes or (10 if small else 1000))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, classes] of images [N, channels, H, W]."""
+        """Return logits [N, classes] of images [N, channels, H, W]."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for stage in range(self.stages):
             x = self.get_submodule(f"layer{stage + 1}")(x)

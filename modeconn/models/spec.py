@@ -1,4 +1,4 @@
-"""The options of a model's spec, NAME:key=value,key=value, checked against what the model's constructor takes."""
+"""Options in a model's spec, NAME:key=value,key=value, checked against its constructor."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def call(spec: str, make: Callable[..., nn.Module], fixed: Mapping[str, Any]) ->
         raise ModeconnError(f"model {spec!r}: {str(error).splitlines()[0]}") from None
     if parameters > MOST_PARAMETERS:
         raise ModeconnError(
-            f"model {spec!r} has {parameters:,} parameters, expected at most {MOST_PARAMETERS:,}"
+            f"model {spec!r} has {parameters:,} parameters: expected at most {MOST_PARAMETERS:,}"
         )
     return make(**options)
 
 
 def describe(make: Callable[..., nn.Module], fixed: Mapping[str, Any]) -> list[str]:
-    """The options that a constructor takes, with their defaults: ["width=64", …]."""
+    """List the options that a constructor takes, with their defaults: ["width=64", …]."""
     return [f"{name}={_text(default)}" for name, default in _defaults(make, fixed).items()]
 
 
@@ -65,11 +65,12 @@ def _options(spec: str, make: Callable[..., nn.Module], fixed: Mapping[str, Any]
         if name not in defaults:
             expected = ", ".join(describe(make, fixed))
             raise ModeconnError(
-                f"model {spec!r}: option {name!r} is not known, expected some of {expected}"
+                f"model {spec!r}: option {name!r} is not known: expected some of {expected}"
             )
         if not equals:
             raise ModeconnError(
-                f"model {spec!r}: option {name!r} has no value, expected such as {name}={_text(defaults[name])}"
+                f"model {spec!r}: option {name!r} has no value: "
+                f"expected such as {name}={_text(defaults[name])}"
             )
         if name in options:
             raise ModeconnError(f"model {spec!r}: option {name!r} is given twice")
@@ -80,13 +81,13 @@ def _options(spec: str, make: Callable[..., nn.Module], fixed: Mapping[str, Any]
 def _value(spec: str, name: str, value: str, default: Any) -> Any:
     if isinstance(default, bool):
         if value not in ("true", "false"):
-            raise ModeconnError(f"model {spec!r}: {name} is {value!r}, expected true or false")
+            raise ModeconnError(f"model {spec!r}: {name} is {value!r}: expected true or false")
         return value == "true"
     if isinstance(default, str):
         return value
     if not (value.isascii() and value.isdigit() and int(value) > 0):
         raise ModeconnError(
-            f"model {spec!r}: {name} is {value!r}, expected a whole number of at least 1"
+            f"model {spec!r}: {name} is {value!r}: expected a whole number of at least 1"
         )
     return int(value)
 

@@ -44,9 +44,9 @@ class VGG(nn.Module):
     ) -> None:
         super().__init__()
         if depth not in _PLANS:
-            raise ModeconnError(f"depth is {depth}, expected one of {', '.join(map(str, _PLANS))}")
+            raise ModeconnError(f"depth is {depth}: expected one of {', '.join(map(str, _PLANS))}")
         if form not in ("cifar", "imagenet"):
-            raise ModeconnError(f"form is {form!r}, expected cifar or imagenet")
+            raise ModeconnError(f"form is {form!r}: expected cifar or imagenet")
         layers: list[nn.Module] = []
         before = channels
         for multiple in _PLANS[depth]:
@@ -85,6 +85,6 @@ class VGG(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, classes] of images [N, channels, H, W]."""
+        """Return logits [N, classes] of images [N, channels, H, W]."""
         logits: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
         return logits

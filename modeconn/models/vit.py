@@ -23,7 +23,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, tokens, width] → the same."""
+        """Return [N, tokens, width] of inputs of that shape."""
         n, tokens, width = x.shape
         joint = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = (
@@ -51,7 +51,7 @@ class EncoderBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, tokens, width] → the same."""
+        """Return [N, tokens, width] of inputs of that shape."""
         x = x + self.self_attention(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
         self.ln = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, tokens, width] → the same."""
+        """Return [N, tokens, width] of inputs of that shape."""
         out: Tensor = self.ln(self.layers(x + self.pos_embedding))
         return out
 
@@ -99,11 +99,12 @@ class ViT(nn.Module):
         super().__init__()
         if image % patch:
             raise ModeconnError(
-                f"image is {image} and patch is {patch}, expected a patch that divides the image"
+                f"image is {image} and patch is {patch}: expected a patch that divides the image"
             )
         if width % heads:
             raise ModeconnError(
-                f"width is {width} and heads is {heads}, expected a width that is a multiple of heads"
+                f"width is {width} and heads is {heads}: "
+                "expected a width that is a multiple of heads"
             )
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
         self.conv_proj = nn.Conv2d(channels, width, patch, patch)
@@ -112,7 +113,7 @@ class ViT(nn.Module):
         self.initialise(None)
 
     def initialise(self, generator: Generator | None) -> None:
-        """Draw new weights as torchvision does, but for the head, which is drawn like a perceptron's layer."""
+        """Draw new weights as torchvision does, but for the head: as a perceptron's layer."""
         with torch.no_grad():
             self.class_token.zero_()
             nn.init.normal_(self.encoder.pos_embedding, std=0.02, generator=generator)
@@ -130,7 +131,7 @@ class ViT(nn.Module):
                     nn.init.zeros_(module.in_proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, classes] of images [N, channels, image, image]."""
+        """Return logits [N, classes] of images [N, channels, image, image]."""
         patches = self.conv_proj(x).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_token.expand(x.shape[0], -1, -1), patches], dim=1)
         logits: Tensor = self.heads(self.encoder(tokens)[:, 0])
