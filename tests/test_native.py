@@ -16,6 +16,8 @@ from modeconn.errors import ModeconnError
 from modeconn.kernels.activations import ACTIVATIONS
 
 built = pytest.mark.skipif(not native.available(), reason=f"no C++ extension: {native.reason()}")
+
+
 def test_the_extension_is_built_wherever_there_is_a_compiler():
     if os.environ.get("MODECONN_NATIVE") == "0":
         pytest.skip("MODECONN_NATIVE=0 asks for none")

@@ -91,7 +91,9 @@ def mlp_sums(
     precision: str = "float32",
     variant: str = "auto",
 ) -> Tensor:
-    """Sums of loss, error and top-5 error over the rows at T points; nothing waits for the device.
+    """Sums of loss, error and top-5 error over the rows at T points, float64 [T, 3].
+
+    Nothing waits for the device.
 
     Args:
         terms: J float32 tensors [N, width], contiguous, on one device; x(t) = activation(Σ_j
@@ -101,9 +103,6 @@ def mlp_sums(
         labels: int64 [N], each in [0, classes): not checked, since that would wait for the device.
         precision: "float32" (three tf32 products each), "tf32" or "bf16" (of the operands).
         variant: "mma", "wgmma" (on compute capability 9.0, and not for float32), or "auto".
-
-    Returns:
-        float64 [T, 3].
 
     Raises:
         ModeconnError: shapes, dtypes, devices or widths that do not fit.
@@ -134,20 +133,20 @@ def mlp_sums(
         except ValueError as error:
             raise ModeconnError(str(error)) from None
 
-    stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
     bytes_per_point = max(1, chain(0, min(1, points)).workspace_bytes)
     together = max(1, min(points, _WORKSPACE // bytes_per_point))
     for start in range(0, points, together):
-        part = chain(start, min(start + together, points))
-        memory = torch.empty(part.workspace_bytes + 128, dtype=torch.uint8, device=device)
-        address = -(-memory.data_ptr() // 128) * 128
-        part.mlp_sums(
-            workspace=address,
-            workspace_bytes=part.workspace_bytes,
-            sums=sums[start].data_ptr(),
-            stream=stream,
-        )
+        _launch(chain(start, min(start + together, points)), sums[start:])
     return sums
+
+
+def _launch(chain: Any, sums: Tensor) -> None:
+    """Runs a chain of the extension on the current stream, with a workspace of its own."""
+    device, size = sums.device, chain.workspace_bytes
+    stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+    memory = torch.empty(size + 128, dtype=torch.uint8, device=device)
+    address = -(-memory.data_ptr() // 128) * 128
+    chain.mlp_sums(workspace=address, workspace_bytes=size, sums=sums.data_ptr(), stream=stream)
 
 
 def _check_arguments(
