@@ -1,4 +1,4 @@
-"""Pictures of a result: with matplotlib, and as Unicode text for the terminal.  Works on plain arrays."""
+"""Pictures of plain arrays of results, with matplotlib and as Unicode text for the terminal."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 LOSS_COLOUR, ERROR_COLOURS = "#1f5fa8", ("#c8541b", "#8a6d1f", "#7a3f87")
-# So many points or fewer are drawn as points, too.
+# A curve of so many points or fewer shows them as dots: more would run together.
 FEW = 12
+# A range beyond this factor is shown on a logarithmic scale: evenly spaced levels would show only
+# the largest values.
+_LOGARITHMIC = 30
 SHADES = " ·:░▒▓█"
 BRAILLE = 0x2800
 # The bit of each of the 4 x 2 dots of a Braille cell, by row and column.
@@ -25,7 +28,7 @@ Ends = tuple[float, float]
 
 
 def new_axes(surface: bool = False) -> Axes:
-    """Axes on a new pyplot figure, so that notebooks show it; in three dimensions for a surface."""
+    """Make axes on a new pyplot figure, which notebooks show; in three dimensions for a surface."""
     try:
         import matplotlib.pyplot as pyplot
     except ImportError:
@@ -44,17 +47,28 @@ def draw_curve(
     ends: Ends | None,
     errors: Mapping[str, np.ndarray],
 ) -> None:
-    """Draw ``values [T]`` against ``t [T]``, the chord between its ends, and error rates on a second axis."""
+    """Draw a curve, the chord between its ends, and error rates on a second axis.
+
+    Args:
+        ax: matplotlib axes.
+        t: ``[T]``, in any order.
+        values: of the metric, ``[T]``.
+        metric: its name.
+        ends: the metric at t = 0 and t = 1, if known.
+        errors: fractions ``[T]`` by name.
+    """
     order = np.argsort(t, kind="stable")
     t, values = t[order], values[order]
-    marker = "o" if len(t) <= FEW else ""
-    lines = ax.plot(
-        t, values, marker=marker, color=LOSS_COLOUR, linewidth=2, label=metric, zorder=3
-    )
+    style: dict[str, Any] = {"color": LOSS_COLOUR, "marker": "o" if len(t) <= FEW else ""}
+    lines = ax.plot(t, values, linewidth=2, label=metric, zorder=3, **style)
     if ends is not None:
-        lines += ax.plot(
-            [0, 1], ends, "--", color=LOSS_COLOUR, linewidth=1, alpha=0.7, label="straight line"
-        )
+        dashed: dict[str, Any] = {
+            "linestyle": "--",
+            "linewidth": 1,
+            "alpha": 0.7,
+            "label": "straight line",
+        }
+        lines += ax.plot([0, 1], ends, color=LOSS_COLOUR, **dashed)
         _annotate_barrier(ax, t, values, metric, ends)
     for bad in t[~np.isfinite(values)]:
         ax.axvline(bad, color="0.85", linewidth=3, zorder=0)
@@ -93,14 +107,15 @@ def _annotate_barrier(ax: Axes, t: np.ndarray, values: np.ndarray, metric: str, 
         ha="right" if left else "left",
         va="center",
         color="0.25",
-        bbox={
-            "boxstyle": "round,pad=0.2",
-            "facecolor": "white",
-            "edgecolor": "none",
-            "alpha": 0.85,
-        },
+        bbox=_box("white", pad=0.2, alpha=0.85),
         zorder=4,
     )
+
+
+def _box(colour: str, pad: float, alpha: float) -> dict[str, Any]:
+    """The box behind an annotation."""
+    style = f"round,pad={pad}"
+    return {"boxstyle": style, "facecolor": colour, "edgecolor": "none", "alpha": alpha}
 
 
 def _draw_errors(ax: Axes, errors: Mapping[str, np.ndarray], t: np.ndarray) -> list[Line2D]:
@@ -108,9 +123,8 @@ def _draw_errors(ax: Axes, errors: Mapping[str, np.ndarray], t: np.ndarray) -> l
     lines: list[Line2D] = []
     for index, (name, column) in enumerate(errors.items()):
         colour = ERROR_COLOURS[index % len(ERROR_COLOURS)]
-        lines += right.plot(
-            t, 100 * column, color=colour, linewidth=1.5, label=name.replace("_", "-")
-        )
+        label = name.replace("_", "-")
+        lines += right.plot(t, 100 * column, color=colour, linewidth=1.5, label=label)
     right.set_ylabel("error (%)", color=ERROR_COLOURS[0])
     right.tick_params(axis="y", labelcolor=ERROR_COLOURS[0])
     right.spines["top"].set_visible(False)
@@ -122,13 +136,13 @@ def _draw_errors(ax: Axes, errors: Mapping[str, np.ndarray], t: np.ndarray) -> l
 
 
 def _extent(t: np.ndarray) -> Ends:
-    """The range of t, widened where it is a single value."""
+    """Return the range of t, widened where it is a single value."""
     low, high = float(t.min()), float(t.max())
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
 def _set_limits(ax: Axes, values: np.ndarray, entries: int) -> None:
-    """The vertical range: from zero where nothing is negative, with room for a legend of so many entries."""
+    """Set the vertical range, with room for a legend; it begins at zero or below."""
     finite = values[np.isfinite(values)]
     if len(finite):
         low, high = min(0.0, float(finite.min())), float(finite.max())
@@ -143,7 +157,16 @@ def draw_plane(
     marks: Sequence[Sequence[float]],
     joined: bool = False,
 ) -> None:
-    """Draw filled contours of ``values [T]`` over ``t [T, 2]``, a full grid or scattered, and mark points, joined or not."""
+    """Draw filled contours over a plane.
+
+    Args:
+        ax: matplotlib axes.
+        t: ``[T, 2]``, a full grid or scattered points.
+        values: of the metric, ``[T]``.
+        metric: its name.
+        marks: points to mark, in order.
+        joined: whether a line joins them.
+    """
     finite = np.isfinite(values)
     if not finite.any():
         raise ModeconnError(f"metric {metric!r} is finite nowhere: there is nothing to plot")
@@ -163,23 +186,22 @@ def draw_plane(
     ax.figure.colorbar(filled, ax=ax, label=metric, format="%.3g")
     if joined:
         ax.plot(*zip(*marks), color="white", linewidth=1.2, alpha=0.8)
-    for index, (x_mark, y_mark) in enumerate(marks):
-        ax.plot(
-            x_mark, y_mark, "o", color="white", markeredgecolor="black", markersize=7, clip_on=False
-        )
+    dot: dict[str, Any] = {
+        "color": "white",
+        "markeredgecolor": "black",
+        "markersize": 7,
+        "clip_on": False,
+    }
+    for number, mark in enumerate(marks, 1):
+        ax.plot(*mark, "o", **dot)
         ax.annotate(
-            f"{index + 1}",
-            (x_mark, y_mark),
+            f"{number}",
+            (mark[0], mark[1]),
             xytext=(6, 5),
             textcoords="offset points",
             color="white",
             fontweight="bold",
-            bbox={
-                "boxstyle": "round,pad=0.15",
-                "facecolor": "black",
-                "edgecolor": "none",
-                "alpha": 0.55,
-            },
+            bbox=_box("black", pad=0.15, alpha=0.55),
         )
     ax.set_xlabel("first coordinate of t")
     ax.set_ylabel("second coordinate of t")
@@ -188,10 +210,17 @@ def draw_plane(
 def draw_surface(
     ax: Any, t: np.ndarray, values: np.ndarray, metric: str, marks: Sequence[Sequence[float]]
 ) -> None:
-    """Draw ``values [T]`` over ``t [T, 2]`` as a surface on axes in three dimensions, and drop lines onto it at marks.
+    """Draw ``values [T]`` over ``t [T, 2]`` as a surface, with vertical lines at marks.
 
     Where the values span more than a factor of 30, the heights are their logarithms, as the labels
     say.
+
+    Args:
+        ax: matplotlib axes in three dimensions.
+        t: ``[T, 2]``, a full grid or scattered points.
+        values: of the metric, ``[T]``.
+        metric: its name.
+        marks: points to mark, in order.
     """
     if not hasattr(ax, "plot_surface"):
         raise ModeconnError('a surface needs axes in three dimensions: made with projection="3d"')
@@ -201,56 +230,44 @@ def draw_surface(
             f"metric {metric!r} has no finite values that span a plane: there is no surface to draw"
         )
     logarithmic = _levels(values[finite])[1] is not None
-    heights = (
-        np.log10(values, where=values > 0, out=np.full(len(values), np.nan))
-        if logarithmic
-        else values
-    )
+    heights = values
+    if logarithmic:
+        heights = np.log10(values, where=values > 0, out=np.full(len(values), np.nan))
     grid = as_grid(t, np.where(np.isfinite(heights), heights, np.nan))
     if grid is not None:
         x, y, z = grid
         low, high = np.nanmin(z), np.nanmax(z)
-        ax.plot_surface(
-            *np.meshgrid(x, y), z, cmap="viridis", vmin=low, vmax=high, rcount=len(y), ccount=len(x)
-        )
+        counts = {"rcount": len(y), "ccount": len(x)}
+        ax.plot_surface(*np.meshgrid(x, y), z, cmap="viridis", vmin=low, vmax=high, **counts)
     else:
         ax.plot_trisurf(t[finite, 0], t[finite, 1], heights[finite], cmap="viridis")
     top = float(np.nanmax(heights[finite]))
-    for index, (x_mark, y_mark) in enumerate(marks):
+    for number, (x_mark, y_mark) in enumerate(marks, 1):
         nearest = ((t[finite] - (x_mark, y_mark)) ** 2).sum(1).argmin()
-        ax.plot(
-            [x_mark] * 2,
-            [y_mark] * 2,
-            [heights[finite][nearest], top],
-            color="black",
-            linewidth=1,
-            zorder=5,
-        )
-        ax.text(x_mark, y_mark, top, f"{index + 1}", fontweight="bold", zorder=6)
+        line = [x_mark] * 2, [y_mark] * 2, [heights[finite][nearest], top]
+        ax.plot(*line, color="black", linewidth=1, zorder=5)
+        ax.text(x_mark, y_mark, top, f"{number}", fontweight="bold", zorder=6)
     ax.set_xlabel("first coordinate of t")
     ax.set_ylabel("second coordinate of t")
     ax.set_zlabel(f"log10 of the {metric}" if logarithmic else metric)
 
 
 def _levels(finite: np.ndarray) -> tuple[np.ndarray, object]:
-    """Contour levels: geometric where the values span more than a factor of 30, else evenly spaced."""
+    """Return contour levels, geometric where values span a large factor, and their norm."""
     from matplotlib.colors import LogNorm
 
     low, high = float(finite.min()), float(finite.max())
-    if low > 0 and high > 30 * low:
+    if low > 0 and high > _LOGARITHMIC * low:
         return np.geomspace(low, high, 25), LogNorm(low, high)
     return np.linspace(low, high if high > low else low + 1, 25), None
 
 
 def as_grid(t: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """``x [X]``, ``y [Y]``, ``values [Y, X]`` where ``t [T, 2]`` is a full grid in any order, else None."""
+    """Return ``x [X]``, ``y [Y]`` and ``values [Y, X]`` of a full grid in any order, else None."""
     x, column = np.unique(t[:, 0], return_inverse=True)
     y, row = np.unique(t[:, 1], return_inverse=True)
-    if (
-        min(len(x), len(y)) < 2
-        or len(x) * len(y) != len(t)
-        or len(np.unique(row * len(x) + column)) != len(t)
-    ):
+    cells = len(np.unique(row * len(x) + column))
+    if min(len(x), len(y)) < 2 or not len(x) * len(y) == len(t) == cells:
         return None
     grid = np.empty((len(y), len(x)))
     grid[row, column] = values
@@ -260,7 +277,7 @@ def as_grid(t: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 def text_curve(
     t: np.ndarray, values: np.ndarray, metric: str, ends: Ends | None, width: int, height: int
 ) -> str:
-    """``values [T]`` against ``t [T]`` as a Braille curve with axes, `width` × `height` characters."""
+    """Draw ``values [T]`` against ``t [T]`` as a Braille curve of `width` × `height` characters."""
     order = np.argsort(t, kind="stable")
     t, values = t[order], values[order]
     finite = np.isfinite(values)
@@ -305,13 +322,10 @@ def _trace(
     for index in np.flatnonzero(np.isfinite(values)):
         dot(t[index], values[index])
         if index + 1 < len(t) and math.isfinite(values[index + 1]):
-            run = abs(t[index + 1] - t[index]) / x_span * across
-            rise = abs(values[index + 1] - values[index]) / y_span * down
-            for part in np.linspace(0, 1, int(max(run, rise)) + 2):
-                dot(
-                    t[index] + part * (t[index + 1] - t[index]),
-                    values[index] + part * (values[index + 1] - values[index]),
-                )
+            run, rise = t[index + 1] - t[index], values[index + 1] - values[index]
+            dots = max(abs(run) / x_span * across, abs(rise) / y_span * down)
+            for part in np.linspace(0, 1, int(dots) + 2):
+                dot(t[index] + part * run, values[index] + part * rise)
 
 
 def _bounds(finite: np.ndarray) -> Ends:
@@ -324,7 +338,7 @@ def _bounds(finite: np.ndarray) -> Ends:
 def _horizontal_axis(
     margin: int, columns: int, extent: Ends, bad: Container[int] = ()
 ) -> list[str]:
-    """The line under a picture with five ticks and a × in each bad column, and the ticks' labels."""
+    """Return the axis under a picture: a line with five ticks and a × where bad, and labels."""
     first, last = extent
     ticks = [round(part / 4 * (columns - 1)) for part in range(5)]
     line = "".join("×" if at in bad else "┬" if at in ticks else "─" for at in range(columns))
@@ -337,12 +351,12 @@ def _horizontal_axis(
 
 
 def text_plane(t: np.ndarray, values: np.ndarray, metric: str, width: int, height: int) -> str:
-    """``values [T]`` over ``t [T, 2]`` as shades, each cell that of its nearest t."""
+    """Draw ``values [T]`` over ``t [T, 2]`` as shades, each cell that of its nearest t."""
     finite = np.isfinite(values)
     if not finite.any():
         return f"{metric}: finite at none of the {len(t)} points"
     low, high = float(values[finite].min()), float(values[finite].max())
-    scale = np.log if low > 0 and high > 30 * low else np.asarray
+    scale = np.log if low > 0 and high > _LOGARITHMIC * low else np.asarray
     bottom, top = float(scale(np.float64(low))), float(scale(np.float64(high)))
     corner, opposite = t.min(axis=0), t.max(axis=0)
     span = np.where(opposite > corner, opposite - corner, 1.0)
@@ -357,11 +371,10 @@ def text_plane(t: np.ndarray, values: np.ndarray, metric: str, width: int, heigh
         for column in range(columns):
             place = np.array([column / (columns - 1), 1 - row / (rows - 1)])
             value = values[((scaled - place) ** 2).sum(axis=1).argmin()]
-            part = (
-                (float(scale(value)) - bottom) / ((top - bottom) or 1.0)
-                if math.isfinite(value)
-                else math.nan
-            )
-            body += SHADES[round(part * (len(SHADES) - 1))] if math.isfinite(part) else "!"
+            if math.isfinite(value):
+                part = (float(scale(value)) - bottom) / ((top - bottom) or 1.0)
+                body += SHADES[round(part * (len(SHADES) - 1))]
+            else:
+                body += "!"
         lines.append(f"{label:>{margin}} {'┤' if label else '│'}{body}".rstrip())
     return "\n".join([*lines, *_horizontal_axis(margin, columns, _extent(t[:, 0]))])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modeconn.capture.export import capture
 from modeconn.evaluation.resume import Unfinished
-from modeconn.evaluation.statistics import recompute
+from modeconn.evaluation.statistics import NormStatistics
 from modeconn.parameters.paths import Path
 from native_cases import engine
 
@@ -23,15 +23,9 @@ def statistics(
     model = copy.deepcopy(model).to(dtype).eval()
     with torch.no_grad(), Unfinished(None, {}).stage("statistics") as stage:
         batches = [(part, None) for part in x.to(dtype).split(batch_size)]
-        return recompute(
-            capture(model, batches[0][0]),
-            path,
-            path.points(t),
-            batches,
-            dtype=dtype,
-            device=torch.device("cpu"),
-            stage=stage,
-        ).tables
+        graph = capture(model, batches[0][0])
+        norms = NormStatistics(graph, path, path.points(t), dtype, torch.device("cpu"))
+        return norms.recompute(batches, stage).tables
 
 
 def drawn(make: object, seed: int) -> nn.Module:

@@ -36,7 +36,7 @@ from modeconn.evaluation.progress import Meter, Progress, reporting
 from modeconn.evaluation.request import Request
 from modeconn.evaluation.result import PathResult
 from modeconn.evaluation.resume import Unfinished, fingerprint
-from modeconn.evaluation.statistics import Recomputed, placeholders, recompute
+from modeconn.evaluation.statistics import NormStatistics, Recomputed, placeholders
 from modeconn.metrics import PerSample
 from modeconn.parameters.paths import Path, Points
 from modeconn.plan.planner import make_program
@@ -174,7 +174,7 @@ def explain(
         device: as for `evaluate`.
 
     Returns:
-        a `Plan` to print; the arithmetic is per sample.
+        A `Plan` to print; the arithmetic is per sample.
 
     Raises:
         ModeconnError: bad input, named in one line.
@@ -222,7 +222,6 @@ class _Prepared:
     program: Program
     engine: Backend
     batches: Iterator[Batch]
-    source: Batches
     example: Any
     most_rows: int
     statistics: Recomputed
@@ -250,19 +249,11 @@ def _recomputed(run: _Run, training: Batches | None) -> Recomputed:
     request = run.request
     first, batches = _begun(training)
     graph = capture(run.model, moved(first[0], request.dtype, request.where))
+    norms = NormStatistics(
+        graph, request.path, request.t, request.dtype, request.where, request.backend
+    )
     with run.unfinished.stage("statistics") as stage:
-        return recompute(
-            graph,
-            request.path,
-            request.t,
-            batches,
-            dtype=request.dtype,
-            device=request.where,
-            stage=stage,
-            backend=request.backend,
-            limit=request.recompute_batches,
-            seen=run.meter.recomputed,
-        )
+        return norms.recompute(batches, stage, request.recompute_batches, run.meter.recomputed)
 
 
 def _prepare(run: _Run, source: Batches, statistics: Recomputed) -> _Prepared:
@@ -290,7 +281,7 @@ def _prepare(run: _Run, source: Batches, statistics: Recomputed) -> _Prepared:
     most_rows = engine.most_rows(request.budget)
     if request.resume is not None:
         most_rows = min(most_rows, _rows_of_a_part(program))
-    return _Prepared(program, engine, batches, source, graph.example, most_rows, statistics)
+    return _Prepared(program, engine, batches, graph.example, most_rows, statistics)
 
 
 def _sums(run: _Run, prepared: _Prepared) -> _Sums:
@@ -324,7 +315,7 @@ def _sums(run: _Run, prepared: _Prepared) -> _Sums:
 
 
 def _result(run: _Run, prepared: _Prepared, sums: _Sums, started: float) -> PathResult:
-    """The means at the requested points, and what is worth knowing of the run."""
+    """Turn sums into means at the requested points, and describe the run."""
     if not bool(sums.counts.all()):
         raise ModeconnError(
             "no token of the data has a label: all are -100, expected classes for some of them"
@@ -355,20 +346,20 @@ def _result(run: _Run, prepared: _Prepared, sums: _Sums, started: float) -> Path
 
 
 def _begun(source: Batches) -> tuple[Batch, Iterator[Batch]]:
-    """The first batch of a pass, and all of its batches."""
+    """Begin a pass; return its first batch, and all of its batches."""
     batches = iter(source)
     first = next(batches)
     return first, itertools.chain([first], batches)
 
 
 def _ending_at(graph: Graph, request: Request) -> Graph:
-    """The graph up to the values that the sums are made of."""
+    """Cut a graph after the values that the sums are made of."""
     if request.head.takes_logits:
         graph = graph.only_logits()
     return graph.before_log_softmax() if request.head.ignores_log_softmax else graph
 
 
 def _rows_of_a_part(program: Program) -> int:
-    """Rows after which it is worth writing the sums: some seconds of work."""
+    """Return the rows after which it is worth writing the sums: some seconds of work."""
     per_row = program.shared_flops + program.varying_flops
     return int(min(_MOST_ROWS, max(_FEWEST_ROWS, _FLOPS_OF_A_PART // max(per_row, 1.0))))

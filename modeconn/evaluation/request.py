@@ -37,13 +37,13 @@ _UNKNOWN_ROW, _SMALLEST_ROW = 4096, 64
 
 @dataclass(kw_only=True)
 class Request:
-    """What `evaluate` was called with; its fields are that function's arguments.
+    """The arguments of one call of `evaluate`, under their names there, and what follows from them.
 
     Attributes:
         t: the points, float64 [T] for a curve, [T, dim] otherwise.
         head: the sums that the loss and the metrics ask for.
         dtype, where: of the computation.
-        frozen: names of entries that do not move along the path.
+        frozen: names of tensors that do not move along the path.
         budget: bytes for a batch and for what is shared between points.
 
     Raises:
@@ -95,7 +95,7 @@ class Request:
         return self.buffers == "recompute"
 
     def sources(self) -> tuple[Batches, Batches | None]:
-        """The data of the evaluation, and those that statistics are recomputed from, if any."""
+        """Return the data to evaluate on, and those to recompute statistics from, if any."""
         data = self.data
         if self.recomputes and self.recompute_data is None:
             data = resident(data, self.where)  # it is read twice
@@ -106,7 +106,7 @@ class Request:
         return evaluated, as_batches(training, self.batch_size or BATCH_SIZE)
 
     def settings(self) -> dict[str, Any]:
-        """The plain values that decide the sums, besides the path, the points and the data."""
+        """Return the plain values that decide the sums, besides path, points and data."""
         loss = self.loss
         if not isinstance(loss, str):
             loss = getattr(loss, "__qualname__", type(loss).__qualname__)

@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modeconn.backends.native.statistics import BatchStatistics, make_statistics
+from modeconn.backends.native.statistics import make_statistics
 from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Graph
-from modeconn.capture.opaque import Names
 from modeconn.capture.training_mode import training_graph
 from modeconn.data.batches import Batch, as_batches
 from modeconn.data.inputs import Inputs, moved, rows
@@ -31,7 +30,6 @@ from modeconn.evaluation.resume import Stage, Unfinished
 from modeconn.parameters.paths import Path, Points
 from modeconn.parameters.state import State
 from modeconn.plan.planner import make_program
-from modeconn.plan.program import Program
 
 # Rows of a batch, and so of each estimate, by default: a usual batch size of trainings, whose
 # running statistics these are to be like.
@@ -52,71 +50,102 @@ class Recomputed(NamedTuple):
     backend: str
 
 
-def recompute(
-    graph: Graph,
-    path: Path,
-    points: np.ndarray,
-    batches: Iterable[Batch],
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    stage: Stage,
-    backend: str = "auto",
-    limit: int | None = None,
-    seen: Callable[[int], None] = lambda count: None,
-) -> Recomputed:
-    """Recompute the running statistics of every batch norm at every point, in one pass.
-
-    They are those that PyTorch has after `reset_running_stats()` with `momentum=None` and a pass in
-    training mode: the means, over the batches, of a batch's mean and of its unbiased variance,
-    while each norm normalizes by the batch's own statistics. All other modules (dropout, say) stay
-    in evaluation mode.
+class NormStatistics:
+    """The batch norms of a network along a path, planned for their statistics to be recomputed.
 
     Args:
-        graph: the captured model.
+        graph: the captured network.
         path: of its checkpoints.
         points: t values; the distinct ones are evaluated in rising order.
-        batches: the training data, in its order.
         dtype: of the computation.
         device: of the computation.
-        stage: the pass, of which some batches may be done already.
         backend: "auto" or "native" for the C++ engine, where it knows the network.
-        limit: the most batches to read.
-        seen: called with the number of rows of each batch that is done.
-
-    Raises:
-        ModeconnError: a batch from which no variance can be estimated.
     """
-    training, names = training_graph(graph)
-    if not names:
-        return Recomputed({}, "")
-    program = make_program(training, path, points, dtype=dtype, device=device, frozen=frozenset())
-    engine = make_statistics(backend, program, dtype, device)
-    sums = {name: total.to(device) for name, total in stage.sums.items()}
-    count = 0
-    for number, (inputs, _) in enumerate(batches):
-        if number == limit:
-            break
-        x, count = moved(inputs, dtype, device), number + 1
-        try:
+
+    def __init__(
+        self,
+        graph: Graph,
+        path: Path,
+        points: np.ndarray,
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str = "auto",
+    ) -> None:
+        self.dtype, self.device = dtype, device
+        training, self.names = training_graph(graph)
+        if self.names:
+            self.program = make_program(
+                training, path, points, dtype=dtype, device=device, frozen=frozenset()
+            )
+            self.engine = make_statistics(backend, self.program, dtype, device)
+
+    def recompute(
+        self,
+        batches: Iterable[Batch],
+        stage: Stage,
+        limit: int | None = None,
+        seen: Callable[[int], None] = lambda count: None,
+    ) -> Recomputed:
+        """Recompute the running statistics of every norm at every point, in one pass over the data.
+
+        They are those that PyTorch has after `reset_running_stats()` with `momentum=None` and a
+        pass in training mode: the means, over the batches, of a batch's mean and of its unbiased
+        variance, while each norm normalizes by the batch's own statistics. All other modules
+        (dropout, say) stay in evaluation mode.
+
+        Args:
+            batches: the training data, in its order.
+            stage: the pass, of which some batches may be done already.
+            limit: the most batches to read.
+            seen: called with the number of rows of each batch that is done.
+
+        Raises:
+            ModeconnError: a batch from which no variance can be estimated.
+        """
+        if not self.names:
+            return Recomputed({}, "")
+        sums = {name: total.to(self.device) for name, total in stage.sums.items()}
+        count = 0
+        for inputs, _ in itertools.islice(batches, limit):
+            x = moved(inputs, self.dtype, self.device)
             if not stage.has(x):
-                _add(program, engine, x, names, sums)
+                self._add_checked(x, count, sums)
                 stage.done(sums)
+            count += 1
+            seen(rows(inputs))
+        # a norm counts as often as it is called
+        used = Counter(itertools.chain.from_iterable(self.names))
+        means = {name: total / (count * used[name]) for name, total in sums.items()}
+        tables = {name: mean.to(self.dtype) for name, mean in means.items()}
+        return Recomputed(tables, self.engine.name)
+
+    def _add_checked(self, x: Inputs, number: int, sums: dict[str, Tensor]) -> None:
+        try:
+            self._add(x, sums)
         except ModeconnError:
             raise
         except ValueError as error:
             raise ModeconnError(
-                f'buffers="recompute": batch {number} has {rows(inputs)} rows, and a norm cannot '
+                f'buffers="recompute": batch {number} has {rows(x)} rows, and a norm cannot '
                 f"estimate a variance from it ({str(error).splitlines()[0]}): choose a batch_size "
                 "that leaves no such batch"
             ) from error
-        seen(rows(inputs))
-    # more than once where a norm is called more than once
-    used = Counter(itertools.chain.from_iterable(names))
-    return Recomputed(
-        {name: (total / (count * used[name])).to(dtype) for name, total in sums.items()},
-        engine.name,
-    )
+
+    def _add(self, x: Inputs, sums: dict[str, Tensor]) -> None:
+        """Add the statistics of a batch at every point to the sums."""
+        values = self.engine.shared(x)
+        for segment in self.program.segments:
+            statistics = self.engine.statistics(segment, values, rows(x))
+            named = zip(
+                itertools.chain.from_iterable(self.names),
+                itertools.chain.from_iterable(statistics),
+                strict=True,
+            )
+            for name, value in named:
+                if name not in sums:
+                    shape = len(self.program.points), *value.shape[1:]
+                    sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
+                sums[name][segment.point_indices] += value
 
 
 def network_at(
@@ -150,7 +179,7 @@ def network_at(
         first = next(stream)
         graph = capture(runner, moved(first[0], dtype, device))
         batches = itertools.chain([first], stream)
-        found, _ = recompute(graph, path, points, batches, dtype=dtype, device=device, stage=stage)
+        found, _ = NormStatistics(graph, path, points, dtype, device).recompute(batches, stage)
     return state | {name: table[0].to(state[name].dtype) for name, table in found.items()}
 
 
@@ -165,23 +194,3 @@ def placeholders(graph: Graph, path: Path, points: int) -> dict[str, Tensor]:
             column = torch.arange(1.0, points + 1).view(-1, *[1] * like.dim())
             tables[name] = column.expand(points, *like.shape)
     return tables
-
-
-def _add(
-    program: Program,
-    engine: BatchStatistics,
-    x: Inputs,
-    names: list[Names],
-    sums: dict[str, Tensor],
-) -> None:
-    """Add the statistics of a batch at every point to the sums."""
-    values = engine.shared(x)
-    for segment in program.segments:
-        for pair, statistics in zip(
-            names, engine.statistics(segment, values, rows(x)), strict=True
-        ):
-            for name, value in zip(pair, statistics, strict=True):
-                if name not in sums:
-                    shape = len(program.points), *value.shape[1:]
-                    sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
-                sums[name][segment.point_indices] += value
