@@ -115,7 +115,7 @@ def test_a_barrier_needs_both_ends_and_one_coordinate():
         result_of([0.25, 0.75], loss=[1, 2]).barrier()
     with pytest.raises(ModeconnError, match=r"t = 1 was not evaluated"):
         result_of([0, 0.999], loss=[1, 2]).barrier()
-    with pytest.raises(ModeconnError, match="t has 2 coordinates: a barrier needs t with one coordinate"):
+    with pytest.raises(ModeconnError, match="t has 2 coordinates: a barrier needs"):
         result_of([[0, 0], [1, 1]], loss=[1, 2]).barrier()
 
 
@@ -281,7 +281,7 @@ def test_a_plot_of_a_plane_marks_the_control_points(ax, layout):
 
 
 def test_plots_refuse_what_they_cannot_show(ax):
-    with pytest.raises(ModeconnError, match="t has 3 coordinates: a plot shows t with one or two coordinates"):
+    with pytest.raises(ModeconnError, match="t has 3 coordinates: a plot shows t"):
         result_of([[0, 0, 1]], loss=[1]).plot(ax)
     with pytest.raises(ModeconnError, match="finite nowhere"):
         result_of([[0, 0], [0, 1]], loss=[math.nan, math.inf]).plot(ax)
