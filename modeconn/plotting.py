@@ -113,7 +113,7 @@ def _annotate_barrier(ax: Axes, t: np.ndarray, values: np.ndarray, metric: str, 
 
 
 def _box(colour: str, pad: float, alpha: float) -> dict[str, Any]:
-    """The box behind an annotation."""
+    """Return the style of the box behind an annotation."""
     style = f"round,pad={pad}"
     return {"boxstyle": style, "facecolor": colour, "edgecolor": "none", "alpha": alpha}
 

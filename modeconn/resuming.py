@@ -203,7 +203,7 @@ def _close(before: Any, now: Any) -> bool:
 
 
 def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The description of a record, or of an older version's file as far as its format."""
+    """Return the description of a record; for a file of an older version, its format alone."""
     if "record" in metadata:
         about: dict[str, Any] = json.loads(metadata["record"])
         return about

@@ -103,7 +103,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _not_weights(path: Path, reason: str) -> ModeconnError:
-    """The error for a pickle of more than weights; it says how the file's owner can convert it."""
+    """Return the error for a pickle of more than weights, with the way to convert it."""
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # older formats cannot be listed; the reason names the first one

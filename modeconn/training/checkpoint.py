@@ -47,7 +47,7 @@ class Settings:
                 raise ModeconnError(f"{name} is {value}: expected {expected}")
 
     def described(self) -> dict[str, Any]:
-        """The settings that a reader understands, by name: all but the checksum of the data."""
+        """Return the settings that a reader understands: all but the checksum of the data."""
         return {name: value for name, value in asdict(self).items() if name != "data_crc"}
 
 
@@ -69,12 +69,12 @@ class Snapshot:
 
 
 def training_file(checkpoint: str | os.PathLike[str]) -> Path:
-    """The file that keeps the state of an unfinished training of a checkpoint."""
+    """Return the name of the file that keeps an unfinished training of a checkpoint."""
     return Path(f"{os.fspath(checkpoint)}.training")
 
 
 def record_of(checkpoint: str | os.PathLike[str] | None, settings: Settings) -> Record:
-    """The record of a training; one that keeps nothing where there is no checkpoint."""
+    """Return the record of a training; without a checkpoint, it keeps nothing."""
     file = None if checkpoint is None else training_file(checkpoint)
     # In a list, as a checksum says nothing to a reader of the message that names differences.
     return Record(

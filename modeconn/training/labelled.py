@@ -65,7 +65,7 @@ def check_fits(model: nn.Module, data: Labelled) -> None:
 
 
 def checksum(data: Labelled) -> int:
-    """A checksum of all inputs and targets, normalization included."""
+    """Return a checksum of all inputs and targets, as they are after normalization."""
     value = 0
     for tensor in data:
         value = zlib.crc32(tensor.detach().cpu().contiguous().numpy().data.cast("B"), value)

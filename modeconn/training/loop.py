@@ -199,11 +199,11 @@ class Loop:
 
 
 def _seed_of_epoch(seed: int, number: int) -> int:
-    """A seed for each epoch that follows from the training's, below 2**63 as generators take it."""
+    """Derive an epoch's seed from the training's, below 2**63 as generators need it."""
     word = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
     return int(word) >> 1
 
 
 def _gpus(device: torch.device) -> list[torch.device]:
-    """The devices, besides the CPU, whose random state is to be kept."""
+    """Return the devices, besides the CPU, whose random state has to be kept."""
     return [] if device.type == "cpu" else [device]

@@ -58,12 +58,15 @@ def train(
     """Train a classifier in place with SGD and cross-entropy, from the weights that it has.
 
     Args:
-        model: maps inputs ``[N, …]`` to logits ``[N, C]``.  It is trained on the device that it is
+        model: maps inputs ``[N, …]`` to logits ``[N, C]``. It is trained on the device that it is
             on.
         data: a data set of :mod:`modeconn.data.datasets`, or ``(inputs, targets)`` tensors with
-            integer targets ``[N]``.  Kept whole in memory (float32).
+            integer targets ``[N]``. Kept whole in memory (float32).
         test: data whose loss and error go into the report.
-        lr, momentum, nesterov, weight_decay: those of :class:`torch.optim.SGD`.
+        lr: the learning rate of :class:`torch.optim.SGD`.
+        momentum: its momentum.
+        nesterov: whether that is Nesterov's.
+        weight_decay: its weight decay.
         halve_every: the learning rate is half as large after every so many epochs; 0 for a constant
             one.
         batch_size: samples per step; the last step of an epoch takes what is left.
@@ -81,14 +84,13 @@ def train(
         log: called after every epoch.
 
     Returns:
-        How it ended, and loss and error of the final weights, each from a pass over all of `data`
-            and `test`.
+        How it ended, with loss and error of the final weights over all of `data` and `test`.
 
     Raises:
-        ModeconnError: for a setting out of range, data that does not fit the model, a training
-            state that is missing, already there, broken or made with other settings, or a loss that
-            is no longer finite.
-        KeyboardInterrupt: with a message that says what was saved.  The model then has the weights
+        ModeconnError: a setting is out of range; data do not fit the model; a training state is
+            missing, already there, broken or made with other settings; the loss is no longer
+            finite.
+        KeyboardInterrupt: with a message that says what was saved. The model then has the weights
             of the last finished epoch.
     """
     started = time.perf_counter()
@@ -131,7 +133,7 @@ def train(
 def _metadata(
     settings: Settings, report: TrainReport, more: Mapping[str, str] | None
 ) -> dict[str, str]:
-    """The metadata of a finished checkpoint: how it was made, and how good it is."""
+    """Return the metadata of a finished checkpoint: its settings and its quality."""
     made = {key: str(value) for key, value in settings.described().items()}
     results = {
         key: str(value)
