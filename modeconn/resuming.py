@@ -32,7 +32,7 @@ _TOLERANCE = 1e-5
 
 
 class Record:
-    """What is done of a computation, in a safetensors file.
+    """The finished part of a computation, kept in a safetensors file.
 
     Args:
         file: the file, which need not exist; None to keep nothing.

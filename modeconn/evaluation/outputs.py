@@ -119,13 +119,13 @@ class Forward:
                 f"inputs have shape {describe(inputs)}: expected {self._row}, as in the sample"
             )
         count = rows(inputs)
-        wanted = torch.is_grad_enabled() and (
+        differentiable = torch.is_grad_enabled() and (
             self._weights_move or any(leaf.requires_grad for leaf in leaves(inputs))
         )
-        engine = self._engine(wanted or self._weights_move)
+        engine = self._engine(differentiable or self._weights_move)
         most = count if self.plan.program.graph.mixes_rows else engine.most_rows(self._budget)
         with (
-            torch.set_grad_enabled(wanted),
+            torch.set_grad_enabled(differentiable),
             products(self._precision, self._device),
         ):
             outputs = [

@@ -26,7 +26,7 @@ from modeconn.resuming import Record
 
 
 class Unfinished:
-    """What is done of an evaluation.
+    """The finished part of an evaluation, pass by pass.
 
     Args:
         file: to keep it in; None to keep nothing.
