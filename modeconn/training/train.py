@@ -24,7 +24,7 @@ from modeconn.training.loop import Epoch, Loop, Progress, Stopped
 
 @dataclass(frozen=True)
 class TrainReport:
-    """The outcome of a training; losses are means per sample, errors fractions, of the final weights."""
+    """The outcome of a training: loss per sample and fraction of errors of the final weights."""
 
     epochs: int
     loss: float
