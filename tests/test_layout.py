@@ -1,4 +1,4 @@
-"""Imports point one way, have no cycle, and `import modeconn` stays cheap."""
+"""Imports point one way and stay cheap; functions, files and lines are short."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import modeconn as mc
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -235,3 +237,80 @@ def test_importing_modeconn_is_cheap(tmp_path):
         if took <= 0.1:
             break
     assert min(seconds) <= 0.1, f"import modeconn took {seconds} s"
+
+
+# ----------------------------------------------------------------------------------------
+# the shape of the code
+
+# Lines of a function without its docstring; a kernel is one program, which calls nothing.
+FUNCTION, KERNEL = 60, 130
+FILE, COLUMNS = 400, 100
+# Of all lines, those that may be longer than COLUMNS; ruff holds most files to none.
+LONG_LINES = 0.03
+# Below modeconn/ and beside it: modules at the root and folders, kernels among them.
+ROOMS = 22
+
+FILES = sorted([*ROOT.glob("modeconn/**/*.py"), *ROOT.glob("kernels/*.py")])
+PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+def place(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+
+
+def functions() -> Iterator[tuple[Path, ast.FunctionDef]]:
+    for path, tree in PARSED.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                yield path, node
+
+
+def lines_of(function: ast.FunctionDef) -> int:
+    """Counts the lines of a function without its docstring and its decorators."""
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        text = function.body[0]
+        lines -= (text.end_lineno or 0) - text.lineno + 1
+    return lines
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def test_functions_are_short():
+    long = []
+    for path, function in functions():
+        lines = lines_of(function)
+        if lines > (KERNEL if is_kernel(function) else FUNCTION):
+            long.append(f"{place(path, function)} {function.name}: {lines} lines")
+    assert long == []
+
+
+@pytest.mark.parametrize("folder", ["modeconn", "kernels", "bench", "examples"])
+def test_files_are_short(folder: str):
+    long = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > FILE:
+            long[path.relative_to(ROOT).as_posix()] = lines
+    assert long == {}
+
+
+def test_lines_fit():
+    lines = [line for path in FILES for line in path.read_text(encoding="utf-8").splitlines()]
+    long = sum(len(line) > COLUMNS for line in lines)
+    assert long <= LONG_LINES * len(lines), f"{long} of {len(lines)} lines"
+
+
+def test_no_module_or_folder_bears_the_name_of_a_public_function():
+    public = {name for name in mc.__all__ if callable(getattr(mc, name))}
+    commands = ROOT / "modeconn" / "cli"
+    named = {path.stem: path for path in FILES if path.parent != commands}
+    named |= {path.parent.name: path for path in FILES}
+    assert {name: path for name, path in named.items() if name in public} == {}
+
+
+def test_the_house_has_few_rooms():
+    rooms = [*(ROOT / "modeconn").glob("*.py"), *(ROOT / "modeconn").glob("*/__init__.py")]
+    assert len(rooms) + 1 <= ROOMS, sorted(path.relative_to(ROOT).as_posix() for path in rooms)
