@@ -8,7 +8,6 @@ fill in tensors of its choice, for any number of rows.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from modeconn.capture.signature import Parameter, call, parameters_of
+from modeconn.capture.signature import call
 
 
 @dataclass(frozen=True)
@@ -89,24 +88,6 @@ class Node:
         """The first argument: the tensor that the operation is about, for most operations."""
         return next(iter(self.arguments.values()))
 
-    @functools.cached_property
-    def args(self) -> tuple[Any, ...]:
-        """The positional arguments without those defaults that end them."""
-        parameters = [p for p in parameters_of(self.function) if not p.keyword_only]
-        values = [self.arguments[p.name] for p in parameters]
-        while values and _is_default(values[-1], parameters[len(values) - 1]):
-            values.pop()
-        return tuple(values)
-
-    @functools.cached_property
-    def kwargs(self) -> dict[str, Any]:
-        """The keyword-only arguments that are not the defaults."""
-        return {
-            p.name: self.arguments[p.name]
-            for p in parameters_of(self.function)
-            if p.keyword_only and not _is_default(self.arguments[p.name], p)
-        }
-
     def run(self, values: Sequence[Tensor], entries: Sequence[Tensor], rows: int) -> Any:
         """The node's value from its inputs' values, its entries' tensors and the number of rows."""
         filled = {name: _fill(leaf, values, entries, rows) for name, leaf in self.arguments.items()}
@@ -116,11 +97,6 @@ class Node:
         """The value's numbers per row, on average over a block of rows."""
         total = math.prod(d.of(rows) if isinstance(d, Size) else d for d in self.shape)
         return total / rows if self.batched else total
-
-
-def _is_default(value: Any, parameter: Parameter) -> bool:
-    same_kind = type(value) is type(parameter.default)
-    return same_kind and bool(value == parameter.default)
 
 
 def _fill(leaf: Any, values: Sequence[Tensor], entries: Sequence[Tensor], rows: int) -> Any:

@@ -6,6 +6,7 @@ Arguments are named here, once, by the operation's schema and with its defaults
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,6 +68,8 @@ def _named(function: Any, arguments: dict[str, Any], inputs: tuple[int, ...]) ->
         names = ("input", "running_mean", "running_var", "weight", "bias", "eps")
         values = [arguments[name] for name in names]
         return _replaced(call, "batch_norm", ops.batch_norm, *values)
+    if function is operator.getitem:
+        return _replaced(call, "getitem", ops.element, *arguments.values())
     if call.op == "linear":
         return _replaced(call, "linear", ops.linear, *arguments.values())
     if call.op == "rsub" and arguments["alpha"] == 1:

@@ -23,6 +23,11 @@ def placeholder() -> None:
     """Stands for an input of the network, whose value is given."""
 
 
+def element(values: Any, index: int) -> Any:
+    """values[index]: one of the tensors that an operation returns."""
+    return values[index]
+
+
 def subtract(self: Any, other: Any) -> Any:
     """self - other, where the first may be a number."""
     return self - other

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modeconn.capture import ops
 from modeconn.capture.graph import Dim, Entry, Graph, In, Node
 from modeconn.capture.opaque import Names, Opaque
 
@@ -59,7 +60,7 @@ class _Rewriting:
         """Adds one of the values that a node returns."""
         arguments = {"values": In(0), "index": index}
         id_ = len(self.nodes)
-        part = Node(id_, "getitem", _part, arguments, (whole.id,), (), shape, whole.source)
+        part = Node(id_, "getitem", ops.element, arguments, (whole.id,), (), shape, whole.source)
         return self._append(part)
 
     def _add_norm(self, node: Node, names: Names, inputs: tuple[int, ...]) -> None:
@@ -121,10 +122,6 @@ def normalised(
     mean, var = input.new_zeros(channels), input.new_zeros(channels)
     value = F.batch_norm(input, mean, var, weight, bias, training=True, momentum=1.0, eps=eps)
     return value, mean, var
-
-
-def _part(values: tuple[Tensor, ...], index: int) -> Tensor:
-    return values[index]
 
 
 def _running(node: Node) -> Names | None:

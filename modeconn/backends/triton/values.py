@@ -159,7 +159,7 @@ def run(
         rows: of the samples.
     """
     if node.op == "getitem" and isinstance(values[0], AtPoints):
-        return AtPoints(values[0].value[node.args[1]])
+        return AtPoints(values[0].value[node["index"]])
     if is_elementwise(node):
         return _run_elementwise(node, values, weights, points, rows)
     moving = [shape for value, shape in zip(values, shapes) if isinstance(value, AtPoints)]
