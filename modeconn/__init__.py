@@ -1,22 +1,26 @@
 """Loss landscapes and mode connectivity: networks along paths of parameters, in one pass."""
 
-from modeconn.connection.certificate import Certificate, FalseCertificate
-from modeconn.connection.connection import Connection
-from modeconn.connection.pipeline import connect
-from modeconn.connection.verification import verify
-from modeconn.data import datasets
-from modeconn.errors import ModeconnError
-from modeconn.evaluation.evaluator import evaluate, explain
-from modeconn.evaluation.outputs import forward
-from modeconn.evaluation.result import PathResult
-from modeconn.parameters.paths import Bezier, Line, Mixture, Plane, PolyChain
-from modeconn.parameters.state import load
-from modeconn.plan.report import Plan
-from modeconn.stability.criteria import ConditionsTable, conditions
-from modeconn.stability.dropout import dropout_stability
-from modeconn.stability.separability import Separation, linear_separability
-from modeconn.stability.subnetworks import subnetwork_stability
-from modeconn.stability.table import StabilityTable
+import importlib as _importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modeconn.connection.certificate import Certificate, FalseCertificate
+    from modeconn.connection.connection import Connection
+    from modeconn.connection.pipeline import connect
+    from modeconn.connection.verification import verify
+    from modeconn.data import datasets
+    from modeconn.errors import ModeconnError
+    from modeconn.evaluation.evaluator import evaluate, explain
+    from modeconn.evaluation.outputs import forward
+    from modeconn.evaluation.result import PathResult
+    from modeconn.parameters.paths import Bezier, Line, Mixture, Plane, PolyChain
+    from modeconn.parameters.state import load
+    from modeconn.plan.report import Plan
+    from modeconn.stability.criteria import ConditionsTable, conditions
+    from modeconn.stability.dropout import dropout_stability
+    from modeconn.stability.separability import Separation, linear_separability
+    from modeconn.stability.subnetworks import subnetwork_stability
+    from modeconn.stability.table import StabilityTable
 
 __all__ = [
     "Bezier",
@@ -47,3 +51,43 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Where the public names stand: their modules are imported when a name is first used, so that
+# `import modeconn` costs next to nothing beside torch.
+_HOME = {
+    "modeconn.connection.certificate": "Certificate FalseCertificate",
+    "modeconn.connection.connection": "Connection",
+    "modeconn.connection.pipeline": "connect",
+    "modeconn.connection.verification": "verify",
+    "modeconn.data": "datasets",
+    "modeconn.errors": "ModeconnError",
+    "modeconn.evaluation.evaluator": "evaluate explain",
+    "modeconn.evaluation.outputs": "forward",
+    "modeconn.evaluation.result": "PathResult",
+    "modeconn.parameters.paths": "Bezier Line Mixture Plane PolyChain",
+    "modeconn.parameters.state": "load",
+    "modeconn.plan.report": "Plan",
+    "modeconn.stability.criteria": "ConditionsTable conditions",
+    "modeconn.stability.dropout": "dropout_stability",
+    "modeconn.stability.separability": "Separation linear_separability",
+    "modeconn.stability.subnetworks": "subnetwork_stability",
+    "modeconn.stability.table": "StabilityTable",
+}
+_MODULE_OF: dict[str, str] = {}
+for _module, _names in _HOME.items():
+    _MODULE_OF |= dict.fromkeys(_names.split(), _module)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _importlib.import_module(_MODULE_OF[name])
+    value = getattr(module, name, None)
+    if value is None:  # a module of its own, such as `datasets`
+        value = _importlib.import_module(f"{_MODULE_OF[name]}.{name}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

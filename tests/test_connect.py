@@ -197,7 +197,8 @@ def test_an_interrupted_search_goes_on_to_the_same_connection(
         f["epochs"] for f in whole.details["found"]
     ]
     with pytest.raises(
-        mc.ModeconnError, match="holds another search, started with other kept; other features; seed 3, not 4"
+        mc.ModeconnError,
+        match="holds another search, started with other kept; other features; seed 3, not 4",
     ):
         mc.connect(pair[0], *pair, digits(), **{**settings, "seed": 4}, folder=folder)
     with pytest.raises(mc.ModeconnError, match="started with other networks"):

@@ -49,44 +49,54 @@ class Net(nn.Module):
         )
 
 
-def set_global(name: str, value: object) -> Callable[[Net, pytest.MonkeyPatch], None]:
-    return lambda net, monkeypatch: monkeypatch.setitem(globals(), name, value)
+def new_slope(net: Net) -> None:
+    net.function = functools.partial(F.leaky_relu, negative_slope=0.2)
 
 
-CHANGES: dict[str, Callable[[Net, pytest.MonkeyPatch], object]] = {
-    "an attribute": lambda net, monkeypatch: setattr(net, "temperature", 1.0009),
-    "an attribute's type": lambda net, monkeypatch: setattr(net, "temperature", 1),
-    "a new attribute": lambda net, monkeypatch: setattr(net, "extra", 1),
-    "a sign of zero": lambda net, monkeypatch: net.mask.neg_(),
-    "a buffer that is not saved, past its version": lambda net, monkeypatch: net.mask.data.add_(1e-7),
-    "a tensor attribute": lambda net, monkeypatch: net.offset.data.add_(1),
-    "a value deep in an object": lambda net, monkeypatch: net.config.sizes["hidden"].append(6),
-    "a partial's argument": lambda net, monkeypatch: setattr(net, "function", functools.partial(F.leaky_relu, negative_slope=0.2)),
-    "a hook": lambda net, monkeypatch: net.layer.register_forward_hook(lambda module, args, out: out),
-    "a hook before": lambda net, monkeypatch: net.register_forward_pre_hook(lambda module, args: args),
-    "a submodule of another kind": lambda net, monkeypatch: setattr(net, "layer", nn.Bilinear(3, 3, 3)),
-    "a submodule of another size": lambda net, monkeypatch: setattr(net, "layer", nn.Linear(3, 3, bias=False)),
-    "a forward of its own": lambda net, monkeypatch: setattr(net.layer, "forward", lambda x: x),
-    "a module in a list": lambda net, monkeypatch: setattr(net.plain_list[0], "in_features", 4),
-    "the dtype of a parameter": lambda net, monkeypatch: net.layer.double(),
-    "two parameters that become one": lambda net, monkeypatch: setattr(net.plain_list[0], "weight", net.layer.weight),
-    "a class attribute": lambda net, monkeypatch: monkeypatch.setattr(Net, "exponent", 2.0),
-    "a method of the class": lambda net, monkeypatch: monkeypatch.setattr(Net, "forward", lambda self, x: x),
-    "a global number of a helper": set_global("SCALE", 2.0),
-    "a helper": set_global("helper", lambda x: x),
-    "a tensor in a global": lambda net, monkeypatch: monkeypatch.setitem(TABLE, 0, torch.zeros(3)),  # type: ignore[arg-type]
-}  # fmt: skip
+# What is done to a network, by name.
+CHANGES: dict[str, Callable[[Net], object]] = {
+    "an attribute": lambda net: setattr(net, "temperature", 1.0009),
+    "an attribute's type": lambda net: setattr(net, "temperature", 1),
+    "a new attribute": lambda net: setattr(net, "extra", 1),
+    "a sign of zero": lambda net: net.mask.neg_(),
+    "a buffer that is not saved": lambda net: net.mask.data.add_(1e-7),
+    "a tensor attribute": lambda net: net.offset.data.add_(1),
+    "a value deep in an object": lambda net: net.config.sizes["hidden"].append(6),
+    "a partial's argument": new_slope,
+    "a hook": lambda net: net.layer.register_forward_hook(lambda module, args, out: out),
+    "a hook before": lambda net: net.register_forward_pre_hook(lambda module, args: args),
+    "a submodule of another kind": lambda net: setattr(net, "layer", nn.Bilinear(3, 3, 3)),
+    "a submodule of another size": lambda net: setattr(net, "layer", nn.Linear(3, 3, bias=False)),
+    "a forward of its own": lambda net: setattr(net.layer, "forward", lambda x: x),
+    "a module in a list": lambda net: setattr(net.plain_list[0], "in_features", 4),
+    "the dtype of a parameter": lambda net: net.layer.double(),
+    "two parameters that become one": lambda net: setattr(
+        net.plain_list[0], "weight", net.layer.weight
+    ),
+}
+# What is done to a global name, or to the class.
+GLOBALS: dict[str, tuple[str, object]] = {
+    "a global number of a helper": ("SCALE", 2.0),
+    "a helper": ("helper", lambda x: x),
+    "a tensor in a global": ("TABLE", [torch.zeros(3)]),
+}
+MEMBERS: dict[str, tuple[str, object]] = {
+    "a class attribute": ("exponent", 2.0),
+    "a method of the class": ("forward", lambda self, x: x),
+}
 
 
-@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("what", [*CHANGES, *GLOBALS, *MEMBERS])
 def test_a_change_is_seen(what: str, monkeypatch: pytest.MonkeyPatch):
     net = Net()
     guard = Guard(net)
     assert guard.holds(net)
-    if what == "a tensor in a global":
-        monkeypatch.setitem(globals(), "TABLE", [torch.zeros(3)])
+    if what in GLOBALS:
+        monkeypatch.setitem(globals(), *GLOBALS[what])
+    elif what in MEMBERS:
+        monkeypatch.setattr(Net, *MEMBERS[what])
     else:
-        CHANGES[what](net, monkeypatch)
+        CHANGES[what](net)
     assert not guard.holds(net)
 
 

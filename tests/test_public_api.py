@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
+
 import modeconn as mc
 
 
@@ -36,6 +38,10 @@ def test_public_names():
         "verify",
     ]
     assert all(hasattr(mc, name) for name in mc.__all__)
+    assert sorted(mc._MODULE_OF) == sorted(mc.__all__)
+    assert set(mc.__all__) <= set(dir(mc))
+    with pytest.raises(AttributeError, match="module 'modeconn' has no attribute 'evalaute'"):
+        mc.evalaute  # noqa: B018
 
 
 def test_evaluate_signature():
