@@ -17,7 +17,7 @@ SANITIZE := address,undefined
 SOURCES  := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench kernel-report dev sanitize clean
+.PHONY: help demo test check lint bench fuzz kernel-report dev sanitize clean
 
 help: ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+): .*## /  make \1\t/' | expand -t 24
@@ -40,6 +40,10 @@ bench: $(STAMP) ## the side-by-side table: this library against a pass per point
 
 kernel-report: $(STAMP) ## compile the GPU kernels, without a GPU; what they take of one goes into docs/kernels.md
 	env -u TRITON_INTERPRET $(BIN)/python bench/kernel_report.py --write docs/kernels.md
+
+MINUTES ?= 60
+fuzz: $(STAMP) ## random networks, paths, data and losses against plain float64, for MINUTES (60)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) --first $$(date +%s)
 
 dev: $(STAMP) ## only set up .venv, with modeconn in it (editable)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from modeconn.capture.spectral import renew
 from modeconn.errors import ModeconnError
 
 # The names of a batch norm's running mean and variance.
@@ -110,6 +112,7 @@ class Opaque:
     def __post_init__(self) -> None:
         names = _slots(self.module) if self.fresh is None else self.fresh().state_dict()
         self.names = tuple(names)
+        self._lock = threading.RLock()
 
     def __str__(self) -> str:
         return f"{self.path or 'the model'} ({type(self.module).__name__}): {self.reason}"
@@ -125,8 +128,9 @@ class Opaque:
         if self.fresh is not None:
             module = self.fresh()
             module.load_state_dict(state, strict=False)
+            renew(module)
             return module.eval()(*args, **kwargs)
-        with eval_mode(self.module):
+        with self._lock, eval_mode(self.module):  # one thread at a time swaps its parameters
             return functional_call(self.module, state, args, kwargs, tie_weights=False)
 
     def norms(self) -> list[tuple[str, _BatchNorm]]:
@@ -153,7 +157,7 @@ class Opaque:
                 state[f"{prefix}{key}"] = torch.zeros_like(buffer)
         momenta = [norm.momentum for _, norm in norms]
         args, kwargs = self.arguments.filled(tensors)
-        with eval_mode(self.module):
+        with self._lock, eval_mode(self.module):
             try:
                 for _, norm in norms:
                     norm.training, norm.momentum = True, None

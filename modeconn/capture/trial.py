@@ -20,8 +20,10 @@ from torch.utils import _pytree as pytree
 
 from modeconn.capture.guard import Guard
 from modeconn.capture.opaque import line_of, tensors_of
+from modeconn.capture.spectral import has_spectral_norm, renew
 from modeconn.data.inputs import Inputs, apply, call, describe
 from modeconn.errors import ModeconnError
+from modeconn.parameters.wrappers import unwrapped
 
 # The other weights of the second run. A power of two away from 1 in no direction that a module
 # could compensate, and near enough that statistics stay possible.
@@ -43,7 +45,7 @@ class Runner:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.model, self.dtype, self.device = model, dtype, device
+        self.model, self.dtype, self.device = unwrapped(model), dtype, device
 
     def copy(self) -> nn.Module:
         """A copy in the user's own modes, converted.
@@ -112,6 +114,8 @@ def on_trial(runner: Runner, x: Inputs) -> Trial:
         ModeconnError: the module does not run on the sample.
     """
     module, weights = runner.copy(), runner.state()
+    if isinstance(module, torch.jit.ScriptModule) or has_spectral_norm(module):
+        return _always_fresh(runner, x, weights)
     guard, generator = Guard(module), torch.get_rng_state()
     module.eval()
     cause = _prefixed("eval()", _changes(module, weights, guard))
@@ -129,6 +133,16 @@ def on_trial(runner: Runner, x: Inputs) -> Trial:
     return Trial(module, expected, "" if pure else cause)
 
 
+def _always_fresh(runner: Runner, x: Inputs, weights: Mapping[str, Tensor]) -> Trial:
+    """A module whose parameters cannot be swapped, or whose buffers follow from its weights."""
+    module = loaded(runner.copy(), weights)
+    if isinstance(module, torch.jit.ScriptModule):
+        cause = "parameters cannot be swapped while it runs, as TorchScript has it"
+    else:
+        cause = "spectral norms' u and v are computed anew at each point"
+    return Trial(module, output_of(module, x), cause)
+
+
 def _prefixed(who: str, changes: str) -> str:
     return f"{who} {changes}" if changes else ""
 
@@ -136,6 +150,7 @@ def _prefixed(who: str, changes: str) -> str:
 def loaded(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A module with a state dict loaded before `eval()`, as every user loads a checkpoint."""
     _load(module, state)
+    renew(module)
     module.eval()
     return module
 

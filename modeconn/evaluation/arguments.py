@@ -10,6 +10,7 @@ from torch import nn
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import Path
+from modeconn.parameters.wrappers import unwrapped
 
 BUFFERS = ("interpolate", "start", "recompute")
 # The dtype of values; "tf32" and "bf16" are those of the factors of products, on a GPU.
@@ -65,7 +66,9 @@ def frozen_entries(buffers: str, path: Path, data: bool = True) -> frozenset[str
 
 def check_fit(model: nn.Module, path: Path) -> None:
     """Raise a ModeconnError unless the model has memory, and the path's parameters and buffers."""
-    own = model.state_dict()
+    model = unwrapped(model)
+    state = model.state_dict()
+    own = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     named = [*model.named_parameters(), *model.named_buffers()]
     nowhere = [name for name, tensor in named if tensor.is_meta]
     if nowhere:

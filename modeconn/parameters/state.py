@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modeconn.errors import ModeconnError, listed
 from modeconn.files import atomic_write
 from modeconn.parameters.reading import read
+from modeconn.parameters.wrappers import unwrapped
 
 State = dict[str, Tensor]
 
@@ -54,7 +55,7 @@ def load(
         )
     copy = False
     if isinstance(source, nn.Module):
-        state = _tensors(source.state_dict(), type(source).__name__)
+        state = _tensors(unwrapped(source).state_dict(), type(source).__name__)
     elif isinstance(source, Mapping):
         state = _tensors(_nested(source, "state dict"), "state dict")
     elif isinstance(source, (str, os.PathLike)):
@@ -175,6 +176,8 @@ def _has_tensors(found: Mapping[Any, Any]) -> bool:
 
 def _tensors(state: Mapping[Any, Any], name: str) -> State:
     """Return the mapping as a state, if it holds tensors by name alone."""
+    # What `get_extra_state` returns is no weight, and no forward reads it from a state dict.
+    state = {k: v for k, v in state.items() if not str(k).endswith("_extra_state")}
     if not state:
         raise ModeconnError(f"{name}: holds no entries; expected names and tensors")
     others = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
