@@ -32,6 +32,7 @@ LEVELS = {
     "modeconn.plan": 4,
     "modeconn.backends": 5,
     "modeconn.evaluation": 6,
+    "modeconn.testing": 7,
     "modeconn.training": 7,
     "modeconn.connection": 8,
     "modeconn.stability": 9,
