@@ -1,11 +1,33 @@
-"""Precision of PyTorch's own products on a CUDA device: as requested, whatever its defaults are."""
+"""Precision of PyTorch's own operations: as requested, whatever its defaults and modes are."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
+
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
+
+
+def without_autocast(function: Callable[Given, Made]) -> Callable[Given, Made]:
+    """Decorates a function to run with autocast off: its precision is an argument, not a mode.
+
+    A decorator of this package's own, since warnings look for the first line outside of it.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        with contextlib.ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager

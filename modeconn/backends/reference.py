@@ -82,12 +82,16 @@ class ReferenceBackend:
         """Rows to take at a time, so that the shared values kept for them fit a budget of bytes.
 
         Blocks of rows are cut out of shared values along their first axis. Where some value has
-        another first axis (tokens folded into the batch, say), a batch must be one block.
+        another first axis (tokens folded into the batch, say), or is the object that a network
+        returns which runs as it is, a batch must be one block.
         """
         steps = [self.program.shared[number] for number in self.kept]
         batched = [step for step in steps if step.node.batched]
         bytes_per_row = sum(step.numel for step in batched) * self._item
         rows = max(self._block, int(budget // max(bytes_per_row, 1.0)))
+        graph = self.program.graph
+        if graph.tensor_output is not None and not isinstance(graph.example, Tensor):
+            return min(rows, self._block)
         sliceable = all(str(step.node.shape[0]) == "N" for step in batched if step.node.shape)
         return rows if sliceable else min(rows, self._block)
 
@@ -233,7 +237,7 @@ def _sums_of_combination(
     """Sums for outputs that are combinations; equal outputs in a row are summed once."""
     # Rows along the fast axis: the head reduces over few classes and many rows.
     terms = [values[term.value] for term in form.terms]
-    terms = [v.t().contiguous().t() if v.dim() == 2 else v for v in terms]
+    terms = [_columns_apart(value) for value in terms]
     sums = head.zeros(len(form.terms[0].coefficients), targets.device)
     before: list[float] = []
     for point in range(len(sums)):
@@ -245,6 +249,11 @@ def _sums_of_combination(
         before = row
         tick()
     return sums
+
+
+def _columns_apart(value: Any) -> Any:
+    matrix = isinstance(value, Tensor) and value.dim() == 2
+    return value.t().contiguous().t() if matrix else value
 
 
 def _entry_at(entry: Tensor | Moving, point: int) -> Tensor:

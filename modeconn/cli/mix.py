@@ -97,13 +97,14 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     spec, model = options.load_model(args, args.checkpoints)
 
+    from modeconn.parameters import ranking
     from modeconn.parameters.paths import Mixture
 
     files = files_of(args)
     path = Mixture(files)
     result = evaluate.evaluated(args, spec, model, path, weights_of(args, spec, model, path))
     by = args.by or list(result.values)[-1]
-    best = int(result.metric(by).argmin())
+    best = ranking.best(result.metric(by), f"{by} of the sums")
     result.info |= {
         "networks": ", ".join(files),
         "best": json.dumps(result.t[best].tolist()),
@@ -199,9 +200,10 @@ def _numbers(line: str) -> list[float]:
 
 
 def _print(result: PathResult, by: str, names: list[str]) -> None:
-    order = result.metric(by).argsort(kind="stable")[:SHOWN]
+    from modeconn.parameters import ranking
+
     rows = []
-    for place, i in enumerate(order):
+    for place, i in enumerate(ranking.order(result.metric(by))[:SHOWN]):
         weights = [f"{c:.4g}" for c in result.t[i]]
         values = [output.metric_text(name, column[i]) for name, column in result.values.items()]
         rows.append([f"{place + 1}", *weights, *values])

@@ -162,10 +162,12 @@ def _print_curve(result: PathResult) -> None:
 
 
 def _print_plane(result: PathResult) -> None:
+    from modeconn.parameters import ranking
+
     rows = []
     for name, column in result.values.items():
         cells = []
-        for index in (int(column.argmin()), int(column.argmax())):
+        for index in (int(ranking.order(column)[0]), int(column.argmax())):
             where = ", ".join(f"{number:.4g}" for number in result.t[index])
             cells.append(f"{metric_text(name, float(column[index]))} at ({where})")
         rows.append([name, *cells])

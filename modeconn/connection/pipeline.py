@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modeconn.backends.precision import without_autocast
 from modeconn.connection.connection import Connection
 from modeconn.connection.construct import Breakpoint, breakpoints
 from modeconn.connection.features import Features, compute_features
@@ -31,6 +32,7 @@ _DEFAULT_ROUNDS = 2
 _BATCH = 1000  # samples of a pass that measures the end points
 
 
+@without_autocast
 def connect(
     model: nn.Module,
     a: Any,

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from modeconn.backends.precision import without_autocast
 from modeconn.connection.certificate import Certificate, FalseCertificate
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.measurement import Subject, computed_with, measure_path
@@ -103,6 +104,7 @@ def certify(
     return measured.certificate(claims.labels, claims.target)
 
 
+@without_autocast
 def verify(
     model: nn.Module,
     connection: Certified,

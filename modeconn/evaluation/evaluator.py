@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from modeconn.backends import make_backend
 from modeconn.backends.base import Backend
-from modeconn.backends.precision import products
+from modeconn.backends.precision import products, without_autocast
 from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Graph
 from modeconn.capture.trial import Runner
@@ -48,6 +48,7 @@ from modeconn.plan.report import Plan
 _FLOPS_OF_A_PART, _FEWEST_ROWS, _MOST_ROWS = 1e11, 32, 1 << 16
 
 
+@without_autocast
 def evaluate(
     model: nn.Module,
     path: Path,
@@ -151,6 +152,7 @@ def evaluate(
     return _result(run, prepared, sums, started)
 
 
+@without_autocast
 def explain(
     model: nn.Module,
     path: Path,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modeconn.backends import check_name, make_backend
 from modeconn.backends.base import Backend
 from modeconn.backends.blocking import MEMORY_BUDGET
-from modeconn.backends.precision import products
+from modeconn.backends.precision import products, without_autocast
 from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Graph, Size
 from modeconn.data.inputs import Inputs, describe, leaves, moved, rows, take
@@ -66,6 +66,7 @@ class Forward:
         ModeconnError: bad input, or a network whose output is not one tensor with a row per sample.
     """
 
+    @without_autocast
     def __init__(
         self,
         model: nn.Module,
@@ -107,6 +108,7 @@ class Forward:
         self._engines: dict[bool, Backend] = {}
         self._engine(self._weights_move)  # raises here, not at the first call
 
+    @without_autocast
     def __call__(self, x: Any) -> Tensor:
         """Return the outputs [T, B, …] for inputs [B, …], in the order of `t`.
 

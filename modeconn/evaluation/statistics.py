@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.backends.native.statistics import make_statistics
+from modeconn.backends.precision import without_autocast
 from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Graph
 from modeconn.capture.training_mode import training_graph
@@ -148,6 +149,7 @@ class NormStatistics:
                 sums[name][segment.point_indices] += value
 
 
+@without_autocast
 def network_at(
     model: nn.Module,
     path: Path,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from modeconn.errors import ModeconnError
+from modeconn.parameters import ranking
 
 # More mixtures than anyone looks at are a slip of typing.
 MOST = 100_000
@@ -65,7 +66,7 @@ def greedy_soup(count: int, score: Callable[[np.ndarray], np.ndarray]) -> np.nda
     """Return the means that a greedy soup passes through (Wortsman et al. 2022, recipe 1).
 
     The networks come in the order of their own scores; each joins the mean if that does not make it
-    worse.
+    worse. Scores that are not finite rank last, and a mean with such a score is not taken.
 
     Args:
         score: of coefficients [T, count], lower is better; called once for the networks alone and
@@ -73,15 +74,18 @@ def greedy_soup(count: int, score: Callable[[np.ndarray], np.ndarray]) -> np.nda
 
     Returns:
         what was scored, in that order, [T, count].
+
+    Raises:
+        ModeconnError: none of the networks has a finite score.
     """
     seen = [*np.eye(count)]
     alone = score(np.eye(count))
-    first, *others = np.argsort(alone, kind="stable").tolist()
-    members, best = [first], float(alone[first])
+    first, *others = ranking.order(alone).tolist()
+    members, best = [first], float(alone[ranking.best(alone, "the score of the networks alone")])
     for candidate in others:
         seen.append(np.isin(np.arange(count), [*members, candidate]) / (len(members) + 1))
         value = float(score(seen[-1][None])[0])
-        if value <= best:
+        if math.isfinite(value) and value <= best:
             members, best = [*members, candidate], value
     return np.array(seen)
 

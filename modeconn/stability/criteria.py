@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modeconn.backends.precision import without_autocast
 from modeconn.connection.construct import room
 from modeconn.connection.features import Features, compute_features
 from modeconn.connection.layer_chain import LayerChain
@@ -143,6 +144,7 @@ class ConditionsTable:
         return "\n".join([f"{self.samples:,} samples", aligned(lines), *short, _EXPLANATION])
 
 
+@without_autocast
 def conditions(
     model: nn.Module,
     params: Any,

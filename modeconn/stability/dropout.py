@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modeconn.backends.precision import without_autocast
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.subnetworks import check_entry
 from modeconn.data.batches import Batches, as_batches
@@ -69,6 +70,7 @@ class _Network:
     sample: Tensor
 
 
+@without_autocast
 def dropout_stability(
     model: nn.Module,
     params: Any,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modeconn.backends.precision import without_autocast
 from modeconn.errors import ModeconnError
 from modeconn.stability.farkas import affine, inequalities, largest_margin, proves_none
 
@@ -156,6 +157,7 @@ def coinciding(features: Tensor, labels: Tensor) -> Coincidence:
     return Coincidence(repeated, conflicting, example)
 
 
+@without_autocast
 def linear_separability(
     features: Any, labels: Any, *, classes: int | None = None, iterations: int = 1000
 ) -> Separation:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modeconn.backends.precision import without_autocast
 from modeconn.connection.features import Features, compute_features
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.recipe import Recipe
@@ -22,6 +23,7 @@ from modeconn.connection.trained_subnetwork import TrainedSubnetwork
 from modeconn.connection.training import measure, train_subnetworks
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
+from modeconn.parameters import ranking
 from modeconn.parameters import state as states
 from modeconn.stability.outputs import check_class_labels
 from modeconn.stability.table import Level, Row, StabilityTable, same_level
@@ -36,6 +38,7 @@ _BATCH = 1024
 _LINES = 10
 
 
+@without_autocast
 def subnetwork_stability(
     model: nn.Module,
     params: Any,
@@ -205,7 +208,7 @@ class _Run:
             rows.append(
                 Row(entry, draw, result.loss, result.error, *tested, self.method, result.seconds)
             )
-        best = min(rows, key=lambda row: row.train_loss)
+        best = rows[ranking.order([row.train_loss for row in rows])[0]]
         self.say(
             f"entry layer {entry}: best of {draws} draws has training loss {best.train_loss:.4g}"
         )

@@ -16,6 +16,7 @@ import numpy as np
 
 from modeconn.errors import ModeconnError
 from modeconn.files import atomic_write
+from modeconn.parameters import ranking
 
 if TYPE_CHECKING:
     import pandas
@@ -304,8 +305,7 @@ def _summary(entry: int, rows: Sequence[Row]) -> Summary:
     values = np.array([_measures(row) for row in rows], np.float64)
     with np.errstate(invalid="ignore"):  # the deviation of infinite losses is NaN
         mean, std = values.mean(0), values.std(0)
-    losses = np.where(np.isnan(values[:, 0]), np.inf, values[:, 0])
-    best = rows[int(losses.argmin())]
+    best = rows[ranking.order(values[:, 0])[0]]
     return Summary(entry, len(rows), Level(*mean.tolist()), Level(*std.tolist()), best)
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from modeconn.backends.precision import without_autocast
 from modeconn.data import datasets
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state
@@ -35,6 +36,7 @@ class TrainReport:
     stopped: Stopped
 
 
+@without_autocast
 def train(
     model: nn.Module,
     data: datasets.Images | Labelled,
