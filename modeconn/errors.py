@@ -12,6 +12,10 @@ class ModeconnError(ValueError):
     """Bad input: one line that names the thing, its value, and what was expected."""
 
 
+class SystemFailure(ModeconnError):
+    """The system could not do what was asked for: a full disk, say, or a missing permission."""
+
+
 class CannotRun(ModeconnError):
     """A backend can run nothing of a program; the text says why."""
 

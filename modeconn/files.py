@@ -1,26 +1,42 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, by one process at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import re
 import secrets
+import shutil
+import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, SystemFailure
 
-# The names that `atomic_write` gives to files that are not complete yet.
-_TEMPORARY = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{8}\.tmp")
-# A temporary file that has not grown for so long belongs to a writer that was killed.
+try:
+    import fcntl
+except ImportError:  # not on Windows: files are whole there, too, but no writer is known to live
+    fcntl = None  # type: ignore[assignment]
+
+# The names that `atomic_write` gives to files that are not complete yet, and a folder that is
+# being replaced.
+_TEMPORARY = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{8}\.(?:tmp|old)")
+# A writer locks its temporary file right after making it. One that is empty and so young may be
+# about to; one that cannot be locked at all belongs to a killed writer if it has not grown for
+# longer.
+_SECONDS_UNTIL_LOCKED = 2.0
 _SECONDS_UNTIL_ABANDONED = 60.0
 
 
 def atomic_write(file: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that at every moment either the old content or the complete new one is there.
+
+    Only regular files are replaced: a device or pipe receives the content, and a symbolic link
+    stays one, to the file that is replaced.
 
     Args:
         file: the file to write; its folder must exist.
@@ -28,26 +44,73 @@ def atomic_write(file: str | os.PathLike[str], write: Callable[[BinaryIO], objec
             behind.
 
     Raises:
-        ModeconnError: the file cannot be written, with the system's reason.
+        ModeconnError: the name cannot be that of a file to write.
+        SystemFailure: the file cannot be written, with the system's reason.
     """
-    # through a link to the file that it stands for
-    target = Path(os.path.realpath(Path(file).expanduser()))
-    if target.is_dir():
-        raise ModeconnError(f"{file}: is a folder; expected the name of a file to write")
-    if not target.parent.is_dir():
-        raise ModeconnError(f"{file}: cannot be written: there is no folder {target.parent}")
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    given = Path(file).expanduser()
+    try:
+        if is_special(given):
+            _write_into(given, write)
+            return
+        # through a link to the file that it stands for
+        target = Path(os.path.realpath(given))
+        if target.is_dir():
+            raise ModeconnError(f"{file}: is a folder; expected the name of a file to write")
+        if target.is_symlink():
+            raise ModeconnError(f"{file}: is a symbolic link to itself; expected a file to write")
+        if not target.parent.is_dir():
+            raise ModeconnError(f"{file}: cannot be written: there is no folder {target.parent}")
+        _replace(target, write)
+    except OSError as error:
+        raise SystemFailure(f"{file}: cannot be written: {error.strerror or error}") from error
+    except ValueError as error:
+        if isinstance(error, ModeconnError) or "null" not in str(error):
+            raise
+        raise ModeconnError(f"{str(file)!r}: {error}; expected the name of a file") from error
+
+
+def is_special(file: Path) -> bool:
+    """Whether a path is no regular file or folder and must not be replaced: a device or pipe."""
+    try:
+        mode = file.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    if stat.S_ISDIR(mode):
+        return False
+    # an open file of a process, such as /dev/stdout: its reader would not see another
+    return not stat.S_ISREG(mode) or str(file.absolute()).startswith(("/dev/", "/proc/"))
+
+
+def _write_into(file: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write into a device or pipe, once the content is complete: they cannot be sought."""
+    if stat.S_ISSOCK(file.stat().st_mode):
+        raise ModeconnError(f"{file}: is a socket; expected a file, device or pipe to write")
+    content = io.BytesIO()
+    write(content)
+    with file.open("ab" if stat.S_ISREG(file.stat().st_mode) else "wb", buffering=0) as stream:
+        left = content.getbuffer()
+        while left:
+            left = left[stream.write(left) :]
+
+
+def _replace(target: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a temporary file beside a file, and rename it over that."""
+    temporary = temporary_of(target)
     try:
         with temporary.open("xb") as stream:
+            _try_lock(stream.fileno())  # what `sweep` knows a living writer by
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        raise ModeconnError(f"{file}: cannot be written: {error.strerror or error}") from error
+            temporary.replace(target)
     finally:
         with contextlib.suppress(OSError):  # gone already if all went well
             temporary.unlink()
+
+
+def temporary_of(target: Path) -> Path:
+    """Return a new name beside a file or folder, for its content while that is not complete."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
 
 def is_temporary(file: Path) -> bool:
@@ -56,14 +119,99 @@ def is_temporary(file: Path) -> bool:
 
 
 def sweep(file: Path) -> None:
-    """Remove what killed writers of a file left behind."""
+    """Remove what killed writers of a file or folder left behind beside it, whatever its age."""
     target = Path(os.path.realpath(file.expanduser()))
-    if not target.parent.is_dir():
+    with contextlib.suppress(OSError):
+        for other in target.parent.iterdir():
+            match = _TEMPORARY.fullmatch(other.name)
+            if match is not None and match["target"] == target.name:
+                with contextlib.suppress(OSError):  # another process may sweep, too
+                    _remove_abandoned(other)
+
+
+def sweep_inside(folder: Path) -> None:
+    """Remove what killed writers of any file in a folder left behind in it."""
+    with contextlib.suppress(OSError):
+        for other in folder.iterdir():
+            if is_temporary(other):
+                with contextlib.suppress(OSError):
+                    _remove_abandoned(other)
+
+
+def _remove_abandoned(temporary: Path) -> None:
+    about = temporary.lstat()
+    age = time.time() - about.st_mtime
+    if stat.S_ISDIR(about.st_mode):
+        # Folders are written and replaced within a lock of their target.
+        shutil.rmtree(temporary)
         return
-    for other in target.parent.iterdir():
-        match = _TEMPORARY.fullmatch(other.name)
-        if match is None or match["target"] != target.name:
-            continue
-        with contextlib.suppress(OSError):  # another process may sweep, too
-            if time.time() - other.stat().st_mtime > _SECONDS_UNTIL_ABANDONED:
-                other.unlink()
+    if about.st_size == 0 and age < _SECONDS_UNTIL_LOCKED:
+        return
+    with temporary.open("rb") as stream:
+        free = _try_lock(stream.fileno())
+        if free or (free is None and age > _SECONDS_UNTIL_ABANDONED):
+            temporary.unlink()
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Lock an open file until it is closed.
+
+    Returns:
+        False where another one holds it, None where the file system has no locks.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
+
+
+@contextlib.contextmanager
+def locked(target: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Hold a file or folder that is about to be computed: nobody else may begin to meanwhile.
+
+    The lock is a file ``.NAME.lock`` beside it. It ends with the process, however that ends.
+
+    Args:
+        target: it need not exist; None, devices and places without locks are not held.
+
+    Raises:
+        ModeconnError: another process, or another call in this one, holds it.
+    """
+    descriptor, file = None, None
+    if target is not None and fcntl is not None:
+        place = Path(os.path.realpath(Path(target).expanduser()))
+        if not is_special(Path(target).expanduser()):
+            file = place.with_name(f".{place.name}.lock")
+            descriptor = _lock_file(file, os.fspath(target))
+    try:
+        yield
+    finally:
+        if descriptor is not None and file is not None:
+            with contextlib.suppress(OSError):
+                file.unlink()  # while it is held: who opened it before finds another in its place
+            os.close(descriptor)
+
+
+def _lock_file(file: Path, target: str) -> int | None:
+    """Make and lock a file; None where that is not possible, which writing will tell."""
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError:
+            return None
+        free = _try_lock(descriptor)
+        if free is False:
+            os.close(descriptor)
+            raise ModeconnError(
+                f"{target} is being written by another command: wait for its end, "
+                "or name another place"
+            )
+        try:
+            if free is None or os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+        except OSError:
+            pass  # its holder removed it in between
+        os.close(descriptor)

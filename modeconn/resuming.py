@@ -1,12 +1,13 @@
 """Computations that continue after an interruption, from a file or folder that keeps what is done.
 
 A `Record` is a file: the settings that decide the outcome, and tensors and plain values of what is
-done so far. `claim` does the same for a folder of such files. Equal settings continue; others are
-refused by one error that names what differs.
+done so far, with a digest of all that. `claim` does the same for a folder of such files. Equal
+settings continue; others are refused by one error that names what differs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -19,10 +20,11 @@ from typing import Any
 from torch import Tensor
 
 from modeconn.errors import ModeconnError
-from modeconn.files import atomic_write, is_temporary, sweep
+from modeconn.files import atomic_write, is_temporary, sweep, sweep_inside
+from modeconn.fingerprints import digest_of_tensors
 from modeconn.parameters import state as states
 
-FORMAT = "modeconn.record/1"
+FORMAT = "modeconn.record/2"
 # Short steps do not wait for the disk; a kill loses at most so much work, and one step.
 SECONDS_BETWEEN_WRITES = 5.0
 # Formats of older versions, by the entry of a file's metadata that tells them.
@@ -72,15 +74,19 @@ class Record:
             return {}, {}
         metadata, tensors = self._content(self.file)
         about = _about(metadata)
-        if about.get("format") != FORMAT:
+        if not isinstance(about.get("format"), str):
+            raise self._foreign("its description cannot be read")
+        if about["format"] != FORMAT:
             raise ModeconnError(
                 f"{self.file} has format {about.get('format')!r}, expected {FORMAT!r}: "
                 "remove it to start anew"
             )
+        self._check_whole(about, tensors)
         if about["kind"] != self.kind:
             raise self._foreign(f"it is a record of the kind {about['kind']!r}")
         _check_same(self.file, self.kind, about["settings"], self._settings)
-        return tensors, about["state"]
+        state: dict[str, Any] = about["state"]
+        return tensors, state
 
     def write(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write what is done, whole or not at all.
@@ -95,8 +101,9 @@ class Record:
             "format": FORMAT,
             "kind": self.kind,
             "settings": self._settings,
-            "state": state,
+            "state": _plain(state),
         }
+        about["sha256"] = _digest(about, tensors)
         states.save(tensors, self.file, {"record": json.dumps(about)})
         self._written = time.monotonic()
 
@@ -115,11 +122,23 @@ class Record:
             with safe_open(file, framework="pt") as archive:
                 metadata = archive.metadata() or {}
                 tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118  # it is no dict
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise self._foreign(str(error)) from error
         if not {"record", *_OLDER} & set(metadata):
             raise self._foreign("it has no settings")
         return metadata, tensors
+
+    def _check_whole(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Raise a ModeconnError unless a record is as it was written, to the bit."""
+        kinds = {"kind": str, "settings": dict, "state": dict, "sha256": str}
+        wrong = [name for name in kinds if not isinstance(about.get(name), kinds[name])]
+        if wrong:
+            raise self._foreign(f"its {wrong[0]} is missing or of another type")
+        if about["sha256"] != _digest(about, tensors):
+            raise ModeconnError(
+                f"{self.file} is damaged: its content differs from what was written (SHA-256): "
+                "remove it to start anew"
+            )
 
     def _foreign(self, reason: str) -> ModeconnError:
         return ModeconnError(
@@ -155,14 +174,14 @@ def claim(
                 f"{folder} is there already and holds no {kind}: name another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        sweep(file)
+        sweep_inside(folder)
         text = json.dumps(settings, indent=1)
         atomic_write(file, lambda stream: stream.write(text.encode()))
         return
-    sweep(file)
+    sweep_inside(folder)
     try:
-        before = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError, OSError) as error:
         raise ModeconnError(
             f"{file} does not describe a {kind}: remove {folder} to start anew"
         ) from error
@@ -202,20 +221,31 @@ def _close(before: Any, now: Any) -> bool:
     return all(math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=1e-6) for a, b in pairs)
 
 
+def _digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the digest of a record: of its description, but for the digest there, and tensors."""
+    described = {name: value for name, value in about.items() if name != "sha256"}
+    text = json.dumps(described, sort_keys=True) + digest_of_tensors(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _about(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return the description of a record; for a file of an older version, its format alone."""
     if "record" in metadata:
-        about: dict[str, Any] = json.loads(metadata["record"])
-        return about
+        try:
+            about = json.loads(metadata["record"])
+        except (ValueError, RecursionError):
+            about = None
+        return about if isinstance(about, dict) else {}
     return {"format": next(_OLDER[key] for key in _OLDER if key in metadata)}
 
 
 def _is_archive_of_sums(file: Path) -> bool:
     """Whether a file is an unfinished evaluation of an older version, which wrote npz files."""
-    if not zipfile.is_zipfile(file):
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return "meta.npy" in archive.namelist()
+    except Exception:  # no archive, or a damaged one, which raises errors of many kinds
         return False
-    with zipfile.ZipFile(file) as archive:
-        return "meta.npy" in archive.namelist()
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = {
     "modeconn.errors": 0,
     "modeconn.files": 0,
+    "modeconn.fingerprints": 0,
     "modeconn.kernels": 1,
     "modeconn.models": 1,
     "modeconn.parameters": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -70,6 +71,10 @@ def test_other_settings_are_named(tmp_path: Path):
     ("version", "write"),
     [
         ("modeconn.training/1", lambda f: state.save(TENSORS, f, {"training": "{}"})),
+        (
+            "modeconn.record/1",
+            lambda f: state.save(TENSORS, f, {"record": '{"format": "modeconn.record/1"}'}),
+        ),
         ("modeconn.fit/1", lambda f: state.save(TENSORS, f, {"fit": "[]"})),
         (
             "modeconn.record/9",
@@ -81,7 +86,7 @@ def test_other_settings_are_named(tmp_path: Path):
 def test_other_versions_are_named(tmp_path: Path, version: str, write):
     file = tmp_path / "a"
     write(file)
-    with refused(f"has format '{version}', expected 'modeconn.record/1'", str(file)):
+    with refused(f"has format '{version}', expected 'modeconn.record/2'", str(file)):
         record(file).read()
 
 
@@ -97,15 +102,18 @@ def test_other_files_are_no_record(tmp_path: Path, content: bytes):
 
 
 def test_what_killed_writers_left_is_swept_and_what_others_write_is_not(tmp_path: Path):
-    old, new, other = (
-        tmp_path / name for name in (".a.01234567.tmp", ".a.89abcdef.tmp", ".b.01234567.tmp")
-    )
-    for file in (old, new, other):
+    names = (".a.01234567.tmp", ".a.76543210.tmp", ".a.89abcdef.tmp", ".b.01234567.tmp")
+    old, new, written, other = (tmp_path / name for name in names)
+    for file in (old, new, written, other):
         file.write_bytes(b"half")
     for file in (old, other):
         os.utime(file, (0, 0))
+    with written.open("rb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)  # as a living writer holds it
+        record(tmp_path / "a")
+        assert sorted(tmp_path.iterdir()) == sorted([written, other])
     record(tmp_path / "a")
-    assert sorted(tmp_path.iterdir()) == sorted([new, other])
+    assert sorted(tmp_path.iterdir()) == [other]
 
 
 def test_a_folder_is_claimed_once(tmp_path: Path):

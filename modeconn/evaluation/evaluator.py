@@ -35,8 +35,9 @@ from modeconn.evaluation.notices import (
 from modeconn.evaluation.progress import Meter, Progress, reporting
 from modeconn.evaluation.request import Request
 from modeconn.evaluation.result import PathResult
-from modeconn.evaluation.resume import Unfinished, fingerprint
+from modeconn.evaluation.resume import Unfinished, digest_of_network, fingerprint
 from modeconn.evaluation.statistics import NormStatistics, Recomputed, placeholders
+from modeconn.files import locked
 from modeconn.metrics import PerSample
 from modeconn.parameters.paths import Path, Points
 from modeconn.plan.planner import make_program
@@ -137,12 +138,13 @@ def evaluate(
     runner = prepare(model, request.dtype, request.where)
     evaluated, training = request.sources()
     identity = {} if resume is None else fingerprint(path, request.t)
-    unfinished = Unfinished(resume, identity | request.settings())
     with (
+        locked(resume),
         torch.no_grad(),
         products(precision, request.where),
         reporting(progress) as report,
     ):
+        unfinished = Unfinished(resume, identity | request.settings())
         run = _Run(
             request, runner, Meter(report, evaluated, training, recompute_batches), unfinished
         )
@@ -216,6 +218,7 @@ class _Prepared:
     """A planned program, the engine that runs it, and its pass over the data, which has begun.
 
     Attributes:
+        network: digest of the network and its statistics, where sums are kept.
         example: the shape of the model's output for a few rows, which targets are checked against.
         most_rows: the most rows that the engine takes at a time.
         statistics: of the program's norms.
@@ -224,6 +227,7 @@ class _Prepared:
     program: Program
     engine: Backend
     batches: Iterator[Batch]
+    network: str
     example: Any
     most_rows: int
     statistics: Recomputed
@@ -254,7 +258,7 @@ def _recomputed(run: _Run, training: Batches | None) -> Recomputed:
     norms = NormStatistics(
         graph, request.path, request.t, request.dtype, request.where, request.backend
     )
-    with run.unfinished.stage("statistics") as stage:
+    with run.unfinished.stage("statistics", _network(request, graph)) as stage:
         return norms.recompute(batches, stage, request.recompute_batches, run.meter.recomputed)
 
 
@@ -283,7 +287,15 @@ def _prepare(run: _Run, source: Batches, statistics: Recomputed) -> _Prepared:
     most_rows = engine.most_rows(request.budget)
     if request.resume is not None:
         most_rows = min(most_rows, _rows_of_a_part(program))
-    return _Prepared(program, engine, batches, graph.example, most_rows, statistics)
+    network = _network(request, program.graph, statistics)
+    return _Prepared(program, engine, batches, network, graph.example, most_rows, statistics)
+
+
+def _network(request: Request, graph: Graph, statistics: Recomputed | None = None) -> str:
+    """Return the digest of what is computed, if its sums are kept."""
+    if request.resume is None:
+        return ""
+    return digest_of_network(graph, None if statistics is None else statistics.tables)
 
 
 def _sums(run: _Run, prepared: _Prepared) -> _Sums:
@@ -294,7 +306,7 @@ def _sums(run: _Run, prepared: _Prepared) -> _Sums:
     # they travel.
     indices = [torch.from_numpy(segment.point_indices).to(where) for segment in program.segments]
     fit = functools.partial(head.fit, prepared.example)
-    with run.unfinished.stage("evaluation") as stage:
+    with run.unfinished.stage("evaluation", prepared.network) as stage:
         sums = _Sums(head.zeros(len(program.points), where), head.zeros(1, torch.device("cpu")))
         if stage.sums:
             sums = _Sums(stage.sums["sums"].to(where), stage.sums["counts"])

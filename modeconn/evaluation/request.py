@@ -25,6 +25,7 @@ from modeconn.evaluation.arguments import (
     positive,
 )
 from modeconn.evaluation.statistics import BATCH_SIZE
+from modeconn.fingerprints import digest_of
 from modeconn.metrics import Head, PerSample
 from modeconn.parameters.paths import Path, Points
 
@@ -110,10 +111,14 @@ class Request:
         loss = self.loss
         if not isinstance(loss, str):
             loss = getattr(loss, "__qualname__", type(loss).__qualname__)
+        metrics = self.metrics
         return {
             "model": type(self.model).__name__,
             "loss": loss,
             "metrics": self.head.names,
+            # as a reader of messages knows them, in lists: digests say nothing to one
+            "definition of the loss": self._digest([self.loss]),
+            "definition of the metrics": self._digest(None if metrics is None else [*metrics]),
             "buffers": self.buffers,
             "backend": self.backend,
             "precision": self.precision,
@@ -121,6 +126,9 @@ class Request:
             "memory_budget": self.budget,
             "recompute_batches": self.recompute_batches,
         }
+
+    def _digest(self, value: Any) -> list[str]:
+        return [] if self.resume is None else [digest_of(value)]
 
 
 def _rows_within(budget: int, data: Any) -> int:

@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from modeconn.errors import ModeconnError
+from modeconn.parameters import state
 from modeconn.resuming import Record
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the weights after a given number of epochs."""
+    """All that decides the weights after a given number of epochs.
+
+    `network` is the digest of the architecture: classes, their code and attributes, and the names
+    and shapes of parameters.
+    """
 
     lr: float
     momentum: float
@@ -30,6 +36,7 @@ class Settings:
     seed: int
     samples: int
     data_crc: int
+    network: str
     halve_every: int = 0
 
     def check(self) -> None:
@@ -47,8 +54,9 @@ class Settings:
                 raise ModeconnError(f"{name} is {value}: expected {expected}")
 
     def described(self) -> dict[str, Any]:
-        """Return the settings that a reader understands: all but the checksum of the data."""
-        return {name: value for name, value in asdict(self).items() if name != "data_crc"}
+        """Return the settings that a reader understands: all but the digests."""
+        digests = ("data_crc", "network")
+        return {name: value for name, value in asdict(self).items() if name not in digests}
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,14 @@ class Snapshot:
         error: fraction of errors seen during the last of them; 1 before the first.
         weights: the model's state dict, a copy.
         momentum: momentum buffer by parameter name, a copy; empty before the first step.
+        network: digest of the architecture.
     """
 
     epoch: int
     error: float
     weights: dict[str, torch.Tensor]
     momentum: dict[str, torch.Tensor]
+    network: str
 
 
 def training_file(checkpoint: str | os.PathLike[str]) -> Path:
@@ -86,7 +96,8 @@ def save(snapshot: Snapshot, record: Record) -> None:
     """Write a training, whole or not at all."""
     tensors = {f"model.{key}": value for key, value in snapshot.weights.items()}
     tensors |= {f"momentum.{key}": value for key, value in snapshot.momentum.items()}
-    record.write(tensors, {"epoch": snapshot.epoch, "error": snapshot.error})
+    about = {"epoch": snapshot.epoch, "error": snapshot.error, "network": snapshot.network}
+    record.write(tensors, about)
 
 
 def load(record: Record) -> Snapshot:
@@ -101,5 +112,37 @@ def load(record: Record) -> Snapshot:
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "momentum": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
+        if part not in parts:
+            raise _damaged(record, f"{key!r} is neither of the model nor of the momentum")
         parts[part][name] = tensor
-    return Snapshot(kept["epoch"], kept["error"], parts["model"], parts["momentum"])
+    epoch, error = kept.get("epoch"), kept.get("error")
+    if type(epoch) is not int or epoch < 1:
+        raise _damaged(record, f"epoch is {epoch!r}, expected a whole number of at least 1")
+    if type(error) is not float or not 0 <= error <= 1:
+        raise _damaged(record, f"error is {error!r}, expected a fraction from 0 to 1")
+    return Snapshot(epoch, error, parts["model"], parts["momentum"], str(kept.get("network")))
+
+
+def check(snapshot: Snapshot, model: nn.Module, settings: Settings, record: Record) -> None:
+    """Raise a ModeconnError unless a snapshot is of this network.
+
+    Its momentum is that of some of the parameters: those that never had a gradient have none.
+    """
+    own = model.state_dict()
+    state.match([own, snapshot.weights], ["the model", str(record.file)], devices=False)
+    if snapshot.network != settings.network:
+        raise ModeconnError(
+            f"{record.file} holds the training of another network with such weights: "
+            "remove it to start anew, or name another file"
+        )
+    parameters = dict(model.named_parameters()) if settings.momentum else {}
+    for name, tensor in snapshot.momentum.items():
+        own = parameters.get(name)
+        if own is None or (own.shape, own.dtype) != (tensor.shape, tensor.dtype):
+            raise _damaged(record, f"the momentum of {name!r} is of no parameter")
+
+
+def _damaged(record: Record, reason: str) -> ModeconnError:
+    return ModeconnError(
+        f"{record.file} is damaged: {reason}: remove it to start anew, or name another file"
+    )

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from modeconn.errors import ModeconnError
-from modeconn.parameters import state
 from modeconn.resuming import Record
 from modeconn.training import checkpoint as training_state
 from modeconn.training.checkpoint import Settings, Snapshot
@@ -98,8 +97,7 @@ class Loop:
         if file is None:
             raise ModeconnError("resume needs a checkpoint to resume from")
         saved = training_state.load(self.record)
-        own = state.load(self.model)
-        state.match([own, saved.weights], ["the model", str(file)], devices=False)
+        training_state.check(saved, self.model, self.settings, self.record)
         self._restore(saved)
         if self.last.epoch > self.epochs:
             raise ModeconnError(
@@ -186,7 +184,7 @@ class Loop:
             if buffer is not None:
                 buffers[name] = buffer.clone()
         weights = {key: value.clone() for key, value in self.model.state_dict().items()}
-        return Snapshot(epoch, error, weights, buffers)
+        return Snapshot(epoch, error, weights, buffers, self.settings.network)
 
     def _restore(self, snapshot: Snapshot) -> None:
         self.model.load_state_dict(snapshot.weights)

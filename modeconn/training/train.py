@@ -17,8 +17,10 @@ from torch import nn
 from modeconn.backends.precision import without_autocast
 from modeconn.data import datasets
 from modeconn.errors import ModeconnError
+from modeconn.files import locked
+from modeconn.fingerprints import digest_of
 from modeconn.parameters import state
-from modeconn.training.checkpoint import Settings, record_of
+from modeconn.training.checkpoint import Settings, record_of, training_file
 from modeconn.training.labelled import Labelled, check_fits, checksum, measure, preload
 from modeconn.training.loop import Epoch, Loop, Progress, Stopped
 
@@ -95,7 +97,6 @@ def train(
         KeyboardInterrupt: with a message that says what was saved. The model then has the weights
             of the last finished epoch.
     """
-    started = time.perf_counter()
     if epochs < 1:
         raise ModeconnError(f"epochs is {epochs}: expected at least 1")
     labelled = preload(data, model)
@@ -109,23 +110,37 @@ def train(
         seed=seed,
         samples=len(labelled[1]),
         data_crc=checksum(labelled),
+        network=digest_of(model, weights=False),
         halve_every=halve_every,
     )
     settings.check()
     check_fits(model, labelled)
-    record = record_of(checkpoint, settings)
-    loop = Loop(model, settings, epochs, record, stop_at_zero_error, progress, log)
-    loop.begin(resume)
+    with locked(None if checkpoint is None else training_file(checkpoint)):
+        record = record_of(checkpoint, settings)
+        loop = Loop(model, settings, epochs, record, stop_at_zero_error, progress, log)
+        loop.begin(resume)
+        return _trained(loop, labelled, labelled_test, checkpoint, metadata)
+
+
+def _trained(
+    loop: Loop,
+    data: Labelled,
+    test: Labelled | None,
+    checkpoint: str | os.PathLike[str] | None,
+    metadata: Mapping[str, str] | None,
+) -> TrainReport:
+    """Run the epochs, measure, and write the finished checkpoint."""
+    started = time.perf_counter()
+    model, record = loop.model, loop.record
     try:
-        stopped = loop.run(labelled)
-        loss, error = measure(model, labelled)
-        test_loss, test_error = None, None
-        if labelled_test is not None:
-            test_loss, test_error = measure(model, labelled_test)
+        stopped = loop.run(data)
+        loss, error = measure(model, data)
+        test_loss, test_error = (None, None) if test is None else measure(model, test)
         seconds = time.perf_counter() - started
         report = TrainReport(loop.last.epoch, loss, error, test_loss, test_error, seconds, stopped)
         if checkpoint is not None:
-            state.save(state.load(model), checkpoint, _metadata(settings, report, metadata))
+            about = _metadata(loop.settings, report, metadata)
+            state.save(state.load(model), checkpoint, about)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(loop.interrupted()) from None
     record.remove()
