@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -310,6 +310,59 @@ def test_no_module_is_one_line(model: Any, text: str):
     a, b = pair(lambda: nn.Linear(6, 3))
     with pytest.raises(mc.ModeconnError, match=text):
         mc.evaluate(model, mc.Line(a, b), (X, Y), T)
+
+
+class TakesDict(nn.Linear):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(batch["x"])
+
+
+class TakesAny(nn.Linear):
+    def forward(self, *xs: Tensor) -> Tensor:
+        return super().forward(xs[0])
+
+
+class TakesKeywords(nn.Linear):
+    def forward(self, **given: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(given["x"])
+
+
+class Unknown:
+    """A class that pytree does not know, as caches are."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+
+class Output(NamedTuple):
+    logits: Tensor
+    cache: Unknown
+
+
+class ReturnsMore(nn.Linear):
+    def forward(self, x: Tensor) -> Output:  # type: ignore[override]
+        return Output(super().forward(x), Unknown(x))
+
+
+class BatchLast(nn.Linear):
+    """Arithmetic with the samples on the last axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x.t() * 2.0).t())
+
+
+@pytest.mark.parametrize("make", [TakesDict, TakesAny, TakesKeywords, ReturnsMore, BatchLast])
+def test_every_way_to_take_and_return_is_captured(make: type[nn.Linear]):
+    a, b = pair(lambda: make(6, 3))
+    x: Any = {"x": X} if make in (TakesDict, TakesKeywords) else X
+    scale = 2.0 if make is BatchLast else 1.0
+    result = mc.evaluate(a, mc.Line(a, b), (x, Y), T, progress=False)
+    assert result.info["fallback"] == ""
+    for t, got in zip(T, result.loss):
+        pairs = zip(a.state_dict().values(), b.state_dict().values())
+        weight, bias = ((1 - t) * p + t * q for p, q in pairs)
+        want = F.cross_entropy(F.linear(scale * X, weight, bias), Y)
+        assert got == pytest.approx(float(want), rel=1e-5)
 
 
 class Extra(nn.Linear):

@@ -10,6 +10,8 @@ that calls it (capture/opaque.py): slower, never wrong.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,7 +25,7 @@ from modeconn.capture.cache import graph_for
 from modeconn.capture.closing import parts_of
 from modeconn.capture.graph import Entry, Graph, In, Node, Size
 from modeconn.capture.mixing import mixes, run, same
-from modeconn.capture.opaque import reason_of, whole
+from modeconn.capture.opaque import reason_of, tensors_of, whole
 from modeconn.capture.quiet import quietly
 from modeconn.capture.stubs import stubs
 from modeconn.capture.translate import graph_of
@@ -55,6 +57,7 @@ def capture(model: Runner | nn.Module, sample: Inputs) -> Graph:
         ModeconnError: the model does not run on the sample.
     """
     runner = model if isinstance(model, Runner) else Runner(model)
+    runner.expect(sample)
     with torch.no_grad():
         return graph_for(runner, sample, lambda: _tried(runner, sample), mixes)
 
@@ -84,6 +87,9 @@ def _captured(model: nn.Module, x: Inputs, expected: Any) -> Graph:
         return _checked(_export(model, x), model, x, expected)
     except Exception as error:  # whatever export stumbles over, the module itself still runs
         failure = error
+    if tensors_of(expected) and any(map(_is_unknown, pytree.tree_leaves(expected))):
+        with contextlib.suppress(Exception):
+            return _known_outputs(model, x, expected)
     fewer = take(x, 0, rows(x) - 1)
     parts = parts_of(model, [lambda: output_of(model, x), lambda: output_of(model, fewer)])
     if parts:
@@ -145,9 +151,38 @@ def _export(model: nn.Module, x: Inputs) -> Graph:
 
     batch = {0: Dim("batch", min=1)}
     args, kwargs = arguments(x)
-    shapes: Any = dict.fromkeys(kwargs, batch) or tuple(batch for _ in args)
+    # By the names of the signature: arguments may be gathered in *args.
+    given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes = pytree.tree_map(lambda _: batch, dict(given))
     program = export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     return graph_of(program.run_decompositions({}), set(model.state_dict()), x)
+
+
+def _known_outputs(model: nn.Module, x: Inputs, output: Any) -> Graph:
+    """Captures a module whose output holds objects that torch.export does not know, without them.
+
+    Caches of transformers are such: losses read the logits, and the objects are None.
+    """
+    forward, own = model.forward, dict(vars(model))
+
+    def without(*args: Any, **kwargs: Any) -> Any:
+        return _tensors_in(forward(*args, **kwargs))
+
+    vars(model)["forward"] = functools.wraps(forward)(without)
+    try:
+        return _checked(_export(model, x), model, x, _tensors_in(output))
+    finally:
+        vars(model).pop("forward")
+        vars(model).update(own)
+
+
+def _is_unknown(leaf: Any) -> bool:
+    return leaf is not None and not isinstance(leaf, (Tensor, int, float, str, bool))
+
+
+def _tensors_in(output: Any) -> Any:
+    """An output with None for whatever is neither a tensor nor a plain value."""
+    return pytree.tree_map(lambda leaf: None if _is_unknown(leaf) else leaf, output)
 
 
 def _opaque(

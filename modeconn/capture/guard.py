@@ -142,6 +142,9 @@ class _Walk:
         if number is not None:
             yield ("again", number)
             return
+        if isinstance(module, torch.jit.ScriptModule):  # compiled: its code is that object's
+            yield ("script", type(module), _Identity(getattr(module, "_c", module)))
+            return
         yield ("module", type(module))
         yield from self._class(type(module))
         persistent = [

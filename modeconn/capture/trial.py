@@ -10,7 +10,8 @@ as it is, from a fresh copy at each point that is loaded before `eval()` (captur
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,8 @@ class Runner:
         device: torch.device | None = None,
     ) -> None:
         self.model, self.dtype, self.device = unwrapped(model), dtype, device
+        self._names: tuple[str, ...] = ()
+        self._one_dict = False
 
     def copy(self) -> nn.Module:
         """A copy in the user's own modes, converted.
@@ -60,8 +63,19 @@ class Runner:
                 f"the model {type(self.model).__name__} cannot be copied ({line_of(error)}): "
                 "expected a module that copy.deepcopy takes, since user code runs on a copy"
             ) from error
-        made.requires_grad_(False)
+        for parameter in made.parameters():
+            parameter.requires_grad_(False)
+        if self._names:
+            vars(made)["forward"] = _by_names(made.forward, self._names, self._one_dict)
         return made.to(device=self.device, dtype=self.dtype)
+
+    def expect(self, x: Inputs) -> None:
+        """Learns from a batch of inputs how the module takes a dict: by its names, or whole."""
+        if isinstance(x, Mapping):
+            signature = inspect.signature(self.model.forward)
+            self._one_dict = not _binds(signature, **x) and _binds(signature, x)
+            gathered = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+            self._names = tuple(x) if self._one_dict or gathered else ()
 
     def state(self) -> dict[str, Tensor]:
         """The user's parameters and buffers, converted; those that fit are the user's own."""
@@ -70,6 +84,28 @@ class Runner:
     def _converted(self, value: Tensor) -> Tensor:
         dtype = self.dtype if value.is_floating_point() else None
         return value.detach().to(device=self.device, dtype=dtype)
+
+
+def _by_names(
+    forward: Callable[..., Any], names: Sequence[str], one_dict: bool
+) -> Callable[..., Any]:
+    """A forward that takes its inputs by these names, where it gathers them or takes one dict."""
+
+    def named(**inputs: Any) -> Any:
+        return forward(inputs) if one_dict else forward(**inputs)
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    vars(named)["__signature__"] = inspect.Signature(parameters)
+    return named
+
+
+def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
+    """Whether a function of this signature can be called so."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _detached(model: nn.Module) -> dict[int, Any]:

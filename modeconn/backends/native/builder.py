@@ -16,7 +16,7 @@ from modeconn.backends.native.lowering import (
     lower,
 )
 from modeconn.backends.node_reading import operands, passes_through, unsupported
-from modeconn.capture.graph import In, Node
+from modeconn.capture.graph import In, Node, Size
 from modeconn.plan.program import Combination, Program, Segment, Varying, VaryingStep
 
 Operand = Combination | int
@@ -225,7 +225,7 @@ class Builder:
     def _fits(self, node: Node) -> bool:
         """Whether a value is images [N, C, H, W] or rows, and as many as the others."""
         shape = tuple(map(str, node.shape))
-        if len(shape) < 2 or len(shape) > 4:
+        if len(shape) < 2 or len(shape) > 4 or any(isinstance(d, Size) for d in node.shape[1:]):
             return False
         rows = shape[:1] if len(shape) == 4 else shape[:-1]
         if self._shape is None:
