@@ -137,8 +137,9 @@ def check(snapshot: Snapshot, model: nn.Module, settings: Settings, record: Reco
         )
     parameters = dict(model.named_parameters()) if settings.momentum else {}
     for name, tensor in snapshot.momentum.items():
-        own = parameters.get(name)
-        if own is None or (own.shape, own.dtype) != (tensor.shape, tensor.dtype):
+        parameter = parameters.get(name)
+        kind = None if parameter is None else (parameter.shape, parameter.dtype)
+        if kind != (tensor.shape, tensor.dtype):
             raise _damaged(record, f"the momentum of {name!r} is of no parameter")
 
 
