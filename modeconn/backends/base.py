@@ -101,7 +101,7 @@ class Sums:
 
     def cover(self, head: Head) -> bool:
         """Whether the kernel sums everything that is requested."""
-        return head.requests_only(self.losses, self.columns)
+        return head.requests_only(self.losses, self.columns) and not head.leaves_out
 
     def of(self, head: Head) -> list[int]:
         """The columns of the requested metrics, in the head's order."""

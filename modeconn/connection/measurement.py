@@ -79,6 +79,11 @@ def measure_path(
             _check_engine(subject, x[:_PLAIN_ROWS], forward(x[:_PLAIN_ROWS]))
         logits = forward(x).double()
         y = cross_entropy.fit(logits[0], targets.to(logits.device))
+        if cross_entropy.leaves_out:
+            raise ModeconnError(
+                "a label is -100: a certificate needs a class for every sample; leave such "
+                "samples out"
+            )
         digest.add(x, y)
         right = torch.stack([correct(row, y) for row in logits])
         sums[:, 0] += [float(cross_entropy.sums(row, y)[0]) for row in logits]

@@ -13,6 +13,8 @@ from torch import Tensor
 from modeconn.data.inputs import Inputs, keys, leaves
 from modeconn.errors import ModeconnError
 
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
 
 def as_inputs(value: Any, what: str) -> Inputs:
     """Return inputs as a tensor with rows, or as a tuple or dict of them.
@@ -34,6 +36,8 @@ def as_inputs(value: Any, what: str) -> Inputs:
 def as_tensor(value: Any, what: str) -> Tensor:
     """Return a tensor or array as a tensor with rows, sharing memory where torch can.
 
+    Unsigned integers of two bytes and more become int64.
+
     Raises:
         ModeconnError: the value is neither, or a single number; `what` names it.
     """
@@ -50,7 +54,8 @@ def as_tensor(value: Any, what: str) -> Tensor:
         raise ModeconnError(
             f"{what} of type {type(value).__name__}; expected a tensor or numpy array{several}"
         )
-    return value
+    # Torch has these dtypes, and hardly an operation for them.
+    return value.long() if value.dtype in _UNSIGNED else value
 
 
 def _from_numpy(array: np.ndarray, what: str) -> Tensor:

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,13 @@ from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Graph
 from modeconn.capture.trial import Runner
 from modeconn.data.batches import Batch, Batches
-from modeconn.data.inputs import moved, rows, take
+from modeconn.data.inputs import Inputs, moved, rows, take
 from modeconn.data.prefetch import on_device
 from modeconn.data.tensors import as_inputs
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import check_fit, device_of, dtype_of, frozen_entries
 from modeconn.evaluation.notices import (
+    warn,
     warn_of_capture,
     warn_of_non_finite,
     warn_of_stale_statistics,
@@ -205,12 +206,14 @@ class _Run:
         model: in the dtype and on the device of the computation.
         meter: receives the progress.
         unfinished: keeps the sums, if that is requested.
+        warned: of what the user was told.
     """
 
     request: Request
     model: Runner
     meter: Meter
     unfinished: Unfinished
+    warned: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -311,6 +314,7 @@ def _sums(run: _Run, prepared: _Prepared) -> _Sums:
         if stage.sums:
             sums = _Sums(stage.sums["sums"].to(where), stage.sums["counts"])
         for inputs, labels, given in on_device(prepared.batches, fit, request.dtype, where):
+            _warn_of_labels(run, prepared, inputs, given)
             step = rows(inputs) if program.graph.mixes_rows else prepared.most_rows
             for start in range(0, rows(inputs), step):
                 part = slice(start, start + step)
@@ -328,11 +332,28 @@ def _sums(run: _Run, prepared: _Prepared) -> _Sums:
     return sums
 
 
+def _warn_of_labels(run: _Run, prepared: _Prepared, inputs: Inputs, labels: Tensor) -> None:
+    """Warn, once each, of classes that could be on two axes and of padding that has labels."""
+    head, warned = run.request.head, run.warned
+    text = None if "axis" in warned else head.ambiguity(prepared.example, labels)
+    if text is not None:
+        warned.add("axis")
+        warn(text)
+    if "padding" not in warned and head.labels_padding(inputs, labels):
+        warned.add("padding")
+        warn(
+            "padding has labels that count: attention_mask is 0 at tokens (or, for next_token, "
+            "before them) whose label is not -100, and results depend on the padding; set such "
+            "labels to -100"
+        )
+
+
 def _result(run: _Run, prepared: _Prepared, sums: _Sums, started: float) -> PathResult:
     """Turn sums into means at the requested points, and describe the run."""
     if not bool(sums.counts.all()):
         raise ModeconnError(
-            "no token of the data has a label: all are -100, expected classes for some of them"
+            "no token of the data has a label, or none of positive weight: expected classes, other "
+            "than -100, for some of them"
         )
     request, program, statistics = run.request, prepared.program, prepared.statistics
     means = (sums.totals.cpu() / sums.counts).numpy()[program.inverse]

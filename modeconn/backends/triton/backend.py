@@ -318,8 +318,12 @@ def _sums_head(head: Head, classes: Sequence[Any], targets: Tensor) -> bool:
         return False
     if targets.dim() == 1:
         return len(classes) == 2
-    longer = 1 if head.loss == "next_token" else 0
-    return targets.dim() == 2 and len(classes) == 3 and classes[1] == targets.shape[1] + longer
+    if targets.dim() != 2 or len(classes) != 3:
+        return False
+    if head.loss == "next_token":
+        return bool(classes[1] == targets.shape[1] + 1)
+    # with as many classes as places the classes are on axis 1, as in PyTorch's losses
+    return bool(classes[1] == targets.shape[1] != classes[2])
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str:
