@@ -8,7 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,13 @@ from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Graph
 from modeconn.capture.trial import Runner
 from modeconn.data.batches import Batch, Batches
-from modeconn.data.inputs import Inputs, moved, rows, take
+from modeconn.data.inputs import moved, rows, take
 from modeconn.data.prefetch import on_device
 from modeconn.data.tensors import as_inputs
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import check_fit, device_of, dtype_of, frozen_entries
 from modeconn.evaluation.notices import (
-    warn,
+    LabelNotices,
     warn_of_capture,
     warn_of_non_finite,
     warn_of_stale_statistics,
@@ -83,8 +83,9 @@ def evaluate(
             and a dict may hold the targets as "labels".
         points: how many points, evenly spaced, or the t values, in any order, repeated or not.
         loss: "cross_entropy" (integer labels of samples, tokens or pixels), "next_token" (texts
-            that are their own labels), "mse", "bce" (logits), or a callable (outputs, targets) →
-            losses [N], which receives whatever the model returns.
+            that are their own labels), "mse", "bce" (logits), one of PyTorch's with the mean of its
+            own (`nn.CrossEntropyLoss(weight=w)`), or a callable (outputs, targets) → losses [N],
+            each of its row alone, which receives whatever the model returns.
         metrics: what to return: "loss", "error" (fraction of wrong classes), "top5_error",
             "perplexity", callables (outputs, targets) → [N]. By default the loss, and the error
             where the loss is one of classes.
@@ -206,14 +207,12 @@ class _Run:
         model: in the dtype and on the device of the computation.
         meter: receives the progress.
         unfinished: keeps the sums, if that is requested.
-        warned: of what the user was told.
     """
 
     request: Request
     model: Runner
     meter: Meter
     unfinished: Unfinished
-    warned: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -308,13 +307,13 @@ def _sums(run: _Run, prepared: _Prepared) -> _Sums:
     # Nothing below waits for a device: what the host wants to know of the labels it asks before
     # they travel.
     indices = [torch.from_numpy(segment.point_indices).to(where) for segment in program.segments]
-    fit = functools.partial(head.fit, prepared.example)
+    fit, said = functools.partial(head.fit, prepared.example), LabelNotices()
     with run.unfinished.stage("evaluation", prepared.network) as stage:
         sums = _Sums(head.zeros(len(program.points), where), head.zeros(1, torch.device("cpu")))
         if stage.sums:
             sums = _Sums(stage.sums["sums"].to(where), stage.sums["counts"])
         for inputs, labels, given in on_device(prepared.batches, fit, request.dtype, where):
-            _warn_of_labels(run, prepared, inputs, given)
+            said.warn(head, prepared.example, inputs, given)
             step = rows(inputs) if program.graph.mixes_rows else prepared.most_rows
             for start in range(0, rows(inputs), step):
                 part = slice(start, start + step)
@@ -330,22 +329,6 @@ def _sums(run: _Run, prepared: _Prepared) -> _Sums:
                 sums.counts += head.counts(given[part]).cpu()
                 stage.done({"sums": sums.totals, "counts": sums.counts})
     return sums
-
-
-def _warn_of_labels(run: _Run, prepared: _Prepared, inputs: Inputs, labels: Tensor) -> None:
-    """Warn, once each, of classes that could be on two axes and of padding that has labels."""
-    head, warned = run.request.head, run.warned
-    text = None if "axis" in warned else head.ambiguity(prepared.example, labels)
-    if text is not None:
-        warned.add("axis")
-        warn(text)
-    if "padding" not in warned and head.labels_padding(inputs, labels):
-        warned.add("padding")
-        warn(
-            "padding has labels that count: attention_mask is 0 at tokens (or, for next_token, "
-            "before them) whose label is not -100, and results depend on the padding; set such "
-            "labels to -100"
-        )
 
 
 def _result(run: _Run, prepared: _Prepared, sums: _Sums, started: float) -> PathResult:

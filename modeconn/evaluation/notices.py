@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from modeconn.capture.graph import Graph
 from modeconn.capture.opaque import Opaque
+from modeconn.data.inputs import Inputs
+from modeconn.metrics import Head
 from modeconn.plan.program import Program
 
 # Points that one warning names.
@@ -69,6 +73,34 @@ def warn_of_stale_statistics(program: Program) -> None:
         'of the networks between the control points; buffers="recompute" estimates them from the '
         "training data for all points, in one more pass"
     )
+
+
+class LabelNotices:
+    """Warnings of labels that may not be meant as they count, each once."""
+
+    def __init__(self) -> None:
+        self._axis = self._padding = False
+
+    def warn(self, head: Head, example: Any, inputs: Inputs, labels: Tensor) -> None:
+        """Warn of classes that could be on two axes, and of padding that has labels.
+
+        Args:
+            head: the sums of the evaluation.
+            example: the network's output for a few rows.
+            inputs: a batch.
+            labels: as `head.fit` returned them.
+        """
+        text = None if self._axis else head.ambiguity(example, labels)
+        if text is not None:
+            self._axis = True
+            warn(text)
+        if not self._padding and head.labels_padding(inputs, labels):
+            self._padding = True
+            warn(
+                "padding has labels that count: attention_mask is 0 at tokens (or, for next_token, "
+                "before them) whose label is not -100, and results depend on the padding; set such "
+                "labels to -100"
+            )
 
 
 def warn_of_non_finite(values: Mapping[str, np.ndarray], t: np.ndarray) -> None:
