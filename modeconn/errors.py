@@ -1,7 +1,9 @@
-"""Exceptions that bad input raises, and words that their messages share."""
+"""Exceptions that bad input raises, warnings, and words that their messages share."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 # Items that one message spells out.
@@ -40,3 +42,15 @@ def listed(items: Sequence[str], of: int | None = None) -> str:
     count = f"{len(items):,} of {of:,}: " if of else ""
     more = f"; and {len(items) - _LISTED:,} more" if len(items) > _LISTED else ""
     return count + "; ".join(items[:_LISTED]) + more
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn, and name as the place the line outside this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] == __name__.partition(".")[0]

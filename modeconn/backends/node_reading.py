@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from modeconn.capture.graph import Node
 from modeconn.errors import Unsupported
+from modeconn.plan.program import Moving
 from modeconn.plan.units import Shape
 
 _PASS_THROUGH = ("clone", "alias", "detach", "dropout", "contiguous")
@@ -22,6 +26,16 @@ def pair(value: Any) -> tuple[Any, Any]:
     """(height, width) of what PyTorch takes as one or two numbers."""
     values = [value] if isinstance(value, int) else list(value)
     return (values[0], values[-1])
+
+
+def of_dtype(entry: Tensor | Moving, dtype: torch.dtype) -> bool:
+    """Whether an entry is as precise as a computation in a dtype takes it.
+
+    A constant keeps its own dtype, and PyTorch promotes what it meets; a single number promotes
+    nothing.
+    """
+    like = entry if isinstance(entry, Tensor) else entry.like
+    return like.dtype == dtype or not like.is_floating_point() or like.dim() == 0
 
 
 def operands(node: Node) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from modeconn.backends.base import Request, Tick, Values
 from modeconn.backends.blocking import block_rows
 from modeconn.data.inputs import Inputs
 from modeconn.metrics import Head
-from modeconn.parameters.paths import blend
+from modeconn.parameters.blending import blend
 from modeconn.plan.program import Combination, Moving, Program, Segment, Varying
 
 

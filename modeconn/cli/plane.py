@@ -9,6 +9,8 @@ from modeconn.cli import evaluate, options, output
 from modeconn.errors import ModeconnError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from modeconn.parameters.paths import Plane
 
 POINTS = 25
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     """Checks everything, evaluates, prints and writes."""
     check(args)
     spec, model = options.load_model(args, args.checkpoints)
-    result = evaluate.evaluated(args, spec, model, make_plane(args), args.points)
+    result = evaluate.evaluated(args, spec, model, make_plane(args, model), args.points)
     if args.surface is not None:
         output.write_figure(lambda ax: result.plot(ax, surface=True), args.surface, surface=True)
     evaluate.report(result, args, surface=args.surface)
@@ -107,7 +109,7 @@ def check(args: argparse.Namespace) -> None:
             raise ModeconnError(f"--{axis} is {text}: expected LOW,HIGH with LOW below HIGH")
 
 
-def make_plane(args: argparse.Namespace) -> Plane:
+def make_plane(args: argparse.Namespace, model: nn.Module) -> Plane:
     """Makes the plane that the options describe."""
     from modeconn.parameters.paths import Plane
 
@@ -117,7 +119,7 @@ def make_plane(args: argparse.Namespace) -> Plane:
         plane = Plane.through(*args.checkpoints)
     else:
         norm = None if args.norm == "none" else args.norm
-        plane = Plane.random(args.checkpoints[0], seed=args.seed, norm=norm)
+        plane = Plane.random(args.checkpoints[0], seed=args.seed, norm=norm, module=model)
     x, y = plane.extent
     plane.extent = (tuple(args.x or x), tuple(args.y or y))
     return plane

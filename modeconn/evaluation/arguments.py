@@ -9,6 +9,7 @@ from torch import nn
 
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
+from modeconn.parameters.comparison import same_memory, tied
 from modeconn.parameters.paths import Path
 from modeconn.parameters.wrappers import unwrapped
 
@@ -83,6 +84,20 @@ def check_fit(model: nn.Module, path: Path) -> None:
         devices=False,
         dtypes=False,
     )
+    _check_ties(model, own, path)
+
+
+def _check_ties(model: nn.Module, own: states.State, path: Path) -> None:
+    """Raise where names of one tensor of the model have two values in a control point."""
+    for one, other in tied(own):
+        for point, name in zip(path.control_points, path.names):
+            a, b = point[one], point[other]
+            if not same_memory(a, b) and not torch.equal(a, b):
+                raise ModeconnError(
+                    f"{name} has different values for '{one}' and '{other}', which are one tensor "
+                    f"in the model {type(model).__name__}: give both names one value (Plane.random "
+                    "does so where it is given the module), or untie them in the model"
+                )
 
 
 def positive(name: str, value: Any) -> int | None:

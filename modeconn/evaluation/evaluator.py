@@ -40,7 +40,8 @@ from modeconn.evaluation.resume import Unfinished, digest_of_network, fingerprin
 from modeconn.evaluation.statistics import NormStatistics, Recomputed, placeholders
 from modeconn.files import locked
 from modeconn.metrics import PerSample
-from modeconn.parameters.paths import Path, Points
+from modeconn.parameters.paths import Path
+from modeconn.parameters.points import Points
 from modeconn.plan.planner import make_program
 from modeconn.plan.program import Program
 from modeconn.plan.report import Plan

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,19 +11,12 @@ from torch import Tensor
 from modeconn.capture.graph import Graph
 from modeconn.capture.opaque import Opaque
 from modeconn.data.inputs import Inputs
+from modeconn.errors import warn
 from modeconn.metrics import Head
 from modeconn.plan.program import Program
 
 # Points that one warning names.
 _LISTED = 5
-
-
-def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn, and name as the place the line outside this package that led here."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _is_own(frame.f_globals.get("__name__", "")):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level)
 
 
 def warn_of_capture(graph: Graph, batch: str) -> None:
@@ -113,7 +104,3 @@ def warn_of_non_finite(values: Mapping[str, np.ndarray], t: np.ndarray) -> None:
         count = int(bad.sum())
         more = f" and {count - _LISTED} more" if count > _LISTED else ""
         warn(f"{name} is not finite at t = {first}{more}", RuntimeWarning)
-
-
-def _is_own(module: str) -> bool:
-    return module.partition(".")[0] == __name__.partition(".")[0]

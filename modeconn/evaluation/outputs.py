@@ -26,7 +26,8 @@ from modeconn.evaluation.arguments import (
     positive,
 )
 from modeconn.evaluation.notices import warn_of_capture
-from modeconn.parameters.paths import Path, Points
+from modeconn.parameters.paths import Path
+from modeconn.parameters.points import Points
 from modeconn.plan.planner import make_program
 from modeconn.plan.report import Plan
 

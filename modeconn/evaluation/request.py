@@ -27,7 +27,8 @@ from modeconn.evaluation.arguments import (
 from modeconn.evaluation.statistics import BATCH_SIZE
 from modeconn.fingerprints import digest_of
 from modeconn.metrics import Head, PerSample
-from modeconn.parameters.paths import Path, Points
+from modeconn.parameters.paths import Path
+from modeconn.parameters.points import Points
 
 # Rows read at a time at most: more make nothing faster.
 _MOST_ROWS = 1 << 16

@@ -28,7 +28,8 @@ from modeconn.data.inputs import Inputs, moved, rows
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import device_of, dtype_of
 from modeconn.evaluation.resume import Stage, Unfinished
-from modeconn.parameters.paths import Path, Points
+from modeconn.parameters.paths import Path
+from modeconn.parameters.points import Points
 from modeconn.parameters.state import State
 from modeconn.plan.planner import make_program
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modeconn.errors import ModeconnError
+from modeconn.parameters.comparison import tied
 from modeconn.parameters.state import State
 
 _STATISTICS = ("running_mean", "running_var")
@@ -64,29 +67,90 @@ def _combined(states: Sequence[State], centre: int, weights: Tensor) -> State:
     return direction
 
 
-def random_direction(
-    base: State, generator: torch.Generator, norm: str | None, biases: bool
-) -> State:
-    """Draw a direction, scaled to a network (Li et al. 2018, section 4).
+class RandomDirections:
+    """Draws directions, scaled to a network (Li et al. 2018, section 4).
 
     Args:
         base: the network.
-        generator: of the random numbers, on the CPU.
         norm: "filter", "layer" or None: the norms of the network that the direction's are set to.
         biases: whether vectors have a direction, too.
+        module: the architecture, of which parameters alone move, those that it ties together; None
+            where it is unknown: then all but norms' running statistics move.
     """
-    direction = {}
-    for key, value in base.items():
-        moves = value.is_floating_point() and not key.endswith(_STATISTICS)
-        if not moves or (value.dim() <= 1 and not biases):
-            continue
+
+    def __init__(
+        self, base: State, norm: str | None, biases: bool, module: nn.Module | None = None
+    ) -> None:
+        self._norm = norm
+        moving = None if module is None else _parameters_of(module)
+        ties = () if module is None else tied(module.state_dict())
+        self._ties = {name: first for first, name in ties}
+        self._base = {
+            key: value
+            for key, value in base.items()
+            if value.is_floating_point()
+            and (value.dim() > 1 or biases)
+            and (not key.endswith(_STATISTICS) if moving is None else key in moving)
+        }
+        # Tensors by the memory that they lie in: tied weights, or views of one tensor, are several.
+        self._sharing = Counter(_memory(value) for value in self._base.values())
+
+    def draw(self, generator: torch.Generator) -> State:
+        """Draw a direction from a generator on the CPU; names that share memory have one draw."""
+        direction: State = {}
+        of_first: State = {}  # by the first of the names that the module ties
+        drawn: dict[tuple[object, ...], Tensor] = {}
+        for key, value in self._base.items():
+            first = self._ties.get(key, key)
+            if first not in of_first:
+                of_first[first] = self._drawn(value, drawn, generator)
+            direction[key] = of_first[first]
+        return direction
+
+    def _drawn(
+        self, value: Tensor, drawn: dict[tuple[object, ...], Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """Draw a tensor's direction.
+
+        Args:
+            value: the network's tensor.
+            drawn: what was drawn for memory that several tensors lie in, as they do.
+            generator: of the random numbers.
+        """
+        memory = _memory(value)
+        if self._sharing[memory] == 1:
+            return self._scaled(value, generator).to(value)
+        if memory not in drawn:
+            size = value.untyped_storage().nbytes() // value.element_size()
+            drawn[memory] = torch.full((size,), math.nan, dtype=torch.float64)
+        part = drawn[memory].as_strided(value.shape, value.stride(), value.storage_offset())
+        new = part.isnan()
+        if new.any():  # what another name has drawn stays
+            part[new] = self._scaled(value, generator)[new]
+        return part.to(value)
+
+    def _scaled(self, value: Tensor, generator: torch.Generator) -> Tensor:
         d = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        w = value.detach().double().cpu()
+        w, norm = value.detach().double().cpu(), self._norm
         if norm == "layer" or (norm == "filter" and w.dim() <= 1):
             d *= w.norm() / d.norm().clamp_min(1e-10)
         elif norm == "filter":
             axes = tuple(range(1, w.dim()))
             norms = [torch.linalg.vector_norm(v, dim=axes, keepdim=True) for v in (w, d)]
             d *= norms[0] / norms[1].clamp_min(1e-10)
-        direction[key] = d.to(value)
-    return direction
+        return d
+
+
+def _parameters_of(module: nn.Module) -> frozenset[str]:
+    """The names in a module's state that are parameters, or share memory with one."""
+    named = dict(module.named_parameters(remove_duplicate=False))
+    memory = {parameter.untyped_storage().data_ptr() for parameter in named.values()} - {0}
+    return frozenset(
+        name
+        for name, value in module.state_dict().items()
+        if name in named or value.untyped_storage().data_ptr() in memory
+    )
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.device, tensor.dtype, tensor.untyped_storage().data_ptr() or id(tensor)

@@ -18,17 +18,14 @@ from torch import Tensor, nn
 
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
-from modeconn.parameters.directions import principal_plane, random_direction
+from modeconn.parameters.blending import SNAP, blend
+from modeconn.parameters.comparison import warn_of_equal, warn_of_fixed
+from modeconn.parameters.directions import RandomDirections, principal_plane
+from modeconn.parameters.points import Points, is_count, t_values
 from modeconn.parameters.state import State
 
-# A count of points, or t values: a number, a sequence, an array or a tensor.
-Points = Any
 # A control point: a module, a state dict or the name of a checkpoint file.
 Source = Any
-
-# t * segments within this many rounding errors of a whole number is that breakpoint, so that t = i
-# / n hits it bitwise.
-_SNAP = 4 * float(np.finfo(np.float64).eps)
 
 
 class Path:
@@ -48,12 +45,20 @@ class Path:
         control_points: modules, state dicts or names of checkpoint files.
         names: what messages call them; by default the file names.
         least: the fewest control points.
+        directions: whether all but the first are directions, and no networks.
+
+    Control points that are equal, and masks and other integers that differ, are warned of.
     """
 
     dim = 1
+    _in_turn = False  # whether it goes from one control point to the next
 
     def __init__(
-        self, control_points: Sequence[Source], names: Sequence[str] | None = None, least: int = 2
+        self,
+        control_points: Sequence[Source],
+        names: Sequence[str] | None = None,
+        least: int = 2,
+        directions: bool = False,
     ) -> None:
         if isinstance(control_points, (str, Mapping, nn.Module)) or not isinstance(
             control_points, Sequence
@@ -75,6 +80,9 @@ class Path:
         for point, name in zip(self.control_points, names):
             states.check(point, name)
         self.names = list(names)
+        warn_of_equal(self.control_points, self.names, self._in_turn)
+        if not directions:
+            warn_of_fixed(self.control_points, self.names)
 
     # -- what a kind of path defines ---------------------------------------------------------------
 
@@ -105,31 +113,11 @@ class Path:
             ModeconnError: a count below one, no values, values that are not finite, or of the wrong
                 shape.
         """
-        if isinstance(points, (int, np.integer)) and not isinstance(points, bool):
+        if is_count(points):
             if points < 1:
                 raise ModeconnError(f"points is {points}: at least one point is needed")
             return self.grid(int(points))
-        try:
-            t = np.asarray(
-                points.detach().cpu() if isinstance(points, Tensor) else points, dtype=np.float64
-            )
-        except (TypeError, ValueError):
-            raise ModeconnError(f"points must be a count or numbers, got {points!r}") from None
-        if t.ndim == (0 if self.dim == 1 else 1):
-            t = t[None]
-        elif self.dim == 1 and t.ndim == 2 and t.shape[1] == 1:
-            t = t[:, 0]
-        expected = "[T]" if self.dim == 1 else f"[T, {self.dim}]"
-        if t.size == 0:
-            raise ModeconnError(f"points is empty: expected t values of shape {expected}")
-        if t.ndim != (1 if self.dim == 1 else 2) or (self.dim > 1 and t.shape[1] != self.dim):
-            raise ModeconnError(
-                f"points has shape {list(t.shape)}: {type(self).__name__} expects {expected}"
-            )
-        if not np.isfinite(t).all():
-            row = int(np.argmin(np.isfinite(t).reshape(len(t), -1).all(1)))
-            raise ModeconnError(f"points[{row}] is {t[row]}: t must be finite")
-        return t
+        return t_values(points, self.dim, type(self).__name__)
 
     def coefficients(self, t: Points) -> Tensor:
         """Return the coefficients c_k(t) of the control points, float64 [T, K]."""
@@ -161,24 +149,6 @@ class Path:
         return f"{type(self).__name__}({points}, {count:,} numbers each)"
 
 
-def blend(tensors: Sequence[Tensor], row: Sequence[float] | np.ndarray) -> Tensor:
-    """Return Σ_k row[k] · tensors[k].
-
-    Zero coefficients are left out, and a lone coefficient 1 returns its tensor as it is.
-    """
-    terms = [(float(c), tensor) for c, tensor in zip(row, tensors) if c != 0]
-    if not terms:
-        return torch.zeros_like(tensors[0])
-    if len(terms) == 1 and terms[0][0] == 1.0:
-        return terms[0][1]
-    if len(terms) == 2 and abs(terms[0][0] + terms[1][0] - 1.0) <= _SNAP:
-        return torch.lerp(terms[0][1], terms[1][1], terms[1][0])  # one pass over the memory
-    total = terms[0][1] * terms[0][0]
-    for c, tensor in terms[1:]:
-        total.add_(tensor, alpha=c)
-    return total
-
-
 class Line(Path):
     """The straight line (1 - t) a + t b; t outside [0, 1] extrapolates."""
 
@@ -195,6 +165,8 @@ class PolyChain(Path):
     t outside [0, 1] extends the first or the last segment.
     """
 
+    _in_turn = True
+
     @property
     def segments(self) -> int:
         """The number of segments, one less than that of control points."""
@@ -203,7 +175,7 @@ class PolyChain(Path):
     def _scaled(self, t: np.ndarray) -> np.ndarray:
         scaled = t * self.segments
         nearest = np.round(scaled)
-        close = np.abs(scaled - nearest) <= _SNAP * np.maximum(1.0, np.abs(nearest))
+        close = np.abs(scaled - nearest) <= SNAP * np.maximum(1.0, np.abs(nearest))
         return np.where(close, nearest, scaled)
 
     def segment_of(self, t: np.ndarray) -> np.ndarray:
@@ -225,6 +197,8 @@ class Bezier(Path):
 
     t outside [0, 1] extrapolates.
     """
+
+    _in_turn = True
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
         n = len(self.control_points) - 1
@@ -254,7 +228,9 @@ class Plane(Path):
         base = states.load(origin)
         zeros = {key: torch.zeros_like(value) for key, value in base.items()}
         super().__init__(
-            [base, zeros | states.load(u), zeros | states.load(v)], names=["origin", "u", "v"]
+            [base, zeros | states.load(u), zeros | states.load(v)],
+            names=["origin", "u", "v"],
+            directions=True,
         )
         self._through = False
         self.marks: np.ndarray = np.zeros((1, 2))
@@ -273,9 +249,19 @@ class Plane(Path):
 
     @classmethod
     def random(
-        cls, model: Source, *, seed: int = 0, norm: str | None = "filter", biases: bool = False
+        cls,
+        model: Source,
+        *,
+        seed: int = 0,
+        norm: str | None = "filter",
+        biases: bool = False,
+        module: nn.Module | None = None,
     ) -> Plane:
         """Return the plane through a model along two random Gaussian directions.
+
+        Of a module its parameters move, and none of its buffers. A state dict or a file does not
+        say which is which: without `module` all but norms' running statistics move. Names that
+        share memory (tied weights) move together.
 
         Args:
             model: the centre, at t = (0, 0); `points=n` covers [-1, 1]².
@@ -285,12 +271,17 @@ class Plane(Path):
                 (Li et al. 2018, section 4), None neither.
             biases: whether vectors (biases, norms' scales and shifts) move too; by default they do
                 not, nor do norms' running statistics ever.
+            module: the architecture, where `model` is a state dict or a file; it says which
+                entries are parameters, and which of them are tied.
         """
         if norm not in ("filter", "layer", None):
             raise ModeconnError(f'norm is {norm!r}: expected "filter", "layer" or None')
         base = states.load(model)
         generator = torch.Generator().manual_seed(seed)
-        plane = cls(base, *(random_direction(base, generator, norm, biases) for _ in range(2)))
+        if isinstance(model, nn.Module):
+            module = model
+        directions = RandomDirections(base, norm, biases, module)
+        plane = cls(base, *(directions.draw(generator) for _ in range(2)))
         plane.extent = ((-1.0, 1.0), (-1.0, 1.0))
         return plane
 

@@ -68,7 +68,7 @@ def load(
             f"network is of type {type(source).__name__}: "
             "expected an nn.Module, a state dict, or a file name"
         )
-    return {name: _converted(tensor, dtype, copy) for name, tensor in state.items()}
+    return _converted(state, dtype, copy)
 
 
 def match(
@@ -216,8 +216,20 @@ def _common_wrapper(names: Sequence[str]) -> str | None:
     return None
 
 
-def _converted(tensor: Tensor, dtype: torch.dtype | None, copy: bool = False) -> Tensor:
-    return tensor.to(dtype if dtype and tensor.is_floating_point() else tensor.dtype, copy=copy)
+def _converted(state: State, dtype: torch.dtype | None, copy: bool) -> State:
+    """Convert a state's tensors; those that are one and the same (tied weights) stay one."""
+    made: dict[tuple[object, ...], Tensor] = {}
+    converted = {}
+    for name, tensor in state.items():
+        to = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        if tensor.layout != torch.strided or not tensor.numel() or tensor.is_meta:
+            converted[name] = tensor.to(to, copy=copy)
+            continue
+        place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if place not in made:
+            made[place] = tensor.to(to, copy=copy)
+        converted[name] = made[place]
+    return converted
 
 
 def _differences(

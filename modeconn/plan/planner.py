@@ -6,13 +6,15 @@ that equal ones are one value, within a segment and between segments (plan/segme
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from modeconn.capture.graph import Graph
+from modeconn.parameters.blending import is_far
 from modeconn.parameters.paths import Path
 from modeconn.plan.cost import flops
 from modeconn.plan.merging import Merging
@@ -45,18 +47,15 @@ def make_program(
         by_content: False for a plan that can be differentiated in the control points: see
             `Contents`.
     """
-    start = {name: path.control_points[0][name] for name in frozen}
-    constants = {**graph.constants, **start}
-    contents = Contents(path.control_points, constants, dtype, device, by_content)
+    points_of_path = path.control_points
+    contents = Contents(points_of_path, graph.constants, dtype, device, frozen, by_content)
     shared = SharedSteps(graph)
     distinct, inverse = np.unique(points, axis=0, return_inverse=True)
     coefficients = path.coefficients(distinct).numpy()
     segments = []
-    segment_of = path.segment_of(distinct)
-    for index in np.unique(segment_of):
-        chosen = np.flatnonzero(segment_of == index)
+    for empty in _empty_segments(path.segment_of(distinct), coefficients, contents):
+        chosen = empty.point_indices
         here = {name: _rows_of(table, chosen) for name, table in (tables or {}).items()}
-        empty = _empty_segment(int(index), chosen, coefficients[chosen])
         segments.append(_planned(graph, empty, contents, here, shared))
     return Program(
         graph,
@@ -65,11 +64,41 @@ def make_program(
         shared.steps,
         segments,
         _naive_flops(graph, contents),
+        dtype,
     ).pruned()
 
 
 def _rows_of(table: Tensor, chosen: np.ndarray) -> Tensor:
     return table[torch.from_numpy(chosen).to(table.device)]
+
+
+def _empty_segments(
+    segment_of: np.ndarray, coefficients: np.ndarray, contents: Contents
+) -> Iterator[Segment]:
+    """The path's segments, and for each one more if some of its points are far out."""
+    far = is_far(coefficients)
+    for index in np.unique(segment_of):
+        near = np.flatnonzero((segment_of == index) & ~far)
+        if len(near):
+            yield _empty_segment(int(index), near, coefficients[near])
+    beyond = int(segment_of.max()) + 1
+    for index in np.unique(segment_of[far]):
+        chosen = np.flatnonzero((segment_of == index) & far)
+        empty = _empty_segment(beyond + int(index), chosen, coefficients[chosen])
+        yield _from_first(empty, contents) if contents.by_content else replace(empty, far=True)
+
+
+def _from_first(segment: Segment, contents: Contents) -> Segment:
+    """A segment as its first control point and multiples of the others' differences from it.
+
+    Σ c_k p_k cancels where coefficients are large and sum to 1: a weight at t = 1000 has lost three
+    digits. p_0 + Σ c_k (p_k - p_0) is the same and has not.
+    """
+    base, *others = segment.active
+    active = (base, *(contents.difference(k, base) for k in others))
+    coefficients = segment.coefficients.copy()
+    coefficients[:, 0] = 1.0
+    return replace(segment, active=active, coefficients=coefficients, far=True)
 
 
 def _empty_segment(index: int, point_indices: np.ndarray, coefficients: np.ndarray) -> Segment:
@@ -89,7 +118,7 @@ def _planned(
     """Plans a segment, anew for as long as requests can be merged."""
     merging = Merging()
     while True:
-        segment = Segment(empty.index, empty.point_indices, empty.active, empty.coefficients)
+        segment = replace(empty, steps=[], outputs={}, forms={}, stale=set())
         weights = SegmentWeights(contents, segment, tables)
         planner = SegmentPlanner(graph, weights, shared, segment, merging)
         planner.plan()

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from modeconn.capture.graph import Graph, Node
-from modeconn.parameters.paths import blend
+from modeconn.parameters.blending import blend
 from modeconn.plan.units import ALL, Units
 
 
@@ -157,8 +158,9 @@ class Segment:
 
     Attributes:
         point_indices: which of the plan's distinct points lie here, int [T].
+        active: indices of the active control points, of the path or of differences of two of its.
         coefficients: float64 [T, K] over the active control points.
-        active: their indices.
+        far: whether the points lie so far out that values are not to be combined over networks.
         steps: what is done for each point.
         outputs: the form of every node that the output is made of.
         forms: the forms of every node that the output takes, for `explain`.
@@ -174,6 +176,7 @@ class Segment:
     outputs: dict[int, Form] = field(default_factory=dict)
     forms: dict[int, list[Form]] = field(default_factory=dict)
     stale: set[int] = field(default_factory=set)
+    far: bool = False
 
     @property
     def between(self) -> np.ndarray:
@@ -219,6 +222,7 @@ class Program:
         inverse: for each point that was asked for its place among the distinct ones.
         shared: every shared step; the first are the inputs.
         naive_flops: arithmetic of one forward pass of one network, per row.
+        dtype: of the computation; constants keep their own.
         order: the shared values that are needed, in execution order.
     """
 
@@ -228,6 +232,7 @@ class Program:
     shared: list[SharedStep]
     segments: list[Segment]
     naive_flops: float
+    dtype: torch.dtype = torch.float32
     order: list[int] = field(default_factory=list)
 
     @property

@@ -30,7 +30,7 @@ from modeconn.plan.program import (
 )
 from modeconn.plan.rules.base import UNKNOWN, Fit, Mismatch, Rule, Shapes
 from modeconn.plan.rules.table import rule_for
-from modeconn.plan.segment_weights import ROUNDING, Group, SegmentWeights
+from modeconn.plan.segment_weights import Group, SegmentWeights, sum_to_one
 from modeconn.plan.units import ALL, Units
 
 # Taking a part out of a value reads and writes that part once more: it pays where at most this
@@ -241,11 +241,12 @@ class SegmentPlanner:
     def _combine_weights(self, node: Node, call: _Call) -> Combination | None:
         """Combines one shared value per set of weights, where inputs are constant and weights vary.
 
-        None where the value is not linear in the weights, or where points are fewer than sets.
+        None where the value is not linear in the weights, where points are fewer than sets, or
+        where an entry that is fixed would be scaled.
         """
         linear = call.rule.linear_entries(node)
         moving = {i for i, entry in enumerate(call.entries) if not isinstance(entry, Tensor)}
-        if not moving <= linear:
+        if not moving <= linear or not self._weights.combinable(node, linear):
             return None
         groups = self._weights.groups(self._weight_sets(node, call.fit, linear))
         if len(groups) > len(self._segment.point_indices):
@@ -310,7 +311,7 @@ class SegmentPlanner:
         moving = frozenset(i for i, form in enumerate(combinations) if not form.constant)
         linearity = call.rule.linearity(call.node, moving)
         coefficients = [term.coefficients for term in combinations[min(moving)].terms]
-        if not linearity or (linearity == "affine" and not _sum_to_one(coefficients)):
+        if not linearity or (linearity == "affine" and not sum_to_one(coefficients)):
             return None
         picked: list[list[int]] = []  # per input, its shared value for each term
         for form in combinations:
@@ -365,11 +366,6 @@ def _called(node: Node, fit: Fit) -> Node:
 def _shared_values(forms: Sequence[Form]) -> list[int]:
     """The shared values of forms that are known to be constant."""
     return [form.terms[0].value for form in forms if isinstance(form, Combination)]
-
-
-def _sum_to_one(coefficients: Sequence[np.ndarray]) -> bool:
-    difference = np.abs(sum(coefficients) - 1.0)
-    return not bool((difference > ROUNDING * len(coefficients)).any())
 
 
 def _has_coefficients(form: Combination, coefficients: Sequence[np.ndarray]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modeconn.capture.graph import Node
-from modeconn.parameters.paths import blend
+from modeconn.parameters.blending import blend
 from modeconn.plan.program import Blend, Moving, PerPoint, Segment
 from modeconn.plan.rules.base import Support
 from modeconn.plan.weights import Contents, Cut
@@ -61,6 +61,19 @@ class SegmentWeights:
         """The shapes of a node's parameters and buffers, whole."""
         return [tuple(self._contents.tensor(name, 0).shape) for name in node.entries]
 
+    def combinable(self, node: Node, linear: frozenset[int]) -> bool:
+        """Whether a value may be a combination over the control points' weights.
+
+        Where a fixed entry is among those in which the value is linear, each summand holds it, and
+        so the coefficients must sum to 1. Differences of far points are not taken up by plans whose
+        weights change: those are materialized before they are used.
+        """
+        if self._segment.far and not self._contents.by_content:
+            return False
+        if not any(self._contents.is_fixed(node.entries[i]) for i in linear):
+            return True
+        return sum_to_one(list(self._segment.coefficients.T))
+
     def is_mixed(self, tensor: Tensor) -> bool:
         """Whether a tensor is fixed on the segment and yet that of no control point."""
         return id(tensor) in self._mixed
@@ -80,9 +93,9 @@ class SegmentWeights:
         """Returns a tensor where nothing changes with t, else a blend of the different ones."""
         if name in self._tables:
             return self._tabulated(self._tables[name], cut)
-        tensors = [self.tensor(name, k, cut) for k in self.everyone]
-        if not tensors[0].is_floating_point():
+        if self._contents.is_fixed(name):
             return self._contents.tensor(name, 0, cut)
+        tensors = [self.tensor(name, k, cut) for k in self.everyone]
         groups = self.groups([(tensor,) for tensor in tensors])
         if not groups:
             return self._contents.unique(torch.zeros_like(tensors[0]))
@@ -122,6 +135,12 @@ class SegmentWeights:
             if coefficients.any():
                 groups.append(Group(points, tuples[points[0]], coefficients))
         return groups
+
+
+def sum_to_one(coefficients: Sequence[np.ndarray]) -> bool:
+    """Whether coefficients sum to 1 at each of a segment's points."""
+    difference = np.abs(sum(coefficients) - 1.0)
+    return not bool((difference > ROUNDING * len(coefficients)).any())
 
 
 def _unrounded(coefficients: np.ndarray) -> np.ndarray:

@@ -29,8 +29,9 @@ class Contents:
 
     Args:
         control_points: K state dicts.
-        constants: tensors that no control point has.
+        constants: tensors that no control point has; they keep their dtype.
         dtype, device: what to compute with; tensors that differ are converted once.
+        frozen: entries that stay those of the first control point.
         by_content: False for tensors that are to be differentiated, or to change while the plan is
             in use: then a weight that is zero still counts, and only one and the same tensor is
             equal.
@@ -42,12 +43,17 @@ class Contents:
         constants: State,
         dtype: torch.dtype,
         device: torch.device,
+        frozen: frozenset[str] = frozenset(),
         by_content: bool = True,
     ) -> None:
         self.by_content = by_content
         self._points = control_points
-        self._constants = constants
+        self._constants, self._frozen = constants, frozen
         self._dtype, self._device = dtype, device
+        # Further control points: differences of two, as (one, the other) by their number.
+        self._differences: dict[int, tuple[int, int]] = {}
+        self._numbers_of: dict[tuple[int, int], int] = {}
+        self._subtracted: dict[tuple[str, int], Tensor] = {}
         # id of the source → the source (kept alive), converted
         self._converted: dict[int, tuple[Tensor, Tensor]] = {}
         self._cuts: dict[tuple[int, tuple[bytes | None, ...]], Tensor] = {}
@@ -63,18 +69,53 @@ class Contents:
 
         Equal contents give the same object.
         """
-        source = self._constants[name] if name in self._constants else self._points[k][name]
-        if id(source) not in self._converted:
-            dtype = self._dtype if source.is_floating_point() else source.dtype
-            given = source.detach() if self.by_content else source
-            self._converted[id(source)] = (source, self.unique(given.to(self._device, dtype)))
-        whole = self._converted[id(source)][1]
+        whole = self._whole(name, k)
         if all(index is None for index in cut):
             return whole
         key = (id(whole), cut_key(cut))
         if key not in self._cuts:
             self._cuts[key] = self.unique(self._part(whole, cut))
         return self._cuts[key]
+
+    def is_fixed(self, name: str) -> bool:
+        """Whether an entry is one tensor at every point of every path.
+
+        So are constants, what is frozen, and what is not floating point. Coefficients do not apply
+        to it: those of the first control point are 1 and all others 0, whatever they sum to.
+        """
+        if name in self._constants or name in self._frozen:
+            return True
+        return not self._points[0][name].is_floating_point()
+
+    def difference(self, k: int, base: int) -> int:
+        """Returns the number of the further control point that is control point k minus another."""
+        key = (k, base)
+        if key not in self._numbers_of:
+            number = len(self._points) + len(self._differences)
+            self._numbers_of[key], self._differences[number] = number, key
+        return self._numbers_of[key]
+
+    def _whole(self, name: str, k: int) -> Tensor:
+        if k in self._differences and not self.is_fixed(name):
+            return self._difference(name, k)
+        if name in self._constants:
+            source, dtype = self._constants[name], self._constants[name].dtype
+        else:
+            source = self._points[0 if self.is_fixed(name) else k][name]
+            dtype = self._dtype if source.is_floating_point() else source.dtype
+        if id(source) not in self._converted:
+            given = source.detach() if self.by_content else source
+            self._converted[id(source)] = (source, self.unique(given.to(self._device, dtype)))
+        return self._converted[id(source)][1]
+
+    def _difference(self, name: str, number: int) -> Tensor:
+        if (name, number) not in self._subtracted:
+            k, base = self._differences[number]
+            # In float64, which holds the difference of two float32 numbers but for rare ones.
+            difference = self._points[k][name].detach().double() - self._points[base][name].double()
+            whole = self.unique(difference.to(self._device, self._dtype))
+            self._subtracted[name, number] = whole
+        return self._subtracted[name, number]
 
     def _part(self, tensor: Tensor, cut: Cut) -> Tensor:
         for axis, index in enumerate(cut):

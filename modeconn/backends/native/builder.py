@@ -15,7 +15,7 @@ from modeconn.backends.native.lowering import (
     folds,
     lower,
 )
-from modeconn.backends.node_reading import operands, passes_through, unsupported
+from modeconn.backends.node_reading import of_dtype, operands, passes_through, unsupported
 from modeconn.capture.graph import In, Node, Size
 from modeconn.plan.program import Combination, Program, Segment, Varying, VaryingStep
 
@@ -77,6 +77,8 @@ class Builder:
         node = step.node
         if not node.batched or not self._fits(node):
             raise unsupported(node, _VALUES)
+        if not all(of_dtype(entry, self.program.dtype) for entry in step.entries):
+            raise unsupported(node, "constants of the dtype that it computes in")
         if step.combine is not None:
             self._put(index, self._source(StepGraph(step.combine.terms), node))
             return

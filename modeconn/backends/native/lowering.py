@@ -13,6 +13,7 @@ from modeconn.backends.base import attempt
 from modeconn.backends.native.layers import Layer, StepGraph
 from modeconn.backends.node_reading import (
     convolution_geometry,
+    of_dtype,
     operands,
     pair,
     pooling_geometry,
@@ -256,6 +257,8 @@ def begin_with_layer(program: Program, steps: StepGraph, most: float = DEPTH_PER
     node, entries = combined[0].node, combined[0].entries
     same = len({(step.node.id, step.inputs) for step in combined}) == 1
     if not same or node.op not in ("linear", "conv2d"):
+        return False
+    if not all(of_dtype(entry, program.dtype) for step in combined for entry in step.entries):
         return False
     if entries[0][0].numel() > most * len(combined):
         return False

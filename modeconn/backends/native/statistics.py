@@ -21,7 +21,7 @@ from modeconn.backends.native.lowering import batch_norm, begin_with_layer
 from modeconn.backends.node_reading import unsupported
 from modeconn.backends.reference import ReferenceBackend
 from modeconn.errors import Unsupported
-from modeconn.parameters.paths import blend
+from modeconn.parameters.blending import blend
 from modeconn.plan.program import Combination, Form, Program, Segment, Varying, VaryingStep
 from modeconn.plan.units import static
 

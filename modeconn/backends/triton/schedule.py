@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modeconn.backends.activations import IDENTITY, Activation, activation_of
-from modeconn.backends.node_reading import pooling_geometry
+from modeconn.backends.node_reading import of_dtype, pooling_geometry
 from modeconn.backends.triton.segment import (
     Operand,
     SegmentSteps,
@@ -40,7 +40,7 @@ from modeconn.backends.triton.values import (
 from modeconn.capture.graph import In, Node
 from modeconn.errors import Unsupported
 from modeconn.kernels.blended import Blended
-from modeconn.plan.program import Blend, Combination, Term
+from modeconn.plan.program import Blend, Combination, Term, VaryingStep
 
 
 @dataclass
@@ -166,6 +166,8 @@ class ChunkSchedule:
         node = step.node
         if step.combine is not None:
             return self._combination(index, step.combine)
+        if not self._of_dtype(step):
+            return self._plain(index)
         if is_linear(step):
             return self._linear(index)
         if steps.gradients:  # the other kernels have no backward
@@ -357,7 +359,11 @@ class ChunkSchedule:
 
     def _is_norm(self, index: int) -> bool:
         step = self._steps.steps[index]
-        return step.node.op == "batch_norm" and len(step.inputs) == 1
+        return step.node.op == "batch_norm" and len(step.inputs) == 1 and self._of_dtype(step)
+
+    def _of_dtype(self, step: VaryingStep) -> bool:
+        """Whether the kernels, which compute in the program's dtype, may run a step."""
+        return all(of_dtype(entry, self._steps.program.dtype) for entry in step.entries)
 
     def _residual(self, index: int, own: int) -> Operand | None:
         """Returns the operand that a sum adds to another one, `own`."""

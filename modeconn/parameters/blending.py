@@ -1,0 +1,45 @@
+"""Sums of control points with coefficients, added up so that large ones cost no digits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# t * segments within this many rounding errors of a whole number is that breakpoint, so that t = i
+# / n hits it bitwise.
+SNAP = 4 * float(np.finfo(np.float64).eps)
+
+# Coefficients beyond this lose digits where they sum to 1: networks are added up from differences.
+_FAR = 2.0
+
+
+def blend(tensors: Sequence[Tensor], row: Sequence[float] | np.ndarray) -> Tensor:
+    """Return Σ_k row[k] · tensors[k].
+
+    Zero coefficients are left out, and a lone coefficient 1 returns its tensor as it is.
+    """
+    terms = [(float(c), tensor) for c, tensor in zip(row, tensors) if c != 0]
+    if not terms:
+        return torch.zeros_like(tensors[0])
+    if len(terms) == 1 and terms[0][0] == 1.0:
+        return terms[0][1]
+    if len(terms) == 2 and abs(terms[0][0] + terms[1][0] - 1.0) <= SNAP:
+        return torch.lerp(terms[0][1], terms[1][1], terms[1][0])  # one pass over the memory
+    if is_far(np.array([[c for c, _ in terms]]))[0]:
+        first = terms[0][1]
+        return first + sum((c * (tensor - first) for c, tensor in terms[1:]))
+    total = terms[0][1] * terms[0][0]
+    for c, tensor in terms[1:]:
+        total.add_(tensor, alpha=c)
+    return total
+
+
+def is_far(coefficients: np.ndarray) -> np.ndarray:
+    """Whether each row of coefficients [T, K] is far out: large ones that sum to 1, bool [T]."""
+    largest = np.abs(coefficients).max(1, initial=0.0)
+    off = np.abs(coefficients.sum(1) - 1.0)
+    far: np.ndarray = (largest > _FAR) & (off <= SNAP * coefficients.shape[1] * largest)
+    return far
