@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from modeconn.errors import ModeconnError
 from modeconn.parameters.comparison import tied
-from modeconn.parameters.state import State
+from modeconn.parameters.state import State, load
+from modeconn.parameters.wrappers import unwrapped
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -82,9 +83,10 @@ class RandomDirections:
         self, base: State, norm: str | None, biases: bool, module: nn.Module | None = None
     ) -> None:
         self._norm = norm
-        moving = None if module is None else _parameters_of(module)
-        ties = () if module is None else tied(module.state_dict())
-        self._ties = {name: first for first, name in ties}
+        moving, self._ties = None, {}
+        if module is not None:
+            moving = _parameters_of(unwrapped(module))
+            self._ties = {name: first for first, name in tied(load(module))}
         self._base = {
             key: value
             for key, value in base.items()
@@ -147,7 +149,7 @@ def _parameters_of(module: nn.Module) -> frozenset[str]:
     memory = {parameter.untyped_storage().data_ptr() for parameter in named.values()} - {0}
     return frozenset(
         name
-        for name, value in module.state_dict().items()
+        for name, value in load(module).items()
         if name in named or value.untyped_storage().data_ptr() in memory
     )
 

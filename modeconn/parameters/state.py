@@ -36,7 +36,8 @@ def load(
     A module's or a mapping's tensors are detached, not copied: they follow later changes of the
     original. A file's tensors are copies on the CPU, so the file may be overwritten later. Its
     first bytes say what kind of file it is: safetensors, or ``torch.save`` (zip or older), read
-    with ``weights_only=True``, so no code in the file ever runs. A state that a mapping or file
+    with ``weights_only=True``, so no code in the file ever runs. Names that ``torch.save`` wrote as
+    one tensor (tied weights) stay one. A state that a mapping or file
     holds under "model_state", "state_dict", "model_state_dict", "model" or "net" is found there. In
     a file, the prefixes "module." and "_orig_mod." that wrappers put before every name are removed;
     names of modules and mappings stay as they are.
@@ -222,7 +223,7 @@ def _converted(state: State, dtype: torch.dtype | None, copy: bool) -> State:
     converted = {}
     for name, tensor in state.items():
         to = dtype if dtype and tensor.is_floating_point() else tensor.dtype
-        if tensor.layout != torch.strided or not tensor.numel() or tensor.is_meta:
+        if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.data_ptr():
             converted[name] = tensor.to(to, copy=copy)
             continue
         place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
