@@ -83,10 +83,8 @@ def test_a_callable_that_looks_at_other_rows_is_refused(function, as_metric):
 
 
 def test_pairs_are_torn():
-    with refused("loss gives"):
-        Head(lambda o, t: pairs(o, t) if len(o) % 2 == 0 else o[:, 0], None).sums(
-            OUTPUTS[:20], LABELS[:20]
-        )
+    with refused("loss fails for the first or last", "of that row alone"):
+        Head(pairs, None).sums(OUTPUTS[:20], LABELS[:20])
 
 
 @pytest.mark.parametrize("wrap", [tuple, dict, SimpleNamespace])
@@ -119,6 +117,13 @@ def test_callables_of_single_rows_are_taken(scale, rows):
         for dtype in (torch.float32, torch.float64):
             matrix = matrix.to(dtype)
             Head(function, None).sums(OUTPUTS[:rows].to(dtype), LABELS[:rows])
+
+
+def test_states_by_layer_have_their_rows_on_axis_1():
+    outputs = (OUTPUTS, torch.randn(2, 23, 5, generator=G))
+    Head(lambda o, t: o[1][-1].square().sum(1), None).sums(outputs, LABELS)
+    with refused("depends on other rows"):
+        Head(lambda o, t: o[1].sum(1).sum() + o[0][:, 0], None).sums(outputs, LABELS)
 
 
 def test_a_random_callable_is_called_so():
@@ -219,6 +224,11 @@ def test_weights_that_do_not_fit_are_refused():
         Head(nn.BCEWithLogitsLoss(weight=torch.ones(9, 2, 3)), None).fit(NUMBERS, TARGETS)
     with refused("probabilities of classes"):
         Head(nn.CrossEntropyLoss(), None).fit(OUTPUTS, OUTPUTS.softmax(1)[:, 0])
+    with refused("probabilities of classes", 'reduction="none"'):
+        Head(nn.CrossEntropyLoss(), None).fit(OUTPUTS, OUTPUTS.softmax(1))
+    each = Head(nn.CrossEntropyLoss(reduction="none"), None)  # what the error says works
+    right = F.cross_entropy(OUTPUTS, OUTPUTS.softmax(1))
+    assert mean(each, OUTPUTS, OUTPUTS.softmax(1))["loss"] == pytest.approx(float(right))
 
 
 # -- the class axis, and errors beside callables -------------------------------------------------

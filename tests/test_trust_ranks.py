@@ -34,6 +34,19 @@ def test_what_is_not_finite_ranks_last(bad):
         ranking.best([bad, bad], "loss")
 
 
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_the_lowest_point_is_finite(bad):
+    def result(t, loss) -> mc.PathResult:
+        return mc.PathResult(np.array(t), {"loss": np.array(loss)}, 1, 1, "native", 0.0)
+
+    assert result([0.0, 0.5, 1.0], [bad, 2.0, 1.0]).lowest() == (1.0, 1.0)
+    assert result([[0.0, 1.0], [1.0, 2.0]], [3.0, bad]).lowest() == ((0.0, 1.0), 3.0)
+    with refused("finite for none of 2"):
+        result([0.0, 1.0], [bad, bad]).lowest()
+    picture = result([0.0, 0.5, 1.0], [bad, 2.0, 1.0]).terminal_plot()
+    assert "nan" not in picture and "inf" not in picture
+
+
 def test_a_greedy_soup_never_takes_what_is_not_finite():
     alone = np.array([NAN, 1.0, -INF, 0.5])
     asked = []

@@ -15,6 +15,7 @@ import numpy as np
 from modeconn import plotting
 from modeconn.errors import ModeconnError
 from modeconn.files import atomic_write
+from modeconn.parameters import ranking
 
 if TYPE_CHECKING:
     import pandas
@@ -107,11 +108,21 @@ class PathResult:
 
     def highest(self, metric: str = "loss") -> tuple[float | tuple[float, ...], float]:
         """Return the t of the largest value of a metric, and that value; NaN counts as largest."""
-        column = self.metric(metric)
-        index = int(column.argmax())
+        return self._at(metric, int(self.metric(metric).argmax()))
+
+    def lowest(self, metric: str = "loss") -> tuple[float | tuple[float, ...], float]:
+        """Return the t of the smallest finite value of a metric, and that value.
+
+        Raises:
+            ModeconnError: the metric is finite at none of the points.
+        """
+        index = ranking.best(self.metric(metric), f"metric {metric!r}, by point,")
+        return self._at(metric, index)
+
+    def _at(self, metric: str, index: int) -> tuple[float | tuple[float, ...], float]:
         t = self.t[index]
         where = float(t) if self.t.ndim == 1 else tuple(map(float, t))
-        return where, float(column[index])
+        return where, float(self.metric(metric)[index])
 
     def barrier(self, metric: str = "loss") -> float:
         """Return how far a metric rises above the straight line between its two ends.

@@ -42,6 +42,12 @@ def fit_labels(outputs: Tensor, targets: Tensor, ignored: int = IGNORED) -> Tens
         ModeconnError: the targets do not fit the outputs.
     """
     axis = class_axis(outputs, targets)
+    if targets.is_floating_point() and targets.shape[1:] == outputs.shape[1:]:
+        raise ModeconnError(
+            f"targets have shape {list(targets.shape)} and dtype {targets.dtype}: class labels are "
+            'integers [N]; for probabilities of classes pass nn.CrossEntropyLoss(reduction="none") '
+            "as loss"
+        )
     if axis is None:
         raise ModeconnError(
             f"outputs have shape {['N', *outputs.shape[1:]]} and targets {list(targets.shape)}: "

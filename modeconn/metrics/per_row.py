@@ -66,7 +66,7 @@ def check_rows(
     parts = []
     for start, stop in ((0, middle), (middle, count)):
         part = _cut(outputs, start, stop, count)
-        parts.append(values_of(name, function, part, targets[start:stop]))
+        parts.append(_of_part(name, function, part, targets[start:stop]))
     differing = _differing(together, torch.cat(parts))
     if not differing.numel():
         return True
@@ -86,6 +86,19 @@ def check_rows(
     )
 
 
+def _of_part(name: str, function: PerSample, outputs: Any, targets: Tensor) -> Tensor:
+    try:
+        return values_of(name, function, outputs, targets)
+    except ModeconnError:
+        raise
+    except Exception as error:
+        raise ModeconnError(
+            f"{name} fails for the first or last {len(targets)} of its rows alone "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): expected is "
+            "one number per row, of that row alone"
+        ) from error
+
+
 def _differing(together: Tensor, apart: Tensor) -> Tensor:
     """Return the rows whose two numbers differ by more than rounding."""
     relative = _RELATIVE.get(together.dtype, _RELATIVE_OF_OTHERS)
@@ -101,7 +114,9 @@ def _cut(value: Any, start: int, stop: int, rows: int) -> Any:
 
     def cut(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
-            return leaf[start:stop] if leaf.dim() and len(leaf) == rows else leaf
+            # by layer, a recurrent network's states have their rows on axis 1
+            axis = next((i for i, size in enumerate(leaf.shape[:2]) if size == rows), None)
+            return leaf if axis is None else leaf.narrow(axis, start, stop - start)
         if not hasattr(leaf, "__dict__") or callable(leaf):
             return leaf
         part = copy.copy(leaf)
