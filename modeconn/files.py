@@ -11,6 +11,7 @@ import secrets
 import shutil
 import stat
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -108,6 +109,26 @@ def _replace(target: Path, write: Callable[[BinaryIO], object]) -> None:
             temporary.unlink()
 
 
+def check_sums(archive: zipfile.ZipFile) -> None:
+    """Check all members of a zip archive by their CRC-32 sums.
+
+    Raises:
+        ValueError: a sum differs, or members are compressed or overlap, as neither PyTorch nor
+            NumPy writes them: a small archive may unpack to any size.
+    """
+    size = os.fstat(archive.fp.fileno()).st_size if archive.fp is not None else 0
+    members = archive.infolist()
+    if len({each.filename for each in members}) < len(members):
+        raise ValueError("it has members of the same name")
+    if any(each.compress_type != zipfile.ZIP_STORED for each in members):
+        raise ValueError("it has compressed members")
+    if sum(each.file_size for each in members) > size:
+        raise ValueError("its members are larger than the file")
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the CRC-32 of its member {damaged!r} is wrong")
+
+
 def temporary_of(target: Path) -> Path:
     """Return a new name beside a file or folder, for its content while that is not complete."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -130,12 +151,19 @@ def sweep(file: Path) -> None:
 
 
 def sweep_inside(folder: Path) -> None:
-    """Remove what killed writers of any file in a folder left behind in it."""
+    """Remove what killed writers of any file in a folder or below left behind."""
     with contextlib.suppress(OSError):
-        for other in folder.iterdir():
+        for other in [*folder.rglob(".*")]:
             if is_temporary(other):
                 with contextlib.suppress(OSError):
                     _remove_abandoned(other)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that is done with: all of it, or none of it under its name."""
+    away = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
+    folder.rename(away)
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def _remove_abandoned(temporary: Path) -> None:

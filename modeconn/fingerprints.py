@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import sys
 import sysconfig
@@ -55,6 +56,12 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
         found.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         found.update(raw_bytes(tensor))
     return found.hexdigest()
+
+
+def digest_of_json(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a table of JSON values, but for its entry "digest"."""
+    rest = {name: value for name, value in content.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

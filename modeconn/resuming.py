@@ -217,7 +217,9 @@ def _check_same(
 def _close(before: Any, now: Any) -> bool:
     if not isinstance(before, list) or not isinstance(now, list) or len(before) != len(now):
         return False
-    pairs = zip(before, now)
+    pairs = [*zip(before, now)]
+    if not all(type(item) in (int, float) for item in [*before, *now]):
+        return False
     return all(math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=1e-6) for a, b in pairs)
 
 

@@ -1,4 +1,4 @@
-"""What is resumed is the same computation: loss, metrics, network, data; anything else is refused."""
+"""What is resumed is the same computation: loss, metrics, network and data; others are refused."""
 
 from __future__ import annotations
 
@@ -246,11 +246,13 @@ import modeconn as mc
 from modeconn.capture.export import capture, prepare
 from modeconn.evaluation.resume import digest_of_network
 from modeconn.fingerprints import digest_of
-net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 4))
+net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(),
+                    nn.Linear(108, 4))
 def loss(o, t, names=frozenset("abc")):
     return F.cross_entropy(o, t, reduction="none") if names & {"a", "b"} else o
 graph = capture(prepare(net, torch.float32, torch.device("cpu")), torch.zeros(5, 1, 8, 8))
-print(digest_of_network(graph), digest_of(loss), digest_of(functools.partial(loss, names={"x", "y"})))
+print(digest_of_network(graph), digest_of(loss))
+print(digest_of(functools.partial(loss, names={"x", "y"})))
 """
 
 

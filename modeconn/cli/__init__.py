@@ -1,15 +1,17 @@
 """The command line: parse, call the library, print. One file per command.
 
-Bad input ends with exit code 2 and one line on stderr, Ctrl-C with 130 and a line that says what
-was saved.
+Bad input ends with exit code 2 and one line on stderr, a failure of the system with 1, Ctrl-C with
+130 and SIGTERM with 143 and a line that says what was saved.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from modeconn.cli import (
@@ -24,8 +26,9 @@ from modeconn.cli import (
     train,
     verify,
 )
-from modeconn.cli.options import Parser, example
-from modeconn.errors import ModeconnError
+from modeconn.cli.options import Parser, example, release_outputs, written_outputs
+from modeconn.cli.output import Nowhere, Shown, is_closed, shown
+from modeconn.errors import ModeconnError, SystemFailure
 
 COMMANDS = (demo, train, evaluate, explain, plane, mix, connect, verify, reproduce, inspect)
 
@@ -37,35 +40,77 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name; those of the process if None.
 
     Returns:
-        The exit code: 0; 2 for bad input; 130 after Ctrl-C; 1 where the system failed (a full disk,
-        for instance).
+        The exit code: 0; 2 for bad input; 1 where the system failed (a full disk, a missing
+        permission); 130 after Ctrl-C, 143 after SIGTERM.
     """
-    _prepare_streams()
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            parser = _parser()
-            args = parser.parse_args(argv)
-            if "run" not in args:
-                parser.print_help()
-                return 0
-            args.run(args)
-            sys.stdout.flush()
-            return 0
-    # argparse: --help, --version, or an error that Parser has already shown
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
-    except ModeconnError as error:
-        return _fail(f"error: {error}", 2)
-    except KeyboardInterrupt as interrupt:
-        return _fail(str(interrupt) or "interrupted, nothing was saved", 130)
-    except BrokenPipeError:
-        # The reader of a pipe has gone (`modeconn inspect … | head`); Python would complain again
-        # on exit.
+    with _streams(), _terminable() as signals:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return _run(argv)
+        # argparse: --help, --version, or an error that Parser has already shown
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else 0
+        except SystemFailure as error:
+            return _fail(f"error: {error}", 1)
+        except ModeconnError as error:
+            return _fail(f"error: {error}", 2)
+        except KeyboardInterrupt as interrupt:
+            return _fail(str(interrupt) or _interrupted(), 143 if signals else 130)
+        except BrokenPipeError:
+            # The reader of a pipe has gone (`modeconn inspect … | head`).
+            _abandon_stdout()
+            return 1
+        except OSError as error:
+            _abandon_stdout()
+            return _fail(f"error: {error}", 1)
+        finally:
+            release_outputs()
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if "run" not in args:
+        parser.print_help()
+        return 0
+    args.run(args)
+    sys.stdout.flush()
+    return 0
+
+
+def _interrupted() -> str:
+    """Say what an interrupted command leaves."""
+    files = written_outputs()
+    return (
+        f"interrupted; written: {', '.join(files)}" if files else "interrupted, nothing was saved"
+    )
+
+
+def _abandon_stdout() -> None:
+    """Drop what could not be written, which Python would try again on exit, and complain."""
+    with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        return _fail(f"error: {error}", 1)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """Make SIGTERM an interrupt, as Ctrl-C is; yield the list that it is added to."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # only the main thread has signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _parser() -> Parser:
@@ -93,11 +138,19 @@ def _version() -> str:
         return "(not installed)"
 
 
-def _prepare_streams() -> None:
-    """Replaces characters of a plot that a terminal cannot show, instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+@contextlib.contextmanager
+def _streams() -> Iterator[None]:
+    """Stand in for closed streams, escape control characters, replace what cannot be encoded."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if hasattr(stream, "reconfigure") and not is_closed(stream):
             stream.reconfigure(errors="replace")
+    sys.stdout = Nowhere() if is_closed(before[0]) else Shown(before[0])
+    sys.stderr = Nowhere() if is_closed(before[1]) else before[1]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def _fail(message: str, code: int) -> int:
@@ -106,7 +159,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    return shown(" ".join(str(text).split()))
 
 
 def _show_warning(

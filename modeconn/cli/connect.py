@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from modeconn.cli import options, output
 from modeconn.connection.search import METHODS
 from modeconn.errors import ModeconnError
+from modeconn.files import remove_folder, sweep
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> None:
     options.check_outputs({"--plot": args.plot, "--json": args.json}, args.checkpoints)
     options.check_plot(args.plot)
     out = Path(args.out)
-    if out.exists():
+    unfinished = out.with_name(f"{out.name}.partial")
+    # Both are there after a kill between saving and cleaning up: the search is read once more.
+    if out.exists() and not unfinished.exists():
         raise ModeconnError(f"--out {args.out} exists: expected the name of a new folder")
     if not 0 <= args.seed < 2**31:
         raise ModeconnError(f"--seed is {args.seed}: expected at least 0 and below 2**31")
@@ -90,23 +92,24 @@ def run(args: argparse.Namespace) -> None:
     spec, model = options.load_model(args, args.checkpoints)
     data, test = (options.load_data(args, split) for split in ("train", "test"))
     quiet = args.quiet or args.json == "-"
-    unfinished = out.with_name(f"{out.name}.partial")
-    connection = connect(
-        model,
-        args.checkpoints[0],
-        args.checkpoints[1],
-        data,
-        args.kept[0] if len(args.kept) == 1 else args.kept,
-        args.target,
-        test,
-        args.subnetworks,
-        args.seed,
-        spec=spec,
-        folder=unfinished,
-        log=None if quiet else _say,
-    )
+    sweep(unfinished)
+    with output.kept(f"{unfinished}/search.json", str(unfinished)):
+        connection = connect(
+            model,
+            args.checkpoints[0],
+            args.checkpoints[1],
+            data,
+            args.kept[0] if len(args.kept) == 1 else args.kept,
+            args.target,
+            test,
+            args.subnetworks,
+            args.seed,
+            spec=spec,
+            folder=unfinished,
+            log=None if quiet else _say,
+        )
     connection.save(out)
-    shutil.rmtree(unfinished)
+    remove_folder(unfinished)
     if args.plot is not None:
         _plot(connection, model, data, args.plot)
     if args.json is not None:
@@ -118,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(output.shown(line), file=sys.stderr, flush=True)
 
 
 def _plot(connection: Connection, model: nn.Module, data: Any, file: str) -> None:

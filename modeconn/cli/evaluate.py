@@ -220,7 +220,7 @@ def evaluated(
     data = options.load_data(args)
     estimated = args.buffers == "recompute" and args.split != "train"
     unfinished = f"{args.save}.unfinished" if args.save is not None and resume else None
-    try:
+    with output.kept(unfinished, unfinished):
         result = evaluate(
             model,
             path,
@@ -237,12 +237,6 @@ def evaluated(
             recompute_data=options.load_data(args, "train") if estimated else None,
             resume=unfinished,
         )
-    except KeyboardInterrupt:
-        if unfinished is None or not Path(unfinished).exists():
-            raise
-        raise KeyboardInterrupt(
-            f"interrupted; what is done is in {unfinished}: the same command goes on from there"
-        ) from None
     result.info |= {
         "model": spec,
         "checkpoints": ", ".join(args.checkpoints),

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from modeconn.cli.output import shown
 from modeconn.data import datasets
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, SystemFailure
+from modeconn.files import is_special, locked, sweep
 
 if TYPE_CHECKING:
     from torch import nn
 
     Commands = argparse._SubParsersAction["Parser"]
 
+# The output files of the command that runs: locks, and what was there before.
+_HELD = contextlib.ExitStack()
+_BEFORE: dict[str, tuple[int, int] | None] = {}
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 CHECKPOINT = ".safetensors, or a .pt that holds weights only"
 
@@ -29,7 +35,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        print(f"modeconn: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        text = f"modeconn: error: {message} (see {self.prog} --help)"
+        print(shown(text.replace("\n", " ")), file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -198,7 +205,40 @@ def load_model(args: argparse.Namespace, files: Iterable[str]) -> tuple[str, nn.
             raise ModeconnError(
                 f"--model is missing, and {first} does not say which built-in model it is"
             )
+    if models.is_builtin(spec):
+        _check_shapes(spec, files)
     return spec, models.build(spec)
+
+
+def _check_shapes(spec: str, files: Iterable[str]) -> None:
+    """Raises ModeconnError where safetensors files do not fit a model, before it is built.
+
+    A small file may name a model of gigabytes. Only headers are read, and nothing is allocated.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    from modeconn import models
+
+    with torch.device("meta"):
+        expected = {name: list(t.shape) for name, t in models.build(spec).state_dict().items()}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as archive:
+                found = {name: archive.get_slice(name).get_shape() for name in archive.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError, ValueError):
+            continue  # of another format, or damaged: reading it says so
+        found = {
+            name.removeprefix("module.").removeprefix("_orig_mod."): size
+            for name, size in found.items()
+        }
+        if found and not found.keys() & expected.keys():
+            raise ModeconnError(f"{file} does not fit {spec}: it has none of its tensors")
+        for name, shape in expected.items():
+            if found.get(name, shape) != shape:
+                raise ModeconnError(
+                    f"{file} does not fit {spec}: {name!r} is {found[name]}, expected {shape}"
+                )
 
 
 def checkpoint_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
@@ -228,6 +268,9 @@ def check_inputs(files: Iterable[str]) -> None:
 def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str] = ()) -> None:
     """Raises ModeconnError where a file could not be written later, or would replace an input.
 
+    The files are this command's alone until `release_outputs`; what killed ones left beside them is
+    removed.
+
     Args:
         outputs: option name to file; None and ``-`` (stdout) are left out.
         inputs: files that are read.
@@ -237,15 +280,45 @@ def check_outputs(outputs: dict[str, str | None], inputs: Iterable[str] = ()) ->
         if file is None or file == "-":
             continue
         path = Path(file)
+        try:
+            place = path.resolve()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ModeconnError(f"{option} {file}: cannot be a file name: {error}") from error
         if path.is_dir():
             raise ModeconnError(f"{option} {file}: is a folder, expected a file name")
+        if place in taken:
+            raise ModeconnError(f"{option} {file}: would overwrite {taken[place]}")
+        taken[place] = f"the file of {option}"
+        if is_special(path):  # written into, not replaced
+            continue
         if not path.parent.is_dir():
             raise ModeconnError(f"{option} {file}: the folder {path.parent} does not exist")
         if not os.access(path.parent, os.W_OK):
-            raise ModeconnError(f"{option} {file}: the folder {path.parent} is not writable")
-        if path.resolve() in taken:
-            raise ModeconnError(f"{option} {file}: would overwrite {taken[path.resolve()]}")
-        taken[path.resolve()] = f"the file of {option}"
+            raise SystemFailure(f"{option} {file}: the folder {path.parent} is not writable")
+        _HELD.enter_context(locked(file))
+        _BEFORE[file] = _version(path)
+        sweep(path)
+        sweep(path.with_name(f"{path.name}.unfinished"))
+
+
+def release_outputs() -> None:
+    """Ends what `check_outputs` began."""
+    _HELD.close()
+    _BEFORE.clear()
+
+
+def written_outputs() -> list[str]:
+    """Lists the output files that were written since `check_outputs`."""
+    return [file for file, before in _BEFORE.items() if _version(Path(file)) not in (before, None)]
+
+
+def _version(file: Path) -> tuple[int, int] | None:
+    """Returns what tells a file from the one that replaces it; None if there is none."""
+    try:
+        about = file.stat()
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns
 
 
 def check_checkpoint_name(file: str | None, option: str = "--out") -> None:

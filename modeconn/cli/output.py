@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from modeconn.errors import SystemFailure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,10 +26,68 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
+def shown(text: object) -> str:
+    """Return text with control characters escaped: names of files must not steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(text))
+
+
+class Nowhere(io.TextIOBase):
+    """Takes the place of a standard stream that the process was started without."""
+
+    def write(self, text: str) -> int:
+        """Drop the text."""
+        return len(text)
+
+
+def is_closed(stream: TextIO | None) -> bool:
+    """Whether nothing can be written to a standard stream."""
+    return stream is None or isinstance(stream, Nowhere) or stream.closed
+
+
+class Shown:
+    """A text stream whose control characters are escaped; all else is the stream's own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text as `shown` gives it."""
+        self._stream.write(shown(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write lines as `shown` gives them."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def kept(file: str | None, name: str | None) -> Iterator[None]:
+    """Say after an interruption where the finished part is, if it is anywhere.
+
+    Args:
+        file: the file that is there once something is kept; None where nothing is.
+        name: what to call the place.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if file is None or str(interrupt) or not Path(file).exists():
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; what is done is in {name}: the same command goes on from there"
+        ) from None
+
+
 def write_json(content: dict[str, Any], file: str) -> None:
     """Writes JSON to a file, whole or not at all, or to stdout if it is ``-``."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     if file == "-":
+        if is_closed(sys.stdout):
+            raise SystemFailure("standard output is closed: --json - cannot be written")
         sys.stdout.write(text)
         return
     from modeconn.files import atomic_write
@@ -46,8 +108,6 @@ def write_figure(draw: Callable[[Axes], object], file: str, surface: bool = Fals
         file: whose suffix chooses the format.
         surface: give `draw` axes in three dimensions.
     """
-    from pathlib import Path
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -56,15 +56,16 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     if args.full and not args.quiet:
         _say(_estimated(args))
-    result = reproduce(
-        args.experiment,
-        args.out,
-        args.data_root,
-        quick=not args.full,
-        solutions=args.solution,
-        seed=args.seed,
-        log=None if args.quiet else _say,
-    )
+    with output.kept(f"{args.out}/settings.json", args.out):
+        result = reproduce(
+            args.experiment,
+            args.out,
+            args.data_root,
+            quick=not args.full,
+            solutions=args.solution,
+            seed=args.seed,
+            log=None if args.quiet else _say,
+        )
     if args.quiet:
         return
     lines = result["lines"]
@@ -95,7 +96,7 @@ def _estimated(args: argparse.Namespace) -> str:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(output.shown(line), file=sys.stderr, flush=True)
 
 
 def _row(line: dict[str, object]) -> list[str]:

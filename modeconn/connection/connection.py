@@ -20,11 +20,12 @@ from modeconn.connection import figure
 from modeconn.connection.certificate import Certificate, plain
 from modeconn.connection.segment_kinds import KINDS, SWING
 from modeconn.connection.storage import pack, unpack
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, SystemFailure
 from modeconn.evaluation.arguments import positive
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.evaluation.result import PathResult
-from modeconn.files import atomic_write
+from modeconn.files import atomic_write, locked, sweep, temporary_of
+from modeconn.fingerprints import digest_of_json
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import PolyChain
 
@@ -151,17 +152,19 @@ class Connection:
         target = target.resolve()
         if not target.parent.is_dir():
             raise ModeconnError(f"{folder}: cannot be written: there is no folder {target.parent}")
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            temporary.mkdir()
-            self._write(temporary)
-            _exchange(temporary, target)
-        except OSError as error:
-            raise ModeconnError(
-                f"{folder}: cannot be written: {error.strerror or error}"
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        temporary = temporary_of(target)
+        with locked(target):
+            sweep(target)
+            try:
+                temporary.mkdir()
+                self._write(temporary)
+                _exchange(temporary, target)
+            except OSError as error:
+                raise SystemFailure(
+                    f"{folder}: cannot be written: {error.strerror or error}"
+                ) from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
         states.save(pack(self.path.control_points), folder / BREAKPOINTS, {"format": FORMAT})
@@ -175,6 +178,7 @@ class Connection:
             "test_certificate": self.test_certificate.to_dict() if self.test_certificate else None,
             "details": self.details,
         }
+        content["digest"] = digest_of_json(content)
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         atomic_write(folder / CONTENT, lambda stream: stream.write(text.encode()))
 
@@ -247,7 +251,15 @@ def _connection(content: Mapping[str, Any], packed: states.State, sha256: str) -
         certificates.append(Certificate.from_dict(content["test_certificate"]))
     points: Sequence[states.State] = unpack(packed, count)
     path = PolyChain(points, [f"breakpoint {k}" for k in range(count)])
-    return Connection(path, tuple(kinds), certificates[0], (*certificates, None)[1], model, details)
+    connection = Connection(
+        path, tuple(kinds), certificates[0], (*certificates, None)[1], model, details
+    )
+    # Last: what does not fit together is named by itself.
+    if content.get("digest", digest := digest_of_json(content)) != digest:
+        raise ModeconnError(
+            f"{CONTENT} is damaged: its content differs from what was written (its digest)"
+        )
+    return connection
 
 
 def _read_json(file: Path) -> dict[str, Any]:

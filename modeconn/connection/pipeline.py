@@ -20,6 +20,7 @@ from modeconn.connection.subnetworks import kept_units
 from modeconn.connection.verification import Claims, certify
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
+from modeconn.files import locked
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import PolyChain
 
@@ -96,7 +97,8 @@ def connect(
     features = _features(chain, ends, train, units, say)
     goal, rounds = _goal(chain, ends, train, target)
     problem = SearchProblem(chain, ends, features, units, goal, seed)
-    found = Search(problem, subnetworks, say, folder).run(rounds)
+    with locked(folder):
+        found = Search(problem, subnetworks, say, folder).run(rounds)
     points = _breakpoints(chain, ends, found)
     path = PolyChain([point.state for point in points])
     kinds = tuple(point.kind for point in points[1:])

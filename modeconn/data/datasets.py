@@ -50,6 +50,8 @@ _CIFAR_FILES = {
     "test": ("test_batch.bin",),
 }
 _CIFAR_IMAGES = 10_000  # in each file
+# Bytes that one byte of a gzip file can stand for, and bytes that are read at a time.
+_MOST_PACKED, _BLOCK = 1032, 1 << 20
 _CIFAR_RECORD = 1 + 3 * 32 * 32  # a label and the three colour planes
 
 
@@ -258,12 +260,8 @@ def _refuse_pickles(base: Path, name: str, file: str) -> None:
 
 
 def _read_cifar_file(file: Path) -> np.ndarray:
-    content, expected = _content(file), _CIFAR_IMAGES * _CIFAR_RECORD
-    if len(content) != expected:
-        raise ModeconnError(
-            f"{file}: {len(content):,} bytes; expected {expected:,} "
-            f"for {_CIFAR_IMAGES:,} images (truncated?)"
-        )
+    expected = _CIFAR_IMAGES * _CIFAR_RECORD
+    content = _content(file, 0, lambda _: (expected, f"{_CIFAR_IMAGES:,} images"))
     return np.frombuffer(content, np.uint8).reshape(_CIFAR_IMAGES, _CIFAR_RECORD)
 
 
@@ -318,34 +316,62 @@ def _find(places: Sequence[Path], stem: str, ending: str, name: str) -> Path:
 
 def _read_idx(file: Path, dimensions: int) -> np.ndarray:
     """Read an IDX file of bytes: magic number (type, dimensions), big-endian sizes, bytes."""
-    content, start = _content(file), 4 + 4 * dimensions
-    magic = bytes((0, 0, 8, dimensions))
-    if content[:4] != magic:
+    start = 4 + 4 * dimensions
+    content = _content(file, start, lambda header: _size_of_idx(file, header, dimensions))
+    return np.frombuffer(content, np.uint8, offset=start).reshape(_shape_of_idx(content, start))
+
+
+def _shape_of_idx(content: bytes | bytearray, start: int) -> list[int]:
+    return [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
+
+
+def _size_of_idx(file: Path, header: bytes, dimensions: int) -> tuple[int, str]:
+    """Return the bytes of an IDX file with this header, and what they are."""
+    magic, start = bytes((0, 0, 8, dimensions)), 4 + 4 * dimensions
+    if header[:4] != magic:
         raise ModeconnError(
-            f"{file}: starts with {content[:4].hex() or 'nothing'}; "
+            f"{file}: starts with {header[:4].hex() or 'nothing'}; "
             f"expected an IDX file's {magic.hex()}"
         )
-    shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
-    expected = start + math.prod(shape)
-    if len(content) != expected:
-        sizes = " x ".join(f"{size:,}" for size in shape)
-        raise ModeconnError(
-            f"{file}: {len(content):,} bytes; expected {expected:,} for {sizes} values (truncated?)"
-        )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    shape = _shape_of_idx(header, start)
+    sizes = " x ".join(f"{size:,}" for size in shape)
+    return start + math.prod(shape), f"{sizes} values"
 
 
-def _content(file: Path) -> bytearray:
-    """Read all bytes of a file, unpacked if it is gzip, whatever its name ends with."""
+def _content(file: Path, start: int, size: Callable[[bytes], tuple[int, str]]) -> bytearray:
+    """Read the bytes that a file's header says, unpacked if it is gzip, whatever its name is.
+
+    Args:
+        file: to read.
+        start: bytes of the header.
+        size: returns the bytes that a file with a header has, and what they are.
+    """
     try:
-        content = file.read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
+        with file.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            stream = gzip.GzipFile(fileobj=raw) if packed else raw
+            content = bytearray(stream.read(start))  # writable, so that torch can share its memory
+            expected, things = size(bytes(content))
+            most = os.fstat(raw.fileno()).st_size * (_MOST_PACKED if packed else 1)
+            while len(content) <= expected <= most:
+                # one byte more than there should be shows that there are others
+                block = stream.read(min(_BLOCK, expected + 1 - len(content)))
+                if not block:
+                    break
+                content += block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ModeconnError(f"{file}: truncated or damaged gzip file: {error}") from error
     except OSError as error:
         raise ModeconnError(f"{file}: cannot be read: {error.strerror or error}") from error
-    return bytearray(content)  # writable, so that torch can share its memory
+    if len(content) == expected:
+        return content
+    found = f"{len(content):,} bytes"
+    if expected > most:
+        found = f"at most {most:,} bytes" if packed else f"{most:,} bytes"
+    elif len(content) > expected:
+        found = "more bytes" if packed else f"{most:,} bytes"
+    raise ModeconnError(f"{file}: {found}; expected {expected:,} for {things} (truncated?)")
 
 
 # ----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def reporting(progress: bool | Progress | None) -> Iterator[Progress]:
     if callable(progress):
         yield progress
         return
-    if progress is False or (progress is None and not sys.stderr.isatty()):
+    if progress is False or (progress is None and not _on_terminal()):
         yield lambda done, total: None
         return
     from tqdm import tqdm
@@ -36,6 +36,11 @@ def reporting(progress: bool | Progress | None) -> Iterator[Progress]:
             bar.update(done - bar.n)
 
         yield report
+
+
+def _on_terminal() -> bool:
+    """Whether stderr is a terminal; a process may have none, or have closed it."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 class Meter:

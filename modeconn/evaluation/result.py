@@ -14,7 +14,9 @@ import numpy as np
 
 from modeconn import plotting
 from modeconn.errors import ModeconnError
-from modeconn.files import atomic_write
+from modeconn.evaluation.stored import PLAIN, decoded, encoded, plain_fields
+from modeconn.files import atomic_write, check_sums
+from modeconn.fingerprints import digest_of_json
 from modeconn.parameters import ranking
 
 if TYPE_CHECKING:
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
 
 FORMAT = "modeconn.PathResult/1"
 SUFFIXES = (".npz", ".json")
-# Fields that are plain JSON values.
-_PLAIN = ("samples", "passes", "backend", "seconds", "info")
-_SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 @dataclass(eq=False, repr=False)
@@ -154,19 +153,19 @@ class PathResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values, with "nan", "inf" and "-inf" for such numbers."""
         try:
-            barriers = {name: _encode(self.barrier(name)) for name in self.values}
+            barriers = {name: encoded(self.barrier(name)) for name in self.values}
         except ModeconnError:
             barriers = {}
         return {
             "format": FORMAT,
-            "t": _encode(self.t.tolist()),
-            "values": {name: _encode(column.tolist()) for name, column in self.values.items()},
+            "t": encoded(self.t.tolist()),
+            "values": {name: encoded(column.tolist()) for name, column in self.values.items()},
             "barrier": barriers,
             "samples": self.samples,
             "passes": self.passes,
             "backend": self.backend,
             "seconds": self.seconds,
-            "info": {key: _encode(value) for key, value in self.info.items()},
+            "info": {key: encoded(value) for key, value in self.info.items()},
         }
 
     def save(self, file: str | os.PathLike[str]) -> None:
@@ -180,10 +179,11 @@ class PathResult:
         """
         content = self.to_dict()
         if _suffix(file) == ".json":
+            content["digest"] = digest_of_json(content)
             text = json.dumps(content, indent=1, allow_nan=False) + "\n"
             atomic_write(file, lambda stream: stream.write(text.encode()))
             return
-        meta = {key: content[key] for key in ("format", *_PLAIN)}
+        meta = {key: content[key] for key in ("format", *PLAIN)}
         arrays = {f"values/{name}": column for name, column in self.values.items()}
         arrays |= {"t": self.t, "meta": np.array(json.dumps(meta, allow_nan=False))}
         atomic_write(file, lambda stream: np.savez(stream, **arrays))  # type: ignore[arg-type]  # ** also fills flags
@@ -209,11 +209,15 @@ class PathResult:
 
     @classmethod
     def _from_json(cls, file: str | os.PathLike[str]) -> PathResult:
-        return cls._from_content(json.loads(Path(file).read_text(encoding="utf-8")))
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        if "digest" in content and content["digest"] != digest_of_json(content):
+            raise ValueError("it is damaged, or was changed without its digest")
+        return cls._from_content(content)
 
     @classmethod
     def _from_npz(cls, file: str | os.PathLike[str]) -> PathResult:
         with Path(file).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            check_sums(archive.zip)
             content = json.loads(str(archive["meta"]))
             names = [name for name in archive.files if name.startswith("values/")]
             values = {name.removeprefix("values/"): archive[name] for name in names}
@@ -223,10 +227,13 @@ class PathResult:
     def _from_content(cls, content: Mapping[str, Any]) -> PathResult:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, expected {FORMAT!r}")
+        values = content["values"]
+        if not isinstance(values, dict):
+            raise TypeError(f"values are a {type(values).__name__}, expected a table")
         return cls(
-            t=_decode(content["t"]),
-            values={name: _decode(column) for name, column in content["values"].items()},
-            **{key: content[key] for key in _PLAIN},
+            t=decoded(content["t"]),
+            values={name: decoded(column) for name, column in values.items()},
+            **plain_fields(content),
         )
 
     def to_frame(self) -> pandas.DataFrame:
@@ -353,20 +360,3 @@ def _range(column: np.ndarray) -> str:
         return "not finite"
     bad = len(column) - len(finite)
     return f"{finite.min():.4g}…{finite.max():.4g}" + (f" ({bad} not finite)" if bad else "")
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_encode(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # "nan", "inf" or "-inf"
-    return value
-
-
-def _decode(value: Any) -> np.ndarray:
-    def number(item: Any) -> Any:
-        if isinstance(item, list):
-            return [number(inner) for inner in item]
-        return _SPECIAL[item] if isinstance(item, str) else item
-
-    return value if isinstance(value, np.ndarray) else np.array(number(value), dtype=np.float64)

@@ -22,7 +22,7 @@ from modeconn.experiments import figures
 from modeconn.experiments.settings import Experiment, Join, Sweep, settings
 from modeconn.experiments.settings import Solution as SolutionSettings
 from modeconn.experiments.tables import Tables
-from modeconn.files import atomic_write
+from modeconn.files import atomic_write, locked
 from modeconn.parameters.paths import Line
 from modeconn.resuming import claim
 from modeconn.stability.dropout import dropout_stability
@@ -76,16 +76,17 @@ def reproduce(
         "solutions": [str(Path(file).resolve()) for file in solutions],
         "settings": json.loads(json.dumps(asdict(setting))),
     }
-    claim(folder, "settings.json", "experiment", described)
     run = _Run(root, seed, log or _silent)
-    if isinstance(setting, Sweep):
-        found = _sweep(run, setting, folder, name)
-    elif isinstance(setting, Join):
-        found = _join(run, setting, folder, solutions)
-    else:
-        found = _single(run, setting, folder, name, solutions)
-    result = {**described, **found}
-    _write_json(folder / "result.json", result)
+    with locked(folder):
+        claim(folder, "settings.json", "experiment", described)
+        if isinstance(setting, Sweep):
+            found = _sweep(run, setting, folder, name)
+        elif isinstance(setting, Join):
+            found = _join(run, setting, folder, solutions)
+        else:
+            found = _single(run, setting, folder, name, solutions)
+        result = {**described, **found}
+        _write_json(folder / "result.json", result)
     return result
 
 
@@ -191,6 +192,8 @@ def _solution(run: _Run, setting: Experiment, file: Path, seed: int | None = Non
         seed: the run's if None.
     """
     if file.exists():
+        # left by a kill between the two
+        training_file(file).unlink(missing_ok=True)
         return file
     seed = run.seed if seed is None else seed
     data, test = run.data(setting)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from modeconn.errors import ModeconnError
-from modeconn.models.spec import MOST_PARAMETERS
+from modeconn.models.spec import MOST_LAYERS, MOST_PARAMETERS, check_size
 
 GRAMMAR = "mlp:IN-HIDDEN[xCOUNT]-…-OUT[:ACTIVATION], such as mlp:784-245x10-10"
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -68,7 +68,15 @@ def build_mlp(spec: str) -> MLP:
             )
         width, count = int(match[1]), int(match[2] or 1)
         if width * count > MOST_PARAMETERS:
-            raise ModeconnError(f"model {spec!r}: {part!r} is too large")
+            raise ModeconnError(
+                f"model {spec!r}: {part!r} is too large: "
+                f"expected at most {MOST_PARAMETERS:,} parameters"
+            )
+        if len(widths) + count > MOST_LAYERS:
+            raise ModeconnError(
+                f"model {spec!r} has {len(widths) + count:,} layers or more: expected at most "
+                f"{MOST_LAYERS:,}, as each is a module of its own"
+            )
         widths += [width] * count
     if len(widths) < 2:
         raise ModeconnError(
@@ -76,8 +84,5 @@ def build_mlp(spec: str) -> MLP:
             f"expected at least the input's and the output's, as in {GRAMMAR}"
         )
     parameters = sum((inputs + 1) * outputs for inputs, outputs in itertools.pairwise(widths))
-    if parameters > MOST_PARAMETERS:
-        raise ModeconnError(
-            f"model {spec!r} has {parameters:,} parameters: expected at most {MOST_PARAMETERS:,}"
-        )
+    check_size(spec, parameters)
     return MLP(widths, ACTIVATIONS[name or "relu"])

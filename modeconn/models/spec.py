@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,26 @@ from modeconn.errors import ModeconnError
 
 # Beyond what fits a machine, so that a slip of typing fails here and not in the allocator.
 MOST_PARAMETERS = 10**10
+# Layers are modules of Python, some kilobytes each whatever their width: more are a slip of typing.
+MOST_LAYERS = 10_000
+_BYTES = 4  # of a parameter
+
+
+def check_size(spec: str, parameters: int) -> None:
+    """Raise a ModeconnError for a model whose weights do not fit this machine's memory."""
+    if parameters > MOST_PARAMETERS:
+        raise ModeconnError(
+            f"model {spec!r} has {parameters:,} parameters: expected at most {MOST_PARAMETERS:,}"
+        )
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return
+    if parameters * _BYTES > memory:
+        raise ModeconnError(
+            f"model {spec!r} has {parameters:,} parameters, {parameters * _BYTES:,} bytes in "
+            f"float32: expected at most this machine's memory, {memory:,} bytes"
+        )
 
 
 def call(spec: str, make: Callable[..., nn.Module], fixed: Mapping[str, Any]) -> nn.Module:
@@ -29,15 +50,18 @@ def call(spec: str, make: Callable[..., nn.Module], fixed: Mapping[str, Any]) ->
             model that is too large.
     """
     options = {**_options(spec, make, fixed), **fixed}
+    for name in ("depth", "layers"):
+        if options.get(name, 0) > MOST_LAYERS:
+            raise ModeconnError(
+                f"model {spec!r}: {name} is {options[name]:,}: expected at most {MOST_LAYERS:,}, "
+                "as each layer is a module of its own"
+            )
     try:
         with torch.device("meta"):
             parameters = sum(parameter.numel() for parameter in make(**options).parameters())
     except (ModeconnError, RuntimeError) as error:  # sizes beyond what PyTorch can count
         raise ModeconnError(f"model {spec!r}: {str(error).splitlines()[0]}") from None
-    if parameters > MOST_PARAMETERS:
-        raise ModeconnError(
-            f"model {spec!r} has {parameters:,} parameters: expected at most {MOST_PARAMETERS:,}"
-        )
+    check_size(spec, parameters)
     return make(**options)
 
 

@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 from modeconn.errors import ModeconnError, listed
+from modeconn.files import check_sums
+from modeconn.fingerprints import digest_of_tensors
+
+# The entry of a safetensors file's metadata with the digest of its tensors.
+DIGEST = "modeconn.sha256"
 
 # torch.save before 1.6: its magic number, pickled
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -59,9 +64,17 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except SafetensorError as error:
+            written = (file.metadata() or {}).get(DIGEST)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, ValueError, OSError) as error:
         raise _damaged(path, str(error)) from error
+    if written is not None and written != digest_of_tensors(tensors):
+        raise _damaged(
+            path,
+            f"its tensors are not those that {DIGEST!r} in its metadata was written for "
+            "(remove that entry where they were changed on purpose)",
+        )
+    return tensors
 
 
 def _read_torch(path: Path, *, mmap: bool) -> Any:
@@ -92,6 +105,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name.rpartition("/")[2] for name in archive.namelist()}
+            check_sums(archive)
     except Exception as error:  # not only BadZipFile: damaged names and versions raise other errors
         raise _damaged(path, str(error)) from error
     if "constants.pkl" in members:

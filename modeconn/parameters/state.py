@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from modeconn.errors import ModeconnError, listed
 from modeconn.files import atomic_write
-from modeconn.parameters.reading import read
+from modeconn.fingerprints import digest_of_tensors
+from modeconn.parameters.reading import DIGEST, read
 from modeconn.parameters.wrappers import unwrapped
 
 State = dict[str, Tensor]
 
 # The keys under which training scripts save the state beside other things.
 _NESTS = ("model_state", "state_dict", "model_state_dict", "model", "net")
+# Bytes that a tensor may take which is expanded from fewer values in a file.
+_MOST_EXPANDED = 1 << 30
 # names as DataParallel, AveragedModel and torch.compile write them
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -62,6 +65,7 @@ def load(
     elif isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
         state = _unwrapped(_tensors(_nested(read(path), str(path)), str(path)))
+        _check_expanded(state, str(path))
         # the tensors are still mapped to the file: writing over it would change or crash them
         copy = True
     else:
@@ -152,8 +156,22 @@ def save(
         storage = tensor.untyped_storage().data_ptr()
         packed[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
-    content = to_bytes(packed, metadata={"format": "pt", **(metadata or {})})
+    about = {"format": "pt", **(metadata or {}), DIGEST: digest_of_tensors(packed)}
+    content = to_bytes(packed, metadata=about)
     atomic_write(file, lambda stream: stream.write(content))
+
+
+def _check_expanded(state: State, name: str) -> None:
+    """Raise a ModeconnError for tensors that a file holds far fewer values of than they have."""
+    for key, tensor in state.items():
+        if tensor.layout != torch.strided:
+            continue
+        size, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if size > max(stored, _MOST_EXPANDED):
+            raise ModeconnError(
+                f"{name}: '{key}' {list(tensor.shape)} takes {size:,} bytes, expanded from "
+                f"{stored:,} in the file: save it by .contiguous()"
+            )
 
 
 def _nested(found: Any, name: str) -> Mapping[str, Any]:
