@@ -351,7 +351,16 @@ class BatchLast(nn.Linear):
         return super().forward((x.t() * 2.0).t())
 
 
-@pytest.mark.parametrize("make", [TakesDict, TakesAny, TakesKeywords, ReturnsMore, BatchLast])
+class EmptyRest(nn.Linear):
+    """A part of no features, as of a rotary embedding that turns all of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super().forward(torch.cat([x[:, :6], x[:, 6:]], 1)), x[:, 6:]], 1)
+
+
+@pytest.mark.parametrize(
+    "make", [TakesDict, TakesAny, TakesKeywords, ReturnsMore, BatchLast, EmptyRest]
+)
 def test_every_way_to_take_and_return_is_captured(make: type[nn.Linear]):
     a, b = pair(lambda: make(6, 3))
     x: Any = {"x": X} if make in (TakesDict, TakesKeywords) else X

@@ -173,7 +173,11 @@ class SegmentPlanner:
         except Mismatch:
             narrow = zip(node.inputs, inputs, requests)
             inputs = [self._narrowed(i, form, units) for i, form, units in narrow]
-            fit = rule.fit(node, requested, [form.units for form in inputs], shapes)
+            try:
+                fit = rule.fit(node, requested, [form.units for form in inputs], shapes)
+            except Mismatch:  # empty parts, say: of whole inputs every operation can be called
+                inputs = [self._narrowed(i, self._value(i, ALL), ALL) for i in node.inputs]
+                fit = UNKNOWN.fit(node, ALL, [ALL] * len(inputs), shapes)
         return inputs, replace(fit, units=fit.units.of(node.shape))
 
     def _shapes(self, node: Node) -> Shapes:

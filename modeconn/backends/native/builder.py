@@ -227,7 +227,9 @@ class Builder:
     def _fits(self, node: Node) -> bool:
         """Whether a value is images [N, C, H, W] or rows, and as many as the others."""
         shape = tuple(map(str, node.shape))
-        if len(shape) < 2 or len(shape) > 4 or any(isinstance(d, Size) for d in node.shape[1:]):
+        if len(shape) < 2 or len(shape) > 4:
+            return False
+        if any(isinstance(size, Size) or size == 0 for size in node.shape[1:]):
             return False
         rows = shape[:1] if len(shape) == 4 else shape[:-1]
         if self._shape is None:
