@@ -285,15 +285,11 @@ def draw_case(draw: Draw) -> Case:
     path, points = _path(draw, network, seed)
     loss, targets = _loss(draw, rows, classes, seed)
     options: dict[str, Any] = {}
-    if chance(draw, 15) and not draw_random_plane(path):
+    if chance(draw, 15):
         options["buffers"] = "start"
     if chance(draw, 30) and not builder.mixes:
         options["batch_size"] = draw.pick([1, 2, 4])
     return Case(network, path, points, inputs, targets, loss, options, builder.mixes)
-
-
-def draw_random_plane(path: Any) -> bool:
-    return isinstance(path, mc.Plane)
 
 
 def _inputs(draw: Draw, rows: int) -> tuple[Tensor, Builder, list[nn.Module]]:
