@@ -136,9 +136,9 @@ def test_prefixes_stay_where_not_every_name_has_them(tmp_path: Path):
     assert_same(state.load(tmp_path / "a.pt"), given)
 
 
-def test_prefixes_of_modules_and_mappings_stay():
+def test_wrapped_modules_are_unwrapped_and_prefixes_of_mappings_stay():
     wrapped = nn.DataParallel(network())
-    assert state.load(wrapped).keys() == wrapped.state_dict().keys()
+    assert state.load(wrapped).keys() == network().state_dict().keys()
     assert state.load(wrapped.state_dict()).keys() == wrapped.state_dict().keys()
 
 

@@ -109,7 +109,7 @@ class OwnLoss(nn.Module):
     [
         ("mean", ("outputs have shape",)),
         ("each", ("outputs have shape ['N']",)),
-        ("pair", ("the model returns a tuple",)),
+        ("pair", ("the model's output is a tuple",)),
     ],
 )
 def test_models_that_return_a_loss_of_their_own(how, words):
