@@ -32,9 +32,10 @@ def object_of(source: Path, headers: Path, command: Sequence[str | Path]) -> Pat
     """
     words = [str(word).replace(str(headers), "HEADERS") for word in command]
     parts = [version(str(command[0])), "\0".join(words).encode()]
-    for file in sorted(headers.rglob("*")):
+    # Those of the engine and of the CUDA part include headers of the folder above, too.
+    for file in sorted([*headers.rglob("*"), *headers.parent.glob("*.h")]):
         if file.is_file():
-            parts += [str(file.relative_to(headers)).encode(), file.read_bytes()]
+            parts += [str(file.relative_to(headers.parent)).encode(), file.read_bytes()]
     parts += [source.name.encode(), source.read_bytes()]
     key = hashlib.sha256()
     for part in parts:

@@ -48,6 +48,7 @@ MUTATIONS = [
 )
 def test_the_emulation_notices(objects, tmp_path, monkeypatch, file, before, after, variant):
     broken = shutil.copytree(CSRC, tmp_path / "cuda")
+    shutil.copy(CSRC.parent / "activations.h", tmp_path)
     text = (broken / file).read_text(encoding="utf-8")
     assert text.count(before) == 1
     (broken / file).write_text(text.replace(before, after), encoding="utf-8")

@@ -27,7 +27,7 @@ static double error_of(int rows, int points, const std::vector<int>& widths, Pre
   std::vector<int64_t> labels(size_t(rows), widths.back() / 2);
   Chain chain;
   chain.rows = rows, chain.points = points, chain.width = widths[0], chain.term_count = terms, chain.layer_count = layers;
-  chain.coefficients = c.data(), chain.labels = labels.data(), chain.act = Act::relu, chain.precision = precision, chain.variant = variant;
+  chain.coefficients = c.data(), chain.labels = labels.data(), chain.act = modeconn::Act::relu, chain.precision = precision, chain.variant = variant;
   for (int j = 0; j < terms; ++j) values.push_back(normal(int64_t(rows) * widths[0], 1));
   for (int j = 0; j < terms; ++j) chain.terms[j] = values[size_t(j)].data();
   for (size_t l = 0; l < size_t(layers); ++l) {
@@ -36,7 +36,7 @@ static double error_of(int rows, int points, const std::vector<int>& widths, Pre
   }
   for (size_t l = 0; l < size_t(layers); ++l)
     chain.layers[l] = {{weights[l].data(), c.data(), terms}, {biases[l].data(), c.data(), terms}, nullptr, nullptr, widths[l + 1], widths[l],
-                       l + 1 < size_t(layers) ? Act::tanh : Act::identity, 0};
+                       l + 1 < size_t(layers) ? modeconn::Act::tanh : modeconn::Act::identity, 0};
 
   char* workspace = static_cast<char*>(std::aligned_alloc(128, size_t(plan(chain).bytes)));
   std::vector<double> sums(size_t(points) * 3);
