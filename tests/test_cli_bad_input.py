@@ -61,10 +61,10 @@ BAD = [
     (("evaluate", "a.safetensors", "nan.safetensors", *DATA), "nan.safetensors"),
     (
         ("evaluate", "a.safetensors", "wider.safetensors", *DATA),
-        "wider.safetensors does not match a.safetensors",
+        "wider.safetensors does not fit mlp:64-16-10",
     ),
     # the model
-    ((*LINE, "--model", "mlp:64-17-10"), "a.safetensors does not match the model MLP"),
+    ((*LINE, "--model", "mlp:64-17-10"), "a.safetensors does not fit mlp:64-17-10"),
     ((*LINE, "--model", "mlp:64-x-10"), "'x' is not a width"),
     ((*LINE, "--model", "no.such:model"), "cannot be imported"),
     (

@@ -35,7 +35,7 @@ MUTATIONS = [
     ("stream.h", "device::wait_copies<Stages - 2>();", "device::wait_copies<Stages - 1>();", "mma"),
     ("stream.h", "device::sync_block();", "", "mma"),
     ("stream.h", "device::fence_copies();", "", "wgmma"),
-    ("mlp.h", "Product::sync();  // nobody", "// nobody", "mma"),
+    ("mlp.h", "Product::sync();  // no thread", "// no thread", "mma"),
     ("mlp.h", "  device::sync_block();\n  Sums", "  Sums", "mma"),
     ("product_wgmma.h", "device::wgmma_wait();", "", "wgmma"),
     ("product_mma.h", "pair_column(thread, step % 4)", "pair_column(thread, 0)", "mma"),

@@ -274,7 +274,7 @@ def test_as_many_classes_as_places_is_said_once():
     x, y = torch.randn(6, 2, 8), torch.randint(0, 8, (6, 8))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        result = mc.evaluate(model, mc.Line(model, model), (x, y), 2, batch_size=2)
+        result = mc.evaluate(model, mc.Line(model, nn.Conv1d(2, 8, 1)), (x, y), 2, batch_size=2)
     assert [("axis 1" in str(w.message), "movedim" in str(w.message)) for w in seen] == [
         (True,) * 2
     ]
