@@ -127,7 +127,7 @@ def understood(loss: Any) -> Any:
     Raises:
         ModeconnError: a loss of PyTorch's with a reduction of which the data set has no mean.
     """
-    found = _read(loss)
+    found = read(loss)
     if found is None:
         _check_others(loss)
         return loss
@@ -154,8 +154,11 @@ def _is_default(name: str, value: Any) -> bool:
     return not isinstance(value, Tensor) and value == _DEFAULTS[name]
 
 
-def _read(loss: Any) -> tuple[str, Callable[..., Tensor], dict[str, Any]] | None:
-    """Return name, function and options of a loss of PyTorch's; None for any other callable."""
+def read(loss: Any) -> tuple[str, Callable[..., Tensor], dict[str, Any]] | None:
+    """Return name, function and options of a loss of PyTorch's; None for any other callable.
+
+    "reduction" is among the options.
+    """
     if type(loss) in _FUNCTION_OF:
         function = _FUNCTION_OF[type(loss)]
         options = {name: getattr(loss, name) for name in _KNOWN[function][1]}
