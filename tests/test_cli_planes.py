@@ -95,7 +95,7 @@ def test_an_interrupted_plane_goes_on(files, monkeypatch, capsys):
     from modeconn.backends.reference import ReferenceBackend
 
     # parts of 32 rows
-    monkeypatch.setattr(sys.modules["modeconn.evaluation.evaluator"], "_FLOPS_OF_A_PART", 1)
+    monkeypatch.setattr(sys.modules["modeconn.evaluation.passes"], "_FLOPS_OF_A_PART", 1)
     calls: list[int] = []
 
     def interrupt(original, after):

@@ -61,6 +61,7 @@ def test_evaluate_signature():
         "memory_budget",
         "recompute_data",
         "recompute_batches",
+        "recompute_average",
         "resume",
     ]
 

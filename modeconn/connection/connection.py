@@ -92,7 +92,9 @@ class Connection:
             points_per_segment: steps of a swing.
             options: further arguments of `modeconn.evaluate`.
         """
-        return evaluate(model, self.path, data, points=self.points(points_per_segment), **options)
+        points = self.points(points_per_segment)
+        result: PathResult = evaluate(model, self.path, data, points=points, **options)
+        return result
 
     def plot(
         self,

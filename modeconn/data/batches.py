@@ -27,7 +27,7 @@ _ACCEPTED = (
     "or an iterable of (inputs, targets) batches"
 )
 # The key of the targets where inputs and targets come in one dict.
-_TARGETS = "labels"
+TARGETS = "labels"
 
 
 class Batches:
@@ -127,7 +127,7 @@ def as_batches(data: Any, batch_size: int) -> Batches:
         data = data.tensors
     if isinstance(data, Images):
         return Batches(partial(_slices, data.slice, len(data), size), size, samples=len(data))
-    if isinstance(data, Mapping) and _TARGETS in data:
+    if isinstance(data, Mapping) and TARGETS in data:
         data = _pair(data)
     if isinstance(data, (tuple, list)) and data:
         arrays = [isinstance(part, (Tensor, np.ndarray)) for part in data]
@@ -167,7 +167,7 @@ def _from_arrays(parts: Sequence[Any], size: int) -> Batches:
 
 def _pair(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """Split one dict into inputs and targets."""
-    return {key: value for key, value in batch.items() if key != _TARGETS}, batch[_TARGETS]
+    return {key: value for key, value in batch.items() if key != TARGETS}, batch[TARGETS]
 
 
 def _slices(rows: Callable[[int, int], Batch], total: int, size: int) -> Iterator[Batch]:
@@ -225,7 +225,7 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
     expected: tuple[str, ...] | None = None
     for number, batch in enumerate(batches):
         where = f"data: batch {number}"
-        if isinstance(batch, Mapping) and _TARGETS in batch:
+        if isinstance(batch, Mapping) and TARGETS in batch:
             batch = _pair(batch)
         if not isinstance(batch, (tuple, list)):
             raise ModeconnError(

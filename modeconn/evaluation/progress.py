@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from modeconn.data.batches import Batches
 
@@ -50,7 +50,7 @@ class Meter:
 
     Args:
         report: called with (samples done, samples in all).
-        evaluated: the data of the evaluation.
+        evaluated: the data sets of the evaluation.
         training: the data that statistics are recomputed from, if any.
         limit: the most batches of `training` that are read.
     """
@@ -58,7 +58,7 @@ class Meter:
     def __init__(
         self,
         report: Progress,
-        evaluated: Batches,
+        evaluated: Sequence[Batches],
         training: Batches | None = None,
         limit: int | None = None,
     ) -> None:
@@ -97,15 +97,21 @@ class Meter:
         self._evaluated_rows(self._before)
 
     def _evaluated_rows(self, done: int) -> None:
-        total = self._evaluated.samples
+        total = self._total()
         self._report(self._recomputed + done, None if total is None else self._recomputed + total)
 
     def _expected(self) -> int | None:
         """Samples of both passes, as far as the data says."""
-        evaluated = self._evaluated.samples
+        evaluated = self._total()
         training = None if self._training is None else self._training.samples
         if evaluated is None or training is None or self._training is None:
             return None
         if self._limit is not None:
             training = min(training, self._limit * self._training.batch_size)
         return evaluated + training
+
+    def _total(self) -> int | None:
+        """Samples of the evaluated data sets, if all of them say."""
+        counts = [data.samples for data in self._evaluated]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None

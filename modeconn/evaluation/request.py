@@ -14,9 +14,9 @@ from torch import nn
 
 from modeconn.backends import check_name
 from modeconn.backends.blocking import MEMORY_BUDGET
-from modeconn.data.batches import Batches, as_batches
+from modeconn.data.batches import TARGETS, Batches, as_batches
 from modeconn.data.prefetch import resident
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, listed
 from modeconn.evaluation.arguments import (
     check_fit,
     device_of,
@@ -35,6 +35,7 @@ _MOST_ROWS = 1 << 16
 # Bytes of a row whose shape is unknown before it is read, and the fewest that are reckoned with: a
 # row of a few numbers costs as much as one of 16 in all that is computed from it.
 _UNKNOWN_ROW, _SMALLEST_ROW = 4096, 64
+AVERAGES = ("batches", "samples")
 
 
 @dataclass(kw_only=True)
@@ -66,6 +67,7 @@ class Request:
     memory_budget: int | None
     recompute_data: Any
     recompute_batches: int | None
+    recompute_average: str
     resume: str | os.PathLike[str] | None
     t: np.ndarray = field(init=False)
     head: Head = field(init=False)
@@ -84,8 +86,21 @@ class Request:
         check_fit(self.model, self.path)
         positive("batch_size", self.batch_size)
         self.budget = positive("memory_budget", self.memory_budget) or MEMORY_BUDGET
-        for name in ("recompute_data", "recompute_batches"):
-            if getattr(self, name) is not None and not self.recomputes:
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        """Check the arguments that are for recomputed statistics alone."""
+        if self.recompute_average not in AVERAGES:
+            raise ModeconnError(
+                f'recompute_average is {self.recompute_average!r}: expected "batches" or "samples"'
+            )
+        given = {
+            "recompute_data": self.recompute_data is not None,
+            "recompute_batches": self.recompute_batches is not None,
+            "recompute_average": self.recompute_average != AVERAGES[0],
+        }
+        for name in given:
+            if given[name] and not self.recomputes:
                 raise ModeconnError(
                     f'{name} is for buffers="recompute", and buffers is {self.buffers!r}'
                 )
@@ -96,16 +111,54 @@ class Request:
         """Whether norms' statistics are recomputed in a pass of their own."""
         return self.buffers == "recompute"
 
-    def sources(self) -> tuple[Batches, Batches | None]:
-        """Return the data to evaluate on, and those to recompute statistics from, if any."""
-        data = self.data
-        if self.recomputes and self.recompute_data is None:
-            data = resident(data, self.where)  # it is read twice
-        evaluated = as_batches(data, self.batch_size or _rows_within(self.budget, data))
+    @property
+    def has_names(self) -> bool:
+        """Whether the data are several data sets by name, and no batch with its labels."""
+        return isinstance(self.data, Mapping) and TARGETS not in self.data
+
+    def sources(self) -> tuple[dict[str, Batches], Batches | None]:
+        """Return the data sets to evaluate on, and the one to recompute statistics from, if any.
+
+        Data that have no name stand under "".
+        """
+        given = dict(self.data) if self.has_names else {"": self.data}
+        if not given or (self.has_names and not all(isinstance(n, str) and n for n in given)):
+            raise ModeconnError(
+                f"data: a dict with the keys {[*given]}; expected data sets by name, such as "
+                f'{{"train": …, "test": …}}, or one batch with its targets as {TARGETS!r}'
+            )
+        training = self._training(given) if self.recomputes else None
+        evaluated = {name: self._batches(name, data) for name, data in given.items()}
         if not self.recomputes:
             return evaluated, None
-        training = data if self.recompute_data is None else self.recompute_data
         return evaluated, as_batches(training, self.batch_size or BATCH_SIZE)
+
+    def _training(self, given: dict[str, Any]) -> Any:
+        """Return the data to recompute statistics from; on the device where they are read twice."""
+        chosen = self.recompute_data
+        if self.has_names and chosen is None and len(given) > 1:
+            raise ModeconnError(
+                'buffers="recompute" needs recompute_data beside several data sets: expected '
+                f"one of their names, {listed([repr(name) for name in given])}, or data"
+            )
+        name = next(iter(given)) if chosen is None else chosen
+        if not isinstance(name, str):
+            return chosen
+        if name not in given:
+            raise ModeconnError(
+                f"recompute_data is {name!r}: expected data, or the name of one of several data "
+                f"sets in a dict ({listed([repr(each) for each in given if each]) or 'here none'})"
+            )
+        given[name] = resident(given[name], self.where)
+        return given[name]
+
+    def _batches(self, name: str, data: Any) -> Batches:
+        try:
+            return as_batches(data, self.batch_size or _rows_within(self.budget, data))
+        except ModeconnError as error:
+            if not name:
+                raise
+            raise ModeconnError(f"data {name!r}: {str(error).removeprefix('data: ')}") from error
 
     def settings(self) -> dict[str, Any]:
         """Return the plain values that decide the sums, besides path, points and data."""
@@ -113,6 +166,11 @@ class Request:
         if not isinstance(loss, str):
             loss = getattr(loss, "__qualname__", type(loss).__qualname__)
         metrics = self.metrics
+        more: dict[str, Any] = {}  # files of before say nothing of these
+        if self.recompute_average != AVERAGES[0]:
+            more["recompute_average"] = self.recompute_average
+        if self.has_names:
+            more["data sets"] = [*self.data]
         return {
             "model": type(self.model).__name__,
             "loss": loss,
@@ -126,6 +184,7 @@ class Request:
             "batch_size": self.batch_size,
             "memory_budget": self.budget,
             "recompute_batches": self.recompute_batches,
+            **more,
         }
 
     def _digest(self, value: Any) -> list[str]:

@@ -62,7 +62,13 @@ class NormStatistics:
         dtype: of the computation.
         device: of the computation.
         backend: "auto" or "native" for the C++ engine, where it knows the network.
+
+    Attributes:
+        by_samples: whether a batch's estimate counts as often as it has rows; by default all
+            batches count alike.
     """
+
+    by_samples = False
 
     def __init__(
         self,
@@ -93,7 +99,8 @@ class NormStatistics:
         They are those that PyTorch has after `reset_running_stats()` with `momentum=None` and a
         pass in training mode: the means, over the batches, of a batch's mean and of its unbiased
         variance, while each norm normalizes by the batch's own statistics. All other modules
-        (dropout, say) stay in evaluation mode.
+        (dropout, say) stay in evaluation mode. Where they are `by_samples`, the means are weighted,
+        as with a momentum of n / (N + n) for a batch of n rows behind N.
 
         Args:
             batches: the training data, in its order.
@@ -107,23 +114,24 @@ class NormStatistics:
         if not self.names:
             return Recomputed({}, "")
         sums = {name: total.to(self.device) for name, total in stage.sums.items()}
-        count = 0
-        for inputs, _ in itertools.islice(batches, limit):
+        total_weight = 0
+        for number, (inputs, _) in enumerate(itertools.islice(batches, limit)):
             x = moved(inputs, self.dtype, self.device)
+            weight = rows(inputs) if self.by_samples else 1
             if not stage.has(x):
-                self._add_checked(x, count, sums)
+                self._add_checked(x, number, weight, sums)
                 stage.done(sums)
-            count += 1
+            total_weight += weight
             seen(rows(inputs))
         # a norm counts as often as it is called
         used = Counter(itertools.chain.from_iterable(self.names))
-        means = {name: total / (count * used[name]) for name, total in sums.items()}
+        means = {name: total / (total_weight * used[name]) for name, total in sums.items()}
         tables = {name: mean.to(self.dtype) for name, mean in means.items()}
         return Recomputed(tables, self.engine.name)
 
-    def _add_checked(self, x: Inputs, number: int, sums: dict[str, Tensor]) -> None:
+    def _add_checked(self, x: Inputs, number: int, weight: int, sums: dict[str, Tensor]) -> None:
         try:
-            self._add(x, sums)
+            self._add(x, weight, sums)
         except ModeconnError:
             raise
         except ValueError as error:
@@ -133,8 +141,8 @@ class NormStatistics:
                 "that leaves no such batch"
             ) from error
 
-    def _add(self, x: Inputs, sums: dict[str, Tensor]) -> None:
-        """Add the statistics of a batch at every point to the sums."""
+    def _add(self, x: Inputs, weight: int, sums: dict[str, Tensor]) -> None:
+        """Add the statistics of a batch at every point, times its weight, to the sums."""
         values = self.engine.shared(x)
         for segment in self.program.segments:
             statistics = self.engine.statistics(segment, values, rows(x))
@@ -147,7 +155,7 @@ class NormStatistics:
                 if name not in sums:
                     shape = len(self.program.points), *value.shape[1:]
                     sums[name] = torch.zeros(shape, dtype=torch.float64, device=value.device)
-                sums[name][segment.point_indices] += value
+                sums[name][segment.point_indices] += value.double() * weight
 
 
 @without_autocast
