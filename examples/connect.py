@@ -12,7 +12,7 @@ import modeconn as mc
 from modeconn import models
 from modeconn.training.train import train
 
-SPEC = "mlp:64-24x2-10"
+SPEC = "mlp:64-40x2-10"
 
 
 def main() -> None:

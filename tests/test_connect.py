@@ -157,9 +157,9 @@ def test_an_interrupted_search_goes_on_to_the_same_connection(
     small_pair, tmp_path: Path, monkeypatch, subnetworks: str
 ) -> None:
     pair = small_pair
-    monkeypatch.setattr("modeconn.resuming.SECONDS_BETWEEN_WRITES", 0.0)
-    settings = {"target": 0.02, "subnetworks": subnetworks, "seed": 3}
-    whole = mc.connect(pair[0], *pair, digits(), **settings)
+    data = tuple(part[:300] for part in digits())
+    settings = {"target": 0.2, "subnetworks": subnetworks, "seed": 3}
+    whole = mc.connect(pair[0], *pair, data, **settings)
     folder = tmp_path / "search"
     lines = 0
     for stop in (2, 4):  # at once, and after some fits
@@ -171,7 +171,7 @@ def test_an_interrupted_search_goes_on_to_the_same_connection(
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            mc.connect(pair[0], *pair, digits(), **settings, folder=folder, log=interrupt)
+            mc.connect(pair[0], *pair, data, **settings, folder=folder, log=interrupt)
         lines = 0
     assert list(folder.glob("fit-*.safetensors"))
     with monkeypatch.context() as broken:  # in the middle of a training
@@ -185,11 +185,12 @@ def test_an_interrupted_search_goes_on_to_the_same_connection(
             run(self)
 
         broken.setattr(training._Training, "run_epoch", run_epoch)
+        broken.setattr("modeconn.resuming.SECONDS_BETWEEN_WRITES", 0.0)
         with pytest.raises(KeyboardInterrupt):
-            mc.connect(pair[0], *pair, digits(), **settings, folder=folder)
+            mc.connect(pair[0], *pair, data, **settings, folder=folder)
     assert list(folder.glob("fit-*.training"))
     before = {file.name: file.stat().st_mtime_ns for file in folder.glob("fit-*.safetensors")}
-    again = mc.connect(pair[0], *pair, digits(), **settings, folder=folder)
+    again = mc.connect(pair[0], *pair, data, **settings, folder=folder)
     assert all((folder / name).stat().st_mtime_ns == time for name, time in before.items())
     points = zip(whole.path.control_points, again.path.control_points, strict=True)
     assert all(torch.equal(p[key], q[key]) for p, q in points for key in p)
@@ -200,17 +201,17 @@ def test_an_interrupted_search_goes_on_to_the_same_connection(
         mc.ModeconnError,
         match="holds another search, started with other kept; other features; seed 3, not 4",
     ):
-        mc.connect(pair[0], *pair, digits(), **{**settings, "seed": 4}, folder=folder)
+        mc.connect(pair[0], *pair, data, **{**settings, "seed": 4}, folder=folder)
     with pytest.raises(mc.ModeconnError, match="started with other networks"):
-        mc.connect(pair[0], pair[1], pair[0], digits(), **settings, folder=folder)
+        mc.connect(pair[0], pair[1], pair[0], data, **settings, folder=folder)
     fit = next(iter(sorted(folder.glob("fit-*.safetensors"))))
     fit.write_bytes(fit.read_bytes()[:100])
     with pytest.raises(mc.ModeconnError, match="is no finished fit"):
-        mc.connect(pair[0], *pair, digits(), **settings, folder=folder)
+        mc.connect(pair[0], *pair, data, **settings, folder=folder)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     with pytest.raises(mc.ModeconnError, match="holds no search"):
-        mc.connect(pair[0], *pair, digits(), folder=tmp_path / "mine")
+        mc.connect(pair[0], *pair, data, folder=tmp_path / "mine")
 
 
 def test_features_are_those_of_the_network(pair, tmp_path: Path) -> None:
