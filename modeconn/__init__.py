@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from modeconn.evaluation.result import PathResult
     from modeconn.parameters.paths import Bezier, Line, Mixture, Plane, PolyChain
     from modeconn.parameters.state import load
+    from modeconn.parameters.subspace import Subspace
     from modeconn.plan.report import Plan
     from modeconn.stability.criteria import ConditionsTable, conditions
     from modeconn.stability.dropout import dropout_stability
@@ -37,6 +38,7 @@ __all__ = [
     "PolyChain",
     "Separation",
     "StabilityTable",
+    "Subspace",
     "conditions",
     "connect",
     "datasets",
@@ -66,6 +68,7 @@ _HOME = {
     "modeconn.evaluation.result": "PathResult",
     "modeconn.parameters.paths": "Bezier Line Mixture Plane PolyChain",
     "modeconn.parameters.state": "load",
+    "modeconn.parameters.subspace": "Subspace",
     "modeconn.plan.report": "Plan",
     "modeconn.stability.criteria": "ConditionsTable conditions",
     "modeconn.stability.dropout": "dropout_stability",

@@ -25,6 +25,7 @@ def test_public_names():
         "PolyChain",
         "Separation",
         "StabilityTable",
+        "Subspace",
         "conditions",
         "connect",
         "datasets",

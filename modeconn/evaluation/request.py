@@ -99,8 +99,8 @@ class Request:
             "recompute_batches": self.recompute_batches is not None,
             "recompute_average": self.recompute_average != AVERAGES[0],
         }
-        for name in given:
-            if given[name] and not self.recomputes:
+        for name, there in given.items():
+            if there and not self.recomputes:
                 raise ModeconnError(
                     f'{name} is for buffers="recompute", and buffers is {self.buffers!r}'
                 )

@@ -21,7 +21,7 @@ from modeconn.parameters import state as states
 from modeconn.parameters.blending import SNAP, blend
 from modeconn.parameters.comparison import warn_of_equal, warn_of_fixed
 from modeconn.parameters.directions import RandomDirections, principal_plane
-from modeconn.parameters.points import Points, is_count, t_values
+from modeconn.parameters.points import Points, grid_over, is_count, t_values
 from modeconn.parameters.state import State
 
 # A control point: a module, a state dict or the name of a checkpoint file.
@@ -210,6 +210,8 @@ class Plane(Path):
     """The plane origin + x u + y v, with t = (x, y).
 
     u and v are directions: state dicts of origin's shapes; tensors that they leave out are zero.
+    Axes have ranges and counts of their own: `plane.extent = ((-1, 1), (0, 2))`, and
+    `points=plane.grid((51, 31))`.
     `Plane.through`, `Plane.random` and `Plane.trajectory` build the planes most often drawn.
 
     Attributes:
@@ -316,10 +318,14 @@ class Plane(Path):
         plane.extent = tuple(zip((low - room).tolist(), (high + room).tolist()))  # type: ignore[assignment]
         return plane
 
-    def grid(self, count: int) -> np.ndarray:
-        """Return the t values that `points=count` stands for: count × count over the extent."""
-        x, y = np.meshgrid(*(np.linspace(*ends, count) for ends in self.extent), indexing="ij")
-        return np.stack([x.ravel(), y.ravel()], axis=1)
+    def grid(self, count: int | Sequence[int]) -> np.ndarray:
+        """Return the t of a grid over the extent, y changing fastest; `points=n` is that of n.
+
+        Args:
+            count: how many points on each axis, n for n × n or (nx, ny). Values of a result there
+                are those of the grid by `values.reshape(nx, ny)`.
+        """
+        return grid_over(self.extent, count)
 
     def info(self) -> dict[str, str]:
         """Return what a result records of the plane, as text by name: its marks, too."""

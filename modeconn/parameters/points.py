@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,27 @@ def t_values(points: Points, dim: int, kind: str) -> np.ndarray:
         row = int(np.argmin(np.isfinite(t).reshape(len(t), -1).all(1)))
         raise ModeconnError(f"points[{row}] is {t[row]}: t must be finite")
     return t
+
+
+def grid_over(extent: Sequence[tuple[float, float]], count: int | Sequence[int]) -> np.ndarray:
+    """Return the points of a grid, the last coordinate changing fastest, float64 [T, dim].
+
+    Args:
+        extent: the range of each axis; both ends are points.
+        count: how many points on each axis, one number for all or one for each.
+
+    Raises:
+        ModeconnError: a count below one, or not as many counts as axes.
+    """
+    counts = [count] * len(extent) if isinstance(count, (int, np.integer)) else [*count]
+    whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in counts)
+    if len(counts) != len(extent) or not whole or min(counts) < 1:
+        raise ModeconnError(
+            f"points is {count!r}: expected a whole number of points, at least 1, or one for each "
+            f"of {len(extent)} axes"
+        )
+    axes = [np.linspace(*ends, n) for ends, n in zip(extent, counts)]
+    return np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
 
 
 def _numbers(points: Points) -> np.ndarray:
