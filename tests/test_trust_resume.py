@@ -231,7 +231,7 @@ NETWORKS: dict[str, tuple[nn.Module, nn.Module]] = {
 def test_another_network_with_such_weights_is_refused(tmp_path: Path, name: str):
     first, second = NETWORKS[name]
     state = {key: value + 0.1 for key, value in first.state_dict().items()}
-    path = mc.Line(first, state)
+    path = mc.Line(first.state_dict(), state)
     mc.evaluate(first, path, (X, Y), 3, resume=tmp_path / "f")
     with refused("of another network", str(tmp_path / "f")):
         mc.evaluate(second, path, (X, Y), 3, resume=tmp_path / "f")

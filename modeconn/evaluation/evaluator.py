@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from modeconn.backends.precision import products, without_autocast
-from modeconn.capture.export import capture, prepare
+from modeconn.capture.export import prepare
 from modeconn.data.inputs import moved
 from modeconn.data.tensors import as_inputs
 from modeconn.evaluation.arguments import check_fit, device_of, dtype_of, frozen_entries
+from modeconn.evaluation.ends import capture_for
 from modeconn.evaluation.passes import Run, results_of
 from modeconn.evaluation.progress import Meter, Progress, reporting
 from modeconn.evaluation.request import Request
@@ -220,7 +221,7 @@ def explain(
     frozen = frozen_entries(buffers, path)
     check_fit(model, path)
     runner = prepare(model, dtype, where)
-    graph = capture(runner, moved(as_inputs(sample, "sample"), dtype, where))
+    graph = capture_for(path, runner, moved(as_inputs(sample, "sample"), dtype, where))
     tables = None
     if buffers == "recompute":
         tables = placeholders(graph, path, len(np.unique(t, axis=0)))

@@ -14,7 +14,7 @@ from modeconn.backends import check_name, make_backend
 from modeconn.backends.base import Backend
 from modeconn.backends.blocking import MEMORY_BUDGET
 from modeconn.backends.precision import products, without_autocast
-from modeconn.capture.export import capture, prepare
+from modeconn.capture.export import prepare
 from modeconn.capture.graph import Graph, Size
 from modeconn.data.inputs import Inputs, describe, leaves, moved, rows, take
 from modeconn.errors import ModeconnError
@@ -25,6 +25,7 @@ from modeconn.evaluation.arguments import (
     frozen_entries,
     positive,
 )
+from modeconn.evaluation.ends import capture_for
 from modeconn.evaluation.notices import warn_of_capture
 from modeconn.parameters.paths import Path
 from modeconn.parameters.points import Points
@@ -91,7 +92,8 @@ class Forward:
         check_fit(model, path)
         x = self._input(sample)
         self._row = describe(x)
-        graph = capture(prepare(model, self._dtype, self._device), x)
+        runner = prepare(model, self._dtype, self._device)
+        graph = capture_for(path, runner, x)
         _check_output(graph)
         warn_of_capture(graph, "the rows that are given together")
         tensors = itertools.chain.from_iterable(point.values() for point in path.control_points)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from modeconn.backends import make_backend
 from modeconn.backends.base import Backend
-from modeconn.capture.export import capture
 from modeconn.capture.graph import Graph
 from modeconn.capture.trial import Runner
 from modeconn.data.batches import Batch, Batches
 from modeconn.data.inputs import moved, rows, take
 from modeconn.data.prefetch import on_device
 from modeconn.errors import ModeconnError
+from modeconn.evaluation.ends import capture_for
 from modeconn.evaluation.notices import (
     LabelNotices,
     warn_of_capture,
@@ -128,7 +128,7 @@ def _recomputed(run: Run, training: Batches | None) -> Recomputed:
         return Recomputed({}, "")
     request = run.request
     first, batches = _begun(training)
-    graph = capture(run.model, moved(first[0], request.dtype, request.where))
+    graph = capture_for(request.path, run.model, moved(first[0], request.dtype, request.where))
     norms = NormStatistics(
         graph, request.path, request.t, request.dtype, request.where, request.backend
     )
@@ -148,7 +148,7 @@ def _prepare(
     # The pass begins here: the data themselves give the shape that the model is captured with.
     first, batches = _begun(source)
     x = moved(first[0], request.dtype, request.where)
-    graph = capture(run.model, x)
+    graph = capture_for(request.path, run.model, x)
     if before is not None and graph is before.graph:
         return replace(before, batches=batches)
     warn_of_capture(

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from modeconn.backends.native.statistics import make_statistics
 from modeconn.backends.precision import without_autocast
-from modeconn.capture.export import capture, prepare
+from modeconn.capture.export import prepare
 from modeconn.capture.graph import Graph
 from modeconn.capture.training_mode import training_graph
 from modeconn.data.batches import Batch, as_batches
 from modeconn.data.inputs import Inputs, moved, rows
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import device_of, dtype_of
+from modeconn.evaluation.ends import capture_for
 from modeconn.evaluation.resume import Stage, Unfinished
 from modeconn.parameters.paths import Path
 from modeconn.parameters.points import Points
@@ -188,7 +189,7 @@ def network_at(
     stream = iter(as_batches(data, batch_size or BATCH_SIZE))
     with torch.no_grad(), Unfinished(None, {}).stage("statistics") as stage:
         first = next(stream)
-        graph = capture(runner, moved(first[0], dtype, device))
+        graph = capture_for(path, runner, moved(first[0], dtype, device))
         batches = itertools.chain([first], stream)
         found, _ = NormStatistics(graph, path, points, dtype, device).recompute(batches, stage)
     return state | {name: table[0].to(state[name].dtype) for name, table in found.items()}

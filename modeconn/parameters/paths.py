@@ -23,6 +23,7 @@ from modeconn.parameters.comparison import warn_of_equal, warn_of_fixed
 from modeconn.parameters.directions import RandomDirections, principal_plane
 from modeconn.parameters.points import Points, grid_over, is_count, t_values
 from modeconn.parameters.state import State
+from modeconn.parameters.wrappers import unwrapped
 
 # A control point: a module, a state dict or the name of a checkpoint file.
 Source = Any
@@ -35,6 +36,7 @@ class Path:
         control_points: K state dicts with equal keys, shapes and dtypes.
         dim: the number of coordinates of t (1 for a curve, 2 for a plane, K for a mixture).
         names: what messages call the control points.
+        modules: the modules that control points are the parameters and buffers of, None for others.
 
     The tensors of modules and state dicts are not copied: a path follows a model that is trained
     further. Tensors that are not floating point (counters such as `num_batches_tracked`) are not
@@ -80,6 +82,7 @@ class Path:
         for point, name in zip(self.control_points, names):
             states.check(point, name)
         self.names = list(names)
+        self.modules = [_module(source) for source in control_points]
         warn_of_equal(self.control_points, self.names, self._in_turn)
         if not directions:
             warn_of_fixed(self.control_points, self.names)
@@ -234,6 +237,7 @@ class Plane(Path):
             names=["origin", "u", "v"],
             directions=True,
         )
+        self.modules[0] = _module(origin)
         self._through = False
         self.marks: np.ndarray = np.zeros((1, 2))
 
@@ -285,6 +289,7 @@ class Plane(Path):
         directions = RandomDirections(base, norm, biases, module)
         plane = cls(base, *(directions.draw(generator) for _ in range(2)))
         plane.extent = ((-1.0, 1.0), (-1.0, 1.0))
+        plane.modules[0] = _module(model)
         return plane
 
     @classmethod
@@ -312,6 +317,7 @@ class Plane(Path):
             )
         u, v, places, explained = principal_plane(path.control_points, centre % len(checkpoints))
         plane = cls(path.control_points[centre], u, v)
+        plane.modules[0] = path.modules[centre]
         plane.marks, plane.explained = places, (float(explained[0]), float(explained[1]))
         low, high = places.min(0), places.max(0)
         room = margin * np.maximum(high - low, 1e-3 * np.ptp(places))
@@ -374,6 +380,10 @@ def _widened(state: State) -> State:
     """Convert half precision to float32, which has all its values; leave all else as it is."""
     half = (torch.float16, torch.bfloat16)
     return {key: value.float() if value.dtype in half else value for key, value in state.items()}
+
+
+def _module(source: Source) -> nn.Module | None:
+    return unwrapped(source) if isinstance(source, nn.Module) else None
 
 
 def _name(source: Source, k: int) -> str:
