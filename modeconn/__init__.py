@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from modeconn.plan.report import Plan
     from modeconn.stability.criteria import ConditionsTable, conditions
     from modeconn.stability.dropout import dropout_stability
-    from modeconn.stability.separability import Separation, linear_separability
+    from modeconn.connection.separability import Separation, linear_separability
     from modeconn.stability.subnetworks import subnetwork_stability
     from modeconn.stability.table import StabilityTable
 
@@ -72,7 +72,7 @@ _HOME = {
     "modeconn.plan.report": "Plan",
     "modeconn.stability.criteria": "ConditionsTable conditions",
     "modeconn.stability.dropout": "dropout_stability",
-    "modeconn.stability.separability": "Separation linear_separability",
+    "modeconn.connection.separability": "Separation linear_separability",
     "modeconn.stability.subnetworks": "subnetwork_stability",
     "modeconn.stability.table": "StabilityTable",
 }

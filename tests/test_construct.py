@@ -10,8 +10,9 @@ import torch
 from hypothesis import Phase, given, settings
 from torch import Tensor, nn
 
-from modeconn.connection.construct import Breakpoint, breakpoints, room
+from modeconn.connection.construct import Breakpoint, breakpoints
 from modeconn.connection.layer_chain import LayerChain
+from modeconn.connection.positions import room
 from modeconn.connection.subnetworks import Subnetwork, carry, initial, kept_units, outputs
 from modeconn.errors import ModeconnError
 from modeconn.models import build

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from modeconn.errors import ModeconnError
 from modeconn.stability import separability
-from modeconn.stability.farkas import inequalities, largest_margin, proves_none
-from modeconn.stability.separability import Outcome, Separation, coinciding, linear_separability
+from modeconn.connection.farkas import inequalities, largest_margin, proves_none
+from modeconn.connection.separability import Outcome, Separation, coinciding, linear_separability
 
 
 def exact_margin(found: Separation, x: Tensor, y: Tensor) -> Fraction:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeconn.cli import options, output
-from modeconn.connection.search import METHODS
+from modeconn.connection.solution import METHODS
 from modeconn.errors import ModeconnError
 from modeconn.files import remove_folder, sweep
 
@@ -54,7 +54,7 @@ def _add_construction(parser: argparse.ArgumentParser) -> None:
         "--target",
         metavar="LOSS",
         type=float,
-        help="training loss to stay below (default: twice that of the end points)",
+        help="training loss to stay below (default: about the larger one of the end points)",
     )
     group.add_argument(
         "--kept",
@@ -68,8 +68,9 @@ def _add_construction(parser: argparse.ArgumentParser) -> None:
         "--subnetworks",
         metavar="KIND",
         default="auto",
-        help=f"{options.listed(METHODS)} (default: auto, which takes heads for fully connected "
-        "ReLU networks and trained ones elsewhere)",
+        help=f"{options.listed(METHODS)} (default: auto, which takes readouts and heads for "
+        "fully connected ReLU networks and trained ones elsewhere); separable and memorise train "
+        "nothing",
     )
     options.add_seed(group, "units, weights and the order of samples")
 

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from modeconn.connection.layer_chain import LayerChain, Norm
+from modeconn.connection.positions import Positions, assign_positions, positions_around, room
 from modeconn.connection.subnetworks import Subnetwork, carry, full_depth
 from modeconn.errors import ModeconnError
 
 State = dict[str, Tensor]
-# J_{l,p}: by layer p the units that a subnetwork has there.
-Positions = dict[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -83,115 +82,56 @@ def breakpoints(
         ModeconnError: a subnetwork is missing or does not fit, or a layer has too few units for two
             of them side by side.
     """
-    full_a, full_b = _full_depth(chain, subnetworks_a, "a"), _full_depth(chain, subnetworks_b, "b")
-    positions_a, positions_b = assign_positions(chain, full_a), assign_positions(chain, full_b)
-    shared = _same(full_a[0], full_b[0])
-    if shared:
-        occupied = _occupied(chain, full_a, positions_a), _occupied(chain, full_b, positions_b)
-        positions_a[0] = positions_b[0] = _shared_positions(chain, full_a, occupied)
-    side_a = Side("a", a, full_a, positions_a)
-    side_b = Side("b", b, full_b, positions_b)
+    full_a, full_b = full_depths(chain, subnetworks_a, "a"), full_depths(chain, subnetworks_b, "b")
+    if _same(full_a[0], full_b[0]):
+        down, up = descents(chain, {"a": a, "b": b}, {"a": full_a, "b": full_b})
+        return joined(down, up, "b")
+    side_a = Side("a", a, full_a, assign_positions(chain, full_a))
+    side_b = Side("b", b, full_b, assign_positions(chain, full_b))
     down, up = _descend(chain, side_a), _descend(chain, side_b)
-    if shared:
-        middle = [Breakpoint(up[-1].state, "rewrite", "S_0 in b")]
-    else:
-        middle = _join(chain, side_a, down[-1].state, side_b, up[-1].state)
-    # Walked backwards, each segment keeps its kind: that of the step it led to.
-    back = [
-        Breakpoint(before.state, step.kind, before.label)
-        for before, step in zip(reversed(up[:-1]), reversed(up[1:]))
-    ]
-    return [*down, *middle, *back]
+    return [*down, *_join(chain, side_a, down[-1].state, side_b, up[-1].state), *backwards(up)]
 
 
-def room(
-    chain: LayerChain, kept: Mapping[int, int], widths: Mapping[int, Sequence[int]]
-) -> list[str]:
-    """Lists where two consecutive subnetworks do not fit side by side.
+def descents(
+    chain: LayerChain,
+    ends: Mapping[str, Mapping[str, Tensor]],
+    subnetworks: Mapping[str, Sequence[Subnetwork]],
+) -> list[list[Breakpoint]]:
+    """Builds for each network the breakpoints from it down to its A_0, whose S_0 all share.
 
-    The condition is |I_{l+1}| + m_{l,l+1} ≤ n_{l+1} and m_{l+1,p} + m_{l,p} ≤ n_p for p ≥ l+2
-    (Nguyen et al. 2021, Theorem 4.1).
+    Any two of the last breakpoints differ in dead units alone.
 
     Args:
-        kept: |I_l| by entry layer.
-        widths: by entry layer the hidden widths m_{l,l+1}, m_{l,l+2}, … of its full-depth
-            subnetwork.
+        ends: the networks' state dicts by name.
+        subnetworks: of each S_0 … S_{L-1}; S_0 is the same in all.
 
-    Returns:
-        one line for each violation; empty if there is room.
+    Raises:
+        ModeconnError: as `breakpoints`.
     """
-    lines = []
-    for entry, own in sorted(widths.items()):
-        above = widths.get(entry + 1, ())
-        for index, units in enumerate(own):
-            p = entry + 1 + index
-            if index and index > len(above):
-                continue
-            if index == 0:
-                other, what = kept.get(p, 0), f"|I_{p}|"
-            else:
-                other, what = above[index - 1], f"m_{{{entry + 1},{p}}}"
-            if units + other > chain.widths[p]:
-                short = units + other - chain.widths[p]
-                lines.append(
-                    f"layer {p} has {chain.widths[p]} units, {short} short of "
-                    f"m_{{{entry},{p}}} + {what} = {units} + {other}"
-                )
-    return lines
+    full = [full_depths(chain, subnetworks[name], name) for name in ends]
+    positions = positions_around(chain, full)
+    sides = [Side(name, ends[name], *each) for name, each in zip(ends, zip(full, positions))]
+    return [_descend(chain, side) for side in sides]
 
 
-def assign_positions(chain: LayerChain, subs: Sequence[Subnetwork]) -> list[Positions]:
-    """Chooses units J_{l,p} for each subnetwork, disjoint from those of the next one up.
+def joined(down: Sequence[Breakpoint], up: Sequence[Breakpoint], name: str) -> list[Breakpoint]:
+    """Joins two descents to the same S_0 by a rewrite, the second of them walked backwards.
 
-    At layer p, S_l prefers the complement of I_p where p - l is odd and I_p itself where it is
-    even: so every subnetwork that is no wider than those regions finds the same place whatever the
-    others are.
+    Args:
+        name: of the second network, for the label.
     """
-    positions: list[Positions] = [{} for _ in subs]
-    for entry in reversed(range(chain.length - 1)):
-        for p in range(entry + 1, chain.length):
-            occupied = subs[p].kept if p == entry + 1 else positions[entry + 1][p]
-            positions[entry][p] = _choose(chain, subs, entry, p, [occupied])
-    return positions
+    return [*down, Breakpoint(up[-1].state, "rewrite", f"S_0 in {name}"), *backwards(up)]
 
 
-def _occupied(
-    chain: LayerChain, subs: Sequence[Subnetwork], positions: Sequence[Positions]
-) -> Positions:
-    """Returns the units that A_1 uses: S_1's own, and those of layer 1 that it reads."""
-    return {p: positions[1][p] if p > 1 else subs[1].kept for p in range(1, chain.length)}
+def backwards(down: Sequence[Breakpoint]) -> list[Breakpoint]:
+    """Walks a descent backwards from its last breakpoint, which is left out.
 
-
-def _shared_positions(
-    chain: LayerChain, subs: Sequence[Subnetwork], occupied: Sequence[Positions]
-) -> Positions:
-    """Chooses units for an S_0 that both sides use: free on both of them."""
-    found: Positions = {}
-    for p in range(1, chain.length):
-        found[p] = _choose(chain, subs, 0, p, [units[p] for units in occupied])
-    return found
-
-
-def _choose(
-    chain: LayerChain, subs: Sequence[Subnetwork], entry: int, p: int, occupied: Sequence[Tensor]
-) -> Tensor:
-    """Chooses free units of layer p for S_entry, those that it prefers first."""
-    count = subs[entry].widths[p - entry - 1]
-    free = torch.ones(chain.widths[p], dtype=torch.bool)
-    for units in occupied:
-        free[units.cpu()] = False
-    preferred = torch.zeros(chain.widths[p], dtype=torch.bool)
-    preferred[subs[p].kept.cpu()] = True
-    if (p - entry) % 2:
-        preferred = ~preferred
-    order = torch.cat([(free & preferred).nonzero()[:, 0], (free & ~preferred).nonzero()[:, 0]])
-    if len(order) < count:
-        raise ModeconnError(
-            f"no room: layer {p} has {chain.widths[p]} units, {len(order)} of them free, "
-            f"and the subnetwork of entry layer {entry} needs {count}: {count - len(order)} too "
-            f"few; keep fewer units in layer {p} or use narrower subnetworks"
-        )
-    return order[:count].sort().values
+    Each segment keeps its kind: that of the step it led to.
+    """
+    return [
+        Breakpoint(before.state, step.kind, before.label)
+        for before, step in zip(reversed(down[:-1]), reversed(down[1:]))
+    ]
 
 
 def _descend(chain: LayerChain, side: Side) -> list[Breakpoint]:
@@ -339,7 +279,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a, b)
 
 
-def _full_depth(chain: LayerChain, subs: Sequence[Subnetwork], name: str) -> list[Subnetwork]:
+def full_depths(chain: LayerChain, subs: Sequence[Subnetwork], name: str) -> list[Subnetwork]:
     """Carries shallow subnetworks to the top and checks that all fit."""
     full = [carry(chain, sub) for sub in subs]
     _check(chain, full, name)

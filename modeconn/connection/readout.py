@@ -70,6 +70,32 @@ def fit_readout(
     )
     weight, bias = start.weights[0].double(), start.biases[0]
     problem.begin(weight, None if bias is None else bias.double())
+    steps = _solve(problem, iterations)
+    weight, bias = problem.readout()
+    found = replace(start, weights=(weight.to(h),), biases=(None if bias is None else bias.to(h),))
+    loss, error = measure(chain, found, h, labels)
+    reached = stop_loss is not None and loss <= stop_loss
+    return TrainedSubnetwork(found, loss, error, steps, time.perf_counter() - began, reached)
+
+
+def fitted_weights(
+    h: Tensor, labels: Tensor, classes: int, iterations: int, weight_decay: float
+) -> Tensor:
+    """Fits a readout of features alone and returns its weights, float64 [C, k].
+
+    Args:
+        h: [N, k]. labels: int64 [N]. classes: C.
+        iterations: at most so many steps.
+    """
+    problem = _Problem(h, labels, weight_decay, None)
+    zero = torch.zeros(classes, h.shape[1], dtype=torch.float64, device=h.device)
+    problem.begin(zero, zero.new_zeros(classes))
+    _solve(problem, iterations)
+    return problem.readout()[0]
+
+
+def _solve(problem: _Problem, iterations: int) -> int:
+    """Runs L-BFGS on a problem that has begun, until it stops; returns the number of steps."""
     optimizer = torch.optim.LBFGS(
         problem.parameters,
         max_iter=iterations,
@@ -84,12 +110,7 @@ def fit_readout(
             optimizer.step(problem)
     except _Reached:
         pass
-    weight, bias = problem.readout()
-    found = replace(start, weights=(weight.to(h),), biases=(None if bias is None else bias.to(h),))
-    loss, error = measure(chain, found, h, labels)
-    steps = int(optimizer.state[problem.parameters[0]].get("n_iter", 0))
-    reached = stop_loss is not None and loss <= stop_loss
-    return TrainedSubnetwork(found, loss, error, steps, time.perf_counter() - began, reached)
+    return int(optimizer.state[problem.parameters[0]].get("n_iter", 0))
 
 
 class _Problem:

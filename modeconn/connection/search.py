@@ -20,15 +20,17 @@ from torch import Tensor
 
 from modeconn.connection.features import Features
 from modeconn.connection.layer_chain import LayerChain
+from modeconn.connection.positions import fits_below
 from modeconn.connection.readout import fit_readout
 from modeconn.connection.recipe import Recipe
 from modeconn.connection.resume import Fits, search_settings
 from modeconn.connection.subnetworks import Subnetwork, initial, why_not_carried
-from modeconn.connection.trained_subnetwork import TrainedSubnetwork
-from modeconn.connection.training import train_subnetworks
-from modeconn.connection.warm_start import first_layer_of
+from modeconn.connection.trained_subnetwork import BestSubnetwork, TrainedSubnetwork
+from modeconn.connection.training import measure, train_subnetworks
+from modeconn.connection.warm_start import first_layer_of, input_subnetwork
 from modeconn.errors import ModeconnError
 
+# How subnetworks are searched for. "auto" is "head" after readouts, or "trained".
 METHODS = ("auto", "readout", "head", "trained")
 # A subnetwork stops a little below the target: the bound is taken in another order of summation.
 _MARGIN = 0.95
@@ -39,9 +41,12 @@ _SHALLOW_ROUNDS = ((2, 20), (3, 30), (3, 60))
 # Iterations of L-BFGS for a readout, round after round: a readout begins where the round before
 # left off, so each round goes on rather than starting over.
 _READOUT_ROUNDS = (300, 1000, 3000)
+# Rows and steps that tell whether a readout is worth a try.
+_TRIAL_ROWS, _TRIAL_STEPS = 2000, 100
 # Epochs of full-depth subnetworks, round after round. Few: they begin with trained weights.
 _FULL_DEPTH_ROUNDS = (6, 12, 24)
 _ROUNDS = {
+    "auto": len(_SHALLOW_ROUNDS),
     "head": len(_SHALLOW_ROUNDS),
     "readout": len(_READOUT_ROUNDS),
     "trained": len(_FULL_DEPTH_ROUNDS),
@@ -54,43 +59,8 @@ _FULL_DEPTH = Recipe(lr=1e-3, batch_size=128, schedule="onecycle", weight_decay=
 _STEPS = 2000
 
 
-@dataclass(frozen=True)
-class BestSubnetwork:
-    """The best subnetwork so far of one entry layer of one network.
-
-    Attributes:
-        subnetwork: its weights.
-        loss, error: over all training data.
-        method: "readout", "head" or "trained".
-        epochs, seconds: spent on this entry layer in all rounds together.
-    """
-
-    subnetwork: Subnetwork
-    loss: float
-    error: float
-    method: str
-    epochs: int
-    seconds: float
-
-    def to_dict(self, side: str) -> dict[str, Any]:
-        """Returns the record that a connection keeps of it."""
-        sub = self.subnetwork
-        return {
-            "side": side,
-            "entry": sub.entry,
-            "method": self.method,
-            "kept": len(sub.kept),
-            "units": sub.kept.tolist(),
-            "widths": list(sub.widths),
-            "loss": self.loss,
-            "error": self.error,
-            "epochs": self.epochs,
-            "seconds": round(self.seconds, 2),
-        }
-
-
-# The name of a network and an entry layer of it. The subnetwork on the input belongs to both
-# networks and has the slot ("a", 0).
+# The name of a network and an entry layer of it. The subnetwork on the input belongs to all
+# networks and has the slot of the first one.
 Slot = tuple[str, int]
 # Subnetworks to begin with, by slot.
 Starts = Sequence[tuple[Slot, Subnetwork]]
@@ -98,11 +68,11 @@ Starts = Sequence[tuple[Slot, Subnetwork]]
 
 @dataclass(frozen=True, eq=False)
 class SearchProblem:
-    """Two networks whose subnetworks are to be found, and how low their losses should be.
+    """Networks whose subnetworks are to be found, and how low their losses should be.
 
     Attributes:
-        chain: the architecture of both.
-        ends: the weights of the networks "a" and "b".
+        chain: the architecture of all.
+        ends: the weights of the networks by name.
         features: their kept features h_l[I_l] on the training data.
         units: I_l by entry layer.
         goal: the loss to get to.
@@ -118,7 +88,10 @@ class SearchProblem:
 
 
 class Search:
-    """Finds a subnetwork for every entry layer of both networks; that of entry layer 0 is shared.
+    """Finds a subnetwork for every entry layer of all networks; that of entry layer 0 is shared.
+
+    S_0 is the first layer of the network whose S_1 is best, then that S_1, where there is room for
+    both side by side; it costs nothing. Elsewhere it is trained.
 
     Args:
         problem: the networks and the goal.
@@ -141,7 +114,10 @@ class Search:
     ) -> None:
         self.problem, self.chain, self.units = problem, problem.chain, problem.units
         self.method, self.say = _resolved(method, problem.chain), say
+        self.kind = "head" if self.method == "auto" else self.method
         self.best: dict[Slot, BestSubnetwork] = {}
+        self.shared: Slot = (next(iter(problem.ends)), 0)
+        self._for_nothing = False  # whether the shared subnetwork is made of an S_1
         settings: dict[str, Any] = {}
         if folder is not None:
             settings = search_settings(
@@ -165,22 +141,50 @@ class Search:
         """
         for number in range(_ROUNDS[self.method])[:rounds]:
             left = [slot for slot in self._slots() if not self._is_finished(slot)]
-            if not left:
+            if not left and self._is_finished(self.shared):
                 break
-            if self.method == "trained":
-                self._train_full_depth(left, number)
-            else:
-                self._train_shallow(left, number)
+            if self.method == "auto" and number == 0:
+                left = self._without_readouts(left)
+            self._train(left, number)
+            if not self._take_shared() and not self._is_finished(self.shared):
+                self._train([self.shared], number)
             self._report(number)
-        shared = self.best["a", 0]
+        shared = self.best[self.shared]
         return {side: [shared, *self._found_above(side)] for side in self.problem.ends}
 
     def _slots(self) -> list[Slot]:
-        """Lists all slots, from the top layer down: each can begin with what was found above it."""
+        """Lists slots above the input from the top down: each can begin with what is above it."""
         slots = []
         for entry in reversed(range(1, self.chain.length)):
             slots += [(side, entry) for side in self.problem.ends]
-        return [*slots, ("a", 0)]
+        return slots
+
+    def _train(self, left: Sequence[Slot], number: int) -> None:
+        if self.method == "trained":
+            self._train_full_depth(left, number)
+        else:
+            self._train_shallow(left, number)
+
+    def _take_shared(self) -> bool:
+        """Takes S_0 for nothing from the best S_1; returns whether there is room for it."""
+        side = min(self.problem.ends, key=lambda name: self.best[name, 1].loss)
+        found = input_subnetwork(self.chain, self.problem.ends[side], self.best[side, 1].subnetwork)
+        subnetworks = [self.best[name, 1].subnetwork for name in self.problem.ends]
+        if found is None or not fits_below(self.chain, found, subnetworks):
+            if self._for_nothing:  # it was, beside narrower S_1
+                del self.best[self.shared]
+                self._for_nothing = False
+            return False
+        features = self.problem.features[side]
+        loss, error = measure(self.chain, found, features.entry(0), features.labels)
+        if self._for_nothing or self.shared not in self.best or loss < self.best[self.shared].loss:
+            method, self._for_nothing = self.best[side, 1].method, True
+            self.best[self.shared] = BestSubnetwork(found, loss, error, method, 0, 0.0)
+        return True
+
+    @property
+    def _labels(self) -> Tensor:
+        return self.problem.features[self.shared[0]].labels
 
     def _is_finished(self, slot: Slot) -> bool:
         return slot in self.best and not self.best[slot].loss > self.problem.goal
@@ -201,7 +205,7 @@ class Search:
 
     def _train_shallow(self, left: Sequence[Slot], number: int) -> None:
         """Trains shallow subnetworks; those of equal shape together, whatever their slots."""
-        depth, epochs = _SHALLOW_ROUNDS[number] if self.method == "head" else (0, 0)
+        depth, epochs = (0, 0) if self.method == "readout" else _SHALLOW_ROUNDS[number]
         groups: dict[tuple[int, ...], list[tuple[Slot, Subnetwork]]] = {}
         for slot in left:
             sub = self._new_shallow(slot, depth, number)
@@ -216,10 +220,37 @@ class Search:
             self.say(f"round {number + 1}: heads {'-'.join(map(str, widths))} at {entries}")
             self._fit(members, self._recipe(_SHALLOW, epochs, _SHALLOW_ROUNDS[0][1]), number)
 
+    def _without_readouts(self, left: Sequence[Slot]) -> list[Slot]:
+        """Fits readouts where some of the rows can be read out; returns the other slots.
+
+        A readout of few rows is a matter of milliseconds, and where it is above the goal that of
+        all rows is, too, but for chance.
+        """
+        rest = []
+        for slot in left:
+            sub = self._new_shallow(slot, 0, 0)
+            if not sub.widths and self._is_read_out(slot, sub):
+                self._fit_readouts([(slot, sub)], 0, "readout")
+            if not self._is_finished(slot):
+                rest.append(slot)
+        return rest
+
+    def _is_read_out(self, slot: Slot, sub: Subnetwork) -> bool:
+        """Whether a readout of the first rows gets to the goal."""
+        features = self.problem.features[slot[0]]
+        zero = replace(sub, weights=(torch.zeros_like(sub.weights[0]),))
+        h, labels = features.entry(slot[1])[:_TRIAL_ROWS], features.labels[:_TRIAL_ROWS]
+        level = _MARGIN * self.problem.goal
+        return fit_readout(
+            self.chain, zero, h, labels, iterations=_TRIAL_STEPS, stop_loss=level
+        ).reached
+
     def _new_shallow(self, slot: Slot, depth: int, number: int) -> Subnetwork:
         """Draws new weights; the seed differs for every round and slot."""
         side, entry = slot
-        seed = ((self.problem.seed * 31 + number) * 1009 + entry) * 2 + (side == "b")
+        place = list(self.problem.ends).index(side)
+        seed = ((self.problem.seed * 31 + number) * 1009 + entry) * 2 + place % 2
+        seed += (place // 2) << 40  # beyond the seeds of the first two networks
         generator = torch.Generator().manual_seed(seed)
         widths = self._shallow_widths(entry, depth)
         return initial(self.chain, entry, self.units[entry], widths, generator)
@@ -246,7 +277,7 @@ class Search:
     # -- full-depth subnetworks --------------------------------------------------------------------
 
     def _train_full_depth(self, left: Sequence[Slot], number: int) -> None:
-        """Trains full-depth subnetworks, entry layer by entry layer, both networks together."""
+        """Trains full-depth subnetworks, entry layer by entry layer, all networks together."""
         epochs = _FULL_DEPTH_ROUNDS[number]
         for entry in sorted({entry for _, entry in left}, reverse=True):
             members = [(slot, self._start(slot)) for slot in left if slot[1] == entry]
@@ -272,17 +303,17 @@ class Search:
 
     def _recipe(self, recipe: Recipe, epochs: int, first: int) -> Recipe:
         """Returns a round's recipe; `first` is the number of epochs of the first round."""
-        steps = math.ceil(len(self.problem.features["a"]) / recipe.batch_size) * first
+        steps = math.ceil(len(self._labels) / recipe.batch_size) * first
         longer = max(1.0, _STEPS / steps)
         return replace(
             recipe, epochs=math.ceil(epochs * longer), stop_loss=_MARGIN * self.problem.goal
         )
 
-    def _fit_readouts(self, members: Starts, number: int) -> None:
+    def _fit_readouts(self, members: Starts, number: int, method: str | None = None) -> None:
         """Fits readouts one by one, each begun where the round before left off, or at zero."""
         for slot, sub in members:
             found = self.best.get(slot)
-            if found is not None:
+            if found is not None and not found.subnetwork.widths:
                 start = found.subnetwork
             else:
                 start = replace(sub, weights=(torch.zeros_like(sub.weights[0]),))
@@ -296,14 +327,15 @@ class Search:
                 iterations=_READOUT_ROUNDS[number],
                 stop_loss=_MARGIN * self.problem.goal,
             )
-            self._keep(slot, *self.fits.next([start], partial(_single, fit)))
+            (result,) = self.fits.next([start], partial(_single, fit))
+            self._keep(slot, result, method)
 
     def _fit(self, members: Starts, recipe: Recipe, number: int) -> None:
         """Trains subnetworks of equal shape together."""
         slots = [slot for slot, _ in members]
         starts = [sub for _, sub in members]
         features = [self.problem.features[side].entry(entry) for side, entry in slots]
-        labels = self.problem.features["a"].labels
+        labels = self._labels
 
         def fit(file: Path | None) -> list[TrainedSubnetwork]:
             seed = self.problem.seed * 101 + number
@@ -314,14 +346,14 @@ class Search:
         for slot, result in zip(slots, self.fits.next(starts, fit)):
             self._keep(slot, result)
 
-    def _keep(self, slot: Slot, result: TrainedSubnetwork) -> None:
+    def _keep(self, slot: Slot, result: TrainedSubnetwork, method: str | None = None) -> None:
         """Keeps a result where it is the best of its slot, and adds up the work in any case."""
         before = self.best.get(slot)
         epochs = result.epochs + (before.epochs if before else 0)
         seconds = result.seconds + (before.seconds if before else 0.0)
         if before is None or result.loss < before.loss:
             before = BestSubnetwork(
-                result.subnetwork, result.loss, result.error, self.method, epochs, seconds
+                result.subnetwork, result.loss, result.error, method or self.kind, epochs, seconds
             )
         self.best[slot] = replace(before, epochs=epochs, seconds=seconds)
         if not math.isfinite(self.best[slot].loss):
@@ -336,7 +368,7 @@ def _resolved(method: str, chain: LayerChain) -> str:
     """Returns the method that "auto" stands for, and any other that the chain bears."""
     reason = why_not_carried(chain, 1)
     if method == "auto":
-        return "head" if reason is None else "trained"
+        return "auto" if reason is None else "trained"
     if method != "trained" and reason is not None:
         raise ModeconnError(
             f'subnetworks="{method}" need identity to carry them to the top: {reason}; '

@@ -29,6 +29,47 @@ class TrainedSubnetwork:
     reached: bool
 
 
+@dataclass(frozen=True)
+class BestSubnetwork:
+    """The best subnetwork so far of one entry layer of one network.
+
+    Attributes:
+        subnetwork: its weights.
+        loss, error: over all training data.
+        method: "readout", "head", "trained", "separable" or "memorise".
+        epochs, seconds: spent on this entry layer in all rounds together.
+    """
+
+    subnetwork: Subnetwork
+    loss: float
+    error: float
+    method: str
+    epochs: int
+    seconds: float
+
+    @staticmethod
+    def of(result: TrainedSubnetwork, method: str) -> BestSubnetwork:
+        """Takes a result that is the only one of its entry layer."""
+        sub, loss, error = result.subnetwork, result.loss, result.error
+        return BestSubnetwork(sub, loss, error, method, result.epochs, result.seconds)
+
+    def to_dict(self, side: str) -> dict[str, Any]:
+        """Returns the record that a connection keeps of it."""
+        sub = self.subnetwork
+        return {
+            "side": side,
+            "entry": sub.entry,
+            "method": self.method,
+            "kept": len(sub.kept),
+            "units": sub.kept.tolist(),
+            "widths": list(sub.widths),
+            "loss": self.loss,
+            "error": self.error,
+            "epochs": self.epochs,
+            "seconds": round(self.seconds, 2),
+        }
+
+
 def pack(
     prefix: str, found: Sequence[TrainedSubnetwork | None]
 ) -> tuple[dict[str, Tensor], list[Any]]:

@@ -38,6 +38,30 @@ def first_layer_of(
     return _norm_folded(chain, state, units, Subnetwork(entry, kept, weights, biases))
 
 
+def input_subnetwork(
+    chain: LayerChain, state: Mapping[str, Tensor], above: Subnetwork
+) -> Subnetwork | None:
+    """Builds S_0 for nothing: the network's first layer on the units that S_1 reads, then S_1.
+
+    S_0 reads all inputs, so its function is that of S_1, to rounding.
+
+    Args:
+        above: S_1 of this network.
+
+    Returns:
+        None where layer 1 has no room for those units twice, or a norm that cannot be folded into
+        a layer without a bias.
+    """
+    layer = chain.layer(1)
+    whole = 2 * len(above.kept) <= layer.units
+    foldable = layer.norm is None or (
+        layer.bias is not None and layer.norm.mean is not None and layer.steps[0].op == "batch_norm"
+    )
+    if not (whole and foldable):
+        return None
+    return first_layer_of(chain, state, torch.arange(chain.widths[0]), above)
+
+
 def _norm_folded(
     chain: LayerChain, state: Mapping[str, Tensor], units: Tensor, sub: Subnetwork
 ) -> Subnetwork:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.backends.precision import without_autocast
-from modeconn.connection.construct import room
 from modeconn.connection.features import Features, compute_features
 from modeconn.connection.layer_chain import LayerChain
+from modeconn.connection.positions import room
+from modeconn.connection.separability import coinciding, linear_separability
 from modeconn.connection.subnetworks import check_entry, kept_units
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
-from modeconn.stability.separability import coinciding, linear_separability
 from modeconn.stability.table import aligned
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modeconn.backends.precision import without_autocast
+from modeconn.connection.farkas import affine, inequalities, largest_margin, proves_none
 from modeconn.errors import ModeconnError
-from modeconn.stability.farkas import affine, inequalities, largest_margin, proves_none
 
 _EPS = float(np.finfo(np.float64).eps)
 # Iterations of L-BFGS between two checks whether all samples are right, and before the first search
