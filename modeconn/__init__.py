@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from modeconn.connection.certificate import Certificate, FalseCertificate
     from modeconn.connection.connection import Connection
     from modeconn.connection.pipeline import connect
+    from modeconn.connection.separability import Separation, linear_separability
     from modeconn.connection.verification import verify
     from modeconn.data import datasets
     from modeconn.errors import ModeconnError
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from modeconn.plan.report import Plan
     from modeconn.stability.criteria import ConditionsTable, conditions
     from modeconn.stability.dropout import dropout_stability
-    from modeconn.connection.separability import Separation, linear_separability
     from modeconn.stability.subnetworks import subnetwork_stability
     from modeconn.stability.table import StabilityTable
 

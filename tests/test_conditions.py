@@ -113,13 +113,50 @@ def test_other_seeds_keep_other_units() -> None:
     assert margins[0] == margins[1] and any(other != margins[0] for other in margins[2:])
 
 
+def test_memorising_is_decided_by_building_it() -> None:
+    x, _ = data(samples=100, d=16)
+    y = torch.randint(0, 3, (100,), generator=torch.Generator().manual_seed(1))
+    wide, narrow = mlp(16, 32, 44, 60, 3), mlp(16, 32, 16, 44, 3)
+    rows = conditions(wide, wide, (x, y), separability=False).rows
+    assert [row.memorised for row in rows] == [True, True, True, None]
+    assert "no hidden layer" in rows[3].memorised_reason
+    rows = conditions(narrow, narrow, (x, y), separability=False).rows
+    assert [row.memorised for row in rows[:3]] == [None, None, None]
+    assert "100 samples need m·m' ≥ 4N = 400" in rows[0].memorised_reason
+    assert "= 8 · 22 = 176" in rows[0].memorised_reason
+    assert "100 samples on features of rank" in rows[2].memorised_reason
+    twice = torch.cat([x, x[:1]]), torch.cat([y, (y[:1] + 1) % 3])
+    rows = conditions(wide, wide, twice, separability=False).rows
+    assert [row.memorised for row in rows[:3]] == [False, False, False]
+
+
+def test_separability_of_drawn_of_all_and_of_chosen_units() -> None:
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] > 0).long()
+    x[:, 0] += 0.5 * x[:, 0].sign()
+    net = mlp(5, 24, 2)
+    with torch.no_grad():
+        net[0].weight[:, 0] = 0
+        net[0].weight[[3, 17]] = torch.tensor([[1.0, 0, 0, 0, 0], [-1.0, 0, 0, 0, 0]])
+        net[0].bias[[3, 17]] = 0.0
+    row = conditions(net, net, (x, y), kept=0.125, entries=[1]).rows[0]
+    assert row.separable is True
+    assert row.chosen
+    assert row.margin > 0
+    with torch.no_grad():
+        net[0].weight[[3, 17]] = 0.0
+    row = conditions(net, net, (x, y), kept=0.125, entries=[1]).rows[0]
+    assert row.separable is not True
+    assert row.reason.startswith("all 24 units: ")
+
+
 def test_table_as_text_frame_and_json() -> None:
     model = mlp(5, 8, 9, 7, 3)
     table = conditions(model, model, data(), separability=[0])
     lines = str(table).splitlines()
     assert lines[0] == "60 samples" and lines[1].split()[:2] == ["entry", "kept"]
     assert lines[2].split()[:4] == ["0", "5/5", "3", "yes"] and "yes" in lines[2].split()[-2]
-    assert lines[5].split()[2:] == ["-", "yes", *lines[5].split()[4:6], "-", "-", "-"]
+    assert lines[5].split()[2:] == ["-", "yes", *lines[5].split()[4:6], "-", "-", "-", "-"]
     content = table.to_dict()
     assert json.loads(json.dumps(content, allow_nan=False)) == content
     assert content["rows"][3]["root_ratio"] is None

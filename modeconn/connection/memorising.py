@@ -101,21 +101,13 @@ def memorised(problem: Solved, name: str, entry: int) -> TrainedSubnetwork:
     began = time.perf_counter()
     chain, labels = problem.chain, problem.labels
     h = problem.kept(name, entry)
-    what = f'subnetworks="memorise": entry layer {entry} of {name}'
-    example = coinciding(h, labels).example
-    if example is not None:
-        first, second = example
-        raise ModeconnError(
-            f"{what}: samples {first} and {second} have equal features and the labels "
-            f"{int(labels[first])} and {int(labels[second])}: no subnetwork tells them apart"
-        )
-    # Samples of equal features have one label: one of them stands for all.
-    rows, first_of = np.unique(h.double().numpy(), axis=0, return_index=True)
-    values = labels.numpy()[first_of].astype(np.float64)
     try:
-        maps = _maps(problem, entry, rows, values)
+        maps = memorising_maps(chain, entry, h, labels, memorising_widths(chain, problem.units))
     except ModeconnError as failure:
-        raise ModeconnError(f'{what}: {failure}; use "auto", or wider layers') from failure
+        raise ModeconnError(
+            f'subnetworks="memorise": entry layer {entry} of {name}: {failure}; '
+            'use "auto", or wider layers'
+        ) from failure
     decode = layers.class_readout(chain.classes, min(0.5, MARGIN * problem.goal))
     maps[-1] = decode.after(maps[-1])
     sub = Subnetwork(
@@ -129,28 +121,47 @@ def memorised(problem: Solved, name: str, entry: int) -> TrainedSubnetwork:
     return TrainedSubnetwork(sub, loss, error, 0, seconds, loss <= problem.goal)
 
 
-def _maps(problem: Solved, entry: int, rows: np.ndarray, values: np.ndarray) -> list[layers.Affine]:
-    """Builds hidden layers and a readout to one number, whose value at each row is its label."""
-    chain, levels = problem.chain, problem.chain.classes
-    widths = memorising_widths(chain, problem.units)
+def memorising_maps(
+    chain: LayerChain, entry: int, h: Tensor, labels: Tensor, widths: tuple[int, int]
+) -> list[layers.Affine]:
+    """Builds the layers of a memorising subnetwork up to one number, each sample's label.
+
+    Args:
+        entry: the entry layer, up to L-2.
+        h: kept features [N, k].
+        labels: int64 [N].
+        widths: the units m and m' that it may have in layers L-2 and L-1.
+
+    Raises:
+        ModeconnError: too few units, equal features of samples with different labels, or features
+            that float64 does not tell apart.
+    """
+    example = coinciding(h, labels).example
+    if example is not None:
+        first, second = example
+        raise ModeconnError(
+            f"samples {first} and {second} have equal features and the labels "
+            f"{int(labels[first])} and {int(labels[second])}: no subnetwork tells them apart"
+        )
+    # Samples of equal features have one label: one of them stands for all.
+    rows, first_of = np.unique(h.flatten(1).double().numpy(), axis=0, return_index=True)
+    values = labels.numpy()[first_of].astype(np.float64)
     if entry == chain.length - 2:
         return layers.one_layer(rows, values, widths[1])
-    needed = len(rows)
-    if not layers.two_layers_fit(needed, widths):
+    if not layers.two_layers_fit(len(rows), widths):
         raise ModeconnError(
-            f"{needed:,} samples need m·m' ≥ 4N = {4 * needed:,}, and layers {chain.length - 2} "
-            f"and {chain.length - 1} leave m·m' = {widths[0]} · {widths[1]} "
+            f"{len(rows):,} samples need m·m' ≥ 4N = {4 * len(rows):,}, and layers "
+            f"{chain.length - 2} and {chain.length - 1} leave m·m' = {widths[0]} · {widths[1]} "
             f"= {widths[0] * widths[1]:,}"
         )
     line, _ = layers.line_of(rows)
     places = layers.evaluated([line], rows)[:, 0]
-    hidden = layers.two_layers(places, values, levels, widths)
+    hidden = layers.two_layers(places, values, chain.classes, widths)
     one = layers.Affine(np.ones((1, 1)), np.zeros(1))
-    # The number is not negative on the data, so ReLUs carry it up to layer L-3.
-    carried = [line, *[one] * (chain.length - 3 - entry - 1)]
     if entry == chain.length - 3:
         return [hidden[0].after(line), *hidden[1:]]
-    return [*carried, *hidden]
+    # The number is not negative on the data, so ReLUs carry it up to layer L-3.
+    return [line, *[one] * (chain.length - 3 - entry - 1), *hidden]
 
 
 def memorises(chain: LayerChain, units: Mapping[int, Tensor], samples: int) -> bool:

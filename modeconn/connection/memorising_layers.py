@@ -162,7 +162,8 @@ def one_layer(features: np.ndarray, values: np.ndarray, width: int, seed: int = 
     Raises:
         ModeconnError: there are too few units, or another sample lies on a hyperplane.
     """
-    N, size = len(features), rank(features)
+    N = len(features)
+    size = min(N, rank(features))
     needed = 4 * math.ceil(N / max(1, size))
     if size == 0 or needed > width:
         raise ModeconnError(
@@ -171,10 +172,14 @@ def one_layer(features: np.ndarray, values: np.ndarray, width: int, seed: int = 
         )
     scale = np.sqrt(np.square(features).mean(0))
     scale[scale == 0] = 1.0
-    found = [
-        _slabs(features / scale, values + 1.0, size, np.random.default_rng([seed, k]))
-        for k in range(_ORDERS)
-    ]
+    # Groups no larger than they need be: many samples of one linear region of the network below
+    # bring all of that region onto their hyperplane.
+    smallest = math.ceil(N / (width // 4))
+    found = []
+    for number in range(_ORDERS):
+        own = size if number % 2 else smallest
+        random = np.random.default_rng([seed, number])
+        found.append(_slabs(features / scale, values + 1.0, own, random))
     hidden, readout, margin = max(found, key=lambda each: each[2])
     if not margin > 0:
         raise ModeconnError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 
 from modeconn.backends.precision import without_autocast
 from modeconn.connection.features import Features, compute_features
+from modeconn.connection.kept import needed_units
 from modeconn.connection.layer_chain import LayerChain
+from modeconn.connection.memorising import memorising_maps
+from modeconn.connection.memorising_layers import evaluated
 from modeconn.connection.positions import room
 from modeconn.connection.separability import coinciding, linear_separability
-from modeconn.connection.subnetworks import check_entry, kept_units
+from modeconn.connection.subnetworks import check_entry, kept_units, restrict, why_not_carried
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
@@ -33,17 +37,19 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 _BATCH = 1024
+_COLUMNS = "entry kept width room equal_rows conflicts width/√N memorised separable margin"
 _EXPLANATION = (
-    "kept: |I_l| of n_l units, drawn at random.  "
+    "kept: |I_l| of n_l units, drawn at random, * chosen since those drawn are not separable.  "
     "width: the smallest hidden width of the subnetwork S_l, - if it has no hidden layer.\n"
     "room: S_l fits beside S_{l+1} in every layer.  "
     "equal rows: samples whose kept features equal an earlier sample's; conflicts:\n"
     "those of them with another label, which no S_l can fit.  "
     "width/√N: the smaller of the widths of S_l's last two hidden layers\n"
-    "over √N; the theory asks for the order of 1 and for no equal rows, "
-    "and says nothing of constants; - if it has one or none.\n"
-    "separable: the kept features are linearly separable "
-    "(yes and no are proved, ? is not decided); margin: at norm 1."
+    "over √N, of which the theory asks for the order of 1; - if it has one or none.  "
+    "memorised: yes if layers of these widths were built\nthat give every sample its label, "
+    "no if equal rows forbid it, else ? (the reason is in the table's rows).\n"
+    "separable: so many units are linearly separable (yes: a witness; no: all units of the layer "
+    "together are not; ? is not decided); margin: at norm 1."
 )
 
 
@@ -63,10 +69,17 @@ class Condition:
         conflicting: those of them that have another label than the first such sample.
         root_ratio: the smaller of m_{l,L-2} and m_{l,L-1} over √N; NaN if the subnetwork has fewer
             than two hidden layers.
-        separable: whether the kept features are linearly separable: True and False are proved, None
-            is not decided or not asked for.
+        separable: whether so many units of the layer are linearly separable: True is proved by a
+            witness for those drawn, or for others that were chosen; False by a proof that even all
+            units together are not; None is not decided or not asked for.
         margin: of the witness (U, c), normed to 1; NaN without one.
         reason: the verdict on separability in words, "" if it was not asked for.
+        chosen: whether the witness is one of chosen units.
+        memorised: whether layers of order √N units give every sample its label from the kept
+            features: True where they were built (in float64) and checked; False where two samples
+            of different labels have equal features in all units of the layer; None where this
+            construction does not do it.
+        memorised_reason: the verdict in words.
     """
 
     entry: int
@@ -81,6 +94,9 @@ class Condition:
     separable: bool | None
     margin: float
     reason: str
+    chosen: bool = False
+    memorised: bool | None = None
+    memorised_reason: str = ""
 
     @property
     def distinct(self) -> bool:
@@ -123,18 +139,20 @@ class ConditionsTable:
         return pandas.DataFrame([asdict(row) for row in self.rows], columns=columns)
 
     def __str__(self) -> str:
-        lines = ["entry kept width room equal_rows conflicts width/√N separable margin".split()]
+        lines = [_COLUMNS.split()]
         for row in self.rows:
             decided = {True: "yes", False: "no", None: "?" if row.reason else "-"}[row.separable]
+            memorised = {True: "yes", False: "no", None: "?"}[row.memorised]
             lines.append(
                 [
                     str(row.entry),
-                    f"{row.kept}/{row.units}",
+                    f"{row.kept}/{row.units}{'*' if row.chosen else ''}",
                     str(row.width or "-"),
                     "yes" if row.room else "no",
                     f"{row.repeated:,}",
                     f"{row.conflicting:,}",
                     _number(row.root_ratio),
+                    memorised if row.width else "-",
                     decided,
                     _number(row.margin),
                 ]
@@ -161,10 +179,12 @@ def conditions(
 ) -> ConditionsTable:
     """Checks which of the paper's conditions a network meets at which entry layer.
 
-    Nothing is trained. Room and the √N condition are about widths alone; equal rows and
-    separability are about the features of the kept units over all training samples, which are drawn
-    at random once (all inputs at entry layer 0). The √N condition is reported as a ratio, since the
-    theory asks for the order of √N units and names no constant.
+    Nothing is trained. Room is about widths alone; equal rows, memorising and separability are
+    about the features of the kept units over all training samples, which are drawn at random once
+    (all inputs at entry layer 0). The √N condition is reported as a ratio, since the theory asks
+    for the order of √N units and names no constant, and decided by building such layers
+    (memorising_layers.py), which takes m·m' ≥ 4N. Separability is decided by a witness, for the
+    units drawn or else for those that a readout of all units needs most; "no" is a proof for all.
 
     Args:
         model: the architecture, a chain of layers.
@@ -195,15 +215,29 @@ def conditions(
     read = {entry: units[entry] for entry in requested}
     features = compute_features(chain, state, source, requested, kept=read)
     sizes = {entry: len(each) for entry, each in units.items()}
+    whole = _Whole(chain, state, source)
     rows = []
     for number, entry in enumerate(requested, 1):
         row = _condition(chain, entry, sizes, width, features)
+        row = _memorised(row, chain, features, width, whole)
         if entry in decided:
-            row = _with_verdict(row, chain, features, iterations)
+            row = _with_verdict(row, chain, features, iterations, whole)
         rows.append(row)
         if progress is not None:
             progress(number, len(requested))
     return ConditionsTable(tuple(rows), len(features))
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """Computes the features of all units of a layer, which few layers need."""
+
+    chain: LayerChain
+    state: Mapping[str, Tensor]
+    source: Any
+
+    def entry(self, entry: int) -> Tensor:
+        return compute_features(self.chain, self.state, self.source, [entry]).entry(entry)
 
 
 def _check_fractions(**fractions: float) -> None:
@@ -271,13 +305,54 @@ def _shortages(
 
 
 def _with_verdict(
-    row: Condition, chain: LayerChain, features: Features, iterations: int
+    row: Condition, chain: LayerChain, features: Features, iterations: int, whole: _Whole
 ) -> Condition:
-    """Adds the verdict on linear separability."""
-    found = linear_separability(
-        features.entry(row.entry), features.labels, classes=chain.classes, iterations=iterations
-    )
-    return replace(row, separable=found.separable, margin=found.margin, reason=found.reason)
+    """Adds the verdict on linear separability: of the units drawn, of all, of chosen ones."""
+    labels, classes = features.labels, chain.classes
+    decide = partial(linear_separability, labels=labels, classes=classes, iterations=iterations)
+    found = decide(features.entry(row.entry))
+    if found.separable or row.kept == row.units:
+        return replace(row, separable=found.separable, margin=found.margin, reason=found.reason)
+    h = whole.entry(row.entry)
+    of_all = decide(h)
+    if not of_all.separable:
+        reason = f"all {row.units} units: {of_all.reason}"
+        return replace(row, separable=of_all.separable, reason=reason)
+    units = needed_units([h], row.units, labels, classes, row.kept)
+    found = decide(restrict(chain, row.entry, h, units))
+    if not found.separable:
+        reason = f"all {row.units} units are separable, and no {row.kept} of them were found to be"
+        return replace(row, separable=None, reason=reason)
+    reason = f"{found.reason}, of units chosen"
+    return replace(row, separable=True, margin=found.margin, reason=reason, chosen=True)
+
+
+def _memorised(
+    row: Condition, chain: LayerChain, features: Features, width: float, whole: _Whole
+) -> Condition:
+    """Adds the verdict on memorising: tries to build the layers, and checks what they give."""
+    if not row.width or row.entry > chain.length - 2:
+        return replace(row, memorised_reason="a linear readout has no hidden layer to do it")
+    if row.conflicting:
+        conflicts = (
+            row.kept == row.units or coinciding(whole.entry(row.entry), features.labels).conflicting
+        )
+        reason = "samples of different labels have equal features"
+        return replace(row, memorised=False if conflicts else None, memorised_reason=reason)
+    unfit = why_not_carried(chain, 1)
+    if unfit is not None:
+        return replace(row, memorised_reason=unfit)
+    last = chain.length - 1
+    widths = [math.floor(width * chain.widths[p]) if p else 0 for p in (last - 1, last)]
+    h, labels = features.entry(row.entry).double().cpu(), features.labels.cpu()
+    try:
+        maps = memorising_maps(chain, row.entry, h, labels, (widths[0], widths[1]))
+    except ModeconnError as failure:
+        return replace(row, memorised_reason=str(failure))
+    numbers = evaluated(maps, h.numpy())[:, 0]
+    right = bool((np.rint(numbers) == labels.numpy()).all())
+    reason = "built: every sample gets its label" if right else "built, and lost in rounding"
+    return replace(row, memorised=right or None, memorised_reason=reason)
 
 
 def _defined(values: dict[str, Any]) -> dict[str, Any]:
