@@ -12,7 +12,8 @@ import torch
 
 import certificate_cases
 from certificate_cases import walk_of
-from modeconn.connection.certificate import Certificate, Outcome, Segment, plain
+from modeconn.connection.certificate import Certificate, Outcome, Segment
+from modeconn.connection.json_values import plain
 from modeconn.connection.verification import Claims, certify
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
@@ -167,15 +168,19 @@ def test_outcomes_name_what_makes_the_bound(losses, target, outcome, worst):
     assert label in row
 
 
-def test_weights_too_large_for_a_loss_are_undecided():
+def test_weights_so_large_that_values_may_overflow_are_refused():
     w = walk_of("relu")
     large = [
         point | {key: point[key] * 1e37 for key in ("4.weight", "6.weight")} for point in w.points
     ]
     w = dataclasses.replace(w, points=large)
+    with pytest.raises(ModeconnError, match=r"segment 0 .*values of layer 4 .* may reach .*e\+7"):
+        certify(w.model, w.chain, w.path, w.data)
+    for point in w.points:  # float64 holds them
+        point |= {key: value.double() for key, value in point.items()}
     certificate = certify(w.model, w.chain, w.path, w.data)
-    assert certificate.outcome is Outcome.UNDECIDED
-    assert certificate.error_bound == 1.0
+    assert math.isinf(certificate.rounding.loss_float32)
+    assert certificate.rounding.loss_float64 < 1e-9 * certificate.bound
 
 
 def test_a_certificate_survives_json(made):
@@ -194,10 +199,10 @@ def test_a_certificate_survives_json(made):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "modeconn.Certificate/2"}, "format 'modeconn.Certificate/2'"),
+        ({"format": "modeconn.Certificate/3"}, "format 'modeconn.Certificate/3'"),
         ({"samples": 0}, "samples is 0"),
         ({"samples": "60"}, "samples is '60'"),
-        ({"bound": "big"}, "KeyError: 'big'"),
+        ({"bound": "big"}, "'big' is no number"),
         ({"bound": None}, "None is no number"),
         ({"losses": [1.0]}, "a list of 7 values was expected, got 1"),
         ({"labels": 3}, "got int"),

@@ -38,7 +38,7 @@ def test_a_convex_loss_is_below_its_chord(name, seed, t):
     first, last = 3 * torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
     labels = torch.randint(3, (5,), generator=generator)
     head = Head(loss, ("loss",))
-    targets = labels if head._of_classes else torch.rand(5, 3, generator=generator).double()
+    targets = labels if head.of_classes else torch.rand(5, 3, generator=generator).double()
     fitted = head.fit(first, targets)
     at = [float(head.sums(torch.lerp(first, last, c), fitted)[0]) for c in (0.0, t, 1.0)]
     assert at[1] <= (1 - t) * at[0] + t * at[2] + 1e-9
@@ -69,7 +69,7 @@ def test_other_losses_are_refused_by_name(loss, message):
 
 def test_names_have_the_options():
     assert name_of("mse") == "mse"
-    assert name_of(nn.CrossEntropyLoss()) == "nn.CrossEntropyLoss"
+    assert name_of(nn.CrossEntropyLoss()) == name_of("cross_entropy") == "cross_entropy"
     smoothed = nn.CrossEntropyLoss(torch.tensor([1.0, 0.5]), label_smoothing=0.1)
     assert name_of(smoothed) == "nn.CrossEntropyLoss(label_smoothing=0.1, weight=[1.0, 0.5])"
     assert name_of(focal) == "focal"

@@ -3,23 +3,27 @@
 On a rewrite or shift the network's function does not change; on a swing the logits are affine in t,
 so the loss, convex in the logits, stays below its chord (Nguyen, Bréchet, Mondelli 2021, proof of
 Theorem 4.1). So the largest loss of the whole continuum is attained at a breakpoint. The error is
-not convex, but known exactly (swing.py).
+not convex, but known exactly (swing.py). Both are computed, and so is how far rounding can lift
+them (rounding.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from typing import Any
 
+from modeconn.connection.json_values import array, number, numbers, plain, text
 from modeconn.connection.segment_kinds import KINDS, SWING
 from modeconn.errors import ModeconnError
 
-FORMAT = "modeconn.Certificate/1"
-# JSON has no numbers that are not finite: they are written as text.
-_SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+FORMAT = "modeconn.Certificate/2"
+# Certificates of this format were computed in float32, and say nothing of rounding.
+_EARLIER = "modeconn.Certificate/1"
+# Fields that say how a certificate was verified, and are not part of it.
+_OF_VERIFY = ("same_data", "checked", "test")
 
 
 class FalseCertificate(ModeconnError):
@@ -74,11 +78,40 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How far rounding can lift loss and error above their bounds, to first order.
+
+    A loss computed in float32 along the path is at most the bound plus `loss_float32`, whatever the
+    order of additions; inf where nothing is bounded.
+
+    Attributes:
+        loss_float64, loss_float32: for evaluations in float64, as the certificate's own, and in
+            float32.
+        error_float64, error_float32: fractions of the samples; NaN where there is no error.
+    """
+
+    loss_float64: float
+    loss_float32: float
+    error_float64: float
+    error_float32: float
+
+    def __str__(self) -> str:
+        def added(loss: float, error: float) -> str:
+            part = "" if math.isnan(error) else f" and {100 * error:.2g} % to the error"
+            return f"{loss:.2g} to the loss{part}"
+
+        return (
+            f"rounding adds at most {added(self.loss_float64, self.error_float64)} in float64, "
+            f"{added(self.loss_float32, self.error_float32)} in float32"
+        )
+
+
+@dataclass(frozen=True)
 class Certificate:
     """Proved bounds on the loss and the 0-1 error along a whole path, for one data set.
 
     Attributes:
-        bound: the largest mean cross-entropy on the path; it is attained at a breakpoint.
+        bound: the largest mean loss on the path; it is attained at a breakpoint.
         error_bound: the largest fraction of misclassified samples on the path, exact.
         losses, errors: float64, at the S + 1 breakpoints.
         labels: what each breakpoint is, such as "S_3 of a".
@@ -86,8 +119,12 @@ class Certificate:
         samples: in the data. digest: of the data (SHA-256 of inputs and targets as computed with,
             in their order).
         target: what the loss should not exceed, if that was asked.
-        same_data: False where `verify` was given other data than the stored certificates were made
-            from.
+        loss: names the loss, its options included.
+        rounding: how far rounding can exceed the bounds; None where that is not known.
+        same_data: False where `verify` was given other data than the main certificate was made
+            from: then nothing stored was compared.
+        checked: what `verify` compared, and what it could not, a line each.
+        test: of `verify`, the certificate of the test data that were given; else None.
     """
 
     bound: float
@@ -99,7 +136,11 @@ class Certificate:
     samples: int
     digest: str
     target: float | None = None
+    loss: str = "cross_entropy"
+    rounding: Rounding | None = None
     same_data: bool = field(default=True, compare=False)
+    checked: tuple[str, ...] = field(default=(), compare=False)
+    test: Certificate | None = field(default=None, compare=False)
 
     @staticmethod
     def of(
@@ -108,6 +149,8 @@ class Certificate:
         samples: int,
         digest: str,
         target: float | None = None,
+        loss: str = "cross_entropy",
+        rounding: Rounding | None = None,
     ) -> Certificate:
         """Puts segments together; labels default to numbers.
 
@@ -121,7 +164,7 @@ class Certificate:
             raise ModeconnError("segments is empty: expected at least one for a certificate")
         count = len(segments) + 1
         if labels is None:
-            labels = ["a", *(f"breakpoint {k}" for k in range(1, count - 1)), "b"]
+            labels = [plain_label(k, count - 1) for k in range(count)]
         if len(labels) != count:
             raise ModeconnError(
                 f"labels: got {len(labels)}, expected one for each of the {count} breakpoints"
@@ -138,6 +181,8 @@ class Certificate:
             samples=samples,
             digest=digest,
             target=target,
+            loss=loss,
+            rounding=rounding,
         )
 
     @property
@@ -149,12 +194,17 @@ class Certificate:
         return next((k for k in at if k in (0, last)), at[0])
 
     @property
+    def _lift(self) -> float:
+        """How far the exact bound can be above the computed one."""
+        return 0.0 if self.rounding is None else self.rounding.loss_float64
+
+    @property
     def outcome(self) -> Outcome:
         """The verdict: whether there is a bound, whether it meets the target, what makes it."""
         if not math.isfinite(self.bound):
             return Outcome.UNDECIDED
         at_end = self.worst in (0, len(self.losses) - 1)
-        if self.target is not None and self.bound > self.target:
+        if self.target is not None and not self.bound + self._lift <= self.target:
             return Outcome.ABOVE_ENDS if at_end else Outcome.SUBNETWORK
         return Outcome.ENDS if at_end else Outcome.CERTIFIED
 
@@ -169,8 +219,9 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; "nan", "inf" and "-inf" are numbers that are not finite."""
-        content = asdict(self)
-        del content["same_data"]
+        content = asdict(replace(self, test=None))
+        for name in _OF_VERIFY:
+            del content[name]
         return {
             "format": FORMAT,
             **plain(content),
@@ -183,7 +234,8 @@ class Certificate:
         """Reads what `to_dict` wrote, as it stands: whether it is true is for `verify` to say.
 
         Raises:
-            ModeconnError: something is missing or of another kind than it should be.
+            ModeconnError: something is missing or of another kind than it should be, or the outcome
+                is not that of the numbers.
         """
         try:
             return _certificate(content)
@@ -205,7 +257,7 @@ class Certificate:
                 raise FalseCertificate(
                     f"segment {k} says other losses or errors of its ends than the breakpoints'"
                 )
-            if segment.max_error < max(segment.errors):
+            if not _is_largest(segment.max_error, segment.errors):
                 raise FalseCertificate(
                     f"segment {k}: largest error {segment.max_error:.6g} is below that of its end, "
                     f"{max(segment.errors):.6g}"
@@ -228,39 +280,8 @@ class Certificate:
             rows.append([str(k), segment.kind, loss, error, largest, self.labels[k + 1] + mark])
         if self.worst == 0:
             rows[1][-1] += " <- bound"
-        return "\n".join([summary, self.advice, "", *_columns(rows)])
-
-
-def plain(value: Any) -> Any:
-    """Returns the JSON values of nested dicts, lists and tuples, numpy numbers included.
-
-    Floats that are not finite become text.
-
-    Raises:
-        ModeconnError: something that JSON cannot hold.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        return plain(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else _name_of(value)
-    if hasattr(value, "tolist"):
-        return plain(value.tolist())
-    raise ModeconnError(
-        f"a value of type {type(value).__name__} cannot be written as JSON: "
-        "expected numbers, text, lists and dicts"
-    )
-
-
-def _name_of(value: float) -> str:
-    if math.isnan(value):
-        return "nan"
-    return "inf" if value > 0 else "-inf"
+        rounding = "rounding is not bounded" if self.rounding is None else str(self.rounding)
+        return "\n".join([summary, rounding, self.advice, "", *_columns(rows)])
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -282,6 +303,13 @@ def _equal(a: float, b: float) -> bool:
     return a == b or (math.isnan(a) and math.isnan(b))
 
 
+def _is_largest(largest: float, values: Sequence[float]) -> bool:
+    """Whether no value is larger; NaN stands for an error that there is none of, in all alike."""
+    if all(map(math.isnan, (largest, *values))):
+        return True
+    return all(largest >= value for value in values)
+
+
 def _all_equal(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(map(_equal, a, b))
 
@@ -294,34 +322,56 @@ def _check_largest(name: str, said: float, own: Sequence[float]) -> None:
         )
 
 
+def plain_label(k: int, last: int) -> str:
+    """Returns the label of breakpoint k where nothing else is known of it."""
+    return {0: "a", last: "b"}.get(k, f"breakpoint {k}")
+
+
 # -- reading what JSON holds -----------------------------------------------------------------------
 
 
 def _certificate(content: Mapping[str, Any]) -> Certificate:
-    if content["format"] != FORMAT:
-        raise ValueError(f"format {content['format']!r}, expected {FORMAT!r}")
-    segments = tuple(_segment(item) for item in _array(content["segments"]))
+    if content["format"] not in (FORMAT, _EARLIER):
+        raise ValueError(f"format {content['format']!r}, expected {FORMAT!r} or {_EARLIER!r}")
+    earlier = content["format"] == _EARLIER
+    segments = tuple(_segment(item) for item in array(content["segments"]))
     count = len(segments) + 1
-    losses, errors = _numbers(content["losses"], count), _numbers(content["errors"], count)
-    labels = tuple(_text(item) for item in _array(content["labels"], count))
-    target = None if content["target"] is None else _number(content["target"])
+    losses, errors = numbers(content["losses"], count), numbers(content["errors"], count)
+    labels = tuple(text(item) for item in array(content["labels"], count))
+    target = None if content["target"] is None else number(content["target"])
+    if target is not None and not math.isfinite(target):
+        raise ValueError(f"target is {target}")
     samples = content["samples"]
     whole = isinstance(samples, int) and not isinstance(samples, bool)
     if not whole or samples < 1 or not segments:
         raise ValueError(
             f"samples is {samples!r}, segments are {len(segments)}: expected at least one of each"
         )
-    return Certificate(
-        bound=_number(content["bound"]),
-        error_bound=_number(content["error_bound"]),
+    found = Certificate(
+        bound=number(content["bound"]),
+        error_bound=number(content["error_bound"]),
         losses=losses,
         errors=errors,
         labels=labels,
         segments=segments,
         samples=samples,
-        digest=_text(content["digest"]),
+        digest=text(content["digest"]),
         target=target,
+        loss="cross_entropy" if earlier else text(content["loss"]),
+        rounding=None if earlier else _rounding(content["rounding"]),
     )
+    if content.get("outcome", own := found.outcome.name.lower()) != own:
+        raise ValueError(f"the outcome is {content['outcome']!r}, and its numbers say {own!r}")
+    return found
+
+
+def _rounding(content: Mapping[str, Any] | None) -> Rounding | None:
+    if content is None:
+        return None
+    names = [item.name for item in fields(Rounding)]
+    if sorted(content) != sorted(names):
+        raise ValueError(f"rounding has {sorted(content)}, expected {names}")
+    return Rounding(**{name: number(content[name]) for name in names})
 
 
 def _segment(content: Mapping[str, Any]) -> Segment:
@@ -330,42 +380,16 @@ def _segment(content: Mapping[str, Any]) -> Segment:
         raise ValueError(f"a segment has {sorted(unknown)}, which is no field of one")
     if content["kind"] not in KINDS:
         raise ValueError(f"segment kind {content['kind']!r}, expected one of {', '.join(KINDS)}")
-    loss, next_loss = _numbers(content["losses"], 2)
-    error, next_error = _numbers(content["errors"], 2)
+    loss, next_loss = numbers(content["losses"], 2)
+    error, next_error = numbers(content["errors"], 2)
     return Segment(
         kind=content["kind"],
-        start=_number(content["start"]),
-        end=_number(content["end"]),
-        moved=tuple(_text(key) for key in _array(content["moved"])),
+        start=number(content["start"]),
+        end=number(content["end"]),
+        moved=tuple(text(key) for key in array(content["moved"])),
         losses=(loss, next_loss),
         errors=(error, next_error),
-        max_error=_number(content["max_error"]),
-        max_error_at=_number(content["max_error_at"]),
-        evidence=_text(content["evidence"]),
+        max_error=number(content["max_error"]),
+        max_error_at=number(content["max_error_at"]),
+        evidence=text(content["evidence"]),
     )
-
-
-def _array(value: Any, count: int | None = None) -> list[Any]:
-    if not isinstance(value, (list, tuple)) or (count is not None and len(value) != count):
-        got = len(value) if isinstance(value, (list, tuple)) else type(value).__name__
-        expected = "some" if count is None else count
-        raise ValueError(f"a list of {expected} values was expected, got {got}")
-    return list(value)
-
-
-def _numbers(value: Any, count: int) -> tuple[float, ...]:
-    return tuple(_number(item) for item in _array(value, count))
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, str):
-        return _SPECIAL[value]
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{value!r} is no number")
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no text")
-    return value

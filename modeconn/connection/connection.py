@@ -17,7 +17,8 @@ import numpy as np
 from torch import nn
 
 from modeconn.connection import figure
-from modeconn.connection.certificate import Certificate, plain
+from modeconn.connection.certificate import Certificate
+from modeconn.connection.json_values import plain
 from modeconn.connection.segment_kinds import KINDS, SWING
 from modeconn.connection.storage import pack, unpack
 from modeconn.errors import ModeconnError, SystemFailure

@@ -11,23 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modeconn.connection.certificate import Certificate, Segment
-from modeconn.connection.layer_chain import LayerChain, block_rows
+from modeconn.connection.certificate import Certificate, Rounding, Segment
+from modeconn.connection.loss_bounds import CertifiedLoss
+from modeconn.connection.path_rounding import PathRounding
 from modeconn.connection.segment_kinds import SWING, Evidence
-from modeconn.connection.swing import StepFunction, SwingError, correct
+from modeconn.connection.structure import Structure
+from modeconn.connection.tally import Tallied, Tally
+from modeconn.connection.value_ranges import limit
 from modeconn.data.batches import Batches, as_batches
 from modeconn.errors import ModeconnError
-from modeconn.evaluation.arguments import positive
+from modeconn.evaluation.arguments import dtype_of, positive
 from modeconn.evaluation.outputs import Forward
 from modeconn.evaluation.progress import Progress
-from modeconn.metrics import Head
+from modeconn.metrics.convexity import Loss
 from modeconn.parameters.paths import PolyChain
 
-# Rows that go through every breakpoint by a plain pass, too: enough to show an overflow, and few
-# beside the data.
+# Rows that go through every breakpoint by a plain pass, too: enough to show a fault of the engine,
+# and few beside the data.
 _PLAIN_ROWS = 16
-# Relative difference of a plain pass from the engine that counts as rounding in float32.
-_PLAIN_TOLERANCE = 1e-3
+# Relative difference of a plain pass from the engine that counts as rounding.
+_PLAIN_TOLERANCE = {"float32": 1e-3, "float64": 1e-8}
 # Bytes for the logits of all breakpoints: two float64 copies of one batch.
 _LOGITS_BUDGET = 64 << 20
 _BYTES_PER_LOGIT = 16
@@ -35,71 +38,93 @@ _BYTES_PER_LOGIT = 16
 _SMALLEST_BATCH = 16
 
 
+class OverflowPossible(ModeconnError):
+    """Raised where values may overflow on a segment."""
+
+
 @dataclass(frozen=True, eq=False)
 class Subject:
     """A path to be measured, with the kinds of its segments found in the weights."""
 
     model: nn.Module
-    chain: LayerChain
+    structure: Structure
     path: PolyChain
     evidence: tuple[Evidence, ...]
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """How to measure.
+
+    Attributes:
+        loss: as for `evaluate`, one that is convex in the outputs.
+        batch_size: rows at a time; by default what fits the memory of a plain pass.
+        precision: of the outputs, "float64" or "float32"; losses are summed in float64.
+        progress: called with the samples done and all samples.
+    """
+
+    loss: Loss = "cross_entropy"
+    batch_size: int | None = None
+    precision: str = "float64"
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
 class MeasuredPath:
-    """Losses and errors of a path on one data set."""
+    """Losses and errors of a path on one data set, and what rounding can make of them."""
 
     segments: tuple[Segment, ...]
-    samples: int
     digest: str
+    loss: str
+    tallied: Tallied
+    rounding: Rounding | None
 
     def certificate(self, labels: Sequence[str] | None, target: float | None) -> Certificate:
         """Returns the certificate that the segments make."""
-        return Certificate.of(self.segments, labels, self.samples, self.digest, target)
+        return Certificate.of(
+            self.segments,
+            labels,
+            self.tallied.samples,
+            self.digest,
+            target,
+            self.loss,
+            self.rounding,
+        )
 
 
-def measure_path(
-    subject: Subject, data: Any, batch_size: int | None, progress: Progress | None
-) -> MeasuredPath:
+def measure_path(subject: Subject, data: Any, how: Measuring) -> MeasuredPath:
     """Measures losses and errors at the breakpoints, the exact errors of the swings, the digest.
 
-    Logits come from the engine in the path's own precision; losses are summed in float64.
+    Outputs come from the engine, in float64 by default; losses are summed in float64.
+
+    Raises:
+        ModeconnError: bad data; a loss that is not convex in the outputs; values that may become so
+            large on some segment that they overflow.
     """
-    path, count = subject.path, subject.path.segments
-    swings = {k: SwingError() for k, found in enumerate(subject.evidence) if found.kind == SWING}
-    cross_entropy, digest = Head("cross_entropy", ("loss",)), _Digest()
-    sums = np.zeros((count + 1, 2))  # loss and error of each breakpoint
-    batches = as_batches(data, positive("batch_size", batch_size) or _default_rows(subject, data))
+    path, loss = subject.path, CertifiedLoss(how.loss)
+    rows = positive("batch_size", how.batch_size) or _default_rows(subject, data)
+    swings = [k for k, found in enumerate(subject.evidence) if found.kind == SWING]
+    tally = Tally(loss, path.segments + 1, swings, dtype_of(how.precision))
+    rounded, inputs_seen, digest = PathRounding(subject), _Largest(), _Digest()
+    batches = as_batches(data, rows)
     forward: Forward | None = None
-    samples = 0
     for inputs, targets in batches:
         x = computed_with(inputs, path)
         if forward is None:
-            forward = Forward(subject.model, path, count + 1, x, precision=_precision(path)[0])
-            _check_engine(subject, x[:_PLAIN_ROWS], forward(x[:_PLAIN_ROWS]))
+            forward = Forward(subject.model, path, path.segments + 1, x, precision=how.precision)
+            _check_engine(subject, x[:_PLAIN_ROWS], forward, how.precision)
         logits = forward(x).double()
-        y = cross_entropy.fit(logits[0], targets.to(logits.device))
-        if cross_entropy.leaves_out:
-            raise ModeconnError(
-                "a label is -100: a certificate needs a class for every sample; leave such "
-                "samples out"
-            )
+        y = loss.fit(logits[0], targets)
         digest.add(x, y)
-        right = torch.stack([correct(row, y) for row in logits])
-        sums[:, 0] += [float(cross_entropy.sums(row, y)[0]) for row in logits]
-        sums[:, 1] += (~right).sum(1).cpu().numpy()
-        for k, swing in swings.items():
-            swing.add(logits[k], logits[k + 1], y)
-        samples += len(x)
-        if progress is not None:
-            progress(samples, batches.samples)
-    losses, errors = (sums / samples).T.tolist()
-    curves = {k: swing.finish() for k, swing in swings.items()}
-    segments = [
-        _segment(k, found, losses, errors, curves.get(k))
-        for k, found in enumerate(subject.evidence)
-    ]
-    return MeasuredPath(tuple(segments), samples, digest.finish())
+        inputs_seen.add(x)
+        tally.add(logits, y, rounded.of_rows(x))
+        if how.progress is not None:
+            how.progress(digest.rows, batches.samples)
+    tallied = tally.finish()
+    reach = _check_reach(subject, inputs_seen.value)
+    segments = tuple(_segment(k, found, tallied) for k, found in enumerate(subject.evidence))
+    rounding = tallied.rounding(segments, overflows=not reach <= limit(torch.float32))
+    return MeasuredPath(segments, digest.finish(), loss.name, tallied, rounding)
 
 
 def computed_with(inputs: Tensor, path: PolyChain) -> Tensor:
@@ -117,25 +142,24 @@ def _default_rows(subject: Subject, data: Any) -> int:
     """Returns the batch size whose widest value and logits at all breakpoints fit the budgets."""
     if isinstance(data, Batches):
         return data.batch_size
-    path, chain = subject.path, subject.chain
+    path, structure = subject.path, subject.structure
     first = next(iter(as_batches(data, 2)))[0]
-    of_plain_pass = block_rows(chain, computed_with(first, path))
-    of_logits = _LOGITS_BUDGET // (_BYTES_PER_LOGIT * (path.segments + 1) * chain.classes)
+    of_plain_pass = structure.rows(computed_with(first, path))
+    of_logits = _LOGITS_BUDGET // (_BYTES_PER_LOGIT * (path.segments + 1) * structure.classes)
     return max(_SMALLEST_BATCH, min(of_plain_pass, of_logits))
 
 
-def _check_engine(subject: Subject, x: Tensor, outputs: Tensor) -> None:
-    """Raises where a plain pass of a few rows gives other outputs than the engine.
-
-    The engine leaves out dead units; it cannot see that one of them overflows, which in a plain
-    pass makes NaN of a weight of zero.
-    """
-    for k, (state, own) in enumerate(zip(subject.path.control_points, outputs)):
-        plain = subject.chain.run(state, x)
+def _check_engine(subject: Subject, x: Tensor, forward: Forward, precision: str) -> None:
+    """Raises where a plain pass of a few rows gives other outputs than the engine."""
+    dtype = dtype_of(precision)
+    x = x.to(dtype) if x.is_floating_point() else x
+    for k, (point, own) in enumerate(zip(subject.path.control_points, forward(x))):
+        state = {key: v.to(dtype) if v.is_floating_point() else v for key, v in point.items()}
+        plain = subject.structure.run(state, x)
         finite = own.isfinite().all(1)
         scale = float(own[finite].abs().max()) if bool(finite.any()) else 0.0
-        rtol, atol = _PLAIN_TOLERANCE, _PLAIN_TOLERANCE * scale
-        if not torch.allclose(plain[finite], own[finite], rtol=rtol, atol=atol):
+        rtol = _PLAIN_TOLERANCE[precision]
+        if not torch.allclose(plain[finite], own[finite], rtol=rtol, atol=rtol * scale):
             raise ModeconnError(
                 f"breakpoint {k}: a plain pass gives other outputs than the engine, "
                 "which leaves out units that are not read: "
@@ -143,26 +167,48 @@ def _check_engine(subject: Subject, x: Tensor, outputs: Tensor) -> None:
             )
 
 
-def _segment(
-    k: int,
-    found: Evidence,
-    losses: Sequence[float],
-    errors: Sequence[float],
-    curve: StepFunction | None,
-) -> Segment:
-    """Puts together segment k from the losses and errors at all breakpoints.
+def _check_reach(subject: Subject, inputs: Tensor) -> float:
+    """Returns the largest value that is possible on the path.
 
-    Args:
-        curve: the error along a swing; None elsewhere, where it is that of both ends.
+    Raises:
+        OverflowPossible: it may overflow in the weights' precision, or is not bounded at all.
     """
-    count = len(losses) - 1
+    points, dtype = subject.path.control_points, _precision(subject.path)[1]
+    worst = 0.0
+    for k in range(subject.path.segments):
+        reach, where = subject.structure.largest(points[k], points[k + 1], inputs)
+        if not reach <= limit(dtype):
+            raise OverflowPossible(
+                f"segment {k} is not certified: values of {where} may reach {reach:.3g} on it, and "
+                f"{dtype} ends at {torch.finfo(dtype).max:.3g}: a unit that overflows makes NaN, "
+                "even a dead one; look for weights or inputs that are too large"
+            )
+        worst = max(worst, reach)
+    return worst
+
+
+def _segment(k: int, found: Evidence, tallied: Tallied) -> Segment:
+    """Puts together segment k from the losses and errors at all breakpoints."""
+    curves = tallied.computed
+    count = len(curves.losses) - 1
+    highest, where = curves.largest_error(k)
+    losses = float(curves.losses[k]), float(curves.losses[k + 1])
+    errors = float(curves.errors[k]), float(curves.errors[k + 1])
     start, end = k / count, (k + 1) / count
-    highest = max(errors[k], errors[k + 1])
-    where = start if errors[k] >= errors[k + 1] else end
-    if curve is not None and curve.maximum > highest:
-        highest, where = curve.maximum, start + curve.argmax / count
-    ends = (losses[k], losses[k + 1]), (errors[k], errors[k + 1])
-    return Segment(found.kind, start, end, found.moved, *ends, highest, where, found.text)
+    at = end if where == 1.0 else start + where / count
+    return Segment(found.kind, start, end, found.moved, losses, errors, highest, at, found.text)
+
+
+class _Largest:
+    """The largest absolute value of each input, over all rows; NaN where one is NaN."""
+
+    def __init__(self) -> None:
+        self.value = torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        """Adds rows [B, …]."""
+        top = x.abs().amax(0, keepdim=True)
+        self.value = torch.maximum(self.value.to(top), top)
 
 
 class _Digest:
@@ -171,15 +217,15 @@ class _Digest:
     def __init__(self) -> None:
         self._parts = [hashlib.sha256(), hashlib.sha256()]
         self._kinds = ["", ""]
-        self._rows = 0
+        self.rows = 0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        self._rows += len(inputs)
+        self.rows += len(inputs)
         for i, tensor in enumerate((inputs, targets)):
             self._kinds[i] = f"{list(tensor.shape[1:])} {tensor.dtype}"
             self._parts[i].update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
 
     def finish(self) -> str:
         sums = [part.hexdigest() for part in self._parts]
-        text = " ".join([str(self._rows), *self._kinds, *sums])
+        text = " ".join([str(self.rows), *self._kinds, *sums])
         return hashlib.sha256(text.encode()).hexdigest()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from modeconn.connection.layer_chain import AffineLayer, LayerChain
+from modeconn.connection.unit_classes import moved_class
 from modeconn.errors import ModeconnError
 
 State = Mapping[str, Tensor]
@@ -81,9 +82,10 @@ def classify_segment(chain: LayerChain, start: State, stop: State) -> Evidence:
     units = _moved_units(chain, start, stop, moved)
     if _live_change(chain, start, stop, moved) is None:
         return Evidence(REWRITE, moved, f"only dead units move: {units}")
-    problem = _class_change(chain, start, stop)
-    if problem is None:
+    found = moved_class(chain, start, stop)
+    if isinstance(found, list):
         return Evidence(SHIFT, moved, f"units of equal functions trade weights: {units}")
+    problem = _told(*found[:2])
     raise ModeconnError(
         "it is no swing, for more than the output layer moves, "
         f"and the function is not constant: {problem}"
@@ -125,7 +127,7 @@ def _check_values(chain: LayerChain, state: State) -> None:
         if norm is None or norm.var is None:
             continue
         smallest = float(state[norm.var].min())
-        if smallest + norm.eps <= 0:
+        if not smallest + norm.eps > 0:
             raise ModeconnError(f"{norm.var} holds {smallest:.4g}: a variance cannot be negative")
 
 
@@ -175,79 +177,3 @@ def _moved_units(chain: LayerChain, start: State, stop: State, moved: tuple[str,
         if count:
             parts.append(f"{count:,} of layer {layer.index}")
     return ", ".join(parts) if parts else "none"
-
-
-# -- classes of equal units ------------------------------------------------------------------------
-
-
-def _class_change(chain: LayerChain, start: State, stop: State) -> str | None:
-    """Names the live units whose class changes the function; None if the function is constant.
-
-    Units of equal functions are taken together as a class. Going up, two units are of one class
-    where their incoming rows, summed over the classes below, and their biases and norms are equal
-    at both ends, hence throughout: then their values are equal at every t. Going down, a class is
-    live where a live class above reads it; the function is constant where no live class changes.
-    """
-    groups = [torch.arange(chain.widths[0])]  # class of each unit, layer by layer from the input
-    for layer in chain.layers[:-1]:
-        ends = [_rows(layer, state, groups[-1]) for state in (start, stop)]
-        groups.append(_equal_rows(torch.cat(ends, 1)))
-    groups.append(torch.arange(chain.layers[-1].units))  # each output is a class of its own
-    live = torch.ones(chain.layers[-1].units, dtype=torch.bool)
-    for layer, below, own in zip(
-        reversed(chain.layers), reversed(groups[:-1]), reversed(groups[1:])
-    ):
-        members = _first_members(own)[live]
-        before, after = (_rows(layer, state, below, members) for state in (start, stop))
-        bad = (before != after).any(1)
-        if bool(bad.any()):
-            return _told(layer, members[bad])
-        classes = int(below.max()) + 1
-        columns = before[:, : before.shape[1] - _extras(layer)]
-        live = (columns.unflatten(1, (classes, -1)) != 0).any(2).any(0)
-    return None
-
-
-def _rows(layer: AffineLayer, state: State, below: Tensor, units: Tensor | None = None) -> Tensor:
-    """Computes incoming rows of units, summed over the classes below, then bias and norm.
-
-    Returns:
-        float64 [units, classes · block + extras].
-    """
-    weight = state[layer.weight].cpu()
-    chosen = torch.arange(layer.units) if units is None else units
-    parts = layer.by_unit(weight[chosen]).double()  # [units, units below, block]
-    classes = int(below.max()) + 1
-    total = torch.zeros(len(chosen), classes, parts.shape[2], dtype=torch.float64)
-    sizes = torch.bincount(below, minlength=classes)
-    alone = sizes[below] == 1
-    total[:, below[alone]] = parts[:, alone]
-    for group in (sizes > 1).nonzero().flatten().tolist():
-        # In order of size, so that the same numbers in other places have the same sum, bit for bit.
-        total[:, group] = parts[:, below == group].sort(1).values.sum(1)
-    extras = [
-        state[key].cpu()[chosen].double()[:, None]
-        for key in layer.incoming()
-        if key != layer.weight
-    ]
-    return torch.cat([total.flatten(1), *extras], 1)
-
-
-def _extras(layer: AffineLayer) -> int:
-    return len(layer.incoming()) - 1
-
-
-def _equal_rows(rows: Tensor) -> Tensor:
-    """Returns the class of each row, int64 [n], numbered by first appearance.
-
-    Rows with equal numbers are of one class.
-    """
-    seen: dict[bytes, int] = {}
-    array = (rows + 0.0).numpy()  # -0.0 becomes 0.0, as they are equal numbers
-    return torch.tensor([seen.setdefault(row.tobytes(), len(seen)) for row in array])
-
-
-def _first_members(groups: Tensor) -> Tensor:
-    """Returns the first unit of each class, in the order of the classes."""
-    first = torch.full((int(groups.max()) + 1,), len(groups))
-    return first.scatter_reduce_(0, groups, torch.arange(len(groups)), "amin")

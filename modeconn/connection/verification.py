@@ -1,12 +1,12 @@
 """Makes and checks certificates of paths.
 
 A verifier trusts the breakpoints and the data, and nothing that is said about them: it classifies
-every segment again from the weights, and measures losses and errors again from the data.
+every segment again from the weights, measures losses and errors again from the data, bounds what
+rounding can make of them, and compares every claim.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -14,25 +14,27 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from modeconn.backends.precision import without_autocast
+from modeconn.connection import claims as compared
 from modeconn.connection.certificate import Certificate, FalseCertificate
 from modeconn.connection.layer_chain import LayerChain
-from modeconn.connection.measurement import Subject, computed_with, measure_path
-from modeconn.connection.segment_kinds import Evidence, classify_segment
+from modeconn.connection.measurement import (
+    MeasuredPath,
+    Measuring,
+    OverflowPossible,
+    Subject,
+    computed_with,
+    measure_path,
+)
+from modeconn.connection.segment_kinds import Evidence
 from modeconn.connection.storage import bitwise_equal
+from modeconn.connection.structure import ChainStructure, Structure, structure_of
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import check_fit
 from modeconn.evaluation.progress import Progress
+from modeconn.metrics.convexity import Loss, name_of
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import PolyChain
-
-# Recomputed numbers may differ from stored ones by this much: other machines and libraries add up
-# in another order, which moves a loss in its last digits, and a few samples whose two largest
-# logits tie to rounding.
-LOSS_TOLERANCE = 1e-4  # relative
-SMALLEST_LOSS = 1e-6  # below it differences are measured against this
-ERROR_TOLERANCE = 1e-4  # fraction of the samples
-_T_TOLERANCE = 1e-12  # of t at the ends of a segment, which are quotients of small integers
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,13 @@ class Claims:
         kinds: of its segments; checked against what the weights say.
         labels: what each of the S + 1 breakpoints is; kept in the certificate.
         target: the loss that the path should not exceed; kept in the certificate.
+        loss: as for `evaluate`, one that is convex in the outputs.
     """
 
     kinds: Sequence[str] | None = None
     labels: Sequence[str] | None = None
     target: float | None = None
+    loss: Loss = "cross_entropy"
 
 
 class Certified(Protocol):
@@ -72,7 +76,7 @@ class Certified(Protocol):
 
 def certify(
     model: nn.Module,
-    chain: LayerChain,
+    structure: Structure | LayerChain,
     path: PolyChain,
     data: Any,
     claims: Claims | None = None,
@@ -80,28 +84,30 @@ def certify(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Certificate:
-    """Certifies a path for one data set, by one pass over it at the breakpoints.
+    """Certifies a path for one data set, by one pass over it at the breakpoints, in float64.
 
     Args:
-        model: the architecture. chain: its layers.
+        model: the architecture. structure: of it, or its layers.
         path: S segments, each a rewrite, shift or swing.
-        data: as for `evaluate`, with class labels.
-        claims: kinds to check, labels and target to keep.
+        data: as for `evaluate`.
+        claims: kinds to check, labels and target to keep, the loss.
         batch_size: rows at a time; by default what fits the memory of a plain pass.
         progress: called with the samples done and all samples.
 
     Raises:
-        ModeconnError: a segment is none of the three kinds, or not of the kind given; bad data; see
+        ModeconnError: a segment is none of the three kinds, or not of the kind given; values may
+            overflow on it; a loss that is not convex in the outputs; bad data; see
             `classify_segment`.
     """
     claims = claims or Claims()
     check_fit(model, path)
-    evidence = _classified(chain, path)
+    structure = ChainStructure(structure) if isinstance(structure, LayerChain) else structure
+    evidence = _classified(structure, path)
     if claims.kinds is not None:
-        _check_kinds(claims.kinds, evidence, ModeconnError)
-    subject = Subject(model, chain, path, tuple(evidence))
-    measured = measure_path(subject, data, batch_size, progress)
-    return measured.certificate(claims.labels, claims.target)
+        compared.check_kinds(claims.kinds, evidence, ModeconnError)
+    subject = Subject(model, structure, path, tuple(evidence))
+    how = Measuring(claims.loss, batch_size, progress=progress)
+    return measure_path(subject, data, how).certificate(claims.labels, claims.target)
 
 
 @without_autocast
@@ -114,53 +120,160 @@ def verify(
     *,
     a: Any = None,
     b: Any = None,
+    test: Any = None,
+    target: float | None = None,
+    loss: Loss = "cross_entropy",
+    precision: str = "float64",
+    require_same_data: bool = False,
 ) -> Certificate:
     """Recomputes the certificate of a connection from its breakpoints and the data, and compares.
 
+    Every claim of the connection is compared: kinds, evidence, labels, losses, errors and their
+    places, the bounds and those on rounding, of all certificates. `checked` of the result says
+    what was, and what no weights or data can tell.
+
     Args:
         model: the architecture. connection: path and stored certificates.
-        data: the data that one of the stored certificates was made from; with other data the result
-            holds for those, and has `same_data` False: stored losses cannot be compared then.
+        data: the data that the main certificate was made from; with other data the result holds for
+            those, and has `same_data` False: stored losses are not compared then.
         batch_size: rows at a time. progress: called with the samples done and all samples.
         a, b: the networks that the path should join (modules, state dicts or files): compared
             bitwise with its ends.
+        test: the data of the connection's certificate of other data.
+        target: the loss that you ask for. The stored one is a claim, and is not used.
+        loss: as for `evaluate`: the one that was certified.
+        precision: of the computation, "float64" or "float32".
+        require_same_data: whether to raise where the data are not those of the main certificate.
 
     Returns:
-        the recomputed certificate, with the stored target and labels.
+        the recomputed certificate, with the target given and the labels that the weights bear out.
 
     Raises:
-        FalseCertificate: says what is false.
-        ModeconnError: bad data, or a model that does not fit the path.
+        FalseCertificate: says what is false. Data of the test certificate alone are refused, too:
+            they are never taken for those of the main one.
+        ModeconnError: bad data, a loss that is not convex in the outputs, or a model that does not
+            fit the path.
     """
     path = connection.path
-    stored = [connection.certificate]
+    stored = {"certificate": connection.certificate}
     if connection.test_certificate is not None:
-        stored.append(connection.test_certificate)
+        stored["test certificate"] = connection.test_certificate
     _check_weights(path)
     _check_ends(path, a, b)
-    for certificate in stored:
-        _check_own_numbers(certificate, path)
-    chain = _chain_of(model, path, data)
-    evidence = _proven(chain, path)
-    _check_kinds(connection.kinds, evidence, FalseCertificate)
-    for certificate in stored:
-        _check_kinds([segment.kind for segment in certificate.segments], evidence, FalseCertificate)
-        _check_segments(certificate, evidence)
-    subject = Subject(model, chain, path, tuple(evidence))
-    measured = measure_path(subject, data, batch_size, progress)
-    found = measured.certificate(stored[0].labels, stored[0].target)
-    same = [certificate for certificate in stored if certificate.digest == found.digest]
-    for certificate in same:
-        _compare(certificate, found)
-    if not same:
-        return replace(found, same_data=False)
-    return replace(found, target=same[0].target, labels=same[0].labels)
+    for certificate in stored.values():
+        _check_loss(certificate, loss)
+    subject = _subject(model, path, data)
+    checked = _check_structure(connection, stored, subject, target)
+    how = Measuring(loss, batch_size, precision, progress)
+    measured = _measured(subject, data, how)
+    found, said = _compared(connection.certificate, measured, subject, target)
+    if not found.same_data:
+        _refuse_other_data(found, connection, require_same_data)
+    checked += [f"main certificate: {said}"]
+    if test is not None:
+        other, said = _compared(
+            connection.test_certificate, _measured(subject, test, how), subject, target
+        )
+        if not other.same_data and other.digest == connection.certificate.digest:
+            raise FalseCertificate("test: these are the data of the main certificate")
+        found = replace(found, test=other)
+        checked += [f"test certificate: {said}"]
+    elif connection.test_certificate is not None:
+        checked += ["test certificate: its numbers were not compared; give its data as test"]
+    return replace(found, checked=tuple(checked))
+
+
+def _subject(model: nn.Module, path: PolyChain, data: Any) -> Subject:
+    """Finds the model's structure and proves the segments' kinds."""
+    structure = _structure_of(model, path, data)
+    return Subject(model, structure, path, tuple(_proven(structure, path)))
+
+
+def _measured(subject: Subject, data: Any, how: Measuring) -> MeasuredPath:
+    try:
+        return measure_path(subject, data, how)
+    except OverflowPossible as error:
+        raise FalseCertificate(str(error)) from error
+
+
+def _check_structure(
+    connection: Certified,
+    stored: Mapping[str, Certificate],
+    subject: Subject,
+    target: float | None,
+) -> list[str]:
+    """Compares what the weights alone can tell; returns what was checked."""
+    compared.check_kinds(connection.kinds, subject.evidence, FalseCertificate)
+    chain = _chain_of(subject)
+    lines = ["kinds, moved tensors, evidence and ends of all segments: from the weights"]
+    for name, certificate in stored.items():
+        try:
+            compared.check_structure(certificate, subject.evidence)
+            unknown = compared.checked_labels(certificate.labels, subject.path, chain)[1]
+        except FalseCertificate as error:
+            if name == "certificate":
+                raise
+            raise FalseCertificate(f"{name}: {error}") from error
+        if unknown:
+            lines.append(f"labels of the {name}: not checked, such as {unknown[0]!r}")
+    details = getattr(connection, "details", {})
+    lines.append(compared.check_target(list(stored.values()), details, target))
+    lines.append(compared.check_model(getattr(connection, "model", None), subject.path))
+    if details:
+        lines.append("details: how it was made is told by who made it, and proves nothing")
+    return lines
+
+
+def _compared(
+    stored: Certificate | None, measured: MeasuredPath, subject: Subject, target: float | None
+) -> tuple[Certificate, str]:
+    """Returns the certificate that was measured, and what was compared with the stored one."""
+    own = measured.certificate(None, target)
+    if stored is None:
+        return replace(own, same_data=False), "none is stored"
+    labels, _ = compared.checked_labels(stored.labels, subject.path, _chain_of(subject))
+    own = replace(own, labels=labels)
+    if stored.digest != own.digest:
+        return replace(own, same_data=False), "OTHER DATA: nothing stored was compared"
+    compared.check_numbers(stored, own, measured)
+    if stored.rounding is None and own.rounding is not None:
+        return own, "an earlier one, of float32: its numbers are true to that rounding"
+    return own, "all losses, errors, their places and the bounds on rounding: from the data"
+
+
+def _refuse_other_data(found: Certificate, connection: Certified, required: bool) -> None:
+    """Raises where data that are not the main certificate's cannot be taken."""
+    other = connection.test_certificate
+    if other is not None and other.digest == found.digest:
+        raise FalseCertificate(
+            "the data are those of the test certificate, and the main certificate is of others: "
+            "give the data of the main certificate, and these as test; if they are the main "
+            "certificate's, the two were swapped"
+        )
+    if required:
+        raise FalseCertificate(
+            "the data are not those that the main certificate was made from "
+            f"(digest {found.digest[:12]}…, stored {connection.certificate.digest[:12]}…)"
+        )
+
+
+def _chain_of(subject: Subject) -> LayerChain | None:
+    structure = subject.structure
+    return structure.chain if isinstance(structure, ChainStructure) else None
+
+
+def _check_loss(certificate: Certificate, loss: Loss) -> None:
+    if certificate.loss != name_of(loss):
+        raise FalseCertificate(
+            f"the certificate is of the loss {certificate.loss}, and you verify {name_of(loss)}: "
+            "give the same one as loss"
+        )
 
 
 # -- checks of the weights -------------------------------------------------------------------------
 
 
-def _classified(chain: LayerChain, path: PolyChain) -> list[Evidence]:
+def _classified(structure: Structure, path: PolyChain) -> list[Evidence]:
     """Classifies every segment from its weights.
 
     Raises:
@@ -169,7 +282,7 @@ def _classified(chain: LayerChain, path: PolyChain) -> list[Evidence]:
     evidence = []
     for k in range(path.segments):
         try:
-            found = classify_segment(chain, path.control_points[k], path.control_points[k + 1])
+            found = structure.classify(path.control_points[k], path.control_points[k + 1])
         except ModeconnError as error:
             raise ModeconnError(
                 f"segment {k} (of 0 to {path.segments - 1}) is not certified: {error}"
@@ -178,45 +291,12 @@ def _classified(chain: LayerChain, path: PolyChain) -> list[Evidence]:
     return evidence
 
 
-def _proven(chain: LayerChain, path: PolyChain) -> list[Evidence]:
+def _proven(structure: Structure, path: PolyChain) -> list[Evidence]:
     """Classifies every segment of a path that is said to be certified."""
     try:
-        return _classified(chain, path)
+        return _classified(structure, path)
     except ModeconnError as error:
         raise FalseCertificate(str(error)) from error
-
-
-def _check_kinds(
-    kinds: Sequence[str], evidence: Sequence[Evidence], error: type[ModeconnError]
-) -> None:
-    """Raises where the weights of a segment do not bear out the kind that it is said to have."""
-    if len(kinds) != len(evidence):
-        raise error(
-            f"kinds: got {len(kinds)}, expected one for each of the {len(evidence)} segments"
-        )
-    for k, (kind, found) in enumerate(zip(kinds, evidence)):
-        if not found.supports(kind):
-            raise error(
-                f"segment {k} is said to be a {kind}, "
-                f"and its weights say {found.kind}: {found.text}"
-            )
-
-
-def _check_segments(certificate: Certificate, evidence: Sequence[Evidence]) -> None:
-    """Raises where a certificate names other moved tensors or other positions of a segment."""
-    count = len(evidence)
-    for k, (segment, found) in enumerate(zip(certificate.segments, evidence)):
-        if set(segment.moved) != set(found.moved):
-            raise FalseCertificate(
-                f"segment {k} is said to move {', '.join(segment.moved) or 'nothing'}; "
-                f"it moves {', '.join(found.moved)}"
-            )
-        start, end = k / count, (k + 1) / count
-        if abs(segment.start - start) > _T_TOLERANCE or abs(segment.end - end) > _T_TOLERANCE:
-            raise FalseCertificate(
-                f"segment {k} is said to go from t = {segment.start:.6g} to {segment.end:.6g}; "
-                f"it goes from {start:.6g} to {end:.6g}"
-            )
 
 
 def _check_weights(path: PolyChain) -> None:
@@ -250,16 +330,8 @@ def _check_end(name: str, given: Mapping[str, Tensor], point: Mapping[str, Tenso
         )
 
 
-def _check_own_numbers(certificate: Certificate, path: PolyChain) -> None:
-    certificate.check_own_numbers()
-    if len(certificate.segments) != path.segments:
-        raise FalseCertificate(
-            f"the certificate has {len(certificate.segments)} segments, the path {path.segments}"
-        )
-
-
-def _chain_of(model: nn.Module, path: PolyChain, data: Any) -> LayerChain:
-    """Finds the model's layers from the first rows of data, which must be readable once more."""
+def _structure_of(model: nn.Module, path: PolyChain, data: Any) -> Structure:
+    """Finds the model's structure from the first rows of data, which must be readable once more."""
     check_fit(model, path)
     if hasattr(data, "__next__"):
         raise ModeconnError(
@@ -267,36 +339,4 @@ def _chain_of(model: nn.Module, path: PolyChain, data: Any) -> LayerChain:
             "expected something that can be read again"
         )
     first = next(iter(as_batches(data, 4)))[0]
-    return LayerChain.of(model, computed_with(first[:4], path))
-
-
-# -- comparison with stored numbers ----------------------------------------------------------------
-
-
-def _compare(stored: Certificate, found: Certificate) -> None:
-    """Raises where stored losses or errors are not those that were found, up to rounding."""
-    if stored.samples != found.samples:
-        raise FalseCertificate(
-            f"the certificate says {stored.samples:,} samples, the data have {found.samples:,}"
-        )
-    for k, (said, own) in enumerate(zip(stored.losses, found.losses)):
-        if not _close(said, own, LOSS_TOLERANCE * max(abs(own), SMALLEST_LOSS)):
-            raise FalseCertificate(
-                f"the loss at breakpoint {k} is said to be {said:.8g}, and is {own:.8g}"
-            )
-    allowed = math.floor(ERROR_TOLERANCE * found.samples) / found.samples + 1e-12
-    for k, (said, own) in enumerate(zip(stored.errors, found.errors)):
-        if not _close(said, own, allowed):
-            raise FalseCertificate(
-                f"the error at breakpoint {k} is said to be {said:.8g}, and is {own:.8g}"
-            )
-    for k, (one, other) in enumerate(zip(stored.segments, found.segments)):
-        if not _close(one.max_error, other.max_error, allowed):
-            raise FalseCertificate(
-                f"the largest error of segment {k} is said to be {one.max_error:.8g}, "
-                f"and is {other.max_error:.8g}"
-            )
-
-
-def _close(a: float, b: float, allowed: float) -> bool:
-    return a == b or abs(a - b) <= allowed or (math.isnan(a) and math.isnan(b))
+    return structure_of(model, computed_with(first[:4], path))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from modeconn.errors import ModeconnError
 from modeconn.metrics.per_row import PerSample
-from modeconn.metrics.torch_losses import read
+from modeconn.metrics.torch_losses import read, understood
 
 Loss = str | PerSample
 
@@ -71,6 +71,9 @@ def check_convex(loss: Loss) -> str:
 
 def name_of(loss: Loss) -> str:
     """Return what messages and certificates call a loss, its options included."""
+    made = understood(loss) if read(loss) is not None else loss
+    if isinstance(made, str):
+        return made  # PyTorch's with the defaults is ours
     name, _, options = _described(loss)
     given = [f"{key}={_shown(value)}" for key, value in sorted(options.items()) if _counts(value)]
     return f"{name}({', '.join(given)})" if given else name

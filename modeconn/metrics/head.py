@@ -42,6 +42,7 @@ class Head:
     Attributes:
         names: of the sums, in order.
         leaves_out: whether some sample of data with one label each has none that counts.
+        of_classes: whether targets are class labels.
     """
 
     def __init__(self, loss: str | PerSample, metrics: Sequence[str | PerSample] | None) -> None:
@@ -50,11 +51,11 @@ class Head:
                 f"loss is {loss!r}: expected one of {', '.join(LOSSES)}, or a callable"
             )
         self.loss: str | TorchLoss | PerSample = understood(loss)
-        self._of_classes = self.loss in _LABELLED or (
+        self.of_classes = self.loss in _LABELLED or (
             isinstance(self.loss, TorchLoss) and self.loss.of_classes
         )
         if metrics is None:
-            metrics = ("loss", "error") if self._of_classes or self.loss == "bce" else ("loss",)
+            metrics = ("loss", "error") if self.of_classes or self.loss == "bce" else ("loss",)
         if isinstance(metrics, str) or callable(metrics):
             metrics = (metrics,)
         self.names: list[str] = []
@@ -82,7 +83,7 @@ class Head:
             raise ModeconnError(
                 f"metric {metric!r} is unknown: expected one of {', '.join(METRICS)}, or a callable"
             )
-        numbers = self.loss == "mse" or (isinstance(self.loss, TorchLoss) and not self._of_classes)
+        numbers = self.loss == "mse" or (isinstance(self.loss, TorchLoss) and not self.of_classes)
         if metric in _ERRORS and numbers:
             raise ModeconnError(
                 f"metric {metric!r} is for classes, and loss={self._loss_name} has none: expected "
@@ -127,7 +128,7 @@ class Head:
         if callable(self.loss) and not self._errors:
             return targets
         outputs = self._tensor(outputs)
-        if not callable(self.loss) and not self._of_classes:
+        if not callable(self.loss) and not self.of_classes:
             if isinstance(self.loss, TorchLoss):
                 self.loss.check(outputs)
             return fit_numbers(outputs, targets, self._loss_name)
@@ -174,7 +175,7 @@ class Head:
             labels: as `fit` returned them.
         """
         outputs = logits_of(outputs)
-        asked = self._of_classes or (callable(self.loss) and self._errors)
+        asked = self.of_classes or (callable(self.loss) and self._errors)
         if not asked or self.loss == "next_token" or not classes.is_ambiguous(outputs, labels):
             return None
         return (
@@ -190,7 +191,7 @@ class Head:
             labels: as `fit` returned them.
         """
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        if not self._of_classes or not isinstance(mask, Tensor):
+        if not self.of_classes or not isinstance(mask, Tensor):
             return False
         return classes.labels_of_padding(mask, labels, self.loss == "next_token")
 
@@ -208,11 +209,11 @@ class Head:
         """
         samples = float(len(targets))
         of_labels = of_loss = samples
-        if self._of_classes or (callable(self.loss) and self._errors):
+        if self.of_classes or (callable(self.loss) and self._errors):
             of_labels = float((targets != classes.IGNORED).sum())
-        if isinstance(self.loss, TorchLoss) and self._of_classes:
+        if isinstance(self.loss, TorchLoss) and self.of_classes:
             of_loss = self.loss.count(targets)
-        elif self._of_classes:
+        elif self.of_classes:
             of_loss = of_labels
         counts = []
         for name in self.names:
@@ -241,7 +242,7 @@ class Head:
     def _of_own(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Our metrics, per sample or label."""
         values: dict[str, Tensor] = {}
-        if self._of_classes or (callable(self.loss) and self._errors):
+        if self.of_classes or (callable(self.loss) and self._errors):
             outputs, targets = classes.by_label(
                 outputs,
                 targets,

@@ -1,0 +1,130 @@
+"""What a verifier asks of a network's structure, answered for chains of layers.
+
+The proof of a segment has three parts that depend on how the network is built: which of its units
+are live, and so which kind of move the segment is; how large values can become on it; and how far
+rounding can move the outputs. Whatever answers these can be verified, whether it is a chain or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from modeconn.connection import rounding, value_ranges
+from modeconn.connection.layer_chain import LayerChain, block_rows
+from modeconn.connection.segment_kinds import Evidence, classify_segment
+
+State = Mapping[str, Tensor]
+
+
+class Structure(Protocol):
+    """A network as the verifier sees it; states are parameters and buffers that fit it."""
+
+    @property
+    def name(self) -> str:
+        """Names the model in messages."""
+
+    @property
+    def classes(self) -> int:
+        """The number of outputs."""
+
+    def rows(self, sample: Tensor) -> int:
+        """Returns the rows of input whose widest value fits a plain pass's memory."""
+
+    def run(self, state: State, x: Tensor) -> Tensor:
+        """Returns the outputs [N, classes] of a plain pass, dead units included."""
+
+    def classify(self, start: State, stop: State) -> Evidence:
+        """Classifies the segment between two states, from the weights alone.
+
+        Raises:
+            ModeconnError: it is no rewrite, shift or swing; the text says where and why. Or a
+                weight is not finite, or a variance not positive.
+        """
+
+    def largest(self, start: State, stop: State, inputs: Tensor) -> tuple[float, str]:
+        """Bounds every value of the network on the segment between two states.
+
+        Args:
+            inputs: the largest absolute value of each input, [1, …].
+
+        Returns:
+            the largest bound, of dead units too and of all t, and where it is; NaN or inf where
+            there is none.
+        """
+
+    def rounding(
+        self, state: State, x: Tensor, sizes: State | None = None
+    ) -> rounding.Sensitivity | None:
+        """Bounds the effect of rounding on the outputs, to first order in the unit roundoff.
+
+        Args:
+            sizes: weights whose absolute values bound those of products; the state's own if None.
+
+        Returns:
+            the bound in unit roundoffs; None where some operation's rounding is not known.
+        """
+
+
+@dataclass(frozen=True)
+class ChainStructure:
+    """A chain of layers: units are live where a live unit above reads them."""
+
+    chain: LayerChain
+
+    @staticmethod
+    def of(model: nn.Module, sample: Tensor) -> ChainStructure:
+        """Finds the chain that a model is.
+
+        Raises:
+            ModeconnError: the model is no chain; the text says where and why.
+        """
+        return ChainStructure(LayerChain.of(model, sample))
+
+    @property
+    def name(self) -> str:
+        """The name of the model's class."""
+        return self.chain.name
+
+    @property
+    def classes(self) -> int:
+        """The number of outputs."""
+        return self.chain.classes
+
+    def rows(self, sample: Tensor) -> int:
+        """Returns the rows of input whose widest value fits a plain pass's memory."""
+        return block_rows(self.chain, sample)
+
+    def run(self, state: State, x: Tensor) -> Tensor:
+        """Returns the outputs [N, classes] of a plain pass, dead units included."""
+        return self.chain.run(state, x)
+
+    def classify(self, start: State, stop: State) -> Evidence:
+        """Classifies the segment between two states; see `classify_segment`."""
+        return classify_segment(self.chain, start, stop)
+
+    def largest(self, start: State, stop: State, inputs: Tensor) -> tuple[float, str]:
+        """Bounds every value on the segment between two states; see `value_ranges`."""
+        return value_ranges.largest(self.chain, start, stop, inputs)
+
+    def rounding(
+        self, state: State, x: Tensor, sizes: State | None = None
+    ) -> rounding.Sensitivity | None:
+        """Bounds the effect of rounding on the outputs; see `rounding`."""
+        return rounding.sensitivity(self.chain, state, x, sizes)
+
+
+def structure_of(model: nn.Module, sample: Tensor) -> Structure:
+    """Returns the structure of a model.
+
+    Args:
+        model: any module; it is left as it was.
+        sample: a few rows of input.
+
+    Raises:
+        ModeconnError: its structure is not known; the text says where and why.
+    """
+    return ChainStructure.of(model, sample)
