@@ -191,5 +191,7 @@ def test_a_dead_unit_that_overflows_is_found():
     points[1]["2.weight"][4] = 1e30
     w = dataclasses.replace(w, points=points)
     assert classify_segment(w.chain, *w.points).kind == "rewrite"
-    with pytest.raises(ModeconnError, match=r"segment 0 .*values of layer 2 .*may reach .*even a dead one"):
+    with pytest.raises(
+        ModeconnError, match=r"segment 0 .*values of layer 3 .*may reach .*even a dead one"
+    ):
         certify(w.model, w.chain, w.path, w.data)

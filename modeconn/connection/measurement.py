@@ -105,7 +105,8 @@ def measure_path(subject: Subject, data: Any, how: Measuring) -> MeasuredPath:
     rows = positive("batch_size", how.batch_size) or _default_rows(subject, data)
     swings = [k for k, found in enumerate(subject.evidence) if found.kind == SWING]
     tally = Tally(loss, path.segments + 1, swings, dtype_of(how.precision))
-    rounded, inputs_seen, digest = PathRounding(subject), _Largest(), _Digest()
+    rounded = PathRounding(subject.structure, path.control_points, subject.evidence)
+    inputs_seen, digest = _Largest(), _Digest()
     batches = as_batches(data, rows)
     forward: Forward | None = None
     for inputs, targets in batches:

@@ -9,32 +9,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from modeconn.connection.rounding import Sensitivity
-from modeconn.connection.segment_kinds import REWRITE, SHIFT
+from modeconn.connection.segment_kinds import REWRITE, SHIFT, Evidence
+from modeconn.connection.structure import Structure
 from modeconn.parameters.blending import blend
-
-if TYPE_CHECKING:
-    from modeconn.connection.measurement import Subject
 
 State = Mapping[str, Tensor]
 
 
 class PathRounding:
-    """The bounds of a path's breakpoints, for rows at a time."""
+    """The bounds of a path's breakpoints, for rows at a time.
 
-    def __init__(self, subject: Subject) -> None:
-        self._structure, self._points = subject.structure, subject.path.control_points
-        kinds = [found.kind for found in subject.evidence]
-        self._groups = _groups(kinds)
+    Args:
+        structure: of the network. points: the breakpoints. evidence: of the segments.
+    """
+
+    def __init__(
+        self, structure: Structure, points: Sequence[State], evidence: Sequence[Evidence]
+    ) -> None:
+        self._structure, self._points = structure, points
+        self._groups = _groups([found.kind for found in evidence])
         self._shifts = {
-            k: max(1, len(found.moved))
-            for k, found in enumerate(subject.evidence)
-            if found.kind == SHIFT
+            k: max(1, len(found.moved)) for k, found in enumerate(evidence) if found.kind == SHIFT
         }
 
     def of_rows(self, x: Tensor) -> Sequence[Sensitivity | None]:
