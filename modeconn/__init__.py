@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from modeconn.data import datasets
     from modeconn.errors import ModeconnError
     from modeconn.evaluation.evaluator import evaluate, explain
-    from modeconn.evaluation.outputs import forward
+    from modeconn.evaluation.outputs import Forward, forward
     from modeconn.evaluation.result import PathResult
     from modeconn.parameters.paths import Bezier, Line, Mixture, Plane, PolyChain
     from modeconn.parameters.state import load
     from modeconn.parameters.subspace import Subspace
     from modeconn.plan.report import Plan
+    from modeconn.replay.mapping import MapResult, map  # noqa: A004
     from modeconn.stability.criteria import ConditionsTable, conditions
     from modeconn.stability.dropout import dropout_stability
     from modeconn.stability.subnetworks import subnetwork_stability
@@ -29,7 +30,9 @@ __all__ = [
     "ConditionsTable",
     "Connection",
     "FalseCertificate",
+    "Forward",
     "Line",
+    "MapResult",
     "Mixture",
     "ModeconnError",
     "PathResult",
@@ -48,6 +51,7 @@ __all__ = [
     "forward",
     "linear_separability",
     "load",
+    "map",
     "subnetwork_stability",
     "verify",
 ]
@@ -64,12 +68,13 @@ _HOME = {
     "modeconn.data": "datasets",
     "modeconn.errors": "ModeconnError",
     "modeconn.evaluation.evaluator": "evaluate explain",
-    "modeconn.evaluation.outputs": "forward",
+    "modeconn.evaluation.outputs": "Forward forward",
     "modeconn.evaluation.result": "PathResult",
     "modeconn.parameters.paths": "Bezier Line Mixture Plane PolyChain",
     "modeconn.parameters.state": "load",
     "modeconn.parameters.subspace": "Subspace",
     "modeconn.plan.report": "Plan",
+    "modeconn.replay.mapping": "MapResult map",
     "modeconn.stability.criteria": "ConditionsTable conditions",
     "modeconn.stability.dropout": "dropout_stability",
     "modeconn.connection.separability": "Separation linear_separability",

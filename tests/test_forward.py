@@ -13,7 +13,7 @@ from torch.func import functional_call
 import modeconn as mc
 from forward_cases import KINDS, chain, conv
 from modeconn.backends.native import extension as native
-from modeconn.evaluation.outputs import Forward, forward
+from modeconn.evaluation.outputs import PlannedForward, forward
 from modeconn.parameters.paths import Path
 from naive import clone, mlp
 from policy import assert_within_policy
@@ -96,7 +96,7 @@ def test_a_chain_of_rewrites_and_swings():
     x = torch.randn(11, 7)
     got = check(model, path, t, x)
     assert torch.equal(got[3], got[5])
-    plan = Forward(model, path, t, x).plan
+    plan = PlannedForward(model, path, t, x).plan
     assert plan.point_flops < 0.1 * plan.naive_flops
 
 
@@ -104,7 +104,7 @@ def test_a_chain_of_rewrites_and_swings():
 def test_batches_of_any_size_and_any_budget(budget):
     a, b = mlp(7, 20, 4, seed=0), mlp(7, 20, 4, seed=1)
     path, t = mc.Line(a, b), [0.5, 1.0, 0.25]
-    engine = Forward(a, path, t, torch.randn(3, 7), memory_budget=budget)
+    engine = PlannedForward(a, path, t, torch.randn(3, 7), memory_budget=budget)
     assert engine.t.tolist() == t
     for rows in (1, 2, 300):
         x = torch.randn(rows, 7)
@@ -217,7 +217,7 @@ def test_backends_and_what_they_refuse():
     with pytest.raises(
         mc.ModeconnError, match='"native" cannot run this: it computes no gradients'
     ):
-        Forward(a, path, 3, x, backend="native")
+        PlannedForward(a, path, 3, x, backend="native")
     with pytest.raises(
         mc.ModeconnError, match='"triton" cannot run this: its kernels compute in float32'
     ):
@@ -242,7 +242,7 @@ def test_every_backend_gives_these_outputs(kind, backend):
 
 def test_bad_options():
     a = nn.Linear(3, 2)
-    engine = Forward(a, mc.Line(a, a), 3, torch.ones(2, 3))
+    engine = PlannedForward(a, mc.Line(a, a), 3, torch.ones(2, 3))
     with pytest.raises(mc.ModeconnError, match=r"shape \['N', 3, 3\].*: expected \['N', 3\]"):
         engine(torch.ones(2, 3, 3))
     for options, says in (

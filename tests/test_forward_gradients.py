@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import modeconn as mc
 from forward_cases import KINDS, chain, conv
-from modeconn.evaluation.outputs import Forward, forward
+from modeconn.evaluation.outputs import PlannedForward, forward
 from modeconn.parameters.paths import Path
 from naive import clone, mlp
 
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_autograd(kind):
         value.requires_grad_()
     t = np.array([0.0, 0.3, 1.0, 0.3, 0.8])
     expected = by_autograd(model, path, t, x)
-    engine = Forward(model, path, t, x.detach(), precision="float64")
+    engine = PlannedForward(model, path, t, x.detach(), precision="float64")
     got = engine(x)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
     weights = torch.randn_like(expected)
@@ -101,7 +101,7 @@ def test_gradients_by_the_kernels(kind):
     for value in moving:
         value.requires_grad_()
     t = np.array([0.0, 0.3, 1.0])
-    engine = Forward(model, path, t, x.detach(), backend="triton")
+    engine = PlannedForward(model, path, t, x.detach(), backend="triton")
     for _ in range(2):  # weights that have changed are read anew
         outputs = engine(x)
         weights = torch.randn_like(outputs)

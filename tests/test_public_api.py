@@ -16,7 +16,9 @@ def test_public_names():
         "ConditionsTable",
         "Connection",
         "FalseCertificate",
+        "Forward",
         "Line",
+        "MapResult",
         "Mixture",
         "ModeconnError",
         "PathResult",
@@ -35,6 +37,7 @@ def test_public_names():
         "forward",
         "linear_separability",
         "load",
+        "map",
         "subnetwork_stability",
         "verify",
     ]

@@ -50,8 +50,10 @@ def graph_for(runner: Runner, x: Inputs, captured: Callable[[], Graph], mixes: M
     with _LOCK:  # one module is captured once, whoever asks for it
         graphs = _GRAPHS.setdefault(runner.model, {})
         kind = _kind(runner, x)
-        known = graphs.get(kind)
-        if known is None or not known.guard.holds(runner.model):
+        known = _found(runner.model, kind)
+        if known is not None:
+            graphs[kind] = known
+        else:
             guard = Guard(runner.model)
             graph = captured()
             known = graphs[kind] = _Known(guard, graph, rows_are_independent(graph))
@@ -61,6 +63,29 @@ def graph_for(runner: Runner, x: Inputs, captured: Callable[[], Graph], mixes: M
                 mixed = not known.graph.random and mixes(known.graph, runner.state(), x)
             known.graph = replace(known.graph, mixes_rows=mixed)
         return known.graph
+
+
+def is_known(runner: Runner, x: Inputs) -> bool:
+    """Whether a module was captured before, or a copy of it, for inputs of some kind."""
+    with _LOCK:
+        return _found(runner.model, _kind(runner, x)) is not None
+
+
+def _found(model: nn.Module, kind: Hashable) -> _Known | None:
+    """What is known of a module, or of one that reads the same: a copy, in most cases.
+
+    A graph with parts that run as they are belongs to its module alone: those are modules, too.
+    """
+    own = _GRAPHS.get(model, {}).get(kind)
+    if own is not None and own.guard.holds(model):
+        return own
+    for other, graphs in list(_GRAPHS.items()):
+        known = graphs.get(kind)
+        if known is None or other is model or type(other) is not type(model):
+            continue
+        if not known.graph.fallback and not known.graph.closed and known.guard.holds(model):
+            return replace(known, searched=0)  # with these weights rows are looked at again
+    return None
 
 
 def _kind(runner: Runner, x: Inputs) -> Hashable:

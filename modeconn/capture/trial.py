@@ -56,13 +56,7 @@ class Runner:
         Raises:
             ModeconnError: the module cannot be copied.
         """
-        try:
-            made = copy.deepcopy(self.model, _detached(self.model))
-        except Exception as error:
-            raise ModeconnError(
-                f"the model {type(self.model).__name__} cannot be copied ({line_of(error)}): "
-                "expected a module that copy.deepcopy takes, since user code runs on a copy"
-            ) from error
+        made = duplicate(self.model)
         for parameter in made.parameters():
             parameter.requires_grad_(False)
         if self._names:
@@ -84,6 +78,21 @@ class Runner:
     def _converted(self, value: Tensor) -> Tensor:
         dtype = self.dtype if value.is_floating_point() else None
         return value.detach().to(device=self.device, dtype=dtype)
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """Copies a module.
+
+    Raises:
+        ModeconnError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model, _detached(model))
+    except Exception as error:
+        raise ModeconnError(
+            f"the model {type(model).__name__} cannot be copied ({line_of(error)}): "
+            "expected a module that copy.deepcopy takes, since user code runs on a copy"
+        ) from error
 
 
 def _by_names(

@@ -21,7 +21,7 @@ from modeconn.connection.value_ranges import limit
 from modeconn.data.batches import Batches, as_batches
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import dtype_of, positive
-from modeconn.evaluation.outputs import Forward
+from modeconn.evaluation.outputs import PlannedForward
 from modeconn.evaluation.progress import Progress
 from modeconn.metrics.convexity import Loss
 from modeconn.parameters.paths import PolyChain
@@ -108,11 +108,11 @@ def measure_path(subject: Subject, data: Any, how: Measuring) -> MeasuredPath:
     rounded = PathRounding(subject.structure, path.control_points, subject.evidence)
     inputs_seen, digest = _Largest(), _Digest()
     batches = as_batches(data, rows)
-    forward: Forward | None = None
+    forward: PlannedForward | None = None
     for inputs, targets in batches:
         x = computed_with(inputs, path)
         if forward is None:
-            forward = Forward(subject.model, path, path.segments + 1, x, precision=how.precision)
+            forward = PlannedForward(subject.model, path, path.segments + 1, x, precision=how.precision)
             _check_engine(subject, x[:_PLAIN_ROWS], forward, how.precision)
         logits = forward(x).double()
         y = loss.fit(logits[0], targets)
@@ -150,7 +150,7 @@ def _default_rows(subject: Subject, data: Any) -> int:
     return max(_SMALLEST_BATCH, min(of_plain_pass, of_logits))
 
 
-def _check_engine(subject: Subject, x: Tensor, forward: Forward, precision: str) -> None:
+def _check_engine(subject: Subject, x: Tensor, forward: PlannedForward, precision: str) -> None:
     """Raises where a plain pass of a few rows gives other outputs than the engine."""
     dtype = dtype_of(precision)
     x = x.to(dtype) if x.is_floating_point() else x

@@ -1,4 +1,4 @@
-"""What other libraries' users call, answered by this one: a module for each library.
+"""What users of other libraries call, answered by this one: a module for each library.
 
-`import modeconn.dropin.loss_landscapes as loss_landscapes` is the one line that changes in a script.
+One line of a script changes: `import modeconn.dropin.loss_landscapes as loss_landscapes`.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from modeconn.backends.blocking import MEMORY_BUDGET
 from modeconn.backends.precision import products, without_autocast
 from modeconn.capture.export import prepare
 from modeconn.capture.graph import Graph, Size
-from modeconn.data.inputs import Inputs, describe, leaves, moved, rows, take
+from modeconn.data.inputs import Inputs, describe, leaves, moved
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import (
     check_fit,
@@ -25,29 +26,34 @@ from modeconn.evaluation.arguments import (
     frozen_entries,
     positive,
 )
+from modeconn.evaluation.collecting import outputs_at_points
 from modeconn.evaluation.ends import capture_for
 from modeconn.evaluation.notices import warn_of_capture
+from modeconn.parameters.gradients import with_gradients
 from modeconn.parameters.paths import Path
 from modeconn.parameters.points import Points
 from modeconn.plan.planner import make_program
 from modeconn.plan.report import Plan
 
+# Sets of points whose plans a `Forward` keeps: those of a training's evaluation, and to spare.
+_PLANS = 8
 
-class Forward:
+
+class PlannedForward:
     """A network, captured and planned for some points of a path: call it with batches of inputs.
 
     Values that do not depend on t are computed once per call, dead units are left out, and values
     that are linear in the coefficients are combined, as `explain` shows.
 
-    Outputs can be differentiated with respect to x, and to the control points where the tensors in
-    `path.control_points` require gradients when this is made. Zero weights then count as any
+    Outputs can be differentiated with respect to x, and to the control points where their tensors
+    require gradients when this is made (given in state dicts). Zero weights then count as any
     others, and weights of the requested precision may change between calls, by an optimizer's step.
 
     Args:
         model: the architecture; its own weights do not matter, and it is left as it was, training
             mode included.
         path: of checkpoints that fit the model. Its weights are looked at here: after they have
-            changed, make another `Forward`, unless they require gradients.
+            changed, make another one, unless they require gradients.
         t: a count of points, or the t values, in any order, repeated or not.
         sample: a few rows of input [N, …], or a tuple or dict of such tensors where the model takes
             several; only their shape and dtype count.
@@ -82,6 +88,7 @@ class Forward:
         device: str | torch.device | None = None,
         memory_budget: int | None = None,
     ) -> None:
+        path = with_gradients(path)
         self.t: np.ndarray = path.points(t)
         self._precision = precision
         self._dtype, self._device = dtype_of(precision), device_of(device, path)
@@ -123,20 +130,15 @@ class Forward:
             raise ModeconnError(
                 f"inputs have shape {describe(inputs)}: expected {self._row}, as in the sample"
             )
-        count = rows(inputs)
         differentiable = torch.is_grad_enabled() and (
             self._weights_move or any(leaf.requires_grad for leaf in leaves(inputs))
         )
         engine = self._engine(differentiable or self._weights_move)
-        most = count if self.plan.program.graph.mixes_rows else engine.most_rows(self._budget)
         with (
             torch.set_grad_enabled(differentiable),
             products(self._precision, self._device),
         ):
-            outputs = [
-                self._outputs(engine, take(inputs, i, i + most)) for i in range(0, count, most)
-            ]
-        distinct = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+            distinct: Tensor = outputs_at_points(self.plan.program, engine, inputs, self._budget)
         inverse = self.plan.program.inverse
         if np.array_equal(inverse, np.arange(len(distinct))):
             return distinct
@@ -170,23 +172,84 @@ class Forward:
             )
         return self._engines[differentiable]
 
-    def _outputs(self, engine: Backend, x: Inputs) -> Tensor:
-        """Return the outputs at the distinct points, [T, B, …]."""
-        program, count = self.plan.program, rows(x)
-        values = engine.shared(x)
-        points: list[list[Tensor]] = [[] for _ in program.points]
-        result: Tensor | None = None
-        for segment in program.segments:
-            for point, block, output in engine.all_outputs(segment, values, count):
-                row = segment.point_indices[point]
-                # written into a common tensor, gradients would be copied T times
-                if torch.is_grad_enabled():
-                    points[row].append(output)
-                    continue
-                if result is None:
-                    result = output.new_empty((len(program.points), count, *output.shape[1:]))
-                result[row, block] = output
-        return torch.stack([torch.cat(parts) for parts in points]) if result is None else result
+
+class Forward:
+    """A network and a path, captured once: call it with points and batches of inputs.
+
+    The outputs can be differentiated with respect to x, and to control points whose tensors
+    require gradients: give the path state dicts of such tensors
+    (`module.state_dict(keep_vars=True)` has a module's own parameters). They may then change
+    between calls, by an optimizer's step. Weights that do not require gradients are looked at when
+    a set of points is first asked for: after they have changed, make another `Forward`.
+
+    Args:
+        model: the architecture; its own weights do not matter, and it is left as it was.
+        path: of checkpoints that fit the model.
+        sample: a few rows of input [N, …], or a tuple or dict of such tensors where the model takes
+            several; only their shape and dtype count.
+        buffers: "interpolate" the norms' running statistics with the weights, or keep those of the
+            path's "start".
+        backend: "auto", or a backend by name, which then runs or raises.
+        precision: "float32" or "float64"; on a CUDA device also "tf32" or "bf16".
+        device: of the computation; by default where the path's control points are.
+        memory_budget: bytes for what is shared between points, 128 MiB by default.
+
+    Raises:
+        ModeconnError: bad input, or a network whose output is not one tensor with a row per sample.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: Path,
+        sample: Any,
+        *,
+        buffers: str = "interpolate",
+        backend: str = "auto",
+        precision: str = "float32",
+        device: str | torch.device | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        self._path = path
+        self._make = functools.partial(
+            PlannedForward,
+            model,
+            path,
+            sample=sample,
+            buffers=buffers,
+            backend=backend,
+            precision=precision,
+            device=device,
+            memory_budget=memory_budget,
+        )
+        self._planned: dict[bytes, PlannedForward] = {}
+        # what is wrong is found here, not at the first call
+        self._at(np.eye(path.dim)[:1] if path.dim > 1 else [0.0])
+
+    def __call__(self, t: Points, x: Any) -> Tensor:
+        """Return the outputs [T, B, …] at points, for inputs [B, …]; T points are planned once.
+
+        Args:
+            t: a count of points, or the t values, in any order, repeated or not.
+            x: inputs, shaped as the sample's rows.
+
+        Raises:
+            ModeconnError: points or inputs that do not fit.
+        """
+        return self._at(t)(x)
+
+    def plan(self, t: Points) -> Plan:
+        """Return the plan of these points, as `explain` would."""
+        return self._at(t).plan
+
+    def _at(self, t: Points) -> PlannedForward:
+        values = self._path.points(t)
+        key = values.tobytes()
+        found = self._planned.pop(key, None) or self._make(values)
+        self._planned[key] = found  # the last is the latest
+        while len(self._planned) > _PLANS:
+            self._planned.pop(next(iter(self._planned)))
+        return found
 
 
 def forward(
@@ -203,7 +266,7 @@ def forward(
 ) -> Tensor:
     """Return the outputs of a network at each t, for the rows of x.
 
-    For many batches with one model, path and t, make a `Forward` once and call that.
+    For many batches with one model and path, make a `Forward` once and call that.
 
     Args:
         model: the architecture; its own weights do not matter, and it is left as it was.
@@ -224,7 +287,7 @@ def forward(
     Raises:
         ModeconnError: bad input, or a network whose output is not one tensor with a row per sample.
     """
-    made = Forward(
+    made = PlannedForward(
         model,
         path,
         t,

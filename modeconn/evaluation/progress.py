@@ -13,12 +13,16 @@ Progress = Callable[[int, "int | None"], None]
 
 
 @contextlib.contextmanager
-def reporting(progress: bool | Progress | None) -> Iterator[Progress]:
+def reporting(
+    progress: bool | Progress | None, unit: str = "samples", what: str = "evaluate"
+) -> Iterator[Progress]:
     """Yield the callable that receives the progress.
 
     Args:
         progress: a callable, used as it is; True for a bar, False for none, None for a bar where
             stderr is a terminal.
+        unit: of what is done.
+        what: the work, for the bar.
     """
     if callable(progress):
         yield progress
@@ -29,7 +33,7 @@ def reporting(progress: bool | Progress | None) -> Iterator[Progress]:
     from tqdm import tqdm
 
     # A bar that is gone within half a second would only flicker.
-    with tqdm(unit=" samples", unit_scale=True, leave=False, delay=0.5, desc="evaluate") as bar:
+    with tqdm(unit=f" {unit}", unit_scale=True, leave=False, delay=0.5, desc=what) as bar:
 
         def report(done: int, total: int | None) -> None:
             bar.total = total

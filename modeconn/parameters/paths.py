@@ -37,6 +37,7 @@ class Path:
         dim: the number of coordinates of t (1 for a curve, 2 for a plane, K for a mixture).
         names: what messages call the control points.
         modules: the modules that control points are the parameters and buffers of, None for others.
+        tracked: per control point the tensors of a state dict that require gradients.
 
     The tensors of modules and state dicts are not copied: a path follows a model that is trained
     further. Tensors that are not floating point (counters such as `num_batches_tracked`) are not
@@ -83,6 +84,7 @@ class Path:
             states.check(point, name)
         self.names = list(names)
         self.modules = [_module(source) for source in control_points]
+        self.tracked = [states.tracked(source) for source in control_points]
         warn_of_equal(self.control_points, self.names, self._in_turn)
         if not directions:
             warn_of_fixed(self.control_points, self.names)

@@ -76,6 +76,14 @@ def load(
     return _converted(state, dtype, copy)
 
 
+def tracked(source: Any) -> State:
+    """Return the tensors of a mapping that require gradients, as they are; of all else, nothing."""
+    if not isinstance(source, Mapping):
+        return {}
+    state = _nested(source, "state dict")
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.requires_grad}
+
+
 def match(
     states: Sequence[Mapping[str, Tensor]],
     names: Sequence[str],

@@ -20,7 +20,7 @@ from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.subnetworks import check_entry
 from modeconn.data.batches import Batches, as_batches
 from modeconn.errors import ModeconnError
-from modeconn.evaluation.outputs import Forward
+from modeconn.evaluation.outputs import PlannedForward
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import PolyChain
 from modeconn.stability.outputs import Outputs, check_class_labels
@@ -255,7 +255,7 @@ class _Run:
         path = PolyChain([*networks, networks[-1]])
         t = np.arange(len(networks)) / len(networks)
         model, sample = self.network.model, self.network.sample
-        forward = Forward(model, path, t, sample, precision=self.settings.precision)
+        forward = PlannedForward(model, path, t, sample, precision=self.settings.precision)
         measures: list[Tensor] = []
         scales = torch.ones(len(networks), dtype=torch.float64)
         with tempfile.TemporaryDirectory(prefix="modeconn-outputs-") as folder:

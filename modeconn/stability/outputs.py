@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modeconn.data.batches import Batches
 from modeconn.errors import ModeconnError
-from modeconn.evaluation.outputs import Forward
+from modeconn.evaluation.outputs import PlannedForward
 from modeconn.stability.scale import Chunk
 
 
@@ -37,7 +37,7 @@ class Outputs(Iterable[Chunk]):
     """
 
     def __init__(
-        self, forward: Forward, data: Batches, classes: int, file: Path, budget: int
+        self, forward: PlannedForward, data: Batches, classes: int, file: Path, budget: int
     ) -> None:
         self._forward, self._data, self._classes = forward, data, classes
         self._file, self._budget = file, budget
