@@ -125,7 +125,7 @@ def _compare_memory() -> Callable[[int, int, int], int] | None:
         return None
     found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     found.restype = ctypes.c_int
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 _memcmp: Any = _compare_memory()
