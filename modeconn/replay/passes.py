@@ -16,11 +16,12 @@ from modeconn.backends import make_backend
 from modeconn.backends.base import Backend
 from modeconn.backends.precision import products, without_autocast
 from modeconn.capture.cache import is_known
-from modeconn.capture.export import capture, prepare
+from modeconn.capture.export import prepare
 from modeconn.capture.graph import Graph
 from modeconn.data.inputs import Inputs, describe, leaves, rows
 from modeconn.errors import Unsupported
 from modeconn.evaluation.collecting import outputs_at_points
+from modeconn.evaluation.ends import capture_for
 from modeconn.parameters.paths import Path
 from modeconn.plan.planner import make_program
 from modeconn.plan.program import Program
@@ -111,7 +112,7 @@ class Passes:
         self._check_inputs(inputs)
         kind = _kind(inputs)
         if kind not in self._graphs:
-            graph = capture(self._runner, inputs)
+            graph = capture_for(self._path, self._runner, inputs)
             _check(graph, rows(inputs))
             self._graphs[kind] = graph
         return self._graphs[kind]
