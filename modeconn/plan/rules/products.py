@@ -31,40 +31,44 @@ class Product(Rule):
         bias_first: whether the bias comes before the weight among the entries.
         last: whether the features are the last axis, and all others are taken apart; else they are
             axis 1.
+
+    Attributes:
+        outputs, inputs: the weight's axes. weight: its place among the entries.
     """
 
     def __init__(
         self, outputs: int = 0, inputs: int = 1, bias_first: bool = False, last: bool = False
     ) -> None:
         super().__init__(_by_bias, _weight_and_bias)
-        self._outputs, self._inputs = outputs, inputs
-        self._weight, self._last = int(bias_first), last
+        self.outputs, self.inputs = outputs, inputs
+        self.weight, self._last = int(bias_first), last
 
-    def _axis(self, node: Node) -> int:
+    def axis(self, node: Node) -> int:
+        """Returns the axis of the value, and of the input, that has the features."""
         return len(node.shape) - 1 if self._last else 1
 
     def _cut(self, rows: np.ndarray | None, columns: np.ndarray | None) -> Cut:
-        return (rows, columns) if self._outputs == 0 else (columns, rows)
+        return (rows, columns) if self.outputs == 0 else (columns, rows)
 
-    def _beside(self, node: Node, units: Units) -> dict[int, np.ndarray]:
-        """Units along axes that the layer takes apart."""
-        return units.without(self._axis(node)).along if self._last else {}
+    def beside(self, node: Node, units: Units) -> dict[int, np.ndarray]:
+        """Returns the units along axes that the layer takes apart."""
+        return units.without(self.axis(node)).along if self._last else {}
 
     def requests(
         self, node: Node, requested: Units, shapes: Shapes, support: Support
     ) -> list[Units]:
-        axis = self._axis(node)
-        live = support(self._weight, self._inputs, self._cut(requested.get(axis), None))
+        axis = self.axis(node)
+        live = support(self.weight, self.inputs, self._cut(requested.get(axis), None))
         # A layer without any live input still needs an input for its shape: keep one.
         columns = np.flatnonzero(live) if live.any() else np.zeros(1, np.int64)
-        return [Units({**self._beside(node, requested), axis: columns})]
+        return [Units({**self.beside(node, requested), axis: columns})]
 
     def fit(self, node: Node, requested: Units, have: Sequence[Units], shapes: Shapes) -> Fit:
-        axis = self._axis(node)
+        axis = self.axis(node)
         rows, columns = requested.get(axis), have[0].get(axis)
         cuts: list[Cut] = [(rows,)] * len(node.entries)
-        cuts[self._weight] = self._cut(rows, columns)
-        along = self._beside(node, have[0])
+        cuts[self.weight] = self._cut(rows, columns)
+        along = self.beside(node, have[0])
         return Fit(Units(along if rows is None else {**along, axis: rows}), cuts)
 
 
@@ -73,11 +77,14 @@ class Grouped(Rule):
 
     Args:
         transposed: whether the weight is [in, out / groups, …].
+
+    Attributes:
+        transposed: likewise.
     """
 
     def __init__(self, transposed: bool = False) -> None:
         super().__init__(_by_bias, _weight_and_bias)
-        self._transposed = transposed
+        self.transposed = transposed
 
     def requests(
         self, node: Node, requested: Units, shapes: Shapes, support: Support
@@ -94,7 +101,7 @@ class Grouped(Rule):
             return Fit(Units({}), [()] * len(node.entries))
         groups = _whole(index, _size(shapes.inputs[0], node["groups"]))
         out = _members(groups, _size(node.shape, node["groups"]))
-        cuts: list[Cut] = [(index if self._transposed else out,), (out,)]
+        cuts: list[Cut] = [(index if self.transposed else out,), (out,)]
         return Fit(Units({1: out}), cuts[: len(node.entries)], {"groups": len(groups)})
 
 
