@@ -1,4 +1,4 @@
-"""Bounds of an operation's value from bounds of its inputs, and its weights at the ends of a segment.
+"""Bounds of an operation's value, from bounds of its inputs and its weights at a segment's ends.
 
 All bounds are of magnitudes, in float64. Sums of products with non-negative numbers are monotone,
 so linear operations are run as they are, on bounds and magnitudes.
@@ -156,9 +156,7 @@ def _normalised(node: Node, inputs: Sequence[Tensor], entries: Sequence[Ends]) -
     return _scaled(node, bounded, entries, shape)
 
 
-def _scaled(
-    node: Node, value: Tensor, entries: Sequence[Ends], shape: tuple[int, ...]
-) -> Tensor:
+def _scaled(node: Node, value: Tensor, entries: Sequence[Ends], shape: tuple[int, ...]) -> Tensor:
     """Returns |γ| times a value, plus |β|, as far as a norm has them."""
     for name in ("weight", "bias"):
         leaf = node.arguments.get(name)

@@ -53,7 +53,7 @@ def live_units(graph: Graph, nonzero: NonZero) -> Liveness:
         graph: of a network whose output is one tensor.
         nonzero: tells the weights that are not exactly zero anywhere on the path's segment.
     """
-    found = Liveness({i: ALL for i in graph.outputs()}, {})
+    found = Liveness(dict.fromkeys(graph.outputs(), ALL), {})
     for node in reversed(graph.nodes):
         if node.id not in found.units or node.op == "input":
             continue

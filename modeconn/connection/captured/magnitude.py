@@ -9,6 +9,7 @@ value (bounds.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,9 +17,8 @@ import torch
 from torch import Tensor
 
 from modeconn.capture.graph import Graph, In, Node
-from modeconn.connection.captured.bounds import BOUNDS, LARGEST, NoBound
+from modeconn.connection.captured.bounds import BOUNDS, NoBound
 from modeconn.connection.captured.segments import named, tensor_of
-from modeconn.errors import ModeconnError
 
 State = Mapping[str, Tensor]
 
@@ -41,37 +41,33 @@ class _Unknown:
     why: str
 
 
-def check_magnitude(graph: Graph, start: State, stop: State, inputs: Tensor) -> None:
-    """Raises where some value might overflow between two states.
+def largest_value(graph: Graph, start: State, stop: State, inputs: Tensor) -> tuple[float, str]:
+    """Bounds every value on the segment between two states, for all rows, units and t.
 
     Args:
         graph: of the network, which takes one tensor.
         start, stop: the ends of the segment, all of them finite.
         inputs: the largest magnitude of each number of a row, over all rows: [1, …].
 
-    Raises:
-        ModeconnError: names the node whose bound is too large, or the operation that has none.
+    Returns:
+        the largest bound, and the node it is of, in words; NaN where no bound is known of one.
     """
     values: dict[int, Tensor | _Fixed | _Unknown] = {}
+    worst, where = float(inputs.abs().max()), "the inputs"
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "input":
                 values[node.id] = inputs.double().abs()
                 continue
             values[node.id] = found = _value(graph, node, values, start, stop)
-            largest = float(found.max()) if isinstance(found, Tensor) and found.numel() else 0.0
-            if not largest <= LARGEST:
-                raise ModeconnError(
-                    f"the values of {named(node)} have no lower bound on their size than "
-                    f"{largest:.2g}: a unit might overflow, which makes NaN of a weight of zero; "
-                    f"expected at most {LARGEST:g}"
-                )
+            top = float(found.max()) if isinstance(found, Tensor) and found.numel() else 0.0
+            if not top <= worst:  # NaN, too
+                worst, where = top, named(node)
     for i in graph.outputs():
         if isinstance(unknown := values[i], _Unknown):
-            raise ModeconnError(
-                f"no bound is known of the values of {named(unknown.node)}{unknown.why}, "
-                "so that dead units might overflow there"
-            )
+            name = f"{named(unknown.node)}{unknown.why}"
+            return math.nan, f"{name}, of whose values no bound is known"
+    return worst, where
 
 
 def _value(

@@ -11,7 +11,7 @@ one that is equal at both ends does not change. The kinds are those of chains of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -52,8 +52,10 @@ def classify_captured(network: CapturedNetwork, start: State, stop: State) -> Ev
     if not changed:
         return Evidence(REWRITE, moved, f"only what no live unit depends on moves: {keys}")
     _check_affine(network, live, changed, start, stop)
-    touched = _unique(network.graph.nodes[i].entries[k] for i, places in changed.items() for k in places)
-    text = f"the logits are affine in t: what live units depend on moves in {', '.join(touched)} alone"
+    touched: dict[str, None] = {}
+    for node_id, places in changed.items():
+        touched |= dict.fromkeys(network.graph.nodes[node_id].entries[k] for k in places)
+    text = f"the logits are affine in t: live units depend on what moves in {', '.join(touched)}"
     return Evidence(SWING, moved, text)
 
 
@@ -89,11 +91,13 @@ def _moved(network: CapturedNetwork, start: State, stop: State) -> tuple[str, ..
         ModeconnError: one that moves is not read by the network.
     """
     moved = tuple(
-        key for key, value in start.items() if value.is_floating_point() and _differs(value, stop[key])
+        key
+        for key, value in start.items()
+        if value.is_floating_point() and _differs(value, stop[key])
     )
     stray = [key for key in moved if key in network.others]
     if stray:
-        raise ModeconnError(f"{stray[0]} changes, and the network reads no such parameter or buffer")
+        raise ModeconnError(f"{stray[0]} changes, and is nothing that the network reads")
     return moved
 
 
@@ -103,7 +107,7 @@ def _differs(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_values(network: CapturedNetwork, state: State) -> None:
-    """Raises where a dead unit's value may be no number, which even a weight of zero would pass on."""
+    """Raises where a dead unit's value may be no number, which a weight of zero would pass on."""
     for key, value in state.items():
         numbers = value.is_floating_point() and value.numel()
         if numbers and not all(map(torch.isfinite, value.aminmax())):
@@ -124,7 +128,7 @@ def _check_variance(node: Node, state: State) -> None:
         return
     key = node.entries[leaf.index]
     smallest = float(state[key].min())
-    if smallest + node["eps"] <= 0:
+    if not smallest + node["eps"] > 0:
         raise ModeconnError(f"{key} holds {smallest:.4g}: a variance cannot be negative")
 
 
@@ -144,7 +148,11 @@ def _changed(graph: Graph, live: Liveness, start: State, stop: State) -> dict[in
 
 
 def _check_affine(
-    network: CapturedNetwork, live: Liveness, changed: Mapping[int, list[int]], start: State, stop: State
+    network: CapturedNetwork,
+    live: Liveness,
+    changed: Mapping[int, list[int]],
+    start: State,
+    stop: State,
 ) -> None:
     """Raises unless the outputs are affine in the live weights that change.
 
@@ -206,7 +214,3 @@ def is_unknown(node: Node) -> bool:
 def named(node: Node) -> str:
     """Names a node by its operation and its place in the module."""
     return f"{node.op} ({node.source})" if node.source else node.op
-
-
-def _unique(keys: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(keys))
