@@ -112,7 +112,8 @@ def measure_path(subject: Subject, data: Any, how: Measuring) -> MeasuredPath:
     for inputs, targets in batches:
         x = computed_with(inputs, path)
         if forward is None:
-            forward = PlannedForward(subject.model, path, path.segments + 1, x, precision=how.precision)
+            count = path.segments + 1
+            forward = PlannedForward(subject.model, path, count, x, precision=how.precision)
             _check_engine(subject, x[:_PLAIN_ROWS], forward, how.precision)
         logits = forward(x).double()
         y = loss.fit(logits[0], targets)
