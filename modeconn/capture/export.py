@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from modeconn.capture import ops
 from modeconn.capture.cache import graph_for
 from modeconn.capture.closing import parts_of
+from modeconn.capture.decompose import decomposed
 from modeconn.capture.graph import Entry, Graph, In, Node, Size
 from modeconn.capture.mixing import mixes, run, same
 from modeconn.capture.opaque import reason_of, tensors_of, whole
@@ -155,7 +156,7 @@ def _export(model: nn.Module, x: Inputs) -> Graph:
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = pytree.tree_map(lambda _: batch, dict(given))
     program = export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    return graph_of(program.run_decompositions({}), set(model.state_dict()), x)
+    return graph_of(decomposed(program), set(model.state_dict()), x)
 
 
 def _known_outputs(model: nn.Module, x: Inputs, output: Any) -> Graph:

@@ -50,26 +50,30 @@ def normalize(
     if function is operation():
         part = closed_part(arguments.pop("number"))
         return Call("module", part, arguments, inputs)
-    call = _named(function, arguments, inputs)
+    call = _named(function, arguments, inputs, shape)
     before = nodes[inputs[0]] if inputs and _first(arguments) == In(0) else None
     if before is not None:
         call = _merged(call, before, nodes, shape) or _simplified(call, before, shape) or call
     if call.op in _VIEWS:
         # A view of a channels-last value would need a copy; reshape makes it where needed.
-        return _replaced(call, "reshape", _ATEN.reshape.default, *arguments.values())
+        return _replaced(call, "reshape", _ATEN.reshape.default, *call.arguments.values())
     return call
 
 
-def _named(function: Any, arguments: dict[str, Any], inputs: tuple[int, ...]) -> Call:
+def _named(
+    function: Any, arguments: dict[str, Any], inputs: tuple[int, ...], shape: tuple[Dim, ...]
+) -> Call:
     """The call under the operation's name without its overload."""
     name = getattr(function, "__name__", str(function))
     call = Call(name.rpartition(".")[0] or name, function, arguments, inputs)
-    if call.op == "_native_batch_norm_legit_no_training":
+    if call.op in ("batch_norm", "_native_batch_norm_legit_no_training"):
         names = ("input", "running_mean", "running_var", "weight", "bias", "eps")
         values = [arguments[name] for name in names]
         return _replaced(call, "batch_norm", ops.batch_norm, *values)
     if function is operator.getitem:
         return _replaced(call, "getitem", ops.element, *arguments.values())
+    if call.op == "flatten":  # as it is decomposed; to rows, it becomes itself again
+        return _replaced(call, "reshape", _ATEN.reshape.default, arguments["self"], list(shape))
     if call.op == "linear":
         return _replaced(call, "linear", ops.linear, *arguments.values())
     if call.op == "rsub" and arguments["alpha"] == 1:

@@ -89,6 +89,9 @@ class _Translation:
 
     def _add_operation(self, fx: Any) -> None:
         given = named(fx.target, fx.args, fx.kwargs)
+        if _packet(fx) == "dropout" and not given["train"]:
+            self._ids[fx.name] = self._ids[fx.args[0].name]
+            return
         if fx.target is not operator.getitem:
             if _packet(fx) not in _SPLITS or _part(fx, 0) is None:
                 self._add_call(fx, fx.target, given)
