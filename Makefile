@@ -13,7 +13,8 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 # the planner, every kind of path against float64, the engine's steps, and what files hold.
 CHECKED  := $(addprefix tests/test_,layout.py public_api.py ops.py capture.py plans.py plan.py \
             evaluate.py native_graph.py paths.py state.py result.py)
-SANITIZE := address,undefined
+# Tests that build the extension again take its object files from tests/compiled.py.
+COMPILER := $(if $(filter default,$(origin CXX)),CXX=$(CURDIR)/tests/compiled.py)
 SOURCES  := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
@@ -47,12 +48,8 @@ fuzz: $(STAMP) ## random networks, paths, data and losses against plain float64,
 
 dev: $(STAMP) ## only set up .venv, with modeconn in it (editable)
 
-sanitize: $(STAMP) ## the tests of the C++ part under the address and undefined-behaviour sanitizers (gcc)
-	MODECONN_NATIVE=1 MODECONN_CUDA=0 MODECONN_SANITIZE=$(SANITIZE) $(BIN)/python -m pip install --quiet --upgrade \
-	    --no-build-isolation --no-deps --target build/sanitize .
-	MODECONN_SANITIZE=$(SANITIZE) PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
-	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    $(BIN)/pytest -q --capture=sys tests/test_native.py
+sanitize: $(STAMP) ## the C++ engine under the address, undefined-behaviour and thread sanitizers (gcc); some minutes
+	$(BIN)/python tests/sanitize.py
 
 clean: ## remove .venv, build products and caches: all that git does not know
 	rm -rf $(VENV) build dist .cache .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
@@ -66,7 +63,7 @@ $(STAMP): $(SOURCES)
 	@echo "Installing $(TORCH) into $(VENV)"
 	@$(BIN)/python -m pip install "$(TORCH)"
 	@echo "Building modeconn and installing it with its tools into $(VENV) (details: $(VENV)/install.log)"
-	@$(BIN)/python -m pip install -v --editable '.[dev]' > $(VENV)/install.log 2>&1 \
+	@$(COMPILER) $(BIN)/python -m pip install -v --editable '.[dev]' > $(VENV)/install.log 2>&1 \
 	    || { tail -n 40 $(VENV)/install.log; exit 1; }
 	@grep -aE '^ *(✓|✗)' $(VENV)/install.log | sort -u || true
 	@touch $@

@@ -1,6 +1,5 @@
-// Python's side of the engine: every argument is checked here, the engine trusts what it gets.
-#include "bind_engine.h"
-
+// The Python module modeconn._native: every argument is checked here, the engine trusts what it gets. modeconn/_native.pyi
+// states its signatures for type checkers; modeconn/backends/native/extension.py is its only importer.
 #include "bind_steps.h"
 #include "cpu/context.h"
 #include "engine/chain.h"
@@ -44,6 +43,18 @@ template <class Run> void released(const Options& o, Run&& run) {
   }
 }
 
+// Rows are written by several threads: no two of [points, rows, width] may share memory.
+void refuse_overlap(const py::array& out, int64_t width) {
+  if (!out.size()) return;
+  int64_t taken = width * out.itemsize();  // bytes from the first to the last of what lies inside
+  std::pair<int64_t, int64_t> axes[2] = {{std::abs(out.strides(0)), out.shape(0)}, {std::abs(out.strides(1)), out.shape(1)}};
+  if (axes[0].second == 1 || (axes[1].second > 1 && axes[0].first > axes[1].first)) std::swap(axes[0], axes[1]);
+  for (auto [stride, count] : axes) {
+    if (count > 1 && stride < taken) refuse("rows of out must not overlap, got strides of ", out.strides(0), " and ", out.strides(1), " bytes");
+    taken += (count - 1) * stride;
+  }
+}
+
 template <class T>
 void outputs_of(const py::sequence& terms, const py::array& c, const py::sequence& layers, const py::array& out, const Options& o) {
   StepGraph<T> built = chain<T>(terms, c, layers, o);
@@ -51,7 +62,7 @@ void outputs_of(const py::sequence& terms, const py::array& c, const py::sequenc
   if (!out.writeable()) refuse("out must be writable");
   built.head.point_stride = out.strides(0) / ptrdiff_t(sizeof(T));
   built.head.row_stride = out.strides(1) / ptrdiff_t(sizeof(T));
-  if (built.rows > 1 && std::abs(built.head.row_stride) < built.result()) refuse("rows of out must not overlap");
+  refuse_overlap(out, built.result());
   released(o, [&](Team& team) { run(built, o.context.kernels<T>(), team, nullptr); });
 }
 
@@ -106,8 +117,11 @@ Options options(const std::string& activation, double slope, int threads, const 
 }
 
 }  // namespace
+}  // namespace modeconn
 
-void bind_engine(py::module_& m) {
+PYBIND11_MODULE(_native, m) {
+  using namespace modeconn;
+  m.doc() = "The C++ engine of modeconn, as the backend \"native\" uses it.";
   m.def("isas", [] {
     const char* names[3];
     int n = supported_isas(names);
@@ -151,5 +165,3 @@ void bind_engine(py::module_& m) {
         py::arg("slope") = 0.01, py::arg("threads") = 1, py::arg("isa") = "",
         "float64 [points, 2, channels]: mean and unbiased variance of what each batch_norm normalises.");
 }
-
-}  // namespace modeconn

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable
@@ -16,18 +15,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compiled import object_of
+from compiled import CXX, object_of
 from modeconn.backends.activations import Activation
 from modeconn.backends.cuda import CudaLayer, mlp_sums
 from policy import assert_within_policy
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
-CXX = shutil.which("g++") or shutil.which("c++")
 SOURCES = ("launch.cu", "mlp_float32.cu", "mlp_tf32.cu", "mlp_bf16.cu")
 
 
-def compile_source(source: Path, *flags: str, headers: Path = CSRC) -> Path:
-    """Compile for the emulated device; `headers`: the folder that a changed copy lies in."""
+def compile_source(source: Path, *flags: str) -> Path:
+    """Compile for the emulated device."""
+    assert CXX is not None
     pybind11 = pytest.importorskip("pybind11")
     include = [
         f"-I{folder}" for folder in (pybind11.get_include(), sysconfig.get_paths()["include"])
@@ -50,7 +49,7 @@ def compile_source(source: Path, *flags: str, headers: Path = CSRC) -> Path:
         "-x",
         "c++",
     ]
-    return object_of(source, headers, command)
+    return object_of(source, command)
 
 
 def link_and_load(objects: list[Path], target: Path) -> Any:

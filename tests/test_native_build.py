@@ -2,90 +2,73 @@
 
 from __future__ import annotations
 
-import ast
-import shutil
+import os
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from pathlib import Path
 
 import pytest
 
-from compiled import object_of
-
-ROOT = Path(__file__).resolve().parent.parent
-CXX = shutil.which("g++") or shutil.which("c++")
+from compiled import CXX
+from native_cases import engine
+from native_random_calls import calls
+from sanitize import CSRC, ROOT, program
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(CXX is None, reason="there is no C++ compiler"),
-    pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not in a checkout"),
+    pytest.mark.skipif(not CSRC.is_dir(), reason="not in a checkout"),
 ]
 
 
-def isa_flags() -> dict[str, list[str]]:
-    """The flags that setup.py compiles each instruction set's folder with."""
-    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
-    (value,) = [
-        n.value
-        for n in tree.body
-        if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "X86_FLAGS"
-    ]
-    return {"generic": [], **ast.literal_eval(value)}
-
-
-def build(sources: list[Path], flags: list[str]) -> list[Path]:
-    """Compile sources, each with its folder's instruction set; skip where it is not x86-64."""
-    sets = isa_flags()
+def skip_elsewhere() -> None:
+    """Skip where the compiler's target is not x86-64, whose instruction sets have sources."""
     machine = subprocess.run(
-        [CXX, "-dumpmachine"], capture_output=True, text=True, check=True
+        [str(CXX), "-dumpmachine"], capture_output=True, text=True, check=True
     ).stdout
     if not machine.startswith("x86_64"):
         pytest.skip(f"the compiler's target is {machine.strip()}")
-    macros = [f"-DMODECONN_HAVE_{name.upper()}" for name in sets if name != "generic"]
-
-    def compile_one(source: Path) -> Path:
-        csrc = ROOT / "csrc"
-        own = sets.get(source.parent.name, [])
-        command = [CXX, "-std=c++17", f"-iquote{csrc}", "-pthread", *macros, *flags, *own]
-        return object_of(source, csrc, command)
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(compile_one, sources))
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path: Path):
     """No access beyond an array, leak, misaligned access or overflow in the C++ driver."""
-    csrc = ROOT / "csrc"
-    sources = [
-        *csrc.glob("engine/*.cpp"),
-        *csrc.glob("cpu/*.cpp"),
-        *csrc.glob("cpu/*/*.cpp"),
-        *csrc.glob("tests/test_*.cpp"),
-    ]
-    flags = [
-        "-O1",
-        "-g",
-        "-ffp-contract=fast",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-    ]
-    objects = build(sources, flags)
-    program = tmp_path / "test_chain"
-    subprocess.run(
-        [CXX, "-pthread", "-fsanitize=address,undefined", *objects, "-o", program], check=True
-    )
-    done = subprocess.run([program], capture_output=True, text=True, check=False, timeout=300)
+    skip_elsewhere()
+    made = program("address", tmp_path)
+    done = subprocess.run([made], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "PASS" in done.stdout
 
 
-def test_no_code_of_an_instruction_set_is_shared():
-    """No weak symbol: the linker might keep the one that is compiled for AVX-512 for all."""
-    kernels = sorted((ROOT / "csrc" / "cpu").glob("*/kernels_*.cpp"))
+@pytest.mark.slow
+def test_no_code_of_an_instruction_set_is_shared(tmp_path: Path):
+    """No weak symbol: the linker might keep the one that is compiled for AVX-512 for all.
+
+    Of the object files that a wheel is made of (tests/test_packaging.py), compiled once for both.
+    """
+    skip_elsewhere()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib"]
+    subprocess.run(
+        [*map(str, command), "--build-temp", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "CXX": str(ROOT / "tests" / "compiled.py"), "MODECONN_CUDA": "0"},
+        check=True,
+    )
+    kernels = sorted((CSRC / "cpu").glob("*/kernels_*.cpp"))
     assert len(kernels) == 3
-    for source, target in zip(kernels, build(kernels, ["-O3", "-fvisibility=hidden"])):
+    for source in kernels:
+        target = (tmp_path / source.relative_to(ROOT)).with_suffix(".o")
         rows = subprocess.run(
             ["nm", "-C", target], capture_output=True, text=True, check=True
         ).stdout.splitlines()
         defined = [row[19:] for row in rows if row[17:18] in set("TWVuBD")]
         assert defined == [f"modeconn::fill_{source.parent.name}(modeconn::Context&)"]
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_random_calls(at_once):
+    """What `make sanitize` makes 2,000 of: results do not depend on threads, bad ones are refused.
+
+    Most of the good ones are that; of those with an argument spoiled, some are good yet.
+    """
+    counts = calls(engine, 150, at_once, seed=10_000)
+    assert counts["good"] > 60 and counts["refused"] > 20, counts

@@ -84,6 +84,10 @@ def test_outputs_must_be_writable_and_of_the_right_shape():
         (out, "writable"),
         (np.zeros((2, 6, 4), np.float32), r"must be \[2, 6, 3\]"),
         (np.zeros((2, 6, 3)), "float32"),
+        (np.broadcast_to(np.zeros((1, 6, 3), np.float32), (2, 6, 3)), "writable"),
+        (np.lib.stride_tricks.as_strided(out.copy(), strides=(0, 12, 4)), "must not overlap"),
+        (np.lib.stride_tricks.as_strided(out.copy(), strides=(12, 12, 4)), "must not overlap"),
+        (np.lib.stride_tricks.as_strided(out.copy(), strides=(72, 8, 4)), "must not overlap"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.chain_outputs(case["terms"], case["coefficients"], case["layers"], bad)

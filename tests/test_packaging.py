@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on the PATH"
 )
+CXX = str(ROOT / "tests" / "compiled.py")
 NOT_SOURCE = (".git", ".venv", ".cache", ".*_cache", ".hypothesis", "build", "dist", "*.egg-info")
 NOT_SOURCE += ("__pycache__", "*.so", "_native_missing.txt", "_cuda_missing.txt")
 
@@ -33,7 +34,7 @@ def run(command: Sequence[str | Path], cwd: Path, expected: int = 0, **environme
     """Run a command without this environment's Python path; return both streams together.
 
     The CUDA part is left out unless it is asked for: nvcc takes its time, and
-    tests/test_cuda_chain.py has it compile.
+    tests/test_cuda_chain.py has it compile. Object files that a test has made before are taken.
     """
     dropped = (
         "PYTHONPATH",
@@ -46,7 +47,7 @@ def run(command: Sequence[str | Path], cwd: Path, expected: int = 0, **environme
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**kept, "PYTHONUTF8": "1", "MODECONN_CUDA": "0", **environment},
+        env={**kept, "PYTHONUTF8": "1", "MODECONN_CUDA": "0", "CXX": CXX, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",

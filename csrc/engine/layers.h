@@ -48,11 +48,11 @@ template <class T> class Layers {
       if (stop()) return false;
       const Step<T>& step = steps_[s];
       Panels& y = values[s];
-      if (step.op == Op::flat) {
-        y = x;
-      } else if (step.op == Op::terms) {
-        for (T*& panel : y) panel = take();
-        combine(step, point, begin, y);
+      if (step.op == Op::flat || step.op == Op::terms) {
+        if (step.op == Op::flat) y = x;
+        else for (T*& panel : y) panel = take();
+        if (step.op == Op::terms) combine(step, point, begin, y);
+        for (int64_t p = 0; p < n; ++p) release(s, p);  // values that no step reads
       } else if (pointwise(step.op)) {
         for (int64_t p = 0; p < n; release(s, p++)) {
           y[p] = take();

@@ -1,4 +1,4 @@
-// Fills one table: lanes of S, NV vectors of samples in a panel, MR units in a tile.
+// Fills one table: lanes of S, NV vectors of samples in a panel, `units` in a tile.
 #pragma once
 #include "head.h"
 #include "move.h"
@@ -9,7 +9,14 @@
 namespace modeconn {
 namespace {
 
-template <class S, int NV, int MR> void fill(Kernels<typename S::T>& k, const char* name) {
+#ifdef MODECONN_MOST_UNITS  // of a tile, in tests: the compiler takes its time for each number of units
+constexpr int most_units(int units) { return units < MODECONN_MOST_UNITS ? units : MODECONN_MOST_UNITS; }
+#else
+constexpr int most_units(int units) { return units; }
+#endif
+
+template <class S, int NV, int units> void fill(Kernels<typename S::T>& k, const char* name) {
+  constexpr int MR = most_units(units);
   k.name = name;
   k.panel = NV * S::L;
   k.units = MR;
