@@ -23,6 +23,7 @@ from modeconn.cli import (
     mix,
     plane,
     reproduce,
+    surface,
     train,
     verify,
 )
@@ -30,7 +31,19 @@ from modeconn.cli.options import Parser, example, release_outputs, written_outpu
 from modeconn.cli.output import Nowhere, Shown, is_closed, shown
 from modeconn.errors import ModeconnError, SystemFailure
 
-COMMANDS = (demo, train, evaluate, explain, plane, mix, connect, verify, reproduce, inspect)
+COMMANDS = (
+    demo,
+    train,
+    evaluate,
+    explain,
+    plane,
+    surface,
+    mix,
+    connect,
+    verify,
+    reproduce,
+    inspect,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
