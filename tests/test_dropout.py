@@ -17,7 +17,7 @@ import modeconn as mc
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.errors import ModeconnError
 from modeconn.plan.report import Plan
-from modeconn.stability.dropout import dropout_stability, kept_after, without_units
+from modeconn.stability.dropout import dropout_stability, kept_from, without_units
 from modeconn.stability.scale import ENOUGH, best_scales, losses_and_errors
 from modeconn.stability.table import MEASURES
 from naive import mlp
@@ -86,12 +86,12 @@ def test_against_masked_networks(kind: str, fraction: float) -> None:
         precision="float64",
     )
     chain = LayerChain.of(model, x[:2])
-    assert len(table) == 3 * chain.length
+    assert len(table) == 3 * (chain.length - 1)
     for row in table.rows:
-        kept = kept_after(chain, row.entry, row.draw, fraction, 5)
+        kept = kept_from(chain, row.entry, row.draw, fraction, 5)
         assert {p: len(units) for p, units in kept.items()} == {
             p: chain.widths[p] - int(chain.widths[p] / fraction)
-            for p in range(row.entry + 1, chain.length)
+            for p in range(row.entry, chain.length)
         }
         with torch.no_grad():
             logits, others = (masked_logits(chain, model, each, kept) for each in (x, more))
@@ -136,13 +136,16 @@ def test_nothing_removed() -> None:
     assert np.isnan(table.column("test_loss")).all()
 
 
-def test_last_entry_layer_is_the_network_itself() -> None:
+def test_half_of_the_layer_itself_is_removed() -> None:
+    """Layer l of the dropout networks has as many units as a subnetwork of entry layer l reads."""
     model, x, y = case("mlp")
-    rows = dropout_stability(model, model, (x, y), draws=3, entries=[3], precision="float64").rows
-    whole = dropout_stability(
-        model, model, (x, y), draws=3, fraction=100, entries=[3], precision="float64"
-    ).rows
-    same(rows, whole)
+    table = dropout_stability(model, model, (x, y), draws=3, precision="float64")
+    assert table.entries == [1, 2, 3]
+    assert len(set(table.column("train_loss", 3))) == 3
+    chain = LayerChain.of(model, x[:2])
+    assert {p: len(units) for p, units in kept_from(chain, 3, 0, 2, 0).items()} == {3: 5}
+    with pytest.raises(ModeconnError, match="keep all inputs; expected layers from 1 to 3"):
+        dropout_stability(model, model, (x, y), entries=[0, 1])
 
 
 def test_draws_do_not_depend_on_what_else_is_asked_for() -> None:
@@ -183,7 +186,7 @@ def test_many_passes_and_outputs_on_disk(kind: str) -> None:
 def test_plan_leaves_removed_units_out_and_shares_the_prefix() -> None:
     model, x, _ = case("mlp")
     chain, state = LayerChain.of(model, x[:2]), model.state_dict()
-    networks = [without_units(chain, state, kept_after(chain, 1, draw, 2, 0)) for draw in range(4)]
+    networks = [without_units(chain, state, kept_from(chain, 2, draw, 2, 0)) for draw in range(4)]
     path = mc.PolyChain([*networks, networks[-1]])
     plan = mc.explain(model, path, x[:2], np.arange(4) / 4)
     assert isinstance(plan, Plan)

@@ -218,11 +218,30 @@ def test_learning_rates() -> None:
         return [recipe.rate(step, 2 * epochs) for step in range(2 * epochs)]
 
     assert rates("constant") == [1.0] * 60
-    assert rates("halve") == [1.0] * 20 + [0.5] * 20 + [0.25] * 20
+    assert rates("step") == [1.0] * 40 + [0.5] * 20
+    falling = Recipe(lr=1.0, schedule="step", epochs=4, every=1, decay=0.9)
+    assert [falling.rate(i, 4) for i in range(4)] == pytest.approx([1, 0.9, 0.81, 0.729])
     assert rates("cosine")[0] == 1.0
     assert rates("cosine") == sorted(rates("cosine"), reverse=True)
     assert max(rates("onecycle")) == pytest.approx(1.0)
     assert rates("onecycle").index(max(rates("onecycle"))) == 12
+
+
+def test_all_stop_as_soon_as_one_may() -> None:
+    """As the paper's fully connected subnetworks do, past so many epochs."""
+    chain, h, y = task()
+    subs = starts(chain, 3)
+    recipe = Recipe(lr=0.03, batch_size=32, epochs=60, schedule="constant", stop_error=0.3)
+    alone = train_subnetworks(chain, subs, [h] * 3, y, recipe)
+    first = min(one.epochs for one in alone)
+    together = replace(recipe, stop_together=True)
+    found = train_subnetworks(chain, subs, [h] * 3, y, together)
+    assert [one.epochs for one in found] == [first] * 3
+    assert any(one.reached for one in found)
+    assert all(math.isfinite(one.loss) for one in found)
+    later = train_subnetworks(chain, subs, [h] * 3, y, replace(together, min_epochs=first + 2))
+    assert len({one.epochs for one in later}) == 1 and later[0].epochs > first + 2
+    assert max(one.epochs for one in alone) > first
 
 
 def test_a_diverging_subnetwork_leaves_with_the_weights_it_had() -> None:
@@ -249,8 +268,8 @@ def test_bad_input_is_named() -> None:
         train_subnetworks(chain, subs, [h], y.clone().index_fill_(0, torch.tensor([5]), 7), RECIPE)
     with pytest.raises(ModeconnError, match="no samples"):
         train_subnetworks(chain, subs, [h[:0]], y[:0], RECIPE)
-    with pytest.raises(ModeconnError, match="schedule is 'step'"):
-        train_subnetworks(chain, subs, [h], y, replace(RECIPE, schedule="step"))
+    with pytest.raises(ModeconnError, match="schedule is 'linear'"):
+        train_subnetworks(chain, subs, [h], y, replace(RECIPE, schedule="linear"))
     with pytest.raises(ModeconnError, match="expected as many features"):
         train_subnetworks(chain, subs, [h, h], y, RECIPE)
     with pytest.raises(ModeconnError, match="equal shapes"):

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from modeconn.errors import ModeconnError
 
 _OPTIMIZERS = ("adamw", "sgd")
-_SCHEDULES = ("constant", "cosine", "onecycle", "halve")
-# Epochs between two halvings of the learning rate, as the paper has it for VGG.
-_HALVING = 10
+_SCHEDULES = ("constant", "cosine", "onecycle", "step")
 # "onecycle": the part of the steps that the rate rises over, and the rate that it rises from, as a
 # fraction of the largest: the usual shape of a one-cycle schedule, with a short rise.
 _RISE = 0.2
@@ -25,9 +23,12 @@ class Recipe:
         optimizer: "adamw" (β = 0.9, 0.99), or "sgd" with Nesterov momentum as in Nguyen et al.
             2021, section 5.
         schedule: of the learning rate: "constant", "cosine" down to 0, "onecycle" (up over the
-            first fifth, then down), or "halve" (half as large after every 10 epochs).
+            first fifth, then down), or "step" (times `decay` after every `every` epochs).
         stop_loss, stop_error: a subnetwork is finished once its loss (error) over all training data
-            is at most this.
+            is at most this, and the rest train on.
+        min_epochs: no stop before more than so many epochs.
+        stop_together: all subnetworks of a training are finished as soon as one is, as the fully
+            connected ones of Nguyen et al. 2021 are: its results then depend on each other.
     """
 
     optimizer: str = "adamw"
@@ -39,6 +40,10 @@ class Recipe:
     schedule: str = "cosine"
     stop_loss: float | None = None
     stop_error: float | None = None
+    every: int = 20
+    decay: float = 0.5
+    min_epochs: int = 0
+    stop_together: bool = False
 
     def check(self) -> None:
         """Raises a ModeconnError for a setting out of range."""
@@ -52,6 +57,11 @@ class Recipe:
             )
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ModeconnError(f"lr is {self.lr}: expected a positive number")
+        if self.every < 1 or not 0 < self.decay <= 1:
+            raise ModeconnError(
+                f"every is {self.every} and decay {self.decay}: "
+                "expected a number of epochs, at least 1, and a factor above 0, at most 1"
+            )
         if self.epochs < 0 or self.batch_size < 1:
             raise ModeconnError(
                 f"epochs is {self.epochs} and batch_size {self.batch_size}: "
@@ -63,8 +73,8 @@ class Recipe:
         if self.schedule == "constant":
             return self.lr
         at = step / max(1, steps)
-        if self.schedule == "halve":
-            return self.lr * 0.5 ** (step * self.epochs // max(1, steps) // _HALVING)
+        if self.schedule == "step":
+            return self.lr * self.decay ** (step * self.epochs // max(1, steps) // self.every)
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * at))
         if at < _RISE:

@@ -70,7 +70,8 @@ def train_subnetworks(
         features: h_l [N, n_l, …] for each of them, all units or the kept ones; the same tensor
             where several read one network.
         labels: int64 [N].
-        recipe: the same for all; a subnetwork that is finished leaves the others.
+        recipe: the same for all; a subnetwork that is finished leaves the others, or ends the
+            training of all (`stop_together`).
         seed: of the order of the samples, which is the same for all of them.
         progress: called with (epochs done, epochs).
         checkpoint: a file that keeps an unfinished training; if it is there, the training goes on
@@ -203,16 +204,29 @@ class _Training:
         recipe = self.recipe
         return (
             self.epoch > recipe.epochs - max(1, recipe.epochs // _LAST_EPOCHS)
-            or (recipe.stop_loss is not None and loss <= _NEAR * recipe.stop_loss)
-            or (recipe.stop_error is not None and error <= recipe.stop_error + _NEAR_ERROR)
+            or (self._may_stop and self._near_stop(loss, error))
         )
+
+    def _near_stop(self, loss: float, error: float) -> bool:
+        stop_loss, stop_error = self.recipe.stop_loss, self.recipe.stop_error
+        return (stop_loss is not None and loss <= _NEAR * stop_loss) or (
+            stop_error is not None and error <= stop_error + _NEAR_ERROR
+        )
+
+    @property
+    def _may_stop(self) -> bool:
+        return self.epoch > self.recipe.min_epochs
 
     def _review(self, seen: Sequence[float], errors: Sequence[float]) -> None:
         """Measures what may be finished, keeps the best weights, drops what is finished."""
         finished = []
         near = [self._near(*pair) for pair in zip(seen, errors)]
         if any(near):
-            for d, (loss, error) in enumerate(_measured(self.stack, self.rows, self.labels)):
+            measured = _measured(self.stack, self.rows, self.labels)
+            together = self.recipe.stop_together and any(self._reached(*pair) for pair in measured)
+            if together:  # all are finished, near or not
+                near = [True] * len(near)
+            for d, (loss, error) in enumerate(measured):
                 start, before = self.active[d], self.best[self.active[d]]
                 # Whether another one is near must not matter to this one's result.
                 if not (near[d] and math.isfinite(loss)):
@@ -225,6 +239,8 @@ class _Training:
                     )
                     if reached:
                         finished.append(d)
+            if together:
+                finished = list(range(len(seen)))
         finished += [
             d for d, loss in enumerate(seen) if not math.isfinite(loss) and d not in finished
         ]
@@ -233,6 +249,8 @@ class _Training:
 
     def _reached(self, loss: float, error: float) -> bool:
         recipe = self.recipe
+        if not self._may_stop and self.epoch < recipe.epochs:
+            return False
         return (recipe.stop_loss is not None and loss <= recipe.stop_loss) or (
             recipe.stop_error is not None and error <= recipe.stop_error
         )

@@ -1,4 +1,4 @@
-"""Dropout stability: a network's loss without random units of its later layers, not retrained."""
+"""Dropout stability: a network's loss without random units of its layers, not retrained."""
 
 from __future__ import annotations
 
@@ -86,16 +86,16 @@ def dropout_stability(
     progress: Progress | None = None,
     memory_budget: int | None = None,
 ) -> StabilityTable:
-    """Evaluates a network with random units of all layers after an entry layer removed.
+    """Evaluates a network with random units of a layer and of all later layers removed.
 
     This is the dropout stability of Kuditipudi et al. 2019, to compare with the subnetworks of
-    Nguyen et al. 2021. For entry layer l every hidden layer p > l keeps n_p - floor(n_p / fraction)
-    of its n_p units, drawn at random, with their weights and biases; the outputs are multiplied by
+    Nguyen et al. 2021. For layer l every hidden layer p ≥ l keeps n_p - floor(n_p / fraction) of
+    its n_p units, drawn at random, with their weights and biases; the outputs are multiplied by
     the one scalar that makes the training loss smallest. So fraction=2 removes half of the units
     and fraction=4 a quarter: the room that the theory's |I_l| = n_l - floor(n_l / F) leaves to the
-    kept units. Units of a convolution are its channels. At l = L-1 nothing is removed: every draw
-    is the network itself with the best scale. Entry layer l here is layer l+1 in Kuditipudi et al.,
-    definition 1.
+    kept units, so the dropout network of layer l reads as many units of it as a subnetwork with
+    entry layer l does. Units of a convolution are its channels. Layers run from 1 to L-1, as in
+    Kuditipudi et al., definition 1: inputs are not removed.
 
     The published code of Nguyen et al. 2021 leaves the random biases of a fresh network in place of
     the kept units' biases; they are kept here, which can only help.
@@ -112,7 +112,7 @@ def dropout_stability(
         test: other data that the same networks, scales included, are evaluated on.
         fraction: F, above 1.
         draws: networks per entry layer.
-        entries: the entry layers, 0 … L-1; all of them if None.
+        entries: the layers l, 1 … L-1; all of them if None.
         seed: of the draws.
         batch_size: rows per batch, 1024 by default.
         precision: "float32" or "float64", of the networks; sums over samples are in float64.
@@ -136,9 +136,14 @@ def dropout_stability(
     sets = [as_batches(data, batch_size or _BATCH) for data in (train, test) if data is not None]
     sample = _first_rows(sets[0])
     chain = LayerChain.of(model, sample)
-    requested = range(chain.length) if entries is None else sorted(set(entries))
+    requested = range(1, chain.length) if entries is None else sorted(set(entries))
     for entry in requested:
         check_entry(chain, entry)
+        if entry == 0:
+            raise ModeconnError(
+                "entry layer 0: dropout networks keep all inputs; "
+                f"expected layers from 1 to {chain.length - 1}"
+            )
     keys = list(itertools.product(requested, range(draws)))
     run = _Run(_Network(model, chain, state, sample), sets, settings, progress)
     original, rows = run.all(keys)
@@ -157,12 +162,12 @@ def _first_rows(data: Batches) -> Tensor:
 # -- masks -----------------------------------------------------------------------------------------
 
 
-def kept_after(
+def kept_from(
     chain: LayerChain, entry: int, draw: int, fraction: float, seed: int
 ) -> dict[int, Tensor]:
-    """Draws the units that every hidden layer p > entry keeps, rising, int64."""
+    """Draws the units that every hidden layer p ≥ entry keeps, rising, int64."""
     kept = {}
-    for p in range(entry + 1, chain.length):
+    for p in range(entry, chain.length):
         words = np.random.SeedSequence([seed, entry, draw, p]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(words[0]) >> 1)
         units = chain.widths[p]
@@ -224,7 +229,7 @@ class _Run:
 
     def _kept(self, entry: int, draw: int) -> dict[int, Tensor]:
         settings = self.settings
-        return kept_after(self.chain, entry, draw, settings.fraction, settings.seed)
+        return kept_from(self.chain, entry, draw, settings.fraction, settings.seed)
 
     def _bytes(self, entry: int) -> int:
         """Bytes of one network's masked weights, and of the part that is cut out of them."""

@@ -74,6 +74,8 @@ class Summary:
         mean, std: over the draws; the standard deviation is that of the draws themselves (divided
             by their number).
         best: the draw with the smallest training loss.
+        best_by_error: the draw with the smallest training error, the one of smallest loss among
+            several: the choice of Nguyen et al. 2021.
     """
 
     entry: int
@@ -81,6 +83,7 @@ class Summary:
     mean: Level
     std: Level
     best: Row
+    best_by_error: Row
 
 
 class StabilityTable:
@@ -306,7 +309,10 @@ def _summary(entry: int, rows: Sequence[Row]) -> Summary:
     with np.errstate(invalid="ignore"):  # the deviation of infinite losses is NaN
         mean, std = values.mean(0), values.std(0)
     best = rows[ranking.order(values[:, 0])[0]]
-    return Summary(entry, len(rows), Level(*mean.tolist()), Level(*std.tolist()), best)
+    finite = [row for row in rows if math.isfinite(row.train_loss)] or rows
+    best_by_error = min(finite, key=lambda row: (row.train_error, row.train_loss))
+    levels = Level(*mean.tolist()), Level(*std.tolist())
+    return Summary(entry, len(rows), *levels, best, best_by_error)
 
 
 def _number(name: str, value: float) -> str:
