@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from modeconn.connection.connection import Connection
     from modeconn.connection.pipeline import connect
     from modeconn.connection.separability import Separation, linear_separability
+    from modeconn.connection.star import Star
     from modeconn.connection.verification import verify
     from modeconn.data import datasets
     from modeconn.errors import ModeconnError
@@ -41,6 +42,7 @@ __all__ = [
     "PolyChain",
     "Separation",
     "StabilityTable",
+    "Star",
     "Subspace",
     "conditions",
     "connect",
@@ -64,6 +66,8 @@ _HOME = {
     "modeconn.connection.certificate": "Certificate FalseCertificate",
     "modeconn.connection.connection": "Connection",
     "modeconn.connection.pipeline": "connect",
+    "modeconn.connection.separability": "Separation linear_separability",
+    "modeconn.connection.star": "Star",
     "modeconn.connection.verification": "verify",
     "modeconn.data": "datasets",
     "modeconn.errors": "ModeconnError",
@@ -77,7 +81,6 @@ _HOME = {
     "modeconn.replay.mapping": "MapResult map",
     "modeconn.stability.criteria": "ConditionsTable conditions",
     "modeconn.stability.dropout": "dropout_stability",
-    "modeconn.connection.separability": "Separation linear_separability",
     "modeconn.stability.subnetworks": "subnetwork_stability",
     "modeconn.stability.table": "StabilityTable",
 }

@@ -27,6 +27,7 @@ def test_public_names():
         "PolyChain",
         "Separation",
         "StabilityTable",
+        "Star",
         "Subspace",
         "conditions",
         "connect",

@@ -1,4 +1,4 @@
-"""`modeconn connect`: builds a path of certified loss between two networks."""
+"""`modeconn connect`: builds paths of certified loss between two networks or more."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from modeconn.connection.connection import Connection
+    from modeconn.connection.star import Star
 
 DESCRIPTION = """\
 Build a path of low loss between two networks through subnetworks, and certify its loss on
-the training data. Loss and error on the test data along the path are bounded as well."""
+the training data. Loss and error on the test data along the path are bounded as well.
+Three networks or more are connected pairwise through one subnetwork on the input."""
 EXAMPLE = "modeconn connect a.safetensors b.safetensors --data digits --target 0.02 --out c/"
 RESUME = """\
 Then modeconn verify c/ checks the certificate anew. After an interruption the
@@ -30,12 +32,15 @@ def add(commands: options.Commands) -> None:
     """Declares the command."""
     parser = commands.add_parser(
         "connect",
-        help="build a path between two networks with a certified bound on its loss",
+        help="build a path between networks with a certified bound on its loss",
         description=DESCRIPTION,
         epilog=options.example(EXAMPLE, RESUME),
     )
     parser.add_argument(
-        "checkpoints", metavar="CHECKPOINT", nargs=2, help=f"the two networks: {options.CHECKPOINT}"
+        "checkpoints",
+        metavar="CHECKPOINT",
+        nargs="+",
+        help=f"two networks, or more for a star that connects all pairs: {options.CHECKPOINT}",
     )
     options.add_model(parser, required=False)
     parser.add_argument("--out", metavar="FOLDER", required=True, help="new folder to write")
@@ -77,6 +82,8 @@ def _add_construction(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Checks everything, connects, prints and writes."""
+    if len(args.checkpoints) < 2:
+        raise ModeconnError("one CHECKPOINT is given: expected two networks or more")
     options.check_inputs(args.checkpoints)
     options.check_outputs({"--plot": args.plot, "--json": args.json}, args.checkpoints)
     options.check_plot(args.plot)
@@ -95,10 +102,11 @@ def run(args: argparse.Namespace) -> None:
     quiet = args.quiet or args.json == "-"
     sweep(unfinished)
     with output.kept(f"{unfinished}/search.json", str(unfinished)):
-        connection = connect(
+        networks = args.checkpoints if len(args.checkpoints) > 2 else None
+        found = connect(
             model,
-            args.checkpoints[0],
-            args.checkpoints[1],
+            networks or args.checkpoints[0],
+            None if networks else args.checkpoints[1],
             data,
             args.kept[0] if len(args.kept) == 1 else args.kept,
             args.target,
@@ -109,15 +117,15 @@ def run(args: argparse.Namespace) -> None:
             folder=unfinished,
             log=None if quiet else _say,
         )
-    connection.save(out)
+    found.save(out)
     remove_folder(unfinished)
     if args.plot is not None:
-        _plot(connection, model, data, args.plot)
+        _plot(found, model, data, args.plot)
     if args.json is not None:
-        output.write_json(_content(connection), args.json)
+        output.write_json(_content(found), args.json)
     if not quiet:
-        print(connection)
-        _print_table(connection)
+        print(found)
+        _print_table(found)
         output.print_written(args.out, args.plot, args.json)
 
 
@@ -125,41 +133,57 @@ def _say(line: str) -> None:
     print(output.shown(line), file=sys.stderr, flush=True)
 
 
-def _plot(connection: Connection, model: nn.Module, data: Any, file: str) -> None:
-    """Draws the connection; two more passes give the curves of the swings and the straight line."""
+def _plot(found: Connection | Star, model: nn.Module, data: Any, file: str) -> None:
+    """Draws a connection, or a star, with straight lines beside it.
+
+    Two more passes give the curves of a connection's swings and its straight line; a star's lines
+    are those between neighbours on the circle.
+    """
+    from modeconn.connection.connection import Connection
     from modeconn.evaluation.evaluator import evaluate
     from modeconn.parameters.paths import Line
 
-    first, last = connection.path.control_points[0], connection.path.control_points[-1]
-    line = evaluate(model, Line(first, last), data, points=25)
-    result = connection.evaluate(model, data)
-    output.write_figure(lambda ax: connection.plot(ax, line=line, result=result), file)
+    if isinstance(found, Connection):
+        first, last = found.path.control_points[0], found.path.control_points[-1]
+        line = evaluate(model, Line(first, last), data, points=25)
+        result = found.evaluate(model, data)
+        output.write_figure(lambda ax: found.plot(ax, line=line, result=result), file)
+        return
+    lines = {}
+    for first, last in zip(found.names, (*found.names[1:], found.names[0])):
+        ends = (found.descents[name].path.control_points[0] for name in (first, last))
+        lines[first, last] = evaluate(model, Line(*ends), data, points=25)
+    output.write_figure(lambda ax: found.plot(ax, lines), file)
 
 
-def _content(connection: Connection) -> dict[str, Any]:
-    test = connection.test_certificate
+def _content(found: Connection | Star) -> dict[str, Any]:
+    from modeconn.connection.connection import Connection
+
+    if not isinstance(found, Connection):
+        return {**found.to_dict(), "bound": found.bound, "error_bound": found.error_bound}
+    test = found.test_certificate
     return {
-        "certificate": connection.certificate.to_dict(),
+        "certificate": found.certificate.to_dict(),
         "test_certificate": None if test is None else test.to_dict(),
-        "details": connection.details,
+        "details": found.details,
     }
 
 
-def _print_table(connection: Connection) -> None:
+def _print_table(found: Connection | Star) -> None:
     rows = []
-    for found in connection.details["found"]:
-        shared = found["entry"] == 0  # both networks have one subnetwork on the input
-        if shared and found["side"] != "a":
+    for record in found.details["found"]:
+        shared = record["entry"] == 0  # all networks have one subnetwork on the input
+        if shared and record["side"] != "a":
             continue
         rows.append(
             [
-                f"S_{found['entry']}" + ("" if shared else f" of {found['side']}"),
-                found["method"],
-                "-".join(map(str, found["widths"])) or "readout",
-                f"{found['loss']:.4g}",
-                f"{100 * found['error']:.3g} %",
-                str(found["epochs"]),
-                output.seconds_text(found["seconds"]),
+                f"S_{record['entry']}" + ("" if shared else f" of {record['side']}"),
+                record["method"],
+                "-".join(map(str, record["widths"])) or "readout",
+                f"{record['loss']:.4g}",
+                f"{100 * record['error']:.3g} %",
+                str(record["epochs"]),
+                output.seconds_text(record["seconds"]),
             ]
         )
     output.print_table(["subnetwork", "kind", "widths", "loss", "error", "epochs", "time"], rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -13,19 +13,58 @@ from torch import nn
 from modeconn.backends.precision import without_autocast
 from modeconn.connection.connection import Connection
 from modeconn.connection.construct import Breakpoint, breakpoints
+from modeconn.connection.hub import connect_star
 from modeconn.connection.solution import Settings, Solution, solve
+from modeconn.connection.star import Star
 from modeconn.connection.verification import Claims, certify
+from modeconn.errors import ModeconnError
 from modeconn.parameters.paths import PolyChain
 
 Log = Callable[[str], None]
+
+
+@overload
+def connect(
+    model: nn.Module,
+    a: list[Any] | tuple[Any, ...],
+    b: None = None,
+    train: Any = ...,
+    kept: float | Sequence[float] = ...,
+    target: float | None = ...,
+    test: Any = ...,
+    subnetworks: str = ...,
+    seed: int = ...,
+    *,
+    spec: str | None = ...,
+    folder: str | os.PathLike[str] | None = ...,
+    log: Log | None = ...,
+) -> Star: ...
+
+
+@overload
+def connect(
+    model: nn.Module,
+    a: Any,
+    b: Any,
+    train: Any,
+    kept: float | Sequence[float] = ...,
+    target: float | None = ...,
+    test: Any = ...,
+    subnetworks: str = ...,
+    seed: int = ...,
+    *,
+    spec: str | None = ...,
+    folder: str | os.PathLike[str] | None = ...,
+    log: Log | None = ...,
+) -> Connection: ...
 
 
 @without_autocast
 def connect(
     model: nn.Module,
     a: Any,
-    b: Any,
-    train: Any,
+    b: Any = None,
+    train: Any = None,
     kept: float | Sequence[float] = 0.5,
     target: float | None = None,
     test: Any = None,
@@ -35,19 +74,21 @@ def connect(
     spec: str | None = None,
     folder: str | os.PathLike[str] | None = None,
     log: Log | None = None,
-) -> Connection:
-    """Finds a path of low loss between two networks, with a certified bound on its loss.
+) -> Connection | Star:
+    """Finds a path of low loss between networks, with a certified bound on its loss.
 
     Implements the construction of Nguyen, Bréchet, Mondelli 2021 ("When Are Solutions Connected in
     Deep Networks?", Theorem 4.1): a subnetwork for every entry layer, on a part of that layer's
     features; from each network down to its subnetwork on the input by rewrites of dead units and
-    swings of the output layer. Both sides share the subnetwork on the input. The loss is constant
-    on a rewrite and convex on a swing, so its maximum over the whole path is attained at a
+    swings of the output layer. All networks share the subnetwork on the input: it is a hub, through
+    which any number of them are connected pairwise, at a cost linear in their number. The loss is constant on a rewrite and convex on a swing, so its maximum over the whole path is attained at a
     breakpoint.
 
     Args:
         model: the architecture, a chain of layers (MLP, VGG, …); it is left as it was.
-        a, b: the two networks: modules, state dicts or checkpoint files that fit the model.
+        a, b: the two networks: modules, state dicts or checkpoint files that fit the model. A list
+            of networks as a, and no b, for a star of several: `connect(model, [a, b, c],
+            train=data)`.
         train: data that the subnetworks are trained on and the bound holds for, as for `evaluate`;
             targets are class labels.
         kept: fraction of the units of a hidden layer that its subnetwork reads, for all layers or
@@ -74,7 +115,7 @@ def connect(
 
     Returns:
         the connection; `certificate.outcome` says whether the target is met and, if not, what makes
-            the bound.
+            the bound. A `Star` for a list of networks, whose `connection(i, j)` is that of a pair.
 
     Raises:
         ModeconnError: the model is no chain; the networks do not fit it, or have weights that are
@@ -87,6 +128,14 @@ def connect(
     settings = Settings(kept, target, subnetworks, seed, folder)
     settings.check()
     say = log or _silent
+    if isinstance(a, (list, tuple)):
+        if b is not None:
+            raise ModeconnError(
+                "a is a list of networks, and b is given, too: expected one of both"
+            )
+        star, solution = connect_star(model, a, train, test, settings, spec, say)
+        star.details = details_of(settings, solution, began)
+        return star
     solution = solve(model, {"a": a, "b": b}, train, settings, say)
     points = _breakpoints(solution)
     path = PolyChain([point.state for point in points])
