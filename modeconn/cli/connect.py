@@ -150,9 +150,9 @@ def _plot(found: Connection | Star, model: nn.Module, data: Any, file: str) -> N
         output.write_figure(lambda ax: found.plot(ax, line=line, result=result), file)
         return
     lines = {}
-    for first, last in zip(found.names, (*found.names[1:], found.names[0])):
-        ends = (found.descents[name].path.control_points[0] for name in (first, last))
-        lines[first, last] = evaluate(model, Line(*ends), data, points=25)
+    for pair in zip(found.names, (*found.names[1:], found.names[0])):
+        ends = (found.descents[name].path.control_points[0] for name in pair)
+        lines[pair] = evaluate(model, Line(*ends), data, points=25)
     output.write_figure(lambda ax: found.plot(ax, lines), file)
 
 

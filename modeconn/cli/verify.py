@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from modeconn.cli import options, output
+from modeconn.cli import options, output, verify_star
 from modeconn.errors import ModeconnError
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from modeconn.connection.certificate import Certificate
     from modeconn.connection.connection import Connection
+    from modeconn.connection.star import Star
 
 DESCRIPTION = """\
 Recompute the certificate of a connection from its breakpoints and the data, and compare.
@@ -61,8 +62,13 @@ def run(args: argparse.Namespace) -> None:
     options.check_plot(args.plot)
 
     from modeconn.connection.connection import Connection
+    from modeconn.connection.star import Star, is_star
     from modeconn.connection.verification import verify
 
+    if is_star(args.folder):
+        star = Star.load(args.folder)
+        verify_star.run(args, star, _model(args, star))
+        return
     connection = Connection.load(args.folder)
     model = _model(args, connection)
     data = options.load_data(args)
@@ -78,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
         output.print_written(args.plot, args.json)
 
 
-def _model(args: argparse.Namespace, connection: Connection) -> nn.Module:
+def _model(args: argparse.Namespace, connection: Connection | Star) -> nn.Module:
     from modeconn import models
 
     # A file must not decide which code is imported, so a factory is never taken from it.

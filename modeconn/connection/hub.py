@@ -80,7 +80,10 @@ def _certified(
     """Certifies one descent as a connection from a network to the hub."""
     path = PolyChain([point.state for point in walk])
     kinds = tuple(point.kind for point in walk[1:])
-    claims = Claims(kinds, [point.label for point in walk], settings.target)
+    # Each descent is a connection of its own, which begins in "a".
+    name = walk[0].label
+    labels = ["a", *(point.label.replace(f" of {name}", " of a") for point in walk[1:])]
+    claims = Claims(kinds, labels, settings.target)
     certificates = [
         None if each is None else certify(model, chain, path, each, claims) for each in data
     ]

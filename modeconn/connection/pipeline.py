@@ -81,7 +81,8 @@ def connect(
     Deep Networks?", Theorem 4.1): a subnetwork for every entry layer, on a part of that layer's
     features; from each network down to its subnetwork on the input by rewrites of dead units and
     swings of the output layer. All networks share the subnetwork on the input: it is a hub, through
-    which any number of them are connected pairwise, at a cost linear in their number. The loss is constant on a rewrite and convex on a swing, so its maximum over the whole path is attained at a
+    which any number of them are connected pairwise, at a cost linear in their number. The loss is
+    constant on a rewrite and convex on a swing, so its maximum over the whole path is attained at a
     breakpoint.
 
     Args:

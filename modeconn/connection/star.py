@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeconn.connection import star_figure
-from modeconn.connection.certificate import Certificate, Segment, plain
+from modeconn.connection.certificate import Certificate, Rounding, Segment
 from modeconn.connection.connection import Connection
+from modeconn.connection.json_values import plain
 from modeconn.connection.segment_kinds import REWRITE
 from modeconn.errors import ModeconnError, SystemFailure
 from modeconn.evaluation.result import PathResult
@@ -277,8 +279,45 @@ def _composed(down: Certificate, join: Join, up: Certificate) -> Certificate:
         middle,
         *(_moved(each, k, count, True) for k, each in enumerate(reversed(up.segments), at + 1)),
     ]
-    labels = [*down.labels, *reversed(up.labels)]
-    return Certificate.of(segments, labels, down.samples, down.digest, down.target)
+    labels = [*down.labels, *(_of_b(label) for label in reversed(up.labels))]
+    if up.labels[-1].startswith("S_0 of"):
+        labels[at + 1] = "S_0 in b"
+    return Certificate.of(
+        segments,
+        labels,
+        down.samples,
+        down.digest,
+        down.target,
+        down.loss,
+        _rounding(down, up),
+    )
+
+
+def _of_b(label: str) -> str:
+    """Returns the label of a breakpoint in a descent of b, which calls its own network a."""
+    return "b" if label == "a" else label.replace(" of a", " of b").replace(" in a", " in b")
+
+
+def _rounding(down: Certificate, up: Certificate) -> Rounding | None:
+    """Returns how far rounding lifts the larger bounds of two descents."""
+    if down.rounding is None or up.rounding is None:
+        return None
+    losses, errors = (down.bound, up.bound), (down.error_bound, up.error_bound)
+    parts = down.rounding, up.rounding
+    return Rounding(
+        loss_float64=_lift(losses, [part.loss_float64 for part in parts]),
+        loss_float32=_lift(losses, [part.loss_float32 for part in parts]),
+        error_float64=_lift(errors, [part.error_float64 for part in parts]),
+        error_float32=_lift(errors, [part.error_float32 for part in parts]),
+    )
+
+
+def _lift(bounds: Sequence[float], lifts: Sequence[float]) -> float:
+    """Returns how far the largest of bounds and their lifts together is above the largest bound."""
+    if any(map(math.isnan, lifts)):
+        return math.nan
+    highest = max(bounds)
+    return max(0.0, *(lift - (highest - bound) for bound, lift in zip(bounds, lifts)))
 
 
 def _moved(segment: Segment, k: int, count: int, backwards: bool) -> Segment:

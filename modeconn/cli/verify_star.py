@@ -1,0 +1,68 @@
+"""`modeconn verify` of a folder that `modeconn connect` of several networks wrote."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from modeconn.cli import options, output
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from modeconn.connection.certificate import Certificate
+    from modeconn.connection.star import Star
+
+
+def run(args: argparse.Namespace, star: Star, model: nn.Module) -> None:
+    """Verifies all descents and joins, prints and writes.
+
+    Args:
+        args: those of `modeconn verify`. star: the star of its folder. model: the architecture.
+    """
+    from modeconn.connection.hub import verify_star
+
+    data = options.load_data(args)
+    ends = {name: file for name, file in (("a", args.a), ("b", args.b)) if file is not None}
+    started = time.perf_counter()
+    found = verify_star(model, star, data, args.batch_size, **ends)
+    seconds = time.perf_counter() - started
+    if args.plot is not None:
+        output.write_figure(star.plot, args.plot)
+    if args.json is not None:
+        output.write_json(_content(found, star, args), args.json)
+    if not args.quiet and args.json != "-":
+        _print(found, star, args, seconds)
+        output.print_written(args.plot, args.json)
+
+
+def _content(found: dict[str, Certificate], star: Star, args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "networks": {name: each.to_dict() for name, each in found.items()},
+        "pairs": [list(pair) for pair in star.pairs],
+        "bound": max(each.bound for each in found.values()),
+        "error_bound": max(each.error_bound for each in found.values()),
+        "same_data": all(each.same_data for each in found.values()),
+        "folder": args.folder,
+        "data": f"{args.data} {args.split}",
+    }
+
+
+def _print(
+    found: dict[str, Certificate], star: Star, args: argparse.Namespace, seconds: float
+) -> None:
+    data = f"{args.data} {args.split}"
+    if all(each.same_data for each in found.values()):
+        print(f"verified: the weights and {data} bear out the certificates of all descents")
+    else:
+        print(
+            f"verified for {data}, which are not the data of the stored certificates: "
+            "their numbers were not compared"
+        )
+    bound = max(each.bound for each in found.values())
+    error = f"{100 * max(each.error_bound for each in found.values()):.3g} %"
+    print(f"{len(star.pairs)} pairs: loss at most {bound:.4g}, error at most {error}")
+    for name, each in found.items():
+        print(f"{name}: {each.advice}")
+    print(f"\n{len(found)} passes over the data in {output.seconds_text(seconds)}")
