@@ -13,13 +13,16 @@ struct Options {
   double slope;
   int threads;
   const Context& context;
+  bool winograd = true;
 };
 
 template <class T>
 StepGraph<T> training_chain(const py::sequence& terms, const py::array& c, const py::sequence& layers, const Options& o) {
   StepReader<T> reader(terms, c, activation(o.activation, o.slope));
   for (const auto& l : layers) reader.read(l);
-  return reader.finish();
+  StepGraph<T> built = reader.finish();
+  built.winograd = o.winograd;
+  return built;
 }
 
 template <class T>
@@ -111,9 +114,9 @@ template <class F> auto by_type(const py::sequence& terms, F&& f) {
   refuse("terms must be float32 or float64, got ", shape_text(first));
 }
 
-Options options(const std::string& activation, double slope, int threads, const std::string& isa) {
+Options options(const std::string& activation, double slope, int threads, const std::string& isa, bool winograd) {
   if (threads < 1 || threads > 1024) refuse("threads must be in 1..1024, got ", threads);
-  return {activation, slope, threads, context(isa.c_str())};
+  return {activation, slope, threads, context(isa.c_str()), winograd};
 }
 
 }  // namespace
@@ -138,30 +141,31 @@ PYBIND11_MODULE(_native, m) {
   }, py::arg("isa") = "", "The instruction set in use and its float32 and float64 tiles.");
   m.def("chain_outputs",
         [](const py::sequence& terms, const py::array& coefficients, const py::sequence& layers, const py::array& out,
-           const std::string& activation, double slope, int threads, const std::string& isa) {
-          Options o = options(activation, slope, threads, isa);
+           const std::string& activation, double slope, int threads, const std::string& isa, bool winograd) {
+          Options o = options(activation, slope, threads, isa, winograd);
           by_type(terms, [&](auto t) { outputs_of<decltype(t)>(terms, coefficients, layers, out, o); });
         },
         py::arg("terms"), py::arg("coefficients"), py::arg("layers"), py::arg("out"), py::kw_only(),
-        py::arg("activation") = "identity", py::arg("slope") = 0.01, py::arg("threads") = 1, py::arg("isa") = "",
+        py::arg("activation") = "identity", py::arg("slope") = 0.01, py::arg("threads") = 1, py::arg("isa") = "", py::arg("winograd") = true,
         "Writes the chain's outputs to out [points, rows, width].");
   m.def("chain_sums",
         [](const py::sequence& terms, const py::array& coefficients, const py::sequence& layers, const py::array& targets,
-           const std::string& loss, bool top5, const std::string& activation, double slope, int threads, const std::string& isa) {
-          Options o = options(activation, slope, threads, isa);
+           const std::string& loss, bool top5, const std::string& activation, double slope, int threads, const std::string& isa,
+           bool winograd) {
+          Options o = options(activation, slope, threads, isa, winograd);
           return by_type(terms, [&](auto t) { return sums_of<decltype(t)>(terms, coefficients, layers, targets, loss, top5, o); });
         },
         py::arg("terms"), py::arg("coefficients"), py::arg("layers"), py::arg("targets"), py::kw_only(),
         py::arg("loss") = "cross_entropy", py::arg("top5") = false, py::arg("activation") = "identity", py::arg("slope") = 0.01,
-        py::arg("threads") = 1, py::arg("isa") = "",
+        py::arg("threads") = 1, py::arg("isa") = "", py::arg("winograd") = true,
         "float64 [points, 3]: sums over the rows of loss, errors and (if asked) top-5 errors.");
   m.def("chain_statistics",
         [](const py::sequence& terms, const py::array& coefficients, const py::sequence& layers, const std::string& activation,
-           double slope, int threads, const std::string& isa) {
-          Options o = options(activation, slope, threads, isa);
+           double slope, int threads, const std::string& isa, bool winograd) {
+          Options o = options(activation, slope, threads, isa, winograd);
           return by_type(terms, [&](auto t) { return statistics_of<decltype(t)>(terms, coefficients, layers, o); });
         },
         py::arg("terms"), py::arg("coefficients"), py::arg("layers"), py::kw_only(), py::arg("activation") = "identity",
-        py::arg("slope") = 0.01, py::arg("threads") = 1, py::arg("isa") = "",
+        py::arg("slope") = 0.01, py::arg("threads") = 1, py::arg("isa") = "", py::arg("winograd") = true,
         "float64 [points, 2, channels]: mean and unbiased variance of what each batch_norm normalises.");
 }

@@ -19,6 +19,7 @@ def chain_outputs(
     slope: float = 0.01,
     threads: int = 1,
     isa: str = "",
+    winograd: bool = True,
 ) -> None: ...
 def chain_sums(
     terms: Sequence[npt.NDArray[Any]],
@@ -32,6 +33,7 @@ def chain_sums(
     slope: float = 0.01,
     threads: int = 1,
     isa: str = "",
+    winograd: bool = True,
 ) -> npt.NDArray[np.float64]: ...
 def chain_statistics(
     terms: Sequence[npt.NDArray[Any]],
@@ -42,4 +44,5 @@ def chain_statistics(
     slope: float = 0.01,
     threads: int = 1,
     isa: str = "",
+    winograd: bool = True,
 ) -> npt.NDArray[np.float64]: ...

@@ -83,6 +83,7 @@ template <class T> struct StepGraph {
   int64_t rows, points;
   std::vector<Step<T>> images, layers;
   int flat = 0;  // the step on images that is flattened
+  bool winograd = true;  // where it pays; off: never, for tests
   Head<T> head;
 
   int64_t result() const { return layers.back().out.count(); }  // what the head gets

@@ -97,7 +97,7 @@ template <class T> struct Packing {
     };
     auto place = [&](const Step<T>& s) {
       const Layer<T>& layer = s.layer;
-      bool winograd = winograd_pays(s);
+      bool winograd = chain.winograd && winograd_pays(s);
       int64_t depth = winograd ? layer.depth / layer.taps * winograd_products : layer.depth;
       Tiles tiles(layer.units, kernels.units, layer.groups);
       int64_t step = std::max<int64_t>(1, (1 << 15) / (layer.depth * kernels.units + 1));

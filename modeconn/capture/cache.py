@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modeconn.capture.graph import Graph
 from modeconn.capture.guard import Guard
+from modeconn.capture.optimisations import current
 from modeconn.capture.rows import rows_are_independent
 from modeconn.capture.trial import Runner
 from modeconn.data.inputs import Inputs, keys, leaves, rows
@@ -50,7 +51,7 @@ def graph_for(runner: Runner, x: Inputs, captured: Callable[[], Graph], mixes: M
     with _LOCK:  # one module is captured once, whoever asks for it
         graphs = _GRAPHS.setdefault(runner.model, {})
         kind = _kind(runner, x)
-        known = _found(runner.model, kind)
+        known = _found(runner.model, kind) if current().reuse else None
         if known is not None:
             graphs[kind] = known
         else:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modeconn.capture.graph import Graph
+from modeconn.capture.optimisations import current
 from modeconn.parameters.blending import is_far
 from modeconn.parameters.paths import Path
 from modeconn.plan.cost import flops
@@ -122,7 +123,7 @@ def _planned(
         weights = SegmentWeights(contents, segment, tables)
         planner = SegmentPlanner(graph, weights, shared, segment, merging)
         planner.plan()
-        if not merging.merge(graph, planner.forms):
+        if not current().merging or not merging.merge(graph, planner.forms):
             return segment
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modeconn.capture.graph import Entry, Graph, In, Node
 from modeconn.capture.ops import Take
+from modeconn.capture.optimisations import current
 from modeconn.plan.cost import flops
 from modeconn.plan.merging import Merging
 from modeconn.plan.program import (
@@ -96,6 +97,7 @@ class SegmentPlanner:
         self.forms: dict[tuple[int, Units], Form] = {}
         self._graph, self._weights, self._shared = graph, weights, shared
         self._segment, self._merging = segment, merging
+        self._on = current()
         self._parts: dict[tuple[int, Units], Form] = {}  # taken out of values that have more units
         self._materialized: dict[int, int] = {}  # id of a combination → the step that adds it up
         self._ones = np.ones(len(segment.point_indices))
@@ -137,6 +139,8 @@ class SegmentPlanner:
         constants = [form for form in inputs if isinstance(form, Combination) and form.constant]
         if len(constants) == len(inputs):
             if len(fixed) == len(entries):
+                if not self._on.constant:
+                    return self._vary(call)
                 values = _shared_values(constants)
                 return self._share(call.node, values, fixed, fit.units, self._ones)
             return self._combine_weights(node, call) or self._vary(call)
@@ -165,6 +169,9 @@ class SegmentPlanner:
         Args:
             points: the active control points whose weights decide which units are live.
         """
+        if not self._on.dead:
+            whole: list[Form] = [self._value(i, ALL) for i in node.inputs]
+            return whole, UNKNOWN.fit(node, ALL, [ALL] * len(whole), self._shapes(node))
         shapes = self._shapes(node)
         requests = rule.requests(node, requested, shapes, self._weights.support(node, points))
         inputs = [self._input(i, units, rule) for i, units in zip(node.inputs, requests)]
@@ -236,7 +243,9 @@ class SegmentPlanner:
         numbers = tuple(self._weights.number(entry) for entry in entries)
         cost = flops(node, entries, numel)
         step = SharedStep(node, tuple(inputs), tuple(entries), units, cost, numel)
-        value = self._shared.add((node.id, node.op, tuple(inputs), numbers, units), step)
+        owner = None if self._on.sharing else self._segment.index
+        key = (node.id, node.op, tuple(inputs), numbers, units, owner)
+        value = self._shared.add(key, step)
         mixed = any(self._weights.is_mixed(entry) for entry in entries)
         if mixed or not self._mixed.isdisjoint(inputs):
             self._mixed.add(value)
@@ -248,6 +257,8 @@ class SegmentPlanner:
         None where the value is not linear in the weights, where points are fewer than sets, or
         where an entry that is fixed would be scaled.
         """
+        if not self._on.combination:
+            return None
         linear = call.rule.linear_entries(node)
         moving = {i for i, entry in enumerate(call.entries) if not isinstance(entry, Tensor)}
         if not moving <= linear or not self._weights.combinable(node, linear):
@@ -310,7 +321,7 @@ class SegmentPlanner:
         None where the value is not linear in them, or where they have different coefficients.
         """
         combinations = [form for form in call.inputs if isinstance(form, Combination)]
-        if len(combinations) < len(call.inputs):
+        if not self._on.combination or len(combinations) < len(call.inputs):
             return None
         moving = frozenset(i for i, form in enumerate(combinations) if not form.constant)
         linearity = call.rule.linearity(call.node, moving)

@@ -15,6 +15,7 @@ import modeconn as mc
 from fuzz import layers
 from fuzz.draw import Draw, chance
 from fuzz.layers import ACTIVATIONS, Apply
+from modeconn.capture import optimisations
 
 CONSTANTS = ("buffer", "not saved", "whole numbers", "attribute", "literal", "arange")
 PATHS = ("line", "chain", "bezier", "plane", "random plane", "mixture")
@@ -32,6 +33,7 @@ class Case:
         loss: a built-in loss, or a callable (outputs, targets) → losses [N].
         options: further arguments of `evaluate`.
         mixes: whether a row's output depends on other rows, so that batches matter.
+        without: optimisations that are switched off.
     """
 
     network: nn.Module
@@ -42,13 +44,14 @@ class Case:
     loss: Any
     options: dict[str, Any] = field(default_factory=dict)
     mixes: bool = False
+    without: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return (
             f"{self.network}\n{self.path!r}\npoints {self.points}\n"
             f"inputs {list(self.inputs.shape)} {self.inputs.dtype}, "
             f"targets {list(self.targets.shape)}, "
-            f"loss {self.loss}, {self.options}"
+            f"loss {self.loss}, {self.options}, without {', '.join(self.without) or 'nothing'}"
         )
 
 
@@ -289,7 +292,14 @@ def draw_case(draw: Draw) -> Case:
         options["buffers"] = "start"
     if chance(draw, 30) and not builder.mixes:
         options["batch_size"] = draw.pick([1, 2, 4])
-    return Case(network, path, points, inputs, targets, loss, options, builder.mixes)
+    # Drawn last: what was drawn before keeps its number.
+    without = _without(draw) if chance(draw, 60) else ()
+    return Case(network, path, points, inputs, targets, loss, options, builder.mixes, without)
+
+
+def _without(draw: Draw) -> tuple[str, ...]:
+    """Optimisations to switch off: any of them, so that each is also tested without the others."""
+    return tuple(name for name in optimisations.NAMES if chance(draw, 30))
 
 
 def _inputs(draw: Draw, rows: int) -> tuple[Tensor, Builder, list[nn.Module]]:

@@ -79,6 +79,7 @@ class FusedSubgraph:
             activation=steps.activation.name,
             slope=steps.activation.slope,
             threads=torch.get_num_threads(),
+            **native.switches(),
         )
         rows = read[0].shape[: 1 if read[0].dim() == 4 else -1]
         value = out.reshape(*rows, *features)
@@ -187,6 +188,7 @@ class NativeBackend(ReferenceBackend):
                 activation=steps.activation.name,
                 slope=steps.activation.slope,
                 threads=torch.get_num_threads(),
+                **native.switches(),
             )
             sums[points] = torch.from_numpy(part[:, _SUMS.of(head)])
             tick(points.stop - points.start)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modeconn.backends.activations import mismatch
+from modeconn.capture.optimisations import current
 from modeconn.errors import ModeconnError
 
 # setup.py writes it where it could not build
@@ -52,3 +53,8 @@ def extension() -> Any:
     if module is None:
         raise ModeconnError(f"the C++ extension modeconn._native is not available: {problem}")
     return module
+
+
+def switches() -> dict[str, bool]:
+    """What a call into the engine is to leave out (capture/optimisations.py)."""
+    return {} if current().winograd else {"winograd": False}

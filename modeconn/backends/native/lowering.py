@@ -21,6 +21,7 @@ from modeconn.backends.node_reading import (
 )
 from modeconn.capture.graph import Entry, In, Node
 from modeconn.capture.ops import Take
+from modeconn.capture.optimisations import current
 from modeconn.errors import Unsupported
 from modeconn.plan.program import Moving, Program, Term, VaryingStep
 from modeconn.plan.units import Shape, static
@@ -204,7 +205,7 @@ def features_axis(node: Node) -> int:
 
 def folds(before: Layer) -> bool:
     """Whether a norm behind a layer can be part of it."""
-    return before.weighted and before.bare and before.norm is None
+    return current().folding and before.weighted and before.bare and before.norm is None
 
 
 def affine(step: VaryingStep, points: int) -> tuple[np.ndarray, np.ndarray]:
@@ -252,7 +253,8 @@ def begin_with_layer(program: Program, steps: StepGraph, most: float = DEPTH_PER
         Whether it was done.
     """
     combined = [program.shared[term.value] for term in steps.terms]
-    if steps.layers or steps.activation != IDENTITY or not combined:
+    bare = not steps.layers and steps.activation == IDENTITY
+    if not bare or not combined or not current().folding:
         return False
     node, entries = combined[0].node, combined[0].entries
     same = len({(step.node.id, step.inputs) for step in combined}) == 1

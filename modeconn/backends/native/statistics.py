@@ -78,6 +78,7 @@ class NativeStatistics(BatchStatistics):
             activation=steps.activation.name,
             slope=steps.activation.slope,
             threads=torch.get_num_threads(),
+            **native.switches(),
         )
         of_norm = built.split(torch.from_numpy(table))
         pairs = []

@@ -38,6 +38,7 @@ from modeconn.backends.triton.values import (
     run,
 )
 from modeconn.capture.graph import In, Node
+from modeconn.capture.optimisations import current
 from modeconn.errors import Unsupported
 from modeconn.kernels.blended import Blended
 from modeconn.plan.program import Blend, Combination, Term, VaryingStep
@@ -246,7 +247,7 @@ class ChunkSchedule:
         weight, bias = weights
         last, norm, other = index, None, None
         following = self._only_reader(last)
-        if following is not None and self._is_norm(following):
+        if following is not None and self._folds(following):
             norm = affine(steps, steps.steps[following])
             last = self._fuse(following)
             following = self._only_reader(last)
@@ -276,7 +277,7 @@ class ChunkSchedule:
         """
         steps = self._steps
         following = self._only_reader(index)
-        if following is None or not self._is_norm(following):
+        if following is None or not self._folds(following):
             return None
         shared = [steps.program.shared[term.value] for term in form.terms]
         node, inputs = shared[0].node, shared[0].inputs
@@ -360,6 +361,10 @@ class ChunkSchedule:
     def _is_norm(self, index: int) -> bool:
         step = self._steps.steps[index]
         return step.node.op == "batch_norm" and len(step.inputs) == 1 and self._of_dtype(step)
+
+    def _folds(self, index: int) -> bool:
+        """Whether a step is a norm that a convolution takes along."""
+        return current().folding and self._is_norm(index)
 
     def _of_dtype(self, step: VaryingStep) -> bool:
         """Whether the kernels, which compute in the program's dtype, may run a step."""
