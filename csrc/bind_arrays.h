@@ -68,7 +68,7 @@ template <class T> Rows<T> images(const py::array& a, const std::string& what, i
 // Coefficients are read at every point: they must be dense.
 const double* coefficients(const py::array& a, const std::string& what, int64_t points, int64_t count) {
   const double* data = checked<double>(a, what, {points, count});
-  if (a.size() && a.strides(0) != ssize_t(count * sizeof(double))) refuse(what, " must be contiguous");
+  if (a.size() && a.shape(0) > 1 && a.strides(0) != ssize_t(count * sizeof(double))) refuse(what, " must be contiguous");
   return data;
 }
 

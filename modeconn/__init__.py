@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from modeconn.evaluation.evaluator import evaluate, explain
     from modeconn.evaluation.outputs import Forward, forward
     from modeconn.evaluation.result import PathResult
+    from modeconn.evaluation.sameness import Sameness, same_function
     from modeconn.parameters.paths import Bezier, Line, Mixture, Plane, PolyChain
     from modeconn.parameters.state import load
     from modeconn.parameters.subspace import Subspace
@@ -40,6 +41,7 @@ __all__ = [
     "Plan",
     "Plane",
     "PolyChain",
+    "Sameness",
     "Separation",
     "StabilityTable",
     "Star",
@@ -54,6 +56,7 @@ __all__ = [
     "linear_separability",
     "load",
     "map",
+    "same_function",
     "subnetwork_stability",
     "verify",
 ]
@@ -74,6 +77,7 @@ _HOME = {
     "modeconn.evaluation.evaluator": "evaluate explain",
     "modeconn.evaluation.outputs": "Forward forward",
     "modeconn.evaluation.result": "PathResult",
+    "modeconn.evaluation.sameness": "Sameness same_function",
     "modeconn.parameters.paths": "Bezier Line Mixture Plane PolyChain",
     "modeconn.parameters.state": "load",
     "modeconn.parameters.subspace": "Subspace",

@@ -24,6 +24,7 @@ from modeconn.capture.trial import Runner, loaded, output_of, saved_tensors
 from modeconn.data.batches import as_batches
 from modeconn.data.inputs import Inputs, leaves, moved, rows
 from modeconn.evaluation.evaluator import evaluate
+from modeconn.evaluation.sameness import same_function
 from modeconn.metrics import Head, PerSample
 from modeconn.parameters.paths import Line
 
@@ -152,8 +153,14 @@ def _numbers(runner: Runner, x: Inputs, y: Tensor, loss: str | PerSample) -> lis
         worst = max(worst, abs(got - exact) / max(abs(exact), 1e-12))
     ends = all(torch.equal(line.at(0.0)[name], value) for name, value in start.items())
     bits = "t = 0 is the given network, bit for bit" if ends else "t = 0 is another network"
+    loads = same_function(runner.model, copy.deepcopy(start), (x, y))
+    text = f"a copy that loads its state dict is {loads}"
     agreement = f"losses at t = {_POINTS} are within {worst:.1e} of plain PyTorch in float64"
-    return [Check("ends", ends, bits), Check("agreement", worst <= _TOLERANCE, agreement)]
+    return [
+        Check("ends", ends, bits),
+        Check("loads", loads.same, text),
+        Check("agreement", worst <= _TOLERANCE, agreement),
+    ]
 
 
 def _changed(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,6 +25,7 @@ def test_public_names():
         "Plan",
         "Plane",
         "PolyChain",
+        "Sameness",
         "Separation",
         "StabilityTable",
         "Star",
@@ -39,6 +40,7 @@ def test_public_names():
         "linear_separability",
         "load",
         "map",
+        "same_function",
         "subnetwork_stability",
         "verify",
     ]
@@ -68,6 +70,7 @@ def test_evaluate_signature():
         "recompute_batches",
         "recompute_average",
         "resume",
+        "noise_seed",
     ]
 
 

@@ -65,7 +65,7 @@ class ReferenceBackend:
     ) -> None:
         self.program = program
         self.kept = frozenset(program.kept()).union(kept)
-        self._fused = fused or {}
+        self._fused, self._device = fused or {}, device
         self._block = block_rows(program, dtype, device) if block is None else block
         self._item = torch.finfo(dtype).bits // 8
 
@@ -100,20 +100,21 @@ class ReferenceBackend:
         inputs = [_channels_last(tensor) for tensor in self.program.graph.given(x)]
         parts: dict[int, list[Any]] = {}
         for block in self._blocks(len(inputs[0])):
-            values = self._shared_of_block([tensor[block] for tensor in inputs])
+            values = self._shared_of_block([tensor[block] for tensor in inputs], block.start)
             for number, value in values.items():
                 if number in self.kept:
                     parts.setdefault(number, []).append(value)
         return {number: self._joined(number, part) for number, part in parts.items()}
 
-    def _shared_of_block(self, inputs: list[Tensor]) -> Values:
+    def _shared_of_block(self, inputs: list[Tensor], start: int) -> Values:
         values: Values = dict(enumerate(inputs))
         for number in self.program.order:
             if number < len(inputs):
                 continue
             step = self.program.shared[number]
             taken = [values[i] for i in step.inputs]
-            values[number] = step.node.run(taken, step.entries, len(inputs[0]))
+            with self.program.noise.of(self.program.graph, step.node, start, inputs[0].device):
+                values[number] = step.node.run(taken, step.entries, len(inputs[0]))
         return values
 
     def _joined(self, number: int, parts: list[Any]) -> Any:
@@ -155,7 +156,7 @@ class ReferenceBackend:
     ) -> Iterator[tuple[slice, Any]]:
         """The network's output at one point, a block of rows at a time."""
         fused = self._fused.get(segment.index, {})
-        at_point = _AtPoint(self.program, segment, point, fused, values, rows)
+        at_point = _AtPoint(self.program, segment, point, fused, values, rows, self._device)
         for block in self._blocks(rows):
             yield block, at_point.output(block)
 
@@ -176,7 +177,9 @@ class _AtPoint:
         fused: Mapping[int, FusedSteps],
         values: Values,
         rows: int,
+        device: torch.device,
     ) -> None:
+        self._device = device
         self._program, self._segment, self._point = program, segment, point
         self._fused, self._values, self._rows = fused, values, rows
         self._inside: set[int] = set()
@@ -218,7 +221,9 @@ class _AtPoint:
         if step.combine is not None:
             return self._combined(step.combine, block)
         inputs = [done[i] if isinstance(i, int) else self._combined(i, block) for i in step.inputs]
-        return step.node.run(inputs, self._weights[index], block.stop - block.start)
+        program = self._program
+        with program.noise.of(program.graph, step.node, block.start, self._device):
+            return step.node.run(inputs, self._weights[index], block.stop - block.start)
 
     def _constant(self, number: int, block: slice) -> Any:
         """A shared value, cut down to a block of rows."""

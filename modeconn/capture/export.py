@@ -26,6 +26,7 @@ from modeconn.capture.closing import parts_of
 from modeconn.capture.decompose import decomposed
 from modeconn.capture.graph import Entry, Graph, In, Node, Size
 from modeconn.capture.mixing import mixes, run, same
+from modeconn.capture.noise import undrawn
 from modeconn.capture.opaque import reason_of, tensors_of, whole
 from modeconn.capture.quiet import quietly
 from modeconn.capture.stubs import stubs
@@ -68,7 +69,7 @@ def _tried(runner: Runner, sample: Inputs) -> Graph:
     x = take(sample, 0, _SAMPLE_ROWS)
     if rows(x) < 2:  # export takes a batch of one for a constant
         x = join([x, x])
-    with quietly():
+    with quietly(), undrawn(leaves(x)[0].device):
         trial = on_trial(runner, x)
         if trial.impure:
             graph = _opaque(trial.module, x, trial.expected, f"its {trial.impure}", runner.copy)

@@ -3,8 +3,8 @@
 with without("dead", "winograd"):
     mc.evaluate(...)
 
-No public name: every evaluation has all of them on. The fuzzer draws which are off (tests/fuzz), and
-tests/test_optimisations.py shows that each changes what is computed, and not what comes out.
+No public name: every evaluation has all of them on. The fuzzer draws which are off (tests/fuzz),
+and tests/test_optimisations.py shows that each changes what is computed, and not what comes out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Optimisations:
 
 NAMES = tuple(each.name for each in fields(Optimisations))
 # Of this thread (and of tasks that it starts): other evaluations keep theirs.
-_CURRENT: ContextVar[Optimisations] = ContextVar("optimisations", default=Optimisations())
+_ALL = Optimisations()
+_CURRENT: ContextVar[Optimisations] = ContextVar("optimisations", default=_ALL)
 
 
 def current() -> Optimisations:

@@ -51,6 +51,7 @@ def evaluate(
     recompute_batches: int | None = None,
     recompute_average: str = "batches",
     resume: str | os.PathLike[str] | None = None,
+    noise_seed: int | None = None,
 ) -> Any: ...
 
 
@@ -74,6 +75,7 @@ def evaluate(
     recompute_batches: int | None = None,
     recompute_average: str = "batches",
     resume: str | os.PathLike[str] | None = None,
+    noise_seed: int | None = None,
 ) -> PathResult: ...
 
 
@@ -97,6 +99,7 @@ def evaluate(
     recompute_batches: int | None = None,
     recompute_average: str = "batches",
     resume: str | os.PathLike[str] | None = None,
+    noise_seed: int | None = None,
 ) -> PathResult | dict[str, PathResult]:
     """Evaluate a network along a path, in one pass over the data.
 
@@ -143,6 +146,9 @@ def evaluate(
         resume: a file that keeps the sums, written after every few seconds of work. The same call
             after an interruption continues from it, to the same sums. A finished evaluation leaves
             it, with the whole result; remove it.
+        noise_seed: for a network that draws random numbers in eval mode (masks, dropout that is
+            always on): it draws the same at every point, and again in the next call with the same
+            data, batches and threads. By default it draws anew at each point.
 
     Returns:
         The means over all samples, or over all tokens with a label, at each of `points`, in their
@@ -170,6 +176,7 @@ def evaluate(
         recompute_batches=recompute_batches,
         recompute_average=recompute_average,
         resume=resume,
+        noise_seed=noise_seed,
     )
     runner = prepare(model, request.dtype, request.where)
     evaluated, training = request.sources()

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from modeconn.capture.graph import Graph
+from modeconn.capture.noise import is_random
 from modeconn.capture.opaque import Opaque
 from modeconn.data.inputs import Inputs
 from modeconn.errors import warn
@@ -19,13 +20,14 @@ from modeconn.plan.program import Program
 _LISTED = 5
 
 
-def warn_of_capture(graph: Graph, batch: str) -> None:
+def warn_of_capture(graph: Graph, batch: str, noise_seed: int | None = None) -> None:
     """Warn of a network that runs otherwise than as a captured graph, row by row.
 
     Args:
         graph: the captured network.
         batch: what a result depends on where a sample's output depends on the other samples of its
             batch.
+        noise_seed: of what it draws at random, if there is one.
     """
     if graph.fallback:
         warn(
@@ -42,8 +44,11 @@ def warn_of_capture(graph: Graph, batch: str) -> None:
             "the model's output for a sample depends on the other samples of its batch: "
             f"results depend on {batch}"
         )
-    if graph.random or any(node.random for node in graph.nodes):
-        warn("the model draws random numbers in eval mode: results differ from run to run")
+    if is_random(graph) and noise_seed is None:
+        warn(
+            "the model draws random numbers in eval mode: results differ from run to run, and "
+            "points by their noise; evaluate(…, noise_seed=0) draws the same at every point"
+        )
 
 
 def warn_of_stale_statistics(program: Program) -> None:

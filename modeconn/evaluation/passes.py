@@ -16,6 +16,7 @@ from torch import Tensor
 from modeconn.backends import make_backend
 from modeconn.backends.base import Backend
 from modeconn.capture.graph import Graph
+from modeconn.capture.noise import Noise
 from modeconn.capture.trial import Runner
 from modeconn.data.batches import Batch, Batches
 from modeconn.data.inputs import moved, rows, take
@@ -130,7 +131,13 @@ def _recomputed(run: Run, training: Batches | None) -> Recomputed:
     first, batches = _begun(training)
     graph = capture_for(request.path, run.model, moved(first[0], request.dtype, request.where))
     norms = NormStatistics(
-        graph, request.path, request.t, request.dtype, request.where, request.backend
+        graph,
+        request.path,
+        request.t,
+        request.dtype,
+        request.where,
+        request.backend,
+        request.noise_seed,
     )
     norms.by_samples = request.recompute_average == "samples"
     with run.unfinished.stage("statistics", _network(request, graph)) as stage:
@@ -151,9 +158,8 @@ def _prepare(
     graph = capture_for(request.path, run.model, x)
     if before is not None and graph is before.graph:
         return replace(before, batches=batches)
-    warn_of_capture(
-        graph, f"batch_size, here {request.batch_size or 'chosen by the memory budget'}"
-    )
+    size = request.batch_size or "chosen by the memory budget"
+    warn_of_capture(graph, f"batch_size, here {size}", request.noise_seed)
     program = make_program(
         _ending_at(graph, request),
         request.path,
@@ -162,10 +168,12 @@ def _prepare(
         device=request.where,
         frozen=request.frozen,
         tables=statistics.tables or None,
+        noise=Noise(request.noise_seed),
     )
     if request.buffers == "interpolate":
         warn_of_stale_statistics(program)
-    engine = make_backend(request.backend, program, request.dtype, request.where, request.precision)
+    backend = request.backend_of(graph)
+    engine = make_backend(backend, program, request.dtype, request.where, request.precision)
     most_rows = engine.most_rows(request.budget)
     if request.resume is not None:
         most_rows = min(most_rows, _rows_of_a_part(program))
@@ -203,6 +211,7 @@ def _sums(run: Run, prepared: _Prepared, stage_name: str) -> _Sums:
                     run.meter.skip(len(y))
                     continue
                 tick = run.meter.part(len(y), len(program.points))
+                program.noise.row = sums.samples - len(y)
                 values = engine.shared(x)
                 for segment, places in zip(program.segments, indices):
                     sums.totals[places] += engine.sums(segment, values, y, head, tick)

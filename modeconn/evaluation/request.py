@@ -14,6 +14,8 @@ from torch import nn
 
 from modeconn.backends import check_name
 from modeconn.backends.blocking import MEMORY_BUDGET
+from modeconn.capture.graph import Graph
+from modeconn.capture.noise import is_random
 from modeconn.data.batches import TARGETS, Batches, as_batches
 from modeconn.data.prefetch import resident
 from modeconn.errors import ModeconnError, listed
@@ -69,6 +71,7 @@ class Request:
     recompute_batches: int | None
     recompute_average: str
     resume: str | os.PathLike[str] | None
+    noise_seed: int | None
     t: np.ndarray = field(init=False)
     head: Head = field(init=False)
     dtype: torch.dtype = field(init=False)
@@ -87,6 +90,8 @@ class Request:
         positive("batch_size", self.batch_size)
         self.budget = positive("memory_budget", self.memory_budget) or MEMORY_BUDGET
         self._check_recompute()
+        if self.noise_seed is not None and type(self.noise_seed) is not int:
+            raise ModeconnError(f"noise_seed is {self.noise_seed!r}: expected a whole number")
 
     def _check_recompute(self) -> None:
         """Check the arguments that are for recomputed statistics alone."""
@@ -160,6 +165,21 @@ class Request:
                 raise
             raise ModeconnError(f"data {name!r}: {str(error).removeprefix('data: ')}") from error
 
+    def backend_of(self, graph: Graph) -> str:
+        """Return the backend to make, by name: kernels of many points draw for each of them.
+
+        Raises:
+            ModeconnError: such a backend is named, and noise is to be the same at all points.
+        """
+        if self.noise_seed is None or not is_random(graph):
+            return self.backend
+        if self.backend not in ("auto", "reference", "native"):
+            raise ModeconnError(
+                f'noise_seed goes with backend "reference" or "native", got {self.backend!r}: '
+                "kernels of many points at once draw anew for each"
+            )
+        return "reference" if self.backend == "auto" else self.backend
+
     def settings(self) -> dict[str, Any]:
         """Return the plain values that decide the sums, besides path, points and data."""
         loss = self.loss
@@ -169,6 +189,8 @@ class Request:
         more: dict[str, Any] = {}  # files of before say nothing of these
         if self.recompute_average != AVERAGES[0]:
             more["recompute_average"] = self.recompute_average
+        if self.noise_seed is not None:
+            more["noise_seed"] = self.noise_seed
         if self.has_names:
             more["data sets"] = [*self.data]
         return {

@@ -22,6 +22,7 @@ from modeconn.backends.native.statistics import make_statistics
 from modeconn.backends.precision import without_autocast
 from modeconn.capture.export import prepare
 from modeconn.capture.graph import Graph
+from modeconn.capture.noise import Noise
 from modeconn.capture.training_mode import training_graph
 from modeconn.data.batches import Batch, as_batches
 from modeconn.data.inputs import Inputs, moved, rows
@@ -63,6 +64,7 @@ class NormStatistics:
         dtype: of the computation.
         device: of the computation.
         backend: "auto" or "native" for the C++ engine, where it knows the network.
+        noise_seed: of what the network draws at random, as for `evaluate`.
 
     Attributes:
         by_samples: whether a batch's estimate counts as often as it has rows; by default all
@@ -79,12 +81,19 @@ class NormStatistics:
         dtype: torch.dtype,
         device: torch.device,
         backend: str = "auto",
+        noise_seed: int | None = None,
     ) -> None:
         self.dtype, self.device = dtype, device
         training, self.names = training_graph(graph)
         if self.names:
             self.program = make_program(
-                training, path, points, dtype=dtype, device=device, frozen=frozenset()
+                training,
+                path,
+                points,
+                dtype=dtype,
+                device=device,
+                frozen=frozenset(),
+                noise=Noise(noise_seed),
             )
             self.engine = make_statistics(backend, self.program, dtype, device)
 
@@ -115,10 +124,11 @@ class NormStatistics:
         if not self.names:
             return Recomputed({}, "")
         sums = {name: total.to(self.device) for name, total in stage.sums.items()}
-        total_weight = 0
+        total_weight = samples = 0
         for number, (inputs, _) in enumerate(itertools.islice(batches, limit)):
             x = moved(inputs, self.dtype, self.device)
             weight = rows(inputs) if self.by_samples else 1
+            self.program.noise.row, samples = samples, samples + rows(inputs)
             if not stage.has(x):
                 self._add_checked(x, number, weight, sums)
                 stage.done(sums)

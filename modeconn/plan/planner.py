@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modeconn.capture.graph import Graph
+from modeconn.capture.noise import Noise
 from modeconn.capture.optimisations import current
 from modeconn.parameters.blending import is_far
 from modeconn.parameters.paths import Path
@@ -35,6 +36,7 @@ def make_program(
     frozen: frozenset[str],
     tables: Mapping[str, Tensor] | None = None,
     by_content: bool = True,
+    noise: Noise | None = None,
 ) -> Program:
     """Plans the evaluation of a graph at some points of a path.
 
@@ -47,6 +49,7 @@ def make_program(
             rising order, [T, …], instead of the path's (`buffers="recompute"`).
         by_content: False for a plan that can be differentiated in the control points: see
             `Contents`.
+        noise: what the network draws at random; by default anew at each point.
     """
     points_of_path = path.control_points
     contents = Contents(points_of_path, graph.constants, dtype, device, frozen, by_content)
@@ -66,6 +69,7 @@ def make_program(
         segments,
         _naive_flops(graph, contents),
         dtype,
+        noise=noise or Noise(),
     ).pruned()
 
 

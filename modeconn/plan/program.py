@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modeconn.capture.graph import Graph, Node
+from modeconn.capture.noise import Noise
 from modeconn.parameters.blending import blend
 from modeconn.plan.units import ALL, Units
 
@@ -224,6 +225,7 @@ class Program:
         naive_flops: arithmetic of one forward pass of one network, per row.
         dtype: of the computation; constants keep their own.
         order: the shared values that are needed, in execution order.
+        noise: what the network draws at random.
     """
 
     graph: Graph
@@ -234,6 +236,7 @@ class Program:
     naive_flops: float
     dtype: torch.dtype = torch.float32
     order: list[int] = field(default_factory=list)
+    noise: Noise = field(default_factory=Noise)
 
     @property
     def shared_flops(self) -> float:

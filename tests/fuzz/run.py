@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="one case, with its traceback")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # drawn checkpoints may be equal
     if options.only is not None:
         case = draw_case(Seeded(options.only))
         print(case)
