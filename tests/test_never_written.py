@@ -1,0 +1,346 @@
+"""Nothing of the user's is written to, by any public function: models, data, process-wide state."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import random
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import sklearn.datasets  # noqa: F401  # its import sets variables of the environment and draws numbers
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import modeconn as mc
+from fuzz.check import described, digest
+
+mpl.use("Agg")
+pytestmark = pytest.mark.filterwarnings("ignore:the model runs as it is", "ignore:batch norms")
+
+X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(60) % 3
+
+
+@dataclass
+class World:
+    """All that a user has when a function is called."""
+
+    model: nn.Module
+    a: nn.Module
+    b: dict[str, Tensor]
+    x: Tensor
+    y: Tensor
+    folder: Path
+    optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def data(self) -> tuple[Tensor, Tensor]:
+        return self.x, self.y
+
+    def state(self) -> dict[str, object]:
+        """Everything that must be the same afterwards."""
+        modules = [*self.model.modules(), *self.a.modules()]
+        tensors = [
+            *self.model.state_dict(keep_vars=True).values(),
+            *self.a.state_dict(keep_vars=True).values(),
+        ]
+        steps = self.optimizer.state_dict() if self.optimizer else {"state": {}}
+        moments = [v for each in steps["state"].values() for v in each.values()]
+        return {
+            "models": digest(tensors),
+            "gradients": digest([p.grad for p in self.a.parameters() if p.grad is not None]),
+            "modules": [described(module) for module in modules],
+            "state dict": digest(self.b.values()),
+            "data": digest([self.x, self.y]),
+            "optimizer": (digest(moments), str(steps.get("param_groups"))),
+        } | of_process()
+
+
+def of_process() -> dict[str, object]:
+    """What belongs to the process, and so to everybody in it."""
+    return {
+        "torch's random state": torch.get_rng_state().numpy().tobytes(),
+        "numpy's random state": str(np.random.get_state()),  # noqa: NPY002
+        "random's state": random.getstate(),
+        "default dtype": torch.get_default_dtype(),
+        "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "threads": torch.get_num_threads(),
+        "warning filters": [*warnings.filters],
+        "how warnings are shown": warnings.showwarning,
+        "streams": (sys.stdout, sys.stderr),
+        "numpy's errors": np.geterr(),
+        "numpy's printing": str(np.get_printoptions()),
+        "matplotlib's settings": dict(mpl.rcParams),
+        "log levels": (logging.root.level, logging.root.handlers[:], logging.root.disabled),
+        "environment": dict(os.environ),
+        "folder": Path.cwd(),
+        "import path": sys.path[:],
+        "signals": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)],
+        "umask": _umask(),
+    }
+
+
+def _umask() -> int:
+    mask = os.umask(0o22)
+    os.umask(mask)
+    return mask
+
+
+# -- models that change what they are given, or themselves -----------------------------------------
+
+
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, 0] += 1
+        return self.layer(F.relu(x, inplace=True))
+
+
+class Clamps(InPlace):
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.weight.data.clamp_(-0.1, 0.1)
+        return self.layer(x)
+
+
+class Merges(InPlace):
+    """An adapter that eval() adds to the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more, self.merged = nn.Parameter(torch.randn(3, 6)), False
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode == self.merged:
+            self.layer.weight.data += -self.more if mode else self.more
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + (0 if self.merged else x @ self.more.t())
+
+
+class Counts(InPlace):
+    """Counts calls in a buffer, and keeps the last value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = self.layer(x)
+        return self.last
+
+
+class Norms(nn.Sequential):
+    """Norms and dropout in training mode, with a hook."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, 3))
+        self[0].register_forward_hook(lambda module, args, out: out.mul_(0.5))
+        self.train()
+
+
+class Tied(nn.Module):
+    """Frozen, tied and sparse-gradient parts, weight norm among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.two, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.last.weight.requires_grad_(False)
+        self.three = self.two
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.three(torch.relu(self.two(self.one(x)))))
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+NASTY = [InPlace, Clamps, Merges, Counts, Norms, Tied]
+
+
+def world(make: Callable[[], nn.Module], folder: Path) -> World:
+    """Two networks, one of them in the middle of its training."""
+    made = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        made.append(make())
+    model, a, other = made
+    b = {name: value.clone() for name, value in other.state_dict().items()}
+    if isinstance(a, Tied):
+        b |= {name: b[name.replace("three", "two")] for name in b if name.startswith("three")}
+    optimizer = torch.optim.Adam([p for p in a.parameters() if p.requires_grad])
+    a.requires_grad_(a.training)
+    before = copy.deepcopy(a.state_dict())
+    for parameter in a.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    a.load_state_dict(before)
+    return World(model, a, b, X.clone(), Y.clone(), folder, optimizer)
+
+
+# -- every public name -----------------------------------------------------------------------------
+
+
+def line(w: World) -> mc.Line:
+    return mc.Line(w.a, w.b)
+
+
+def evaluated(w: World, **options: Any) -> mc.PathResult:
+    return mc.evaluate(w.model, line(w), w.data, 3, progress=False, **options)
+
+
+def walked(path: Any) -> None:
+    """Everything that a path can be asked."""
+    points = path.points([[0.25] * path.dim, [0.5] * path.dim] if path.dim > 1 else 3)
+    path.coefficients(points)
+    path.segment_of(points)
+    path.at(points[0])
+    path.info()
+    repr(path)
+
+
+def of_results(w: World) -> None:
+    result = evaluated(w)
+    for name in ("r.npz", "r.json"):
+        result.save(w.folder / name)
+        mc.PathResult.load(w.folder / name)
+    result.to_frame()
+    result.plot()
+    result.terminal_plot()
+    result.barrier()
+    result.highest(), result.lowest(), repr(result)  # noqa: B018
+
+
+def connected(w: World) -> mc.Connection:
+    return mc.connect(w.model, w.a, w.b, w.data, subnetworks="readout")
+
+
+def of_connections(w: World) -> None:
+    connection = connected(w)
+    connection.save(w.folder / "c")
+    loaded = mc.Connection.load(w.folder / "c")
+    loaded.plot()
+    str(loaded.certificate), repr(loaded)  # noqa: B018
+    mc.verify(w.model, loaded, w.data, a=w.a, b=w.b)
+
+
+def of_loads(w: World) -> None:
+    mc.load(w.a)
+    mc.load(w.b)
+
+
+def of_separations(w: World) -> None:
+    str(mc.linear_separability(w.x, w.y))
+
+
+def table(function: Callable[..., Any], **options: Any) -> Callable[[World], None]:
+    def call(w: World) -> None:
+        str(function(w.model, w.a, w.data, **options))
+
+    return call
+
+
+CALLS: dict[str, Callable[[World], Any]] = {
+    "Bezier": lambda w: walked(mc.Bezier([w.a, w.b, w.model])),
+    "Certificate": of_connections,
+    "ConditionsTable": table(mc.conditions),
+    "Connection": of_connections,
+    "FalseCertificate": lambda w: str(mc.FalseCertificate("false")),
+    "Line": lambda w: walked(line(w)),
+    "Mixture": lambda w: walked(mc.Mixture([w.a, w.b])),
+    "ModeconnError": lambda w: str(mc.ModeconnError("wrong")),
+    "PathResult": of_results,
+    "Plan": lambda w: str(mc.explain(w.model, line(w), w.x)),
+    "Plane": lambda w: [
+        walked(mc.Plane.through(w.a, w.b, w.model)),
+        walked(mc.Plane.random(w.a, seed=1, norm="filter")),
+    ],
+    "PolyChain": lambda w: walked(mc.PolyChain([w.a, w.b, w.model])),
+    "Sameness": lambda w: str(mc.same_function(w.model, w.a, w.data)),
+    "Separation": of_separations,
+    "StabilityTable": table(mc.dropout_stability, draws=2),
+    "conditions": table(mc.conditions),
+    "connect": connected,
+    "datasets": lambda w: mc.datasets.load("digits"),
+    "dropout_stability": table(mc.dropout_stability, draws=2),
+    "evaluate": lambda w: [
+        evaluated(w),
+        evaluated(w, precision="float64", backend="reference", resume=w.folder / "r"),
+        evaluated(w, buffers="start", noise_seed=1),
+    ],
+    "explain": lambda w: mc.explain(w.model, line(w), w.x),
+    "forward": lambda w: mc.forward(w.model, line(w), [0.0, 0.5], w.x),
+    "linear_separability": of_separations,
+    "load": of_loads,
+    "same_function": lambda w: mc.same_function(w.a, w.b, w.data),
+    "subnetwork_stability": table(mc.subnetwork_stability, draws=1, method="readout"),
+    "verify": of_connections,
+}
+# What takes any module; the others take chains of layers, and refuse the rest.
+ANY = ["Bezier", "Line", "Mixture", "Plan", "Plane", "PolyChain", "evaluate", "explain", "forward"]
+ANY += ["load", "same_function"]
+
+
+def unchanged(w: World, call: Callable[[World], Any], refusals: bool = False) -> None:
+    before = w.state()
+    try:
+        call(w)
+    except mc.ModeconnError:
+        if not refusals:
+            raise
+    after = w.state()
+    assert [what for what in before if before[what] != after[what]] == []
+
+
+@pytest.mark.parametrize("name", mc.__all__)
+def test_every_public_name(name: str, tmp_path: Path, capfd: pytest.CaptureFixture):
+    assert name in CALLS, f"say in CALLS how {name} is used"
+    unchanged(world(plain, tmp_path), CALLS[name])
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ANY)
+@pytest.mark.parametrize("make", NASTY)
+def test_nasty_modules(name: str, make: Callable[[], nn.Module], tmp_path: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unchanged(world(make, tmp_path), CALLS[name])
+
+
+@pytest.mark.parametrize("make", NASTY)
+def test_what_is_refused_is_left_alone(make: Callable[[], nn.Module], tmp_path: Path):
+    for name in ("connect", "dropout_stability", "conditions"):
+        unchanged(world(make, tmp_path), CALLS[name], refusals=True)
+
+
+def test_what_fails_leaves_everything(tmp_path: Path):
+    """A loss that raises in the middle of an evaluation, inside torch.no_grad() of the library."""
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    def fails(w: World) -> None:
+        with pytest.raises((ZeroDivisionError, mc.ModeconnError)):
+            evaluated(w, loss=loss)
+
+    unchanged(world(plain, tmp_path), fails)
