@@ -37,6 +37,17 @@ class Unsupported(Exception):
     """
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the host or of a device is used up.
+
+    It says nothing of a model or a file, then, and is passed on as it is.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return any(words in text for words in ("allocate memory", "not enough memory"))
+
+
 def listed(items: Sequence[str], of: int | None = None) -> str:
     """Join the first few items, and say how many more there are: "2 of 22: x; y"."""
     count = f"{len(items):,} of {of:,}: " if of else ""

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, SystemFailure
 from modeconn.files import atomic_write, is_temporary, sweep, sweep_inside
 from modeconn.fingerprints import digest_of_tensors
 from modeconn.parameters import state as states
@@ -110,7 +110,11 @@ class Record:
     def remove(self) -> None:
         """Remove the file: the computation is finished, or cannot be continued."""
         if self.file is not None:
-            self.file.unlink(missing_ok=True)
+            try:
+                self.file.unlink(missing_ok=True)
+            except OSError as error:
+                reason = error.strerror or error
+                raise SystemFailure(f"{self.file}: cannot be removed: {reason}") from error
             sweep(self.file)
 
     def _content(self, file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -173,7 +177,10 @@ def claim(
             raise ModeconnError(
                 f"{folder} is there already and holds no {kind}: name another folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SystemFailure(f"{folder}: cannot be made: {error.strerror or error}") from error
         sweep_inside(folder)
         text = json.dumps(settings, indent=1)
         atomic_write(file, lambda stream: stream.write(text.encode()))

@@ -228,7 +228,7 @@ def of_results(w: World) -> None:
     result.plot()
     result.terminal_plot()
     result.barrier()
-    result.highest(), result.lowest(), repr(result)  # noqa: B018
+    result.highest(), result.lowest(), repr(result)
 
 
 def connected(w: World) -> mc.Connection:
@@ -240,7 +240,7 @@ def of_connections(w: World) -> None:
     connection.save(w.folder / "c")
     loaded = mc.Connection.load(w.folder / "c")
     loaded.plot()
-    str(loaded.certificate), repr(loaded)  # noqa: B018
+    str(loaded.certificate), repr(loaded)
     mc.verify(w.model, loaded, w.data, a=w.a, b=w.b)
 
 

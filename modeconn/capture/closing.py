@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modeconn.capture.opaque import Call, Opaque, Structure, reason_of, tensors_of
 from modeconn.capture.stubs import stubs
+from modeconn.errors import out_of_memory
 
 
 def parts_of(model: nn.Module, runs: Sequence[Callable[[], Any]]) -> list[Opaque]:
@@ -101,7 +102,9 @@ def _calls_in(model: nn.Module, run: Callable[[], Any]) -> dict[int, list[Call]]
     hooks = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules()]
     try:
         run()
-    except Exception:  # it takes batches of one size only, and so does some part of it
+    except Exception as error:  # it takes batches of one size only, and so does some part of it
+        if out_of_memory(error):
+            raise
         return {}
     finally:
         for hook in hooks:
@@ -141,6 +144,8 @@ def _failure(
         with stubs(closed):
             export(alone, (tensors,), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         return error
     return None
 

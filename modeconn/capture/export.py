@@ -33,7 +33,7 @@ from modeconn.capture.stubs import stubs
 from modeconn.capture.translate import graph_of
 from modeconn.capture.trial import Runner, on_trial, output_of, saved_tensors
 from modeconn.data.inputs import Inputs, arguments, join, keys, leaves, rows, take
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, out_of_memory
 
 # Rows of the sample that the network is traced and checked with: enough to tell rows apart, and few
 # enough to cost nothing.
@@ -88,18 +88,30 @@ def _captured(model: nn.Module, x: Inputs, expected: Any) -> Graph:
     try:
         return _checked(_export(model, x), model, x, expected)
     except Exception as error:  # whatever export stumbles over, the module itself still runs
+        if out_of_memory(error):
+            raise
         failure = error
     if tensors_of(expected) and any(map(_is_unknown, pytree.tree_leaves(expected))):
-        with contextlib.suppress(Exception):
+        with _stumbling():
             return _known_outputs(model, x, expected)
     fewer = take(x, 0, rows(x) - 1)
     parts = parts_of(model, [lambda: output_of(model, x), lambda: output_of(model, fewer)])
     if parts:
-        with contextlib.suppress(Exception):
+        with _stumbling():
             with stubs(parts):
                 graph = replace(_export(model, x), closed=tuple(map(str, parts)))
             return _checked(graph, model, x, expected)
     return _opaque(model, x, expected, reason_of(failure))
+
+
+@contextlib.contextmanager
+def _stumbling() -> Iterator[None]:
+    """Within, whatever export stumbles over is left to another way; memory is not."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
 
 
 def _checked(graph: Graph, model: nn.Module, x: Inputs, expected: Any) -> Graph:

@@ -10,6 +10,7 @@ from torch import Tensor
 from modeconn.capture.graph import Graph
 from modeconn.capture.opaque import tensors_of
 from modeconn.data.inputs import Inputs, rows, take
+from modeconn.errors import out_of_memory
 
 # Two runs of the same operations differ by the order of sums alone. So much of a value, as a
 # multiple of the precision's epsilon, and of the largest value where it is small.
@@ -31,7 +32,9 @@ def mixes(graph: Graph, state: dict[str, Tensor], x: Inputs) -> bool:
         whole = run(graph, state, x)
         first = run(graph, state, take(x, 0, count // 2))
         rest = run(graph, state, take(x, count // 2, count))
-    except (RuntimeError, ValueError):  # the module takes batches of one size only
+    except (RuntimeError, ValueError) as error:  # the module takes batches of one size only
+        if out_of_memory(error):
+            raise
         return True
     pairs = zip(tensors_of(first), tensors_of(rest), tensors_of(whole))
     return not all(_apart(*three, count) for three in pairs)

@@ -23,7 +23,7 @@ from modeconn.capture.guard import Guard
 from modeconn.capture.opaque import line_of, tensors_of
 from modeconn.capture.spectral import has_spectral_norm, renew
 from modeconn.data.inputs import Inputs, apply, call, describe
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, out_of_memory
 from modeconn.parameters.wrappers import unwrapped
 
 # The other weights of the second run. A power of two away from 1 in no direction that a module
@@ -89,6 +89,8 @@ def duplicate(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, _detached(model))
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise ModeconnError(
             f"the model {type(model).__name__} cannot be copied ({line_of(error)}): "
             "expected a module that copy.deepcopy takes, since user code runs on a copy"
@@ -214,7 +216,9 @@ def _forgets(module: nn.Module, runner: Runner, x: Inputs, weights: Mapping[str,
         _load(module, other)
         used = output_of(module, x)
         fresh = output_of(loaded(runner.copy(), other), x)
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            raise
         return False
     return _equal(used, fresh)
 
@@ -251,6 +255,8 @@ def output_of(module: nn.Module, x: Inputs) -> Any:
     try:
         output = call(module, own)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise ModeconnError(
             f"the model does not run on inputs of shape {describe(x)}: {line_of(error)}"
         ) from error

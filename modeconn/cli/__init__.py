@@ -29,8 +29,9 @@ from modeconn.cli import (
 )
 from modeconn.cli.options import Parser, example, release_outputs, written_outputs
 from modeconn.cli.output import Nowhere, Shown, is_closed, shown
-from modeconn.errors import ModeconnError, SystemFailure
+from modeconn.errors import ModeconnError, SystemFailure, out_of_memory
 
+LESS = ": expected less at a time, by --batch-size, where the command has it, or a larger machine"
 COMMANDS = (
     demo,
     train,
@@ -77,6 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             _abandon_stdout()
             return _fail(f"error: {error}", 1)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            return _fail(f"error: out of memory ({str(error) or 'no more to be had'}){LESS}", 1)
         finally:
             release_outputs()
 

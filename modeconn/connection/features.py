@@ -16,7 +16,7 @@ from torch import Tensor
 from modeconn.connection.layer_chain import LayerChain, block_rows
 from modeconn.connection.subnetworks import check_entry, restrict
 from modeconn.data.batches import as_batches
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, out_of_memory
 
 # Features that are larger than this go to files: a quarter of a small machine's memory.
 _MEMORY_BUDGET = 2 << 30
@@ -129,6 +129,8 @@ def _values(
                 at = entry
                 blocks[entry].append(restrict(chain, entry, h, kept[entry]) if entry in kept else h)
         except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             shape = ["N", *x.shape[1:]]
             raise ModeconnError(
                 f"{chain.name} does not run on inputs of shape {shape}: "

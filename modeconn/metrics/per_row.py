@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, out_of_memory
 
 # (outputs, targets) → one number per sample, [N].
 PerSample = Callable[[Any, Tensor], Tensor]
@@ -92,6 +92,8 @@ def _of_part(name: str, function: PerSample, outputs: Any, targets: Tensor) -> T
     except ModeconnError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise ModeconnError(
             f"{name} fails for the first or last {len(targets)} of its rows alone "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): expected is "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeconn.errors import ModeconnError, listed
+from modeconn.errors import ModeconnError, listed, out_of_memory
 from modeconn.files import check_sums
 from modeconn.fingerprints import digest_of_tensors
 
@@ -90,6 +90,8 @@ def _read_torch(path: Path, *, mmap: bool) -> Any:
     except pickle.UnpicklingError as error:
         raise _not_weights(path, str(error)) from None
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        if out_of_memory(error):
+            raise
         reason = str(error).strip() or type(error).__name__
         raise _damaged(path, reason.splitlines()[0]) from error
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modeconn.data import datasets
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, out_of_memory
 
 # Inputs [N, …] and integer targets [N].
 Labelled = tuple[torch.Tensor, torch.Tensor]
@@ -45,6 +45,8 @@ def check_fits(model: nn.Module, data: Labelled) -> None:
         with mode(model, training=False), torch.no_grad():
             logits = model(inputs[:2])
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).strip().split("\n")[0]
         raise ModeconnError(
             f"the model does not take inputs of shape {shape} per sample: {reason}"
