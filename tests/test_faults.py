@@ -65,7 +65,7 @@ EXPECTED = mc.evaluate(A, mc.Line(A, B), (X, Y), 3, batch_size=24).loss
 @pytest.mark.parametrize("kind", ["allocation", *DISK, "item", LAUNCH])
 def test_evaluate_with_resume(kind: str, template: Path, tmp_path: Path):
     survival = Survival(
-        lambda folder: same_result(folder),
+        same_result,
         (mc.ModeconnError, MemoryError, OSError, RuntimeError),
         lambda file: file.name == "mine.txt",
         ("sums", ".sums"),

@@ -278,6 +278,10 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "PolyChain": lambda w: walked(mc.PolyChain([w.a, w.b, w.model])),
     "Sameness": lambda w: str(mc.same_function(w.model, w.a, w.data)),
     "Separation": of_separations,
+    "Subspace": lambda w: [
+        walked(mc.Subspace(w.a, [w.b])),
+        walked(mc.Subspace.random(w.a, 3, seed=1)),
+    ],
     "StabilityTable": table(mc.dropout_stability, draws=2),
     "conditions": table(mc.conditions),
     "connect": connected,
@@ -297,7 +301,18 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "verify": of_connections,
 }
 # What takes any module; the others take chains of layers, and refuse the rest.
-ANY = ["Bezier", "Line", "Mixture", "Plan", "Plane", "PolyChain", "evaluate", "explain", "forward"]
+ANY = [
+    "Bezier",
+    "Line",
+    "Mixture",
+    "Plan",
+    "Plane",
+    "PolyChain",
+    "Subspace",
+    "evaluate",
+    "explain",
+    "forward",
+]
 ANY += ["load", "same_function"]
 
 
