@@ -249,6 +249,12 @@ def of_loads(w: World) -> None:
     mc.load(w.b)
 
 
+def of_maps(w: World) -> None:
+    # In training mode dropout draws numbers at every point, as it would in a loop.
+    found = mc.map(lambda model: model.eval()(w.x.clone()).sum().item(), w.model, line(w), 3)
+    repr(found), [*found]
+
+
 def of_separations(w: World) -> None:
     str(mc.linear_separability(w.x, w.y))
 
@@ -266,7 +272,9 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "ConditionsTable": table(mc.conditions),
     "Connection": of_connections,
     "FalseCertificate": lambda w: str(mc.FalseCertificate("false")),
+    "Forward": lambda w: mc.Forward(w.model, line(w), w.x[:4])(2, w.x),
     "Line": lambda w: walked(line(w)),
+    "MapResult": of_maps,
     "Mixture": lambda w: walked(mc.Mixture([w.a, w.b])),
     "ModeconnError": lambda w: str(mc.ModeconnError("wrong")),
     "PathResult": of_results,
@@ -296,6 +304,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "forward": lambda w: mc.forward(w.model, line(w), [0.0, 0.5], w.x),
     "linear_separability": of_separations,
     "load": of_loads,
+    "map": of_maps,
     "same_function": lambda w: mc.same_function(w.a, w.b, w.data),
     "subnetwork_stability": table(mc.subnetwork_stability, draws=1, method="readout"),
     "verify": of_connections,
@@ -313,7 +322,7 @@ ANY = [
     "explain",
     "forward",
 ]
-ANY += ["load", "same_function"]
+ANY += ["Forward", "load", "map", "same_function"]
 
 
 def unchanged(w: World, call: Callable[[World], Any], refusals: bool = False) -> None:
