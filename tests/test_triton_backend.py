@@ -117,6 +117,16 @@ def test_dead_units_and_swings():
     ]
 
 
+@pytest.mark.parametrize("points", [2, 5, [0.7, 0.1, 1.5, -0.5]], ids=str)
+def test_combined_logits_keep_the_order_of_the_points(points):
+    """Points with coefficients of their own are sorted by these, also where all have."""
+    a = mlp(6, 9, 8, 4)
+    b = clone(a)
+    b["4.weight"] += 0.3 * torch.randn_like(b["4.weight"])
+    for path in (mc.Line(a, b), mc.Line(b, a), mc.PolyChain([a, b, clone(a)])):
+        agrees(a, path, X, Y, points)
+
+
 def test_weights_and_biases_that_vary_apart():
     a = mlp(6, 5, 3, 4)
     for moved in (("2.weight",), ("2.bias",), ("0.bias", "4.bias")):

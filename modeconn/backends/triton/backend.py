@@ -122,7 +122,7 @@ class TritonBackend:
             if rows.stop == len(targets):
                 done, before = chunk.points.stop * total, chunk.points.start * total
                 tick(done // count - before // count)
-        return sums if count == total else sums[plan.place]
+        return sums[plan.place] if fused else sums
 
     def all_outputs(
         self, segment: Segment, values: Values, rows: int
