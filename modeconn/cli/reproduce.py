@@ -7,6 +7,7 @@ import sys
 import time
 
 from modeconn.cli import options, output
+from modeconn.errors import ModeconnError
 from modeconn.experiments.settings import NAMES
 
 DESCRIPTION = """\
@@ -40,7 +41,14 @@ def add(commands: options.Commands) -> None:
         metavar="FILE",
         action="append",
         default=[],
-        help="a trained network, twice for path (default: train)",
+        help="a trained network, again for more; a path has two (default: train)",
+    )
+    parser.add_argument(
+        "--solutions",
+        metavar="K",
+        type=int,
+        help="so many networks, means over them with 95 %% intervals (default: 1, and with --full "
+        "as published: 10, 5 for VGG-11, 3 of each width)",
     )
     options.add_seed(parser, "training, draws and subnetworks", default=1)
     options.add_quiet(parser)
@@ -50,6 +58,11 @@ def add(commands: options.Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs the experiment, and prints its table."""
     options.check_inputs(args.solution)
+    if args.solution and args.solutions not in (None, len(args.solution)):
+        raise ModeconnError(
+            f"--solutions is {args.solutions}, and --solution is given {len(args.solution)} times: "
+            "expected the same number, or one of them alone"
+        )
 
     from modeconn.experiments.run import reproduce
 
@@ -62,19 +75,21 @@ def run(args: argparse.Namespace) -> None:
             args.out,
             args.data_root,
             quick=not args.full,
-            solutions=args.solution,
+            solutions=args.solution or args.solutions,
             seed=args.seed,
             log=None if args.quiet else _say,
         )
     if args.quiet:
         return
     lines = result["lines"]
-    header = [name.replace("_", " ") for name in lines[0]]
-    output.print_table(header, [_row(line) for line in lines])
-    if "better" in lines[0]:
-        better = sum(line["better"] for line in lines)
+    columns = [name for name in lines[0] if not name.endswith("_interval")]
+    header = [name.replace("_", " ") for name in columns]
+    output.print_table(header, [[_cell(name, line) for name in columns] for line in lines])
+    compared = [line["better"] for line in lines if line.get("better") is not None]
+    if compared:
         print(
-            f"subnetworks have the smaller training loss at {better} of {len(lines)} entry layers"
+            f"subnetworks have the smaller training loss at {sum(compared)} of {len(compared)} "
+            "entry layers that have dropout networks"
         )
     print(f"{output.seconds_text(time.perf_counter() - began)}; tables and figure in {args.out}")
 
@@ -82,7 +97,13 @@ def run(args: argparse.Namespace) -> None:
 def _estimated(args: argparse.Namespace) -> str:
     from modeconn.experiments.estimate import estimate
 
-    found = estimate(args.experiment, args.data_root, quick=False, solutions=len(args.solution))
+    found = estimate(
+        args.experiment,
+        args.data_root,
+        quick=False,
+        solutions=args.solutions,
+        given=len(args.solution),
+    )
     parts = {"networks": found.solutions, "subnetworks": found.subnetworks}
     times = " and ".join(
         f"{output.seconds_text(seconds)} for the {what}"
@@ -99,13 +120,15 @@ def _say(line: str) -> None:
     print(output.shown(line), file=sys.stderr, flush=True)
 
 
-def _row(line: dict[str, object]) -> list[str]:
-    return [_cell(name, value) for name, value in line.items()]
-
-
-def _cell(name: str, value: object) -> str:
+def _cell(name: str, line: dict[str, object]) -> str:
+    value, half = line[name], line.get(f"{name}_interval")
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{100 * value:.2f} %" if name.endswith("error") else f"{value:.4g}"
-    return "-" if value is None else str(value)
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    text = _number(name, value)
+    return f"{text} ± {_number(name, half)}" if isinstance(half, float) else text
+
+
+def _number(name: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if name.endswith("error") else f"{value:.4g}"

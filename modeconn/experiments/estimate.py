@@ -49,24 +49,36 @@ class Estimate:
         return Estimate(self.solutions + other.solutions, self.subnetworks + other.subnetworks)
 
 
-def estimate(name: str, root: Any = None, *, quick: bool = True, solutions: int = 0) -> Estimate:
+def estimate(
+    name: str,
+    root: Any = None,
+    *,
+    quick: bool = True,
+    solutions: int | None = None,
+    given: int = 0,
+) -> Estimate:
     """Estimates how long the trainings of an experiment take at most on this machine.
 
     This is seconds to minutes of work itself, and holds for the machine as it is now.
 
     Args:
         name, root, quick: as for `reproduce`.
-        solutions: the number of trained networks that are given.
+        solutions: how many networks there are, as many as the settings say if None.
+        given: how many of them are trained already.
     """
     setting = settings(name, quick)
+    base = setting if isinstance(setting, Experiment) else setting.base
+    count = given or solutions or base.solutions
     if isinstance(setting, Sweep):
         total = Estimate()
         for width in setting.widths:
-            total += _experiment(setting.at(width), root, 1)
+            one = _experiment(setting.at(width), root, 1)
+            total += Estimate(count * one.solutions, count * one.subnetworks)
         return total
     if isinstance(setting, Join):
-        return _experiment(setting.base, root, 2 - solutions, subnetworks=False)
-    return _experiment(setting, root, 1 - solutions)
+        return _experiment(setting.base, root, 2 - given, subnetworks=False)
+    one = _experiment(setting, root, 0 if given else 1)
+    return Estimate(count * one.solutions, count * one.subnetworks)
 
 
 def _experiment(
@@ -103,14 +115,14 @@ def _draws(
     fraction: float,
 ) -> float:
     """Times the training of all draws of an entry layer."""
-    recipe = setting.recipes.get(entry, setting.recipe)
+    recipe, draws = setting.recipe_of(fraction, entry), setting.draws_of(entry)
     x, y = data.slice(0, min(len(data), _STEPS * recipe.batch_size))
     h = compute_features(chain, model.state_dict(), (x, y), [entry]).entry(entry)
     units = chain.widths[entry]
     kept = torch.arange(units - math.floor(units / fraction) if entry else units)
     widths = [math.floor(chain.widths[p] / fraction) for p in range(entry + 1, chain.length)]
     start = initial(chain, entry, kept, widths, torch.Generator().manual_seed(0))
-    together = setting.draws if setting.draws * start.parameters <= _TOGETHER else 1
+    together = draws if draws * start.parameters <= _TOGETHER else 1
     short = replace(recipe, epochs=_EPOCHS * _UNREACHED, stop_loss=None, stop_error=None)
 
     def run(tick: Callable[[], None]) -> None:
@@ -123,7 +135,7 @@ def _draws(
         with contextlib.suppress(_Enough):
             train_subnetworks(chain, starts, features, y.long(), short, progress=progress)
 
-    epoch = _second_epoch(run) * setting.draws / together
+    epoch = _second_epoch(run) * draws / together
     return epoch * recipe.epochs * len(data) / len(x)
 
 

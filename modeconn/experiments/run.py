@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,22 @@ from modeconn.evaluation.evaluator import evaluate
 from modeconn.experiments import figures
 from modeconn.experiments.settings import Experiment, Join, Sweep, settings
 from modeconn.experiments.settings import Solution as SolutionSettings
-from modeconn.experiments.tables import Tables
+from modeconn.experiments.tables import Tables, dropout_level
 from modeconn.files import atomic_write, locked
 from modeconn.parameters.paths import Line
 from modeconn.resuming import claim
 from modeconn.stability.dropout import dropout_stability
 from modeconn.stability.subnetworks import subnetwork_stability
-from modeconn.stability.table import StabilityTable
+from modeconn.stability.table import Level, StabilityTable
 from modeconn.training.checkpoint import training_file
 from modeconn.training.loop import Epoch
 from modeconn.training.train import train
 
 Log = Callable[[str], None]
 File = str | os.PathLike[str]
+# Of a folder's content: 2 since dropout networks of layer l remove units of it, and solutions have
+# folders of their own.
+FORMAT = 2
 
 
 def reproduce(
@@ -42,21 +44,24 @@ def reproduce(
     root: Any = None,
     *,
     quick: bool = True,
-    solutions: Sequence[File] = (),
+    solutions: Sequence[File] | int | None = None,
     seed: int = 1,
     log: Log | None = None,
 ) -> dict[str, Any]:
     """Runs one of the experiments of Nguyen et al. 2021, section 5.
 
     Args:
-        name: "mnist-fcn", "cifar10-fcn", "cifar10-vgg11", "widths", "widths-cifar10" or "path".
+        name: "mnist-fcn", "cifar10-fcn", "cifar10-vgg11", "widths", "widths-cifar10", "path" or
+            "path-cifar10".
         out: a folder, new or of the same experiment: then finished parts are kept and the rest is
             done.
         root: the folder of the data set's files.
         quick: settings of minutes on two cores; otherwise the paper's.
-        solutions: checkpoints of the trained networks, two for "path" and one elsewhere; trained
-            where none is given.
-        seed: of the training, the draws and the subnetworks.
+        solutions: checkpoints of the trained networks (two for a path, none for widths), or how
+            many are trained, from different seeds; as many as the settings say if None (the
+            paper: 10 fully connected ones, 5 of VGG-11, 3 of each width). Results are means over
+            them, with the 95 % interval of Student's t distribution.
+        seed: of the training, the draws and the subnetworks; the second solution has the next one.
         log: called with a line of text now and then.
 
     Returns:
@@ -68,12 +73,17 @@ def reproduce(
             missing data.
     """
     setting = settings(name, quick)
-    _check_solutions(name, setting, solutions)
+    files = [] if solutions is None or isinstance(solutions, int) else list(solutions)
+    count = solutions if isinstance(solutions, int) else len(files) or None
+    _check_solutions(name, setting, files, count)
+    if count is not None and not isinstance(setting, Join):
+        setting = _with_solutions(setting, count)
     folder = Path(out)
     described = {
         "experiment": name,
+        "format": FORMAT,
         "seed": seed,
-        "solutions": [str(Path(file).resolve()) for file in solutions],
+        "solutions": [str(Path(file).resolve()) for file in files],
         "settings": json.loads(json.dumps(asdict(setting))),
     }
     run = _Run(root, seed, log or _silent)
@@ -82,9 +92,9 @@ def reproduce(
         if isinstance(setting, Sweep):
             found = _sweep(run, setting, folder, name)
         elif isinstance(setting, Join):
-            found = _join(run, setting, folder, solutions)
+            found = _join(run, setting, folder, name, files)
         else:
-            found = _single(run, setting, folder, name, solutions)
+            found = _single(run, setting, folder, name, files)
         result = {**described, **found}
         _write_json(folder / "result.json", result)
     return result
@@ -109,11 +119,20 @@ def _silent(line: str) -> None:
 
 
 def _check_solutions(
-    name: str, setting: Experiment | Sweep | Join, solutions: Sequence[File]
+    name: str, setting: Experiment | Sweep | Join, files: Sequence[File], count: int | None
 ) -> None:
-    expected = {Experiment: 1, Sweep: 0, Join: 2}[type(setting)]
-    if solutions and len(solutions) != expected:
-        raise ModeconnError(f"{len(solutions)} solutions given: {name} takes {expected or 'none'}")
+    if count is not None and count < 1:
+        raise ModeconnError(f"solutions is {count}: expected at least 1")
+    if isinstance(setting, Join) and count not in (None, 2):
+        raise ModeconnError(f"{count} solutions given: {name} takes 2")
+    if isinstance(setting, Sweep) and files:
+        raise ModeconnError(f"{count} solutions given: {name} trains its own, of every width")
+
+
+def _with_solutions(setting: Experiment | Sweep, count: int) -> Experiment | Sweep:
+    if isinstance(setting, Sweep):
+        return replace(setting, base=replace(setting.base, solutions=count))
+    return replace(setting, solutions=count)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -125,54 +144,76 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def _single(
-    run: _Run, setting: Experiment, folder: Path, name: str, solutions: Sequence[File]
+    run: _Run, setting: Experiment, folder: Path, name: str, files: Sequence[File]
 ) -> dict[str, Any]:
-    """Compares subnetworks and dropout networks of one solution, entry layer by entry layer."""
-    if solutions:
-        checkpoint = Path(solutions[0])
-    else:
-        checkpoint = _solution(run, setting, folder / "solution.safetensors")
-    tables = _layers(run, setting, folder, checkpoint)
-    figures.save(folder / f"{name}.png", lambda: figures.layers(name, tables))
+    """Compares subnetworks and dropout networks, entry layer by entry layer."""
+    tables = _tables(run, setting, folder, files)
+    title = _title(run, name, setting)
+    figures.save(folder / f"{name}.png", lambda: figures.layers(title, tables))
     return {"lines": _lines(tables), "figure": f"{name}.png"}
 
 
 def _sweep(run: _Run, setting: Sweep, folder: Path, name: str) -> dict[str, Any]:
     """Compares them at several widths."""
     lines: list[dict[str, Any]] = []
+    by_width = {}
     for width in setting.widths:
         run.say(f"width {width}")
         place = folder / f"width-{width}"
         place.mkdir(exist_ok=True)
-        experiment = setting.at(width)
-        checkpoint = _solution(run, experiment, place / "solution.safetensors")
-        tables = _layers(run, experiment, place, checkpoint)
-        lines += [{"width": width, **line} for line in _lines(tables)]
-    figures.save(folder / f"{name}.png", lambda: figures.widths(name, lines))
+        (tables,) = _tables(run, setting.at(width), place, ())
+        by_width[width] = tables
+        lines += [{"width": width, **line} for line in tables.lines()]
+    title = _title(run, name, setting.base, model="two hidden layers of each width")
+    figures.save(folder / f"{name}.png", lambda: figures.widths(title, by_width))
     return {"lines": lines, "figure": f"{name}.png"}
 
 
-def _join(run: _Run, setting: Join, folder: Path, solutions: Sequence[File]) -> dict[str, Any]:
+def _join(
+    run: _Run, setting: Join, folder: Path, name: str, files: Sequence[File]
+) -> dict[str, Any]:
     """Joins two solutions and draws the path beside the dropout networks' level."""
     base = setting.base
-    ends = [Path(file) for file in solutions] or _two_solutions(run, base, folder)
-    model = models.build(base.model)
-    data, _ = run.data(base)
-    dropout = _dropout(run, base, folder / "dropout-2", ends[0], 2)
-    level = max(each.best.train_loss for each in dropout.summary())
+    ends = [Path(file) for file in files] or [
+        _solution(run, base, folder / f"solution-{i}.safetensors", run.seed + i - 1) for i in (1, 2)
+    ]
+    dropout = []
+    for i, end in enumerate(ends, 1):
+        dropout.append(_dropout(run, base, folder / f"dropout-2-{i}", end, 2))
+    level = dropout_level(dropout)
     connection = _connection(run, setting, folder, ends)
-    line = evaluate(model, Line(*ends), data, points=25)
-    curve = connection.evaluate(model, data)
-    figures.save(folder / "path.png", lambda: figures.path(connection, line, curve, level))
+    model = models.build(base.model)
+    curves = {}
+    for part, data in zip(("train", "test"), run.data(base)):
+        line = evaluate(model, Line(*ends), data, points=25)
+        curves[part] = connection.evaluate(model, data), line
+    own = [table.original for table in dropout]
+    title = _title(run, name, base, counts=f"{base.dropout_draws} draws (B), F = 2")
+    figures.save(folder / f"{name}.png", lambda: figures.path(title, curves, level, own))
     certificate = connection.certificate
     outcome = {
         "bound": certificate.bound,
         "target": setting.target,
         "outcome": certificate.outcome.name.lower(),
-        "straight_line": float(max(line.loss)),
-        "dropout_level": level if math.isfinite(level) else None,
+        "straight_line": float(max(curves["train"][1].loss)),
+        **_levels("dropout", level),
+        "test_error": float(max(curves["test"][0].error)),
     }
-    return {"lines": [outcome], "figure": "path.png"}
+    return {"lines": [outcome], "figure": f"{name}.png"}
+
+
+def _levels(name: str, level: Level) -> dict[str, float]:
+    return {f"{name}_loss": level.train_loss, f"{name}_test_error": level.test_error}
+
+
+def _title(run: _Run, name: str, setting: Experiment, *, model: str = "", counts: str = "") -> str:
+    """Names network, samples, draws, fractions and solutions for a figure."""
+    samples = len(run.data(setting)[0])
+    if not counts:
+        fractions = " and ".join(f"{fraction:g}" for fraction in setting.fractions)
+        counts = f"{setting.draws} (A) and {setting.dropout_draws} (B) draws, F = {fractions}"
+        counts += f", {setting.solutions} solution" + "s" * (setting.solutions > 1)
+    return f"{name}: {model or setting.model}\nN = {samples:,}, {counts}"
 
 
 def _lines(tables: Sequence[Tables]) -> list[dict[str, Any]]:
@@ -226,47 +267,63 @@ def _solution(run: _Run, setting: Experiment, file: Path, seed: int | None = Non
     return file
 
 
-def _two_solutions(run: _Run, setting: Experiment, folder: Path) -> list[Path]:
-    """Trains two networks from different seeds."""
-    ends = []
-    for i in (1, 2):
-        file = folder / f"solution-{i}.safetensors"
-        ends.append(_solution(run, setting, file, run.seed + i - 1))
-    return ends
+def _tables(run: _Run, setting: Experiment, folder: Path, files: Sequence[File]) -> list[Tables]:
+    """Makes both tables of every solution at every fraction."""
+    found: dict[float, list[tuple[StabilityTable, StabilityTable]]] = {}
+    for i in range(setting.solutions):
+        place = folder / f"solution-{i + 1}"
+        place.mkdir(exist_ok=True)
+        own = replace(run, seed=run.seed + i)
+        if setting.solutions > 1:
+            run.say(f"solution {i + 1} of {setting.solutions}")
+        if files:
+            checkpoint = Path(files[i])
+        else:
+            checkpoint = _solution(own, setting, place / "solution.safetensors")
+        for fraction in setting.fractions:
+            pair = _pair(own, setting, place, checkpoint, fraction)
+            found.setdefault(fraction, []).append(pair)
+    return [
+        Tables(fraction, tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
+        for fraction, pairs in found.items()
+    ]
 
 
-def _layers(run: _Run, setting: Experiment, folder: Path, checkpoint: Path) -> list[Tables]:
-    """Makes both tables at every fraction."""
-    found = []
-    for fraction in setting.fractions:
-        stem = folder / f"dropout-{fraction:g}"
-        dropout = _dropout(run, setting, stem, checkpoint, fraction)
-        subnetworks = _subnetworks(run, setting, folder, checkpoint, fraction, len(dropout.entries))
-        for suffix in (".csv", ".json"):
-            subnetworks.save(folder / f"subnetworks-{fraction:g}{suffix}")
-        found.append(Tables(fraction, subnetworks, dropout))
-    return found
+def _pair(
+    run: _Run, setting: Experiment, folder: Path, checkpoint: Path, fraction: float
+) -> tuple[StabilityTable, StabilityTable]:
+    """Makes the tables of subnetworks and of dropout networks of one solution."""
+    stem = folder / f"dropout-{fraction:g}"
+    dropout = _dropout(run, setting, stem, checkpoint, fraction)
+    count = len(dropout.entries) + 1  # and entry layer 0
+    subnetworks = _subnetworks(run, setting, folder, checkpoint, fraction, count)
+    for suffix in (".csv", ".json"):
+        subnetworks.save(folder / f"subnetworks-{fraction:g}{suffix}")
+    return subnetworks, dropout
 
 
 def _subnetworks(
     run: _Run, setting: Experiment, folder: Path, checkpoint: Path, fraction: float, count: int
 ) -> StabilityTable:
-    """Trains the subnetworks of so many entry layers; those of equal recipes in one call."""
+    """Trains the subnetworks of so many entry layers; those of equal settings in one call."""
     data, test = run.data(setting)
     model = models.build(setting.model)
-    recipes = {entry: setting.recipes.get(entry, setting.recipe) for entry in range(count)}
+    how = {
+        entry: (setting.recipe_of(fraction, entry), setting.draws_of(entry))
+        for entry in range(count)
+    }
     tables = []
-    for recipe in dict.fromkeys(recipes.values()):
+    for recipe, draws in dict.fromkeys(how.values()):
         table = subnetwork_stability(
             model,
             checkpoint,
             data,
             test,
             fraction=fraction,
-            draws=setting.draws,
+            draws=draws,
             method="trained",
             recipe=recipe,
-            entries=[entry for entry, own in recipes.items() if own == recipe],
+            entries=[entry for entry, own in how.items() if own == (recipe, draws)],
             seed=run.seed,
             folder=folder / "draws",
             log=run.say,
