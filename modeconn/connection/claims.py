@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from modeconn import models
 from modeconn.connection.certificate import (
@@ -24,6 +25,7 @@ from modeconn.connection.rounding import live_units
 from modeconn.connection.segment_kinds import Evidence
 from modeconn.errors import ModeconnError
 from modeconn.parameters.paths import PolyChain
+from modeconn.parameters.state import State
 
 # t at the ends of a segment are quotients of small integers.
 _T_TOLERANCE = 1e-12
@@ -200,6 +202,14 @@ def checked_labels(
     return tuple(found), unknown
 
 
+def _is_read(chain: LayerChain, point: State, live: list[Tensor], layer: int) -> bool:
+    """Whether anything reads a layer's live units: one is counted where none is live."""
+    after = chain.layers[layer]
+    weight = after.by_unit(point[after.weight])
+    rows = weight[live[layer + 1].to(weight.device)]
+    return bool((rows[:, live[layer].to(weight.device)] != 0).any())
+
+
 def _check_label(k: int, label: re.Match[str], path: PolyChain, chain: LayerChain) -> None:
     """Raises where a breakpoint does not begin with the layers that its label says."""
     entry, point = int(label[1]), path.control_points[k]
@@ -207,9 +217,12 @@ def _check_label(k: int, label: re.Match[str], path: PolyChain, chain: LayerChai
     live = live_units(chain, point)
     problem = f"{chain.name} has {chain.length} layers" if entry >= chain.length else None
     for layer, units in zip(chain.layers[:entry], live[1:]):
+        above = range(layer.index, chain.length)
+        if problem is not None or not all(_is_read(chain, point, live, i) for i in above):
+            continue
         for key in layer.incoming():
             one, other = point[key], end[key]
-            if problem is None and not torch.equal(one[units], other[units]):
+            if not torch.equal(one[units], other[units]):
                 problem = f"live units of layer {layer.index} are others ({key})"
     if problem is not None:
         raise FalseCertificate(f"breakpoint {k} is said to be {label[0]}: {problem}")

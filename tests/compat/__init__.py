@@ -1,0 +1,1 @@
+"""Files of every released version, which open for ever or are refused by their version."""
