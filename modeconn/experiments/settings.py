@@ -8,7 +8,7 @@ from modeconn.connection.recipe import Recipe
 from modeconn.errors import ModeconnError
 
 # The paper's fully connected subnetworks stop past 100 epochs where some draw has no training
-# Settings here are those of the published code, github.com/modeconnectivity/modeconnectivity, too.
+# error. Settings are those of the published code, github.com/modeconnectivity/modeconnectivity.
 _PAPER = Recipe(
     "sgd",
     lr=3e-3,
