@@ -16,6 +16,8 @@ compiled, so TRITON_INTERPRET must not be set.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -23,6 +25,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tokenize
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -238,8 +241,12 @@ def blocks_at_a_time(
     return rooms[bound], bound
 
 
-def collect(archs: list[int], jobs: int, only: str = "") -> list[Resources]:
-    """Reports on all configurations whose file or name contains `only`, in parallel processes."""
+def collect(archs: list[int], jobs: int, only: str = "", sample: bool = False) -> list[Resources]:
+    """Reports on configurations whose file or name contains `only`, in parallel processes.
+
+    Args:
+        sample: of each file for each architecture only one, another one from one to the next.
+    """
     if INTERPRETED:
         raise ModeconnError(
             "TRITON_INTERPRET is set, and the interpreter's kernels cannot be compiled: unset it"
@@ -249,8 +256,44 @@ def collect(archs: list[int], jobs: int, only: str = "") -> list[Resources]:
         case = CASES[file]()[place]
         if only in file or only in case.name:
             work += [(file, place, arch) for arch in archs if arch in case.archs]
+    if sample:
+        work = [
+            _one_of(work, file, arch) for file, arch in dict.fromkeys((f, a) for f, _, a in work)
+        ]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(resources, *zip(*work))) if work else []
+
+
+def _one_of(work: list[tuple[str, int, int]], file: str, arch: int) -> tuple[str, int, int]:
+    own = [each for each in work if (each[0], each[2]) == (file, arch)]
+    return own[sorted(LIMITS).index(arch) * (len(own) // 2) % len(own)]
+
+
+def digest() -> str:
+    """Returns what the report depends on, as a digest: the kernels, their cases, Triton's version.
+
+    Comments, docstrings and layout do not count.
+    """
+    root = Path(__file__).resolve().parent.parent
+    key = hashlib.sha256(triton.__version__.encode())
+    for file in [*sorted((root / "kernels").glob("*.py")), root / "bench" / "aot_cases.py"]:
+        key.update(b"\0".join([b"", file.name.encode(), *_words(file.read_text(encoding="utf-8"))]))
+    return key.hexdigest()[:32]
+
+
+def _words(code: str) -> list[bytes]:
+    """Returns the tokens of a Python source without comments, docstrings and layout."""
+    layout = (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING)
+    words: list[bytes] = []
+    begins = True  # a statement
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type == tokenize.NEWLINE:
+            begins = True
+        elif token.type not in layout:
+            if not (begins and token.type == tokenize.STRING):
+                words.append(token.string.encode())
+            begins = False
+    return words
 
 
 def table(rows: list[Resources]) -> str:
@@ -265,6 +308,11 @@ def table(rows: list[Resources]) -> str:
         line += f"| {r.registers} | {r.spilled} | {r.shared / 1024:.1f} "
         lines.append(f"{line}| {r.blocks} | {r.bound} | {kinds} |")
     return "\n".join(lines)
+
+
+def about(report: str) -> str:
+    """Returns a report with what it is of in front."""
+    return f"Triton {triton.__version__}. Digest of the kernels: {digest()}.\n\n{report}"
 
 
 def written_into(text: str, report: str) -> str:
@@ -304,6 +352,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU)"
     )
+    parser.add_argument(
+        "--sample", action="store_true", help="one configuration of each file and architecture"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument(
         "--write",
@@ -318,11 +369,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     options = _parser().parse_args(arguments)
     try:
-        rows = collect(options.archs, options.jobs, options.only)
+        rows = collect(options.archs, options.jobs, options.only, options.sample)
         report = table(rows)
         if options.write:
             document = options.write.read_text(encoding="utf-8")
-            document = written_into(document, f"Triton {triton.__version__}.\n\n{report}")
+            document = written_into(document, about(report))
             options.write.write_text(document, encoding="utf-8")
     except ModeconnError as error:
         print(f"kernel report: {error}", file=sys.stderr)

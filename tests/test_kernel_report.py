@@ -36,21 +36,45 @@ def missing_tools() -> str:
     return ", ".join(name for name, path in paths.items() if not Path(path).is_file())
 
 
+def rows_of_the_document() -> dict[tuple[str, int], list[str]]:
+    """The cells of the document's table, by configuration and architecture."""
+    text = DOCUMENT.read_text(encoding="utf-8").partition(report.BEGIN)[2].partition(report.END)[0]
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {(row[0], int(row[1])): row[2:] for row in rows}
+
+
+def test_the_document_is_of_these_kernels():
+    """The whole report is compiled where a kernel changes, and written down with their digest."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    if triton.__version__ not in text.partition(report.BEGIN)[2]:
+        pytest.skip("the report is of another version of Triton")
+    assert report.digest() in text, "the kernels have changed: `make kernel-report`"
+
+
+def test_no_default_configuration_spills_and_tensor_cores_are_used():
+    rows = rows_of_the_document()
+    made = [(case.name, arch) for case in defaults() for arch in LIMITS if arch in case.archs]
+    assert sorted(rows) == sorted(made)
+    for case in defaults():
+        for arch in case.archs:
+            _, _, spilled, _, blocks, _, instructions = rows[case.name, arch]
+            assert spilled == "0" and int(blocks) >= 1, (case.name, arch)
+            if case.tensor_cores:
+                used = {80: "HMMA", 90: "HGMMA", 100: "MMA"}[arch]
+                assert used in instructions, (case.name, arch)
+
+
 @pytest.mark.slow
-def test_no_default_configuration_spills_and_tensor_cores_are_used(tmp_path):
+def test_the_document_is_what_the_compiler_makes(tmp_path):
+    """One configuration of each file on two architectures, compiled anew."""
     if missing_tools():
         pytest.skip(f"Triton comes without {missing_tools()} here")
     file = tmp_path / "report.json"
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = [sys.executable, str(ROOT / "bench" / "kernel_report.py"), "--sample"]
     done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "bench" / "kernel_report.py"),
-            "--archs",
-            *map(str, ARCHS),
-            "--json",
-            file,
-        ],
+        [*script, "--archs", *map(str, ARCHS), "--json", file],
         # compiled once until a kernel changes
         env={**kept, "TRITON_CACHE_DIR": str(ROOT / ".cache" / "triton")},
         capture_output=True,
@@ -58,13 +82,18 @@ def test_no_default_configuration_spills_and_tensor_cores_are_used(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    made = [(case.name, arch) for case in defaults() for arch in ARCHS if arch in case.archs]
-    assert [(row["name"], row["arch"]) for row in rows] == made
-    for row in rows:
-        assert row["spilled"] == 0 and row["blocks"] >= 1, row
-        if row["tensor_cores"]:
-            assert {80: "HMMA", 90: "HGMMA"}[row["arch"]] in row["instructions"], row
+    rows = [Resources(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    assert {row.file for row in rows} == set(CASES) and len(rows) == len(ARCHS) * len(CASES)
+    text = DOCUMENT.read_text(encoding="utf-8")
+    if triton.__version__ in text.partition(report.BEGIN)[2]:
+        assert all(line in text for line in table(rows).splitlines())
+
+
+def test_the_digest_is_of_code_alone(tmp_path):
+    code = "def f(x):\n    return x + 1\n"
+    same = '"""Words."""\n\n\ndef f(x):\n    """More."""\n    return x + 1  # a comment\n'
+    assert report._words(code) == report._words(same)
+    assert report._words(code) != report._words(code.replace("1", "2"))
 
 
 def defaults() -> list[AotCase]:
