@@ -155,9 +155,9 @@ def test_lengths_of_near_networks_keep_their_digits():
     """Two networks a millionth apart: the distance is that of the differences."""
     a = {
         "w": torch.randn(50, generator=torch.Generator().manual_seed(0)).double(),
-        "b": NETS[0].fc.bias,
+        "b": NETS[0].fc.bias.detach(),
     }
-    b = {"w": a["w"] + 1e-6, "b": a["b"].detach() + 1e-6}
+    b = {"w": a["w"] + 1e-6, "b": a["b"] + 1e-6}
     lengths = Lengths(mc.Line(a, b), ["w"])
     np.testing.assert_allclose(lengths.steps([0.0, 0.5, 1.0])[1:], 0.5e-6 * 50**0.5, rtol=1e-6)
     both = Lengths(mc.Line(a, b), ["w", "b"])
