@@ -172,9 +172,13 @@ def _closed(
 
 def _alike(values: Sequence[tuple[Structure, list[Tensor]]]) -> bool:
     """Whether values, of two runs by turns, have one structure, and equal shapes in each run."""
-    kinds = [[(t.shape, t.dtype) for t in tensors] for _, tensors in values]
+    kinds = [list(map(_kind, tensors)) for _, tensors in values]
     structures = [structure == values[0][0] for structure, _ in values]
     return all(structures) and all(kind == kinds[i % 2] for i, kind in enumerate(kinds))
+
+
+def _kind(tensor: Tensor) -> tuple[object, object]:
+    return tensor.shape, tensor.dtype
 
 
 def _size(

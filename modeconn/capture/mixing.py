@@ -52,7 +52,9 @@ def _apart(first: Tensor, rest: Tensor, whole: Tensor, count: int) -> bool:
 def run(graph: Graph, state: dict[str, Tensor], x: Inputs) -> Any:
     """Interprets a graph for one set of parameters and buffers; values go after their last use."""
     kept = set(graph.outputs())
-    last = {i: node.id for node in graph.nodes for i in node.inputs}
+    last: dict[int, int] = {}
+    for node in graph.nodes:
+        last |= dict.fromkeys(node.inputs, node.id)
     values: dict[int, Any] = dict(enumerate(graph.given(x)))
     for node in graph.nodes[len(values) :]:
         tensors = [

@@ -165,7 +165,7 @@ def _product(node: Node, inputs: Sequence[Node]) -> bool:
     left = node.first == In(0) and bool(inputs) and inputs[0].batched
     batched = [each for each in inputs if each.batched]
     fixed = [each for each in inputs if not each.batched]
-    plain = all(not any(isinstance(s, Size) for s in each.shape) for each in fixed)
+    plain = not any(map(_has_size, fixed))
     return plain and len(batched) == 1 and len(batched[0].shape) >= (2 if left else 3)
 
 
@@ -182,9 +182,14 @@ def _attention(node: Node, inputs: Sequence[Node]) -> bool:
 def _meet_masks(node: Node, masks: Sequence[Node]) -> bool:
     return all(
         (each.batched and _has_samples(each) and len(each.shape) == len(node.shape))
-        or (not each.batched and not any(isinstance(s, Size) for s in each.shape))
+        or (not each.batched and not _has_size(each))
         for each in masks
     )
+
+
+def _has_size(node: Node) -> bool:
+    """Whether an axis of a value has the length of the batch."""
+    return any(isinstance(size, Size) for size in node.shape)
 
 
 def _looked_up(node: Node, inputs: Sequence[Node]) -> bool:

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     lines = result["lines"]
     columns = [name for name in lines[0] if not name.endswith("_interval")]
     header = [name.replace("_", " ") for name in columns]
-    output.print_table(header, [[_cell(name, line) for name in columns] for line in lines])
+    output.print_table(header, [_cells(columns, line) for line in lines])
     compared = [line["better"] for line in lines if line.get("better") is not None]
     if compared:
         print(
@@ -118,6 +118,10 @@ def _estimated(args: argparse.Namespace) -> str:
 
 def _say(line: str) -> None:
     print(output.shown(line), file=sys.stderr, flush=True)
+
+
+def _cells(columns: list[str], line: dict[str, object]) -> list[str]:
+    return [_cell(name, line) for name in columns]
 
 
 def _cell(name: str, line: dict[str, object]) -> str:

@@ -283,10 +283,7 @@ def _tables(run: _Run, setting: Experiment, folder: Path, files: Sequence[File])
         for fraction in setting.fractions:
             pair = _pair(own, setting, place, checkpoint, fraction)
             found.setdefault(fraction, []).append(pair)
-    return [
-        Tables(fraction, tuple(a for a, _ in pairs), tuple(b for _, b in pairs))
-        for fraction, pairs in found.items()
-    ]
+    return [Tables(fraction, *zip(*pairs, strict=True)) for fraction, pairs in found.items()]
 
 
 def _pair(

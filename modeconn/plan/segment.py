@@ -282,8 +282,11 @@ class SegmentPlanner:
     ) -> list[tuple[Tensor, ...]]:
         """Per active control point, the tensors in which the value is linear."""
         cuts = [(node.entries[i], fit.cuts[i]) for i in sorted(linear)]
-        everyone = self._weights.everyone
-        return [tuple(self._weights.tensor(name, k, cut) for name, cut in cuts) for k in everyone]
+
+        def tensors(k: int) -> tuple[Tensor, ...]:
+            return tuple(self._weights.tensor(name, k, cut) for name, cut in cuts)
+
+        return [tensors(k) for k in self._weights.everyone]
 
     def _weights_of(self, node: Node, fit: Fit, linear: frozenset[int], k: int) -> list[Tensor]:
         """A node's weights with those of one control point, where the value is linear in them.

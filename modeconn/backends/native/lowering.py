@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -260,7 +261,8 @@ def begin_with_layer(program: Program, steps: StepGraph, most: float = DEPTH_PER
     same = len({(step.node.id, step.inputs) for step in combined}) == 1
     if not same or node.op not in ("linear", "conv2d"):
         return False
-    if not all(of_dtype(entry, program.dtype) for step in combined for entry in step.entries):
+    every = itertools.chain.from_iterable(step.entries for step in combined)
+    if not all(of_dtype(entry, program.dtype) for entry in every):
         return False
     if entries[0][0].numel() > most * len(combined):
         return False
