@@ -29,7 +29,7 @@ class Features:
     """h_l of several entry layers for one data set.
 
     Attributes:
-        labels: int64 [N].
+        labels: int64 [N], or other targets [N, …].
         on_disk: whether they are memory-mapped files; they are removed when the object is.
     """
 
@@ -60,6 +60,7 @@ def compute_features(
     kept: Mapping[int, Tensor] | None = None,
     folder: str | Path | None = None,
     memory_budget: int = _MEMORY_BUDGET,
+    of_classes: bool = True,
 ) -> Features:
     """Passes the data through one network once, keeping the value that enters each of some layers.
 
@@ -70,6 +71,7 @@ def compute_features(
         kept: for some entry layers the units to keep; all units where it says nothing.
         folder: where files go if the features are larger than `memory_budget` bytes; a temporary
             folder if None.
+        of_classes: whether targets must be class labels; others are kept as they are.
 
     Raises:
         ModeconnError: the data is empty, labels are not integers [N], or the inputs do not fit the
@@ -84,7 +86,7 @@ def compute_features(
     store: _Memory | _Files | None = None
     with torch.no_grad():
         for x, y in source:
-            labels.append(_class_labels(y).to(like.device))
+            labels.append((_class_labels(y) if of_classes else y).to(like.device))
             values = _values(chain, state, x.to(like), requested, kept or {})
             if store is None:
                 store = _Memory(values)

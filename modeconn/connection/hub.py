@@ -19,6 +19,7 @@ from modeconn.connection.star import Join, Pair, Star
 from modeconn.connection.verification import Claims, certify, verify
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
+from modeconn.metrics.convexity import Loss
 from modeconn.parameters.paths import PolyChain
 
 
@@ -83,7 +84,7 @@ def _certified(
     # Each descent is a connection of its own, which begins in "a".
     name = walk[0].label
     labels = ["a", *(point.label.replace(f" of {name}", " of a") for point in walk[1:])]
-    claims = Claims(kinds, labels, settings.target)
+    claims = Claims(kinds, labels, settings.target, settings.loss)
     certificates = [
         None if each is None else certify(model, chain, path, each, claims) for each in data
     ]
@@ -112,7 +113,12 @@ def _joins(chain: LayerChain, hubs: Mapping[str, State]) -> dict[Pair, Join]:
 
 
 def verify_star(
-    model: nn.Module, star: Star, data: Any, batch_size: int | None = None, **ends: Any
+    model: nn.Module,
+    star: Star,
+    data: Any,
+    batch_size: int | None = None,
+    loss: Loss = "cross_entropy",
+    **ends: Any,
 ) -> dict[str, Certificate]:
     """Recomputes the certificates of all descents and the joins of all pairs.
 
@@ -120,7 +126,7 @@ def verify_star(
         model: the architecture.
         star: from `connect` or `Star.load`.
         data: as for `verify`.
-        batch_size: rows at a time.
+        batch_size: rows at a time. loss: the one that was certified.
         ends: networks by name (a=…, b=…) that the descents should begin in, bit for bit.
 
     Returns:
@@ -132,7 +138,8 @@ def verify_star(
         ModeconnError: as `verify`.
     """
     found = {
-        name: _verified(model, name, star, data, batch_size, ends.get(name)) for name in star.names
+        name: _verified(model, name, star, data, batch_size, loss, ends.get(name))
+        for name in star.names
     }
     sample = next(iter(as_batches(data, 4)))[0]
     chain = LayerChain.of(model, sample.float())
@@ -150,10 +157,16 @@ def verify_star(
 
 
 def _verified(
-    model: nn.Module, name: str, star: Star, data: Any, batch_size: int | None, end: Any
+    model: nn.Module,
+    name: str,
+    star: Star,
+    data: Any,
+    batch_size: int | None,
+    loss: Loss,
+    end: Any,
 ) -> Certificate:
     """Verifies one descent; a false certificate is named."""
     try:
-        return verify(model, star.descents[name], data, batch_size, a=end)
+        return verify(model, star.descents[name], data, batch_size, a=end, loss=loss)
     except FalseCertificate as error:
         raise FalseCertificate(f"descent of {name}: {error}") from error

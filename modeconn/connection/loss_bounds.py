@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from modeconn.errors import ModeconnError
 from modeconn.metrics import Head
 from modeconn.metrics.convexity import Loss, check_convex, name_of
+from modeconn.metrics.head import LOSSES
 from modeconn.metrics.numbers import per_sample
 from modeconn.metrics.torch_losses import TorchLoss, converted
 
@@ -57,6 +58,13 @@ class CertifiedLoss:
         """Returns the sum of the losses."""
         return float(self._head.sums(outputs, y)[0])
 
+    def of_samples(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Returns the losses [N] of samples, class weights included; they can be differentiated."""
+        loss = self._head.loss
+        if isinstance(loss, TorchLoss):
+            return loss.values(outputs, y)
+        return LOSSES[str(loss)](outputs, y)["loss"]
+
     def count(self, y: Tensor) -> float:
         """Returns what the sum is divided by for the mean: samples, or their classes' weights."""
         return float(self._head.counts(y)[0])
@@ -79,6 +87,10 @@ class CertifiedLoss:
             weight = 1.0 if loss.weight is None else float(loss.weight.max())
             spread = 2 * weight * float(errors.amax(1).sum())
             return self.total(outputs + errors, y) + spread
+        if loss == "soft_cross_entropy":
+            # log-sum-exp(z) moves by at most E, weighted by the sum of the targets, and q·z by q·E
+            spread = 2 * float((y.abs().sum(1) * errors.amax(1)).sum())
+            return self.total(outputs, y) + spread
         return self._largest_of_numbers(outputs, errors, y)
 
     def _largest_of_numbers(self, outputs: Tensor, errors: Tensor, y: Tensor) -> float:

@@ -18,6 +18,7 @@ from modeconn.connection.solution import Settings, Solution, solve
 from modeconn.connection.star import Star
 from modeconn.connection.verification import Claims, certify
 from modeconn.errors import ModeconnError
+from modeconn.metrics.convexity import Loss, name_of
 from modeconn.parameters.paths import PolyChain
 
 Log = Callable[[str], None]
@@ -35,6 +36,7 @@ def connect(
     subnetworks: str = ...,
     seed: int = ...,
     *,
+    loss: Loss = ...,
     spec: str | None = ...,
     folder: str | os.PathLike[str] | None = ...,
     log: Log | None = ...,
@@ -53,6 +55,7 @@ def connect(
     subnetworks: str = ...,
     seed: int = ...,
     *,
+    loss: Loss = ...,
     spec: str | None = ...,
     folder: str | os.PathLike[str] | None = ...,
     log: Log | None = ...,
@@ -71,6 +74,7 @@ def connect(
     subnetworks: str = "auto",
     seed: int = 0,
     *,
+    loss: Loss = "cross_entropy",
     spec: str | None = None,
     folder: str | os.PathLike[str] | None = None,
     log: Log | None = None,
@@ -91,7 +95,7 @@ def connect(
             of networks as a, and no b, for a star of several: `connect(model, [a, b, c],
             train=data)`.
         train: data that the subnetworks are trained on and the bound holds for, as for `evaluate`;
-            targets are class labels.
+            targets are class labels, or what the loss takes.
         kept: fraction of the units of a hidden layer that its subnetwork reads, for all layers or
             for each of layers 1 … L-1.
         target: the loss to get below; the work goes to the entry layers that are above it. None for
@@ -108,6 +112,9 @@ def connect(
             heads, and closed forms that memorise if heads do not reach a target that was given;
             "trained" elsewhere.
         seed: of the kept units, the subnetworks' weights and the order of the samples.
+        loss: as for `evaluate`, one that is convex in the outputs: "cross_entropy", "mse", "bce",
+            or one of PyTorch's, with class weights or label smoothing (`check_convex` has the
+            list). Targets are then as it takes them.
         spec: text that names the model, kept with the connection.
         folder: keeps the finished subnetworks and those in training: after an interruption the same
             call goes on from there, to the same connection. It may be removed once the connection
@@ -126,7 +133,7 @@ def connect(
             belongs to another search.
     """
     began = time.perf_counter()
-    settings = Settings(kept, target, subnetworks, seed, folder)
+    settings = Settings(kept, target, subnetworks, seed, folder, loss)
     settings.check()
     say = log or _silent
     if isinstance(a, (list, tuple)):
@@ -141,7 +148,7 @@ def connect(
     points = _breakpoints(solution)
     path = PolyChain([point.state for point in points])
     kinds = tuple(point.kind for point in points[1:])
-    claims = Claims(kinds, [point.label for point in points], target)
+    claims = Claims(kinds, [point.label for point in points], target, loss)
     say("certificate")
     certificate = certify(model, solution.chain, path, train, claims)
     other = None if test is None else certify(model, solution.chain, path, test, claims)
@@ -159,6 +166,7 @@ def details_of(settings: Settings, solution: Solution, began: float) -> dict[str
     return {
         "kept": list(kept) if isinstance(kept, Sequence) else kept,
         "target": settings.target,
+        "loss": name_of(settings.loss),
         "subnetworks": settings.subnetworks,
         "seed": settings.seed,
         "seconds": round(time.perf_counter() - began, 2),

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.subnetworks import Subnetwork, restrict
+from modeconn.connection.targets import Targets
 from modeconn.connection.trained_subnetwork import TrainedSubnetwork
 from modeconn.connection.training import measure
 from modeconn.errors import ModeconnError
@@ -38,13 +39,13 @@ def fit_readout(
     chain: LayerChain,
     start: Subnetwork,
     h: Tensor,
-    labels: Tensor,
+    labels: Tensor | Targets,
     *,
     iterations: int = 300,
     stop_loss: float | None = None,
     weight_decay: float = WEIGHT_DECAY,
 ) -> TrainedSubnetwork:
-    """Minimises the mean cross-entropy + weight_decay / 2 · ‖W · rms(h)‖² of a linear readout.
+    """Minimises the mean loss + weight_decay / 2 · ‖W · rms(h)‖² of a linear readout.
 
     The problem is convex: L-BFGS finds the same minimum from any start. Each feature is scaled to a
     root mean square of 1 first, since uneven scales slow L-BFGS down. The
@@ -53,9 +54,9 @@ def fit_readout(
     Args:
         start: a subnetwork of one layer; where the search begins.
         h: h_l [N, n_l, …], all units or the kept ones.
-        labels: int64 [N].
+        labels: int64 [N], for cross-entropy; or targets with another convex loss.
         iterations: at most so many steps.
-        stop_loss: finished once the mean cross-entropy is at most this.
+        stop_loss: finished once the mean loss is at most this.
 
     Raises:
         ModeconnError: a subnetwork of more than one layer, or a readout that is no linear layer.
@@ -117,9 +118,9 @@ class _Problem:
     """The objective and its gradient, in the weights on scaled features and the bias."""
 
     def __init__(
-        self, h: Tensor, labels: Tensor, weight_decay: float, stop_loss: float | None
+        self, h: Tensor, labels: Tensor | Targets, weight_decay: float, stop_loss: float | None
     ) -> None:
-        self.h, self.labels = h.flatten(1), labels
+        self.h, self.targets = h.flatten(1), Targets.of(labels)
         self.weight_decay, self.stop_loss = weight_decay, stop_loss
         squares = torch.zeros(self.h.shape[1], dtype=torch.float64, device=h.device)
         for rows in self.h.split(_ROWS):
@@ -145,10 +146,10 @@ class _Problem:
         """Computes the objective, and puts its gradient into the parameters.
 
         Raises:
-            _Reached: the mean cross-entropy is at most the loss to stop at.
+            _Reached: the mean loss is at most the loss to stop at.
         """
-        loss, gradient, sums = self._cross_entropy()
-        samples = len(self.labels)
+        loss, gradient, sums = self._sums()
+        samples = len(self.targets)
         loss /= samples
         if self.stop_loss is not None and loss <= self.stop_loss:
             raise _Reached
@@ -159,19 +160,35 @@ class _Problem:
         objective = loss + 0.5 * self.weight_decay * float(scaled.square().sum())
         return objective if math.isfinite(objective) else math.inf
 
-    def _cross_entropy(self) -> tuple[float, Tensor, Tensor]:
-        """Sums cross-entropy and its gradient in weight and bias over all samples."""
+    def _sums(self) -> tuple[float, Tensor, Tensor]:
+        """Sums the loss and its gradient in weight and bias over all samples."""
         weight, bias = self.readout()
         columns, shift = weight.t().to(self.h), None if bias is None else bias.to(self.h)
         gradient = torch.zeros_like(weight)
         sums = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
         loss = 0.0
-        for rows, labels in zip(self.h.split(_ROWS), self.labels.split(_ROWS)):
+        for start in range(0, len(self.h), _ROWS):
+            block = slice(start, start + _ROWS)
+            rows = self.h[block]
             logits = rows @ columns if shift is None else torch.addmm(shift, rows, columns)
-            logarithms = F.log_softmax(logits.double(), 1)
-            loss -= float(logarithms.gather(1, labels[:, None]).sum())
-            slopes = logarithms.exp()
-            slopes[torch.arange(len(labels), device=labels.device), labels] -= 1.0
+            own, slopes = _with_slopes(self.targets[block], logits.double())
+            loss += own
             gradient += slopes.t().to(rows) @ rows
             sums += slopes.sum(0)
         return loss, gradient, sums
+
+
+def _with_slopes(targets: Targets, logits: Tensor) -> tuple[float, Tensor]:
+    """Sums the losses of some rows, and computes their slopes in the logits, [B, C]."""
+    if targets.loss is None:
+        labels = targets.values
+        logarithms = F.log_softmax(logits, 1)
+        loss = -float(logarithms.gather(1, labels[:, None]).sum())
+        slopes = logarithms.exp()
+        slopes[torch.arange(len(labels), device=labels.device), labels] -= 1.0
+        return loss, slopes
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        total = targets.losses(leaf[None]).sum()
+        (slopes,) = torch.autograd.grad(total, leaf)
+    return float(total.detach()), slopes

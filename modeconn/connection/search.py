@@ -25,6 +25,7 @@ from modeconn.connection.readout import fit_readout
 from modeconn.connection.recipe import Recipe
 from modeconn.connection.resume import Fits, search_settings
 from modeconn.connection.subnetworks import Subnetwork, initial, why_not_carried
+from modeconn.connection.targets import Targets
 from modeconn.connection.trained_subnetwork import BestSubnetwork, TrainedSubnetwork
 from modeconn.connection.training import measure, train_subnetworks
 from modeconn.connection.warm_start import first_layer_of, input_subnetwork
@@ -75,6 +76,7 @@ class SearchProblem:
         ends: the weights of the networks by name.
         features: their kept features h_l[I_l] on the training data.
         units: I_l by entry layer.
+        targets: of the training data, with their loss.
         goal: the loss to get to.
         seed: of the initial weights and the order of the samples.
     """
@@ -83,6 +85,7 @@ class SearchProblem:
     ends: Mapping[str, Mapping[str, Tensor]]
     features: Mapping[str, Features]
     units: Mapping[int, Tensor]
+    targets: Targets
     goal: float
     seed: int
 
@@ -127,6 +130,7 @@ class Search:
                 method=self.method,
                 goal=problem.goal,
                 seed=problem.seed,
+                loss=problem.targets.name,
             )
         self.fits = Fits(folder, settings)
 
@@ -175,16 +179,12 @@ class Search:
                 del self.best[self.shared]
                 self._for_nothing = False
             return False
-        features = self.problem.features[side]
-        loss, error = measure(self.chain, found, features.entry(0), features.labels)
+        h = self.problem.features[side].entry(0)
+        loss, error = measure(self.chain, found, h, self.problem.targets)
         if self._for_nothing or self.shared not in self.best or loss < self.best[self.shared].loss:
             method, self._for_nothing = self.best[side, 1].method, True
             self.best[self.shared] = BestSubnetwork(found, loss, error, method, 0, 0.0)
         return True
-
-    @property
-    def _labels(self) -> Tensor:
-        return self.problem.features[self.shared[0]].labels
 
     def _is_finished(self, slot: Slot) -> bool:
         return slot in self.best and not self.best[slot].loss > self.problem.goal
@@ -239,10 +239,11 @@ class Search:
         """Whether a readout of the first rows gets to the goal."""
         features = self.problem.features[slot[0]]
         zero = replace(sub, weights=(torch.zeros_like(sub.weights[0]),))
-        h, labels = features.entry(slot[1])[:_TRIAL_ROWS], features.labels[:_TRIAL_ROWS]
+        rows = slice(_TRIAL_ROWS)
+        h, targets = features.entry(slot[1])[rows], self.problem.targets[rows]
         level = _MARGIN * self.problem.goal
         return fit_readout(
-            self.chain, zero, h, labels, iterations=_TRIAL_STEPS, stop_loss=level
+            self.chain, zero, h, targets, iterations=_TRIAL_STEPS, stop_loss=level
         ).reached
 
     def _new_shallow(self, slot: Slot, depth: int, number: int) -> Subnetwork:
@@ -303,7 +304,7 @@ class Search:
 
     def _recipe(self, recipe: Recipe, epochs: int, first: int) -> Recipe:
         """Returns a round's recipe; `first` is the number of epochs of the first round."""
-        steps = math.ceil(len(self._labels) / recipe.batch_size) * first
+        steps = math.ceil(len(self.problem.targets) / recipe.batch_size) * first
         longer = max(1.0, _STEPS / steps)
         return replace(
             recipe, epochs=math.ceil(epochs * longer), stop_loss=_MARGIN * self.problem.goal
@@ -323,7 +324,7 @@ class Search:
                 self.chain,
                 start,
                 features.entry(slot[1]),
-                features.labels,
+                self.problem.targets,
                 iterations=_READOUT_ROUNDS[number],
                 stop_loss=_MARGIN * self.problem.goal,
             )
@@ -335,12 +336,12 @@ class Search:
         slots = [slot for slot, _ in members]
         starts = [sub for _, sub in members]
         features = [self.problem.features[side].entry(entry) for side, entry in slots]
-        labels = self._labels
+        targets = self.problem.targets
 
         def fit(file: Path | None) -> list[TrainedSubnetwork]:
             seed = self.problem.seed * 101 + number
             return train_subnetworks(
-                self.chain, starts, features, labels, recipe, seed=seed, checkpoint=file
+                self.chain, starts, features, targets, recipe, seed=seed, checkpoint=file
             )
 
         for slot, result in zip(slots, self.fits.next(starts, fit)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,22 +14,26 @@ from modeconn.connection.closed_form import Found, Solved
 from modeconn.connection.features import Features, compute_features
 from modeconn.connection.kept import activity, drawn_units
 from modeconn.connection.layer_chain import LayerChain
+from modeconn.connection.loss_bounds import CertifiedLoss
 from modeconn.connection.memorising import memorised, memorises, memorising_subnetworks
 from modeconn.connection.positions import fits_below
 from modeconn.connection.search import METHODS as SEARCHES
 from modeconn.connection.search import Search, SearchProblem
 from modeconn.connection.separable import separable_subnetworks
+from modeconn.connection.targets import Targets
 from modeconn.connection.trained_subnetwork import BestSubnetwork
 from modeconn.connection.training import measure
 from modeconn.connection.warm_start import input_subnetwork
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.files import locked
+from modeconn.metrics.convexity import Loss, check_convex, name_of
 from modeconn.parameters import state as states
 
 Log = Callable[[str], None]
 
-METHODS = (*SEARCHES, "separable", "memorise")
+CLOSED_FORMS = ("separable", "memorise")
+METHODS = (*SEARCHES, *CLOSED_FORMS)
 # Without a target the goal is the larger loss of the end points and a little more, sought in so
 # many rounds: a bound of the ends' own order at a fraction of the cost of the search's last round.
 _DEFAULT_GOAL = 1.05
@@ -47,6 +50,7 @@ class Settings:
     subnetworks: str
     seed: int
     folder: str | os.PathLike[str] | None = None
+    loss: Loss = "cross_entropy"
 
     def check(self) -> None:
         """Raises a ModeconnError for a setting out of range."""
@@ -56,6 +60,12 @@ class Settings:
             )
         if self.target is not None and not self.target > 0:
             raise ModeconnError(f"target is {self.target}: expected a positive loss")
+        check_convex(self.loss)
+        if self.subnetworks in CLOSED_FORMS and name_of(self.loss) != "cross_entropy":
+            raise ModeconnError(
+                f"subnetworks={self.subnetworks!r} are for cross-entropy of class labels, and loss "
+                f'is {name_of(self.loss)}: use "auto"'
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +115,11 @@ def solve(
     active = activity(chain, ends, train)
     units = drawn_units(chain, settings.kept, active, settings.seed)
     task = _Task(chain, ends, train, settings, say, units, active)
-    if settings.subnetworks in ("separable", "memorise"):
+    if settings.subnetworks in CLOSED_FORMS:
         return task.closed(settings.subnetworks)
     found = task.searched()
-    if settings.subnetworks == "auto" and settings.target is not None:
+    plain = name_of(settings.loss) == "cross_entropy"
+    if settings.subnetworks == "auto" and settings.target is not None and plain:
         return task.improved(found)
     return found
 
@@ -130,7 +141,16 @@ class _Task:
         settings = self.settings
         features = self._features(self.ends, self.units)
         goal, rounds = self._goal()
-        problem = SearchProblem(self.chain, self.ends, features, self.units, goal, settings.seed)
+        values = next(iter(features.values())).labels
+        problem = SearchProblem(
+            chain=self.chain,
+            ends=self.ends,
+            features=features,
+            units=self.units,
+            targets=Targets.with_loss(values, settings.loss, self.chain.classes),
+            goal=goal,
+            seed=settings.seed,
+        )
         with locked(settings.folder):
             found = Search(problem, settings.subnetworks, self.say, settings.folder).run(rounds)
         return Solution(self.chain, self.ends, found)
@@ -138,7 +158,11 @@ class _Task:
     def improved(self, found: Solution) -> Solution:
         """Takes closed forms instead of what was found, where that is above the target."""
         target, samples = self.settings.target or 0.0, _samples(self.train)
-        above = found.worst > target >= max(_losses(self.chain, self.ends, self.train)[:-1])
+        above = (
+            found.worst
+            > target
+            >= max(_losses(self.chain, self.ends, self.train, self.settings.loss)[:-1])
+        )
         if not above or not memorises(self.chain, self.units, samples):
             return found
         try:
@@ -168,11 +192,14 @@ class _Task:
         self, ends: Mapping[str, states.State], kept: Mapping[int, Tensor]
     ) -> dict[str, Features]:
         """Computes the features of all networks, of some units or all, and checks the labels."""
-        features = {}
+        features, of_classes = {}, CertifiedLoss(self.settings.loss).has_error
         for name, end in ends.items():
             self.say(f"features of {name}")
-            features[name] = compute_features(self.chain, end, self.train, kept=kept)
-        _check_labels(self.chain, next(iter(features.values())).labels)
+            features[name] = compute_features(
+                self.chain, end, self.train, kept=kept, of_classes=of_classes
+            )
+        if of_classes:
+            _check_labels(self.chain, next(iter(features.values())).labels)
         return features
 
     def _goal(self) -> tuple[float, int | None]:
@@ -183,7 +210,7 @@ class _Task:
         """
         if self.settings.target is not None:
             return self.settings.target, None
-        *losses, zero = _losses(self.chain, self.ends, self.train)
+        *losses, zero = _losses(self.chain, self.ends, self.train, self.settings.loss)
         largest = max(losses)
         if largest < zero:
             return min(_DEFAULT_GOAL * largest, 0.5 * (largest + zero)), _DEFAULT_ROUNDS
@@ -261,18 +288,22 @@ def _check_labels(chain: LayerChain, labels: Tensor) -> None:
         )
 
 
-def _losses(chain: LayerChain, ends: Mapping[str, states.State], train: Any) -> list[float]:
+def _losses(
+    chain: LayerChain, ends: Mapping[str, states.State], train: Any, loss: Loss
+) -> list[float]:
     """Computes the training losses of the networks, and of outputs 0, summed in float64."""
-    totals, zero, samples = dict.fromkeys(ends, 0.0), 0.0, 0
+    certified = CertifiedLoss(loss)
+    totals, count = dict.fromkeys([*ends, ""], 0.0), 0.0
     with torch.no_grad():
         for x, y in as_batches(train, _BATCH):
+            zero = torch.zeros(len(x), chain.classes, dtype=torch.float64)
+            fitted = certified.fit(zero, y.cpu())
+            totals[""] += certified.total(zero, fitted)
             for name, end in ends.items():
-                logits = chain.run(end, x.to(end[chain.layers[-1].weight]))
-                losses = nn.functional.cross_entropy(logits, y.long(), reduction="none")
-                totals[name] += float(losses.double().sum())
-            zero += len(x) * math.log(chain.classes)
-            samples += len(x)
-    return [total / samples for total in (*totals.values(), zero)]
+                outputs = chain.run(end, x.to(end[chain.layers[-1].weight])).double()
+                totals[name] += certified.total(outputs.cpu(), fitted)
+            count += certified.count(fitted)
+    return [total / count for total in totals.values()]
 
 
 def _samples(data: Any) -> int:

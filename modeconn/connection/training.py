@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.recipe import Recipe
 from modeconn.connection.stack import KeptFeatures, Stack
 from modeconn.connection.subnetworks import Subnetwork
+from modeconn.connection.targets import Targets
 from modeconn.connection.trained_subnetwork import TrainedSubnetwork, pack, unpack
 from modeconn.errors import ModeconnError
 from modeconn.resuming import Record
@@ -40,15 +40,20 @@ _ROWS = 1000
 _BETAS = (0.9, 0.99)
 
 
-def measure(chain: LayerChain, sub: Subnetwork, h: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Measures mean cross-entropy and error of a subnetwork, summed in float64.
+def measure(
+    chain: LayerChain, sub: Subnetwork, h: Tensor, labels: Tensor | Targets
+) -> tuple[float, float]:
+    """Measures mean loss and error of a subnetwork, summed in float64.
 
     Args:
         h: h_l [N, …] of all units, or of the kept ones.
-        labels: int64 [N].
+        labels: int64 [N], for cross-entropy; or targets with another loss.
+
+    Returns:
+        the loss, and the fraction of wrong samples, NaN where targets are no class labels.
     """
     rows = KeptFeatures(chain, [sub], [h], budget=0)
-    ((loss, error),) = _measured(Stack(chain, [sub]), rows, labels)
+    ((loss, error),) = _measured(Stack(chain, [sub]), rows, Targets.of(labels))
     return loss, error
 
 
@@ -56,7 +61,7 @@ def train_subnetworks(
     chain: LayerChain,
     starts: Sequence[Subnetwork],
     features: Sequence[Tensor],
-    labels: Tensor,
+    labels: Tensor | Targets,
     recipe: Recipe,
     *,
     seed: int = 0,
@@ -69,7 +74,7 @@ def train_subnetworks(
         starts: the weights to begin with.
         features: h_l [N, n_l, …] for each of them, all units or the kept ones; the same tensor
             where several read one network.
-        labels: int64 [N].
+        labels: int64 [N], for cross-entropy; or targets with another loss.
         recipe: the same for all; a subnetwork that is finished leaves the others, or ends the
             training of all (`stop_together`).
         seed: of the order of the samples, which is the same for all of them.
@@ -87,8 +92,9 @@ def train_subnetworks(
             checkpoint of another training.
     """
     recipe.check()
-    _check_data(chain, starts, features, labels)
-    run = _Training(chain, starts, features, labels, recipe, seed)
+    targets = Targets.of(labels)
+    _check_data(chain, starts, features, targets)
+    run = _Training(chain, starts, features, targets, recipe, seed)
     record = run.record(checkpoint)
     if record.exists:
         run.load(record)
@@ -104,7 +110,7 @@ def train_subnetworks(
 
 
 def _check_data(
-    chain: LayerChain, starts: Sequence[Subnetwork], features: Sequence[Tensor], labels: Tensor
+    chain: LayerChain, starts: Sequence[Subnetwork], features: Sequence[Tensor], labels: Targets
 ) -> None:
     if not starts:
         raise ModeconnError("starts is empty: there are no subnetworks to train")
@@ -116,11 +122,7 @@ def _check_data(
         )
     if not samples:
         raise ModeconnError("labels is empty: there are no samples to train on")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= chain.classes:
-        raise ModeconnError(
-            f"labels run from {low} to {high}, but {chain.name} has {chain.classes} outputs"
-        )
+    labels.check(chain.classes, chain.name)
 
 
 class _Training:
@@ -138,11 +140,11 @@ class _Training:
         chain: LayerChain,
         starts: Sequence[Subnetwork],
         features: Sequence[Tensor],
-        labels: Tensor,
+        targets: Targets,
         recipe: Recipe,
         seed: int,
     ) -> None:
-        self.chain, self.starts, self.labels = chain, list(starts), labels
+        self.chain, self.starts, self.targets = chain, list(starts), targets
         self.recipe, self.seed = recipe, seed
         like = features[0]
         self.stack = Stack(chain, [sub.to(like) for sub in starts])
@@ -174,30 +176,31 @@ class _Training:
         began = time.perf_counter()
         batches = self._order().split(self.recipe.batch_size)
         steps = self.recipe.epochs * len(batches)
-        seen = torch.zeros(2, len(self.stack), dtype=torch.float64, device=self.labels.device)
+        device = self.targets.values.device
+        seen = torch.zeros(2, len(self.stack), dtype=torch.float64, device=device)
         for number, rows in enumerate(batches):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.rate(self.epoch * len(batches) + number, steps)
-            logits, labels = self.stack.logits(self.rows.batch(rows)), self.labels[rows]
-            losses = _losses(logits, labels)
+            logits, targets = self.stack.logits(self.rows.batch(rows)), self.targets[rows]
+            losses = targets.losses(logits)
             self.optimizer.zero_grad()
             losses.mean(1).sum().backward()
             self.optimizer.step()
             seen[0] += losses.detach().sum(1)
             if self.recipe.stop_error is not None:
-                seen[1] += (logits.detach().argmax(2) != labels).sum(1)
+                seen[1] += targets.wrong(logits.detach())
         self.epoch += 1
         spent = time.perf_counter() - began
         for start in self.active:
             self.seconds[start] += spent / len(self.active)
-        losses_seen, errors_seen = (seen / len(self.labels)).tolist()
+        losses_seen, errors_seen = (seen / len(self.targets)).tolist()
         self._review(losses_seen, errors_seen)
 
     def _order(self) -> Tensor:
         """Draws the order of the samples, from seed and epoch alone: resuming finds the same."""
         words = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(words[0]) >> 1)
-        return torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+        return torch.randperm(len(self.targets), generator=generator).to(self.targets.values.device)
 
     def _near(self, loss: float, error: float) -> bool:
         """Whether the exact numbers can matter, given those seen while training."""
@@ -222,7 +225,7 @@ class _Training:
         finished = []
         near = [self._near(*pair) for pair in zip(seen, errors)]
         if any(near):
-            measured = _measured(self.stack, self.rows, self.labels)
+            measured = _measured(self.stack, self.rows, self.targets)
             together = self.recipe.stop_together and any(self._reached(*pair) for pair in measured)
             if together:  # all are finished, near or not
                 near = [True] * len(near)
@@ -262,7 +265,7 @@ class _Training:
             self._conclude(self.active[d])
         self.active = [self.active[d] for d in stay]
         if stay:
-            which = torch.tensor(stay, device=self.labels.device)
+            which = torch.tensor(stay, device=self.targets.values.device)
             before = [self.optimizer.state.get(p, {}) for p in self.stack.parameters]
             self.stack.keep(which)
             self.rows.keep(stay)
@@ -280,7 +283,7 @@ class _Training:
     def finish(self) -> None:
         """Makes the results of all that are still in training."""
         if self.epoch == 0 and self.active:
-            measured = _measured(self.stack, self.rows, self.labels)
+            measured = _measured(self.stack, self.rows, self.targets)
             for start, (loss, error) in zip(self.active, measured):
                 reached = self._reached(loss, error)
                 self.best[start] = TrainedSubnetwork(
@@ -300,7 +303,7 @@ class _Training:
         settings = {
             **asdict(self.recipe),
             "seed": self.seed,
-            "rows": len(self.labels),
+            "rows": len(self.targets),
             "starts": starts.hexdigest(),
         }
         return Record(file, "unfinished training", settings)
@@ -330,7 +333,7 @@ class _Training:
         self.best = unpack("best", tensors, state["best"], self.starts)
         self.results = unpack("results", tensors, state["results"], self.starts)
         self.active = state["active"]
-        which = torch.tensor(self.active, dtype=torch.int64, device=self.labels.device)
+        which = torch.tensor(self.active, dtype=torch.int64, device=self.targets.values.device)
         self.stack.keep(which)
         self.rows.keep(self.active)
         self.optimizer = self._optimizer()
@@ -360,20 +363,14 @@ def _selected(values: Mapping[str, Any], which: Tensor) -> dict[str, Any]:
     return found
 
 
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Computes cross-entropy per subnetwork and sample, [D, B]."""
-    D, B, _ = logits.shape
-    return F.cross_entropy(logits.flatten(0, 1), labels.repeat(D), reduction="none").view(D, B)
-
-
-def _measured(stack: Stack, rows: KeptFeatures, labels: Tensor) -> list[tuple[float, float]]:
+def _measured(stack: Stack, rows: KeptFeatures, targets: Targets) -> list[tuple[float, float]]:
     """Measures mean loss and error of each subnetwork over all samples, summed in float64."""
-    loss = torch.zeros(len(stack), dtype=torch.float64, device=labels.device)
+    loss = torch.zeros(len(stack), dtype=torch.float64, device=targets.values.device)
     wrong = torch.zeros_like(loss)
     with torch.no_grad():
-        for start in range(0, len(labels), _ROWS):
+        for start in range(0, len(targets), _ROWS):
             block = slice(start, start + _ROWS)
-            logits, own = stack.logits(rows.batch(block)), labels[block]
-            loss += _losses(logits, own).sum(1, dtype=torch.float64)
-            wrong += (logits.argmax(2) != own).sum(1)
-    return list(zip((loss / len(labels)).tolist(), (wrong / len(labels)).tolist()))
+            logits, own = stack.logits(rows.batch(block)), targets[block]
+            loss += own.losses(logits).sum(1, dtype=torch.float64)
+            wrong += own.wrong(logits)
+    return list(zip((loss / len(targets)).tolist(), (wrong / len(targets)).tolist()))

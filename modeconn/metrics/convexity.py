@@ -23,6 +23,7 @@ Loss = str | PerSample
 CONVEX: dict[str | Callable[..., Tensor], str] = {
     "cross_entropy": "a log-sum-exp of the outputs minus a linear function of them",
     "mse": "squares of affine functions of the outputs",
+    "soft_cross_entropy": "a log-sum-exp of the outputs minus a linear function of them",
     "bce": "softplus of the outputs minus a linear function of them",
     F.cross_entropy: "a log-sum-exp of the outputs minus a linear function of them",
     F.nll_loss: "linear in the outputs",

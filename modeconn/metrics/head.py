@@ -11,7 +11,7 @@ from torch import Tensor
 
 from modeconn.errors import ModeconnError
 from modeconn.metrics import classes
-from modeconn.metrics.numbers import bce, fit_numbers, mse
+from modeconn.metrics.numbers import bce, fit_numbers, mse, soft_cross_entropy
 from modeconn.metrics.per_row import PerSample, check_rows, values_of
 from modeconn.metrics.torch_losses import TorchLoss, understood
 
@@ -20,9 +20,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
     "next_token": classes.cross_entropy,
     "mse": mse,
     "bce": bce,
+    "soft_cross_entropy": soft_cross_entropy,
 }
 METRICS = ("loss", "error", "top5_error", "perplexity")
 _LABELLED = ("cross_entropy", "next_token")
+_OF_NUMBERS = ("mse", "soft_cross_entropy")  # without a metric of right and wrong
 _ERRORS = ("error", "top5_error")
 
 
@@ -33,7 +35,8 @@ class Head:
         loss: "cross_entropy" (class labels, per sample or per token or pixel; those that are -100
             are left out, as in PyTorch), "next_token" (cross-entropy for texts [N, length] whose
             labels are the texts themselves: the outputs at each place are for the token after it),
-            "mse", "bce" (logits), a loss of PyTorch's as a module or function, whose mean is that
+            "mse", "bce" (logits), "soft_cross_entropy" (targets are weights of the classes
+            [N, classes]), a loss of PyTorch's as a module or function, whose mean is that
             of the data set, or a callable (outputs, targets) → losses [N].
         metrics: "loss", "error", "top5_error", "perplexity" (exp of the mean loss), or callables
             (outputs, targets) → [N], which go before ours of the same name; None for loss and,
@@ -83,7 +86,8 @@ class Head:
             raise ModeconnError(
                 f"metric {metric!r} is unknown: expected one of {', '.join(METRICS)}, or a callable"
             )
-        numbers = self.loss == "mse" or (isinstance(self.loss, TorchLoss) and not self.of_classes)
+        of_torch = isinstance(self.loss, TorchLoss) and not self.of_classes
+        numbers = of_torch or self.loss in _OF_NUMBERS
         if metric in _ERRORS and numbers:
             raise ModeconnError(
                 f"metric {metric!r} is for classes, and loss={self._loss_name} has none: expected "
@@ -131,6 +135,11 @@ class Head:
         if not callable(self.loss) and not self.of_classes:
             if isinstance(self.loss, TorchLoss):
                 self.loss.check(outputs)
+            if self.loss == "soft_cross_entropy" and bool((targets < 0).any()):
+                raise ModeconnError(
+                    f"targets go down to {float(targets.min()):.4g}: "
+                    f"loss={self._loss_name} expects weights of the classes, none below 0"
+                )
             return fit_numbers(outputs, targets, self._loss_name)
         if self.loss == "next_token":
             labels = classes.fit_next(outputs, targets)
