@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -17,13 +17,23 @@ def untouched_randomness() -> Iterator[None]:
 
     The global generators are meant, on the CPU and on every CUDA device in use.
     """
-    states = random.getstate(), np.random.get_state(), torch_states()  # noqa: NPY002
+    restore = restorer()
     try:
         yield
     finally:
+        restore()
+
+
+def restorer() -> Callable[[], None]:
+    """Return what sets the global generators back to their present states."""
+    states = random.getstate(), np.random.get_state(), torch_states()  # noqa: NPY002
+
+    def restore() -> None:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         _set_torch_states(states[2])
+
+    return restore
 
 
 def torch_states() -> list[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from modeconn.capture.opaque import line_of
+from modeconn.data.inputs import Inputs
 from modeconn.errors import ModeconnError, Unsupported
 from modeconn.replay.calls import Call, agree
 from modeconn.replay.passes import Passes
@@ -32,6 +34,24 @@ COLD, LOADED, WARM = 5.0, 2.0, 0.1
 _PROBE = 16
 # The most that planned passes may take of the forwards' time, or the rest runs as it is.
 _GAIN = 0.9
+
+
+def worth(seconds: float, passes: Passes, batches: Sequence[Inputs]) -> str:
+    """Return why planning some forwards does not pay; "" if it does.
+
+    Args:
+        seconds: that the forwards take as they are.
+        passes: that would run instead.
+        batches: the inputs of the forwards.
+    """
+    if seconds < WARM:
+        return "the forwards take less time than planning them"
+    if seconds >= (LOADED if "torch._dynamo" in sys.modules else COLD):
+        return ""
+    with contextlib.suppress(ModeconnError), untouched_randomness():
+        if all(map(passes.is_captured, batches)):
+            return ""
+    return "the forwards take less time than a capture of the model"
 
 
 @dataclass
@@ -138,16 +158,8 @@ class Schedule:
         if self._forced or self.captured:
             return True
         seconds = left * sum(call.seconds for call in repeated.values())
-        if seconds < WARM:
-            self.reason = "the forwards take less time than planning them"
-            return False
-        if seconds >= (LOADED if "torch._dynamo" in sys.modules else COLD):
-            return True
-        with contextlib.suppress(ModeconnError), untouched_randomness():
-            if all(self._passes.is_captured(call.inputs) for call in repeated.values()):
-                return True
-        self.reason = "the forwards take less time than a capture of the model"
-        return False
+        self.reason = worth(seconds, self._passes, [call.inputs for call in repeated.values()])
+        return not self.reason
 
     def _plan(self, point: int, repeated: dict[int, Call]) -> None:
         """Make answers for the points that follow, if those at this point are right."""
