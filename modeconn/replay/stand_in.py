@@ -29,7 +29,7 @@ from modeconn.replay.calls import Call, detached, inputs_of, same_inputs, same_t
 from modeconn.replay.randomness import has_drawn, torch_states
 
 # Attributes of a module that are looked at by themselves.
-_APART = frozenset("_parameters _buffers _modules training forward".split())
+_APART = frozenset("_parameters _buffers _modules training".split())
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 # A parameter or buffer: the dict that holds it, its name there, itself, its name in the state.
@@ -226,12 +226,13 @@ class StandIn:
         parts: list[Any] = []
         for module in self.module.modules():
             parts.append(module)
+            top = module is self.module
             for name, value in vars(module).items():
-                if name in _APART:
+                if name in _APART or (top and name == "forward"):
                     continue
                 if not name.endswith("_hooks"):
                     parts += [name, value]
-                elif module is not self.module:  # its own run around an answer, too
+                elif not top:  # its own run around an answer, too
                     parts += [name, *value.values()]
         return parts
 
