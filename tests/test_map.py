@@ -309,9 +309,7 @@ def test_an_exception_names_its_point(ends):
 
     with pytest.raises(KeyError, match="no such batch") as info:
         mc.map(fails, a, mc.Line(a, b), [0.0, 0.25, 0.5])
-    said = (
-        info.value.__notes__[0] if sys.version_info >= (3, 11) else str(info.value.__cause__)
-    )
+    said = info.value.__notes__[0] if sys.version_info >= (3, 11) else str(info.value.__cause__)
     assert said == "raised at point 2, t = 0.5, by the function"
 
 
@@ -337,7 +335,11 @@ def test_planned_passes_that_are_slower_end(ends, monkeypatch):
 
 def test_buffers_of_the_start_and_models_in_float64():
     torch.manual_seed(0)
-    a = nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4)).double().eval()
+    a = (
+        nn.Sequential(nn.Linear(7, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
+        .double()
+        .eval()
+    )
     b = copy.deepcopy(a)
     b[1].running_mean.fill_(2.0)
     x = X.double()

@@ -8,6 +8,7 @@ not what it is given, is run with the weights put there, as the package does; th
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ from modeconn.dropin.loss_landscapes.wrappers import module_of, view_of
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.metrics.torch_losses import TorchLoss, understood
-from modeconn.parameters.paths import Path
+from modeconn.parameters.paths import Mixture, Path
 from modeconn.parameters.state import State, load
 from modeconn.parameters.subspace import Subspace
 from modeconn.replay.mapping import map as mapped
@@ -61,7 +62,7 @@ def values_at(
     contract.tell_of_other_versions()
     module = module_of(wrapper)
     path = _path(module, wrapper, directions)
-    points = t if t.shape[1] > 1 else t[:, 0] if t.shape[1] else np.zeros(1)
+    points = t if t.shape[1] > 1 else t[:, 0] if t.shape[1] else np.ones(1)
     restore = restorer()
     try:
         if _is_known_loss(metric):
@@ -87,7 +88,7 @@ def _path(module: nn.Module, wrapper: Any, directions: Sequence[Sequence[Tensor]
             # a parameter of two of the modules moves twice
             total[id(parameter)] = total.get(id(parameter), 0) + part.to(parameter.device)
         states.append({k: total[id(v)].to(v.dtype) for k, v in named.items() if id(v) in total})
-    return Subspace(load(module), states or [{}])
+    return Subspace(load(module), states) if states else Mixture([load(module)])
 
 
 def _of_views(metric: Metric, wrapper: Any) -> Callable[[nn.Module], Any]:
@@ -128,7 +129,9 @@ def _in_place(wrapper: Any, metric: Metric, path: Path, points: np.ndarray) -> l
     """The metric with the user's own model at each of the points; its weights come back."""
     named = module_of(wrapper).state_dict(keep_vars=True)
     own = {k: v.detach().clone() for k, v in named.items() if isinstance(v, Tensor)}
-    values = []
+    path, values = copy.copy(path), []
+    # its control points share memory with the model
+    path.control_points = [{k: v.clone() for k, v in p.items()} for p in path.control_points]
     try:
         for t in points:
             state = path.at(t)
@@ -165,9 +168,9 @@ def _losses(
     """The loss at the points: at the first as it is, at the rest by the evaluator if that pays."""
     call, states, seconds = _of_views(metric, wrapper), torch_states(), []
 
-    def timed(copy: nn.Module) -> Any:
+    def timed(made: nn.Module) -> Any:
         started = time.perf_counter()
-        value = call(copy)
+        value = call(made)
         seconds.append(time.perf_counter() - started)
         return value
 
