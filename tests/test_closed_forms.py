@@ -146,10 +146,10 @@ def test_what_cannot_be_memorised_is_refused(memorised) -> None:
     with pytest.raises(mc.ModeconnError, match=r"features of rank \d+ need 4⌈N/rank⌉|m·m' ≥ 4N"):
         mc.connect(narrow[0], *narrow, (x, y), subnetworks="memorise")
     smooth = mlp(6, 8, 8, 3, activation=nn.Tanh)
-    with pytest.raises(mc.ModeconnError, match='"memorise" need identity'):
+    with pytest.raises(mc.ModeconnError, match=r'"memorise" need .* tanh, which carries'):
         mc.connect(smooth, smooth, smooth, (x, y), subnetworks="memorise")
     without = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 3))
-    with pytest.raises(mc.ModeconnError, match=r"layer 1 \(0\.weight\) has none"):
+    with pytest.raises(mc.ModeconnError, match=r"layer 1 \(0\.weight\) has no bias"):
         mc.connect(without, without, without, (x, y), subnetworks="memorise")
 
 
@@ -210,6 +210,18 @@ def test_units_are_chosen_where_those_drawn_are_not_separable() -> None:
 
 
 # -- both ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [nn.GELU, nn.LeakyReLU])
+def test_other_activations_carry_readouts(exclusive_or, activation) -> None:
+    _, data = exclusive_or
+    nets = [mlp(2, 24, 24, 24, 2, activation=activation, seed=seed) for seed in (1, 2)]
+    a, b = (fitted(net, data, 150) for net in nets)
+    found = mc.connect(a, a, b, data)
+    assert {record["method"] for record in found.details["found"]} <= {"readout", "head"}
+    losses = found.certificate.losses
+    assert found.certificate.bound <= 2 * max(losses[0], losses[-1]) + 1e-3
+    mc.verify(a, found, data)
 
 
 def test_the_input_costs_nothing(exclusive_or) -> None:

@@ -216,7 +216,7 @@ def test_identity_needs_relu() -> None:
     chain = LayerChain.of(model, torch.randn(4, 6))
     head = initial(chain, 0, torch.arange(6), [5], torch.Generator().manual_seed(0))
     with pytest.raises(
-        ModeconnError, match=r"entry layer 0 cannot be carried .* tanh: identity passes ReLU alone"
+        ModeconnError, match=r"entry layer 0 cannot be carried .* tanh, which carries no numbers"
     ):
         carry(chain, head)
     # A full-depth subnetwork of a tanh network needs no carrying: the path holds.
@@ -228,6 +228,34 @@ def test_identity_needs_relu() -> None:
     state = clone(test_model)
     steps = breakpoints(chain, state, subs, state, subs)
     check(chain, test_model, state, state, steps, x, expected(chain, {"a": state}, {"a": subs}, x))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        nn.ReLU,
+        nn.GELU,
+        lambda: nn.GELU(approximate="tanh"),
+        nn.SiLU,
+        nn.Softplus,
+        nn.Hardswish,
+        lambda: nn.LeakyReLU(0.2),
+    ],
+)
+def test_logits_are_carried_through_activations(activation) -> None:
+    layers = [nn.Linear(5, 20), activation(), nn.Linear(20, 20), activation()]
+    model = nn.Sequential(*layers, nn.Linear(20, 18), activation(), nn.Linear(18, 3)).double()
+    x = 5 * torch.randn(40, 5, dtype=torch.float64)
+    chain = LayerChain.of(model, x[:4])
+    for widths in ((), (7,), (7, 6)):
+        sub = initial(chain, 0, torch.arange(5), widths, torch.Generator().manual_seed(1))
+        sub = sub.to(x)
+        full = carry(chain, sub)
+        assert full.widths[len(widths) :] == (6,) * (3 - len(widths))
+        # 1e-8: softplus is linear beyond 20 in PyTorch.
+        torch.testing.assert_close(
+            outputs(chain, full, x), outputs(chain, sub, x), rtol=1e-9, atol=1e-7
+        )
 
 
 def test_no_room_is_said_with_layer_and_number() -> None:

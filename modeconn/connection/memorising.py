@@ -38,12 +38,9 @@ def memorising_subnetworks(problem: Solved) -> Found:
     """
     chain = problem.chain
     check_carried(chain, "memorise")
-    for layer in chain.layers:
-        if layer.bias is None:
-            raise ModeconnError(
-                f'subnetworks="memorise" need a bias in every layer, and layer {layer.index} '
-                f"({layer.weight}) has none"
-            )
+    reason = why_not_memorised(chain)
+    if reason is not None:
+        raise ModeconnError(f'subnetworks="memorise" need a bias and ReLU in every layer: {reason}')
     if chain.length > 2:
         _keep_active(problem, chain.length - 2)
     found: Found = {}
@@ -55,6 +52,19 @@ def memorising_subnetworks(problem: Solved) -> Found:
         for name in problem.ends:
             found[name, entry] = memorised(problem, name, entry)
     return found
+
+
+def why_not_memorised(chain: LayerChain) -> str | None:
+    """Says why a network's layers cannot be memorising ones; None if they can."""
+    reason = why_not_carried(chain, 1)
+    if reason is not None:
+        return reason
+    for layer in chain.layers:
+        if layer.bias is None:
+            return f"layer {layer.index} ({layer.weight}) has no bias"
+        if layer.index < chain.length and layer.activation != "relu":
+            return f"layer {layer.index} ({layer.weight}) has {layer.activation}"
+    return None
 
 
 def _keep_active(problem: Solved, entry: int) -> None:
@@ -166,7 +176,7 @@ def memorising_maps(
 
 def memorises(chain: LayerChain, units: Mapping[int, Tensor], samples: int) -> bool:
     """Whether the widths are enough for so many samples, whatever their features."""
-    if why_not_carried(chain, 1) is not None or any(x.bias is None for x in chain.layers):
+    if why_not_memorised(chain) is not None:
         return False
     widths, last = memorising_widths(chain, units), chain.length - 1
     if chain.length > 2:

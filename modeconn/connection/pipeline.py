@@ -105,10 +105,11 @@ def connect(
         subnetworks: how they are found.
             "separable": scaled witnesses of linear separability, and "memorise": layers of order
             √N units that give every sample its label; both train nothing and need fully connected
-            layers with ReLU. "memorise" gives a path in float64.
+            layers. "memorise" needs ReLU and gives a path in float64.
             "readout": linear readouts. "head": shallow subnetworks on fixed features. "trained":
             full-depth subnetworks, each begun from the one above it.
-            "auto": where all layers are linear with ReLU, readouts if they reach the target, else
+            "auto": where all layers are linear with an activation that carries numbers (ReLU,
+            LeakyReLU, GELU, SiLU, softplus, hardswish), readouts if they reach the target, else
             heads, and closed forms that memorise if heads do not reach a target that was given;
             "trained" elsewhere.
         seed: of the kept units, the subnetworks' weights and the order of the samples.
@@ -127,10 +128,10 @@ def connect(
 
     Raises:
         ModeconnError: the model is no chain; the networks do not fit it, or have weights that are
-            not finite; the data is empty or has one class; there is no room for two subnetworks
-            side by side; identity carrying is asked of a network that does not have ReLU; features
-            that are not separable, or that cannot be memorised, where that is asked; a folder that
-            belongs to another search.
+            not finite; the data is empty or has one class; a loss that is not convex in the
+            outputs; there is no room for two subnetworks side by side; subnetworks that need
+            carrying are asked of a network that cannot; features that are not separable, or that
+            cannot be memorised, where that is asked; a folder that belongs to another search.
     """
     began = time.perf_counter()
     settings = Settings(kept, target, subnetworks, seed, folder, loss)

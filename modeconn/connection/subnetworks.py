@@ -16,6 +16,9 @@ from torch import Tensor
 from modeconn.connection.layer_chain import AffineLayer, LayerChain
 from modeconn.errors import ModeconnError
 
+# Activations whose difference at z and -z is a multiple of z.
+_CARRYING = ("relu", "leaky_relu", "gelu", "silu", "softplus", "hardswish")
+
 
 @dataclass(frozen=True)
 class Subnetwork:
@@ -137,26 +140,41 @@ def why_not_carried(chain: LayerChain, readout: int) -> str | None:
     for layer in chain.layers[readout - 1 : -1]:
         if layer.kind != "linear" or (layer.index > readout and layer.block != 1):
             return f"layer {layer.index} ({layer.weight}) is not a plain linear layer"
-        if layer.activation != "relu":
+        if carrying_factor(layer) is None:
             return (
-                f"layer {layer.index} ({layer.weight}) has the activation {layer.activation}: "
-                "identity passes ReLU alone"
+                f"layer {layer.index} ({layer.weight}) has the activation {layer.activation}, "
+                f"which carries no numbers; {', '.join(_CARRYING)} do"
             )
-        odd = [step.op for step in layer.steps if step.op not in ("relu", "batch_norm")]
+        odd = [step.op for step in layer.steps if step.op not in (layer.activation, "batch_norm")]
         if odd:
             return f"layer {layer.index} ({layer.weight}) is followed by {odd[0]}"
     return None
 
 
+def carrying_factor(layer: AffineLayer) -> float | None:
+    """Returns κ with σ(z) - σ(-z) = κ z for a layer's activation σ and all z; None without one.
+
+    κ is 1 for ReLU, GELU (both forms), SiLU, softplus and hardswish, whose σ(z) is z times a
+    function g with g(z) + g(-z) = 1, or z plus an even function; 1 + slope for LeakyReLU.
+    """
+    if layer.activation not in _CARRYING:
+        return None
+    if layer.activation != "leaky_relu":
+        return 1.0
+    node = next(step for step in layer.steps if step.op == "leaky_relu")
+    factor = 1.0 + float(node["negative_slope"])
+    return factor if factor > 0 else None
+
+
 def carry(chain: LayerChain, sub: Subnetwork) -> Subnetwork:
     """Carries the logits z of a shallow subnetwork to the top, which makes it one of full depth.
 
-    They go up as (ReLU(z), ReLU(-z)), 2C units a layer, through identity layers, and come out as
-    z = ReLU(z) - ReLU(-z). This is exact for every input: non-negative values pass a ReLU
-    unchanged.
+    They go up as (σ(z), σ(-z)), 2C units a layer, and come out as z = (σ(z) - σ(-z)) / κ. With ReLU
+    the layers between are identities, as non-negative values pass unchanged; with other activations
+    each makes (z, -z) again. This is exact for every input, but for rounding.
 
     Raises:
-        ModeconnError: a layer above is no linear layer with ReLU.
+        ModeconnError: a layer above is no linear layer with an activation that carries numbers.
     """
     if full_depth(chain, sub):
         return sub
@@ -171,11 +189,14 @@ def carry(chain: LayerChain, sub: Subnetwork) -> Subnetwork:
     eye = torch.eye(chain.classes, dtype=weight.dtype, device=weight.device)
     weights = [*sub.weights[:-1], torch.cat([weight, -weight])]
     biases = [*sub.biases[:-1], None if bias is None else torch.cat([bias, -bias])]
-    for layer in chain.layers[readout:]:
+    for below, layer in zip(chain.layers[readout - 1 :], chain.layers[readout:]):
+        out = torch.cat([eye, -eye], 1) / (carrying_factor(below) or 1.0)
         if layer.index == chain.length:
-            weights.append(torch.cat([eye, -eye], 1))
-        else:
+            weights.append(out)
+        elif below.activation == layer.activation == "relu":
             weights.append(torch.eye(2 * chain.classes).to(weight))
+        else:
+            weights.append(torch.cat([out, -out]))
         biases.append(None if layer.bias is None else weight.new_zeros(len(weights[-1])))
     return Subnetwork(sub.entry, sub.kept, tuple(weights), tuple(biases))
 

@@ -20,11 +20,11 @@ from modeconn.backends.precision import without_autocast
 from modeconn.connection.features import Features, compute_features
 from modeconn.connection.kept import needed_units
 from modeconn.connection.layer_chain import LayerChain
-from modeconn.connection.memorising import memorising_maps
+from modeconn.connection.memorising import memorising_maps, why_not_memorised
 from modeconn.connection.memorising_layers import evaluated
 from modeconn.connection.positions import room
 from modeconn.connection.separability import coinciding, linear_separability
-from modeconn.connection.subnetworks import check_entry, kept_units, restrict, why_not_carried
+from modeconn.connection.subnetworks import check_entry, kept_units, restrict
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
@@ -339,7 +339,7 @@ def _memorised(
         )
         reason = "samples of different labels have equal features"
         return replace(row, memorised=False if conflicts else None, memorised_reason=reason)
-    unfit = why_not_carried(chain, 1)
+    unfit = why_not_memorised(chain)
     if unfit is not None:
         return replace(row, memorised_reason=unfit)
     last = chain.length - 1
