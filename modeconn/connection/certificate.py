@@ -22,6 +22,8 @@ from modeconn.errors import ModeconnError
 FORMAT = "modeconn.Certificate/2"
 # Certificates of this format were computed in float32, and say nothing of rounding.
 _EARLIER = "modeconn.Certificate/1"
+# A bound on rounding's part of a loss that says nothing of it.
+_USELESS = 10.0
 # Fields that say how a certificate was verified, and are not part of it.
 _OF_VERIFY = ("same_data", "checked", "test")
 
@@ -100,10 +102,10 @@ class Rounding:
             part = "" if math.isnan(error) else f" and {100 * error:.2g} % to the error"
             return f"{loss:.2g} to the loss{part}"
 
-        return (
-            f"rounding adds at most {added(self.loss_float64, self.error_float64)} in float64, "
-            f"{added(self.loss_float32, self.error_float32)} in float32"
-        )
+        lines = f"rounding adds at most {added(self.loss_float64, self.error_float64)} in float64"
+        if self.loss_float32 >= _USELESS:
+            return f"{lines}; nothing useful is known of float32 (verify looks closer)"
+        return f"{lines}, {added(self.loss_float32, self.error_float32)} in float32"
 
 
 @dataclass(frozen=True)

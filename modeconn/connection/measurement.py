@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modeconn.connection.certificate import Certificate, Rounding, Segment
 from modeconn.connection.loss_bounds import CertifiedLoss
-from modeconn.connection.path_rounding import PathRounding
+from modeconn.connection.rounding import PathRounding
 from modeconn.connection.segment_kinds import SWING, Evidence
 from modeconn.connection.structure import Structure
 from modeconn.connection.tally import Tallied, Tally
@@ -34,6 +34,8 @@ _PLAIN_TOLERANCE = {"float32": 1e-3, "float64": 1e-8}
 # Bytes for the logits of all breakpoints: two float64 copies of one batch.
 _LOGITS_BUDGET = 64 << 20
 _BYTES_PER_LOGIT = 16
+# Rows that a source may have that does not say how many, for the budget of rounding's bounds.
+_UNKNOWN_ROWS = 50_000
 # A batch smaller than this leaves vector units idle.
 _SMALLEST_BATCH = 16
 
@@ -61,12 +63,14 @@ class Measuring:
         batch_size: rows at a time; by default what fits the memory of a plain pass.
         precision: of the outputs, "float64" or "float32"; losses are summed in float64.
         progress: called with the samples done and all samples.
+        effort: multiply-adds to spend on the bounds of rounding; with less, they are coarser.
     """
 
     loss: Loss = "cross_entropy"
     batch_size: int | None = None
     precision: str = "float64"
     progress: Progress | None = None
+    effort: float = 1e11
 
 
 @dataclass(frozen=True)
@@ -105,21 +109,25 @@ def measure_path(subject: Subject, data: Any, how: Measuring) -> MeasuredPath:
     rows = positive("batch_size", how.batch_size) or _default_rows(subject, data)
     swings = [k for k, found in enumerate(subject.evidence) if found.kind == SWING]
     tally = Tally(loss, path.segments + 1, swings, dtype_of(how.precision))
-    rounded = PathRounding(subject.structure, path.control_points, subject.evidence)
     inputs_seen, digest = _Largest(), _Digest()
     batches = as_batches(data, rows)
     forward: PlannedForward | None = None
+    rounded: PathRounding | None = None
     for inputs, targets in batches:
         x = computed_with(inputs, path)
         if forward is None:
             count = path.segments + 1
             forward = PlannedForward(subject.model, path, count, x, precision=how.precision)
             _check_engine(subject, x[:_PLAIN_ROWS], forward, how.precision)
+            seen = batches.samples or _UNKNOWN_ROWS
+            rounded = subject.structure.rounding(
+                path.control_points, subject.evidence, seen, how.effort
+            )
         logits = forward(x).double()
         y = loss.fit(logits[0], targets)
         digest.add(x, y)
         inputs_seen.add(x)
-        tally.add(logits, y, rounded.of_rows(x))
+        tally.add(logits, y, None if rounded is None else rounded.of_rows(x))
         if how.progress is not None:
             how.progress(digest.rows, batches.samples)
     tallied = tally.finish()

@@ -1,44 +1,43 @@
-"""Bounds how far rounding can move the outputs of a chain, to first order in the unit roundoff.
+"""Bounds how far rounding can move the outputs of a chain along a path.
 
-Every affine map, norm, average and smooth activation makes an error of its own: of a product of n
-terms at most γ_n (|W| |h| + |b|), γ_n = n u / (1 - n u), in any order of addition (Higham 2002,
-section 3.1). To first order the outputs z move by the sum of these, each times its derivative:
+Every step makes an error of its own (local_rounding.py). To first order in the unit roundoff u the
+outputs z move by the sum of these, each times its derivative:
 
     |δz| ≤ Σ_p |∂z/∂pre_p| γ (|W_p| |h_{p-1}| + |b_p|).
 
-Derivatives and sizes are computed in the weights' precision. Where a value is within its own
-rounding error of a kink, the activation's largest slope is taken. Zeros in a product add no error,
-so live units alone count. A path's weights are themselves rounded: lerp makes up to five errors.
+Derivatives cost a backward pass per output. So in the lowest layers, as many as a budget says, the
+error is followed upward in the Euclidean norm, by the layers' Lipschitz constants, and |∂z/∂h| |δh|
+is added: a coarser bound. Where a value is within its own rounding error of a kink, the largest
+slope of the activation is taken.
 
-On a segment the bound is convex in t where one factor is affine in t, as on a swing, so that of the
-breakpoints bounds it.
+Rewrites change dead units alone, so the breakpoints that they join have one bound. Between the ends
+of a swing the bound is convex in t. On a shift the derivatives are polynomials in t: their values
+at Chebyshev points, times the Lebesgue constant, bound them (Trefethen 2019, theorem 15.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from modeconn.capture.graph import Node
-from modeconn.connection.activation_bounds import bounds_of, pooled_numbers
-from modeconn.connection.layer_chain import ACTIVATIONS, AffineLayer, LayerChain
+from modeconn.connection import lipschitz
+from modeconn.connection.activation_bounds import bounds_of
+from modeconn.connection.layer_chain import ACTIVATIONS, LayerChain
+from modeconn.connection.local_rounding import UNIT_ROUNDOFF, LiveNetwork
+from modeconn.connection.segment_kinds import REWRITE, SHIFT, Evidence
+from modeconn.parameters.blending import blend
 
 State = Mapping[str, Tensor]
 
-UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-# Roundings beside those of a product's sum: of the bias, of an input or weight that is narrowed,
-# and five of a weight between two breakpoints.
-_BESIDE = 8
-# Roundings of a folded or unfolded norm, and of a smooth activation, in units of what they compute.
-_OF_NORM = 16
-_OF_ACTIVATION = 8
 # Derivatives and sizes are computed themselves: their own rounding, and γ_n against n u.
 _MARGIN = 1.01
-# A value is near a kink within this many of its own rounding errors.
-_KINK = 4.0
+# Values of the lowest layers of one batch, by what they depend on, and their errors' norms.
+Lowest = dict[tuple[object, ...], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -56,171 +55,144 @@ class Sensitivity:
         return self.roundoffs.double() * (_MARGIN * UNIT_ROUNDOFF[dtype])
 
 
-def sensitivity(
-    chain: LayerChain, state: State, x: Tensor, sizes: State | None = None
-) -> Sensitivity | None:
-    """Bounds the outputs' errors for some rows.
+class PathRounding(Protocol):
+    """What rounding does to the outputs at the breakpoints of a path, and between them."""
+
+    def of_rows(self, x: Tensor) -> Sequence[Sensitivity]:
+        """Returns a bound for each breakpoint; those of its ends bound a segment.
+
+        Args:
+            x: inputs [N, …] in the weights' dtype.
+        """
+
+
+class ChainRounding:
+    """The bounds of a path of chains.
 
     Args:
-        x: inputs [N, …] in the weights' dtype.
-        sizes: weights of which the absolute values stand for |W| and |b|; the state's own if None.
-
-    Returns:
-        None where the rounding of some activation is not known.
+        points: the breakpoints. evidence: of the segments.
+        rows: how many there will be, for the budget. budget: multiply-adds for derivatives.
     """
+
+    def __init__(
+        self,
+        chain: LayerChain,
+        points: Sequence[State],
+        evidence: Sequence[Evidence],
+        rows: int,
+        budget: float,
+    ) -> None:
+        self._chain = chain
+        self._groups = _groups([found.kind for found in evidence])
+        firsts = [self._groups.index(g) for g in range(self._groups[-1] + 1)]
+        factors: dict[tuple[object, ...], float] = {}
+        self._networks = [LiveNetwork(chain, points[k], points[k], factors) for k in firsts]
+        self._shifts = {
+            k: _between(chain, points[k], points[k + 1], max(1, len(found.moved)))
+            for k, found in enumerate(evidence)
+            if found.kind == SHIFT
+        }
+        self.lowest = self._affordable(budget / max(1, rows))
+
+    def _affordable(self, budget: float) -> int:
+        """Returns how many of the lowest layers go without derivatives."""
+        networks = [*self._networks, *(n for nodes in self._shifts.values() for n in nodes)]
+        costs = torch.tensor([network.multiply_adds() for network in networks]).sum(0)
+        costs *= self._chain.classes
+        above = costs.flip(0).cumsum(0).flip(0)  # of layers p … L
+        return int((above[1:] > budget).sum())
+
+    def of_rows(self, x: Tensor) -> Sequence[Sensitivity]:
+        """Returns the bound of each breakpoint, that of a shift at both of its ends."""
+        lowest: Lowest = {}
+        of_group = [self._roundoffs(network, x, lowest) for network in self._networks]
+        for k, nodes in self._shifts.items():
+            # Each |∂z/∂pre| is at most this many times the largest of its values at the points, and
+            # the largest at most their sum.
+            factor = 1 + 2 / math.pi * math.log(len(nodes))
+            between = factor * torch.stack([self._roundoffs(n, x, lowest) for n in nodes]).sum(0)
+            for group in self._groups[k : k + 2]:
+                of_group[group] = torch.maximum(of_group[group], between)
+        # What overflows is not bounded.
+        finite = [each.nan_to_num(nan=torch.inf, posinf=torch.inf) for each in of_group]
+        return [Sensitivity(finite[group]) for group in self._groups]
+
+    def _roundoffs(self, network: LiveNetwork, x: Tensor, lowest: Lowest) -> Tensor:
+        """Returns Σ |∂z/∂value| · (size of its error) [N, C]."""
+        h, length = self._below(network, x, lowest)
+        taps: list[tuple[Tensor, Tensor]] = []
+
+        def tell(value: Tensor, error: Tensor | None, factor: float) -> None:
+            if error is not None:
+                taps.append((value, error))
+
+        with torch.enable_grad():
+            z = h = h.detach().requires_grad_()
+            for layer in self._chain.layers[self.lowest :]:
+                z = network.layer(layer, z, tell)
+            values = [h, *(value for value, _ in taps)]
+            columns = []
+            for c in range(z.shape[1]):
+                slopes = torch.autograd.grad(z[:, c].sum(), values, retain_graph=c < z.shape[1] - 1)
+                total = (lipschitz.lengths(slopes[0]) * length).to(z.dtype)
+                for slope, (_, size) in zip(slopes[1:], taps):
+                    total += slope.abs_().mul_(size).flatten(1).sum(1)
+                columns.append(total)
+        return torch.stack(columns, 1)
+
+    @torch.no_grad()
+    def _below(self, network: LiveNetwork, x: Tensor, lowest: Lowest) -> tuple[Tensor, Tensor]:
+        """Returns the values behind the lowest layers, and the norm of their errors [N]."""
+        h = self._chain.input(x)
+        length = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+
+        def tell(value: Tensor, error: Tensor | None, factor: float) -> None:
+            nonlocal length
+            length = length * factor
+            if error is not None:
+                length = length + lipschitz.lengths(error)
+
+        for layer, key in zip(self._chain.layers[: self.lowest], network.keys[1:]):
+            if key not in lowest:
+                h = network.layer(layer, h, tell)
+                lowest[key] = h, length
+            h, length = lowest[key]
+        return h, length
+
+
+def chain_rounding(
+    chain: LayerChain,
+    points: Sequence[State],
+    evidence: Sequence[Evidence],
+    rows: int,
+    budget: float,
+) -> ChainRounding | None:
+    """Returns the bounds of a path; None where the rounding of some activation is not known."""
     steps = [node for layer in chain.layers for node in layer.steps]
     if any(node.op in ACTIVATIONS and bounds_of(node) is None for node in steps):
         return None
-    live = live_units(chain, state)
-    with torch.enable_grad():
-        roundoffs = _Pass(chain, state, sizes or state, live).roundoffs(x)
-    # What overflows is not bounded.
-    return Sensitivity(roundoffs.nan_to_num(nan=torch.inf, posinf=torch.inf))
+    return ChainRounding(chain, points, evidence, rows, budget)
 
 
-def live_units(chain: LayerChain, state: State) -> list[Tensor]:
-    """Returns the live units of layers 0 … L, int64; at least one of each layer."""
-    found = [torch.arange(chain.widths[-1])]
-    for layer in reversed(chain.layers):
-        weight = layer.by_unit(state[layer.weight])
-        read = (weight[found[0].to(weight.device)] != 0).flatten(2).any(2).any(0)
-        if layer.index == 1:
-            read[:] = True
-        read[0] |= ~read.any()  # an empty layer would have no products
-        found.insert(0, read.nonzero().flatten().cpu())
-    return found
+def _between(chain: LayerChain, start: State, stop: State, degree: int) -> list[LiveNetwork]:
+    """Returns the networks at the Chebyshev points that fix polynomials of a degree."""
+    sizes, networks = {}, []
+    for key, value in start.items():
+        moves = value.is_floating_point()
+        sizes[key] = torch.maximum(value.abs(), stop[key].abs()) if moves else value
+    for j in range(degree + 1):
+        t = 0.5 - 0.5 * math.cos(math.pi * (2 * j + 1) / (2 * degree + 2))
+        state = {
+            key: blend([v, stop[key]], [1 - t, t]) if v.is_floating_point() else v
+            for key, v in start.items()
+        }
+        networks.append(LiveNetwork(chain, state, sizes))
+    return networks
 
 
-class _Pass:
-    """A pass through the live units, that remembers where rounding happens and how much."""
-
-    def __init__(self, chain: LayerChain, state: State, sizes: State, live: list[Tensor]) -> None:
-        self.chain, self.live = chain, live
-        self.state = _restricted(chain, state, live)
-        self.sizes = self.state if sizes is state else _restricted(chain, sizes, live)
-        self.taps: list[tuple[Tensor, Tensor]] = []  # values, and sizes of their own errors
-
-    def roundoffs(self, x: Tensor) -> Tensor:
-        """Returns Σ |∂z/∂value| · size [N, C]."""
-        h = self.chain.input(x)
-        for layer in self.chain.layers:
-            h = self._layer(layer, h)
-        values = [value for value, _ in self.taps]
-        columns = []
-        for c in range(h.shape[1]):
-            last = c == h.shape[1] - 1
-            slopes = torch.autograd.grad(h[:, c].sum(), values, retain_graph=not last)
-            total = h.new_zeros(len(h))
-            for slope, (_, size) in zip(slopes, self.taps):
-                total += (slope.abs() * size).flatten(1).sum(1)
-            columns.append(total)
-        return torch.stack(columns, 1)
-
-    def _layer(self, layer: AffineLayer, h: Tensor) -> Tensor:
-        weight, bias = self.state[layer.weight], self._bias(self.state, layer)
-        value = layer.map(h, weight, bias)
-        if not value.requires_grad:
-            value.requires_grad_()
-        error = self._of_product(layer, h.detach())
-        self.taps.append((value, error))
-        for node in layer.steps:
-            value, error = self._step(layer, node, value, error)
-        return value
-
-    def _bias(self, state: State, layer: AffineLayer) -> Tensor | None:
-        return state[layer.bias] if layer.bias else None
-
-    @torch.no_grad()
-    def _of_product(self, layer: AffineLayer, h: Tensor) -> Tensor:
-        """Returns n (|W| |h| + |b|): roundings of a product times their size."""
-        bias = self._bias(self.sizes, layer)
-        size = layer.map(
-            h.abs(), self.sizes[layer.weight].abs(), None if bias is None else bias.abs()
-        )
-        # On a swing the output layer reads what is live at either end.
-        if layer.kind == "linear" and layer is not self.chain.layers[-1]:
-            return size * ((h != 0).sum(1, keepdim=True) + _BESIDE)
-        if layer.kind == "linear":
-            return size * (self.chain.widths[-2] * layer.block + _BESIDE)
-        return size * (self.sizes[layer.weight][0].numel() + _BESIDE)
-
-    def _step(
-        self, layer: AffineLayer, node: Node, value: Tensor, error: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Applies a step after the affine map; returns its value and the size of its own error."""
-        before = value.detach()
-        tensors = [self.state[key] for key in node.entries]
-        if node.op in ACTIVATIONS:
-            return self._activation(node, value, error)
-        value = node.run([value], tensors, len(value))
-        if node.op == "batch_norm":
-            error = _OF_NORM * self._of_norm(layer, before)
-            self.taps.append((value, error))
-        elif node.op in ("avg_pool2d", "adaptive_avg_pool2d"):
-            count = min(pooled_numbers(node), float(before[0, 0].numel()))
-            error = (count + 2) * node.run([before.abs()], [], len(before)).abs()
-            self.taps.append((value, error))
-        else:
-            error = node.run([error], [], len(error))
-        return value, error
-
-    @torch.no_grad()
-    def _of_norm(self, layer: AffineLayer, x: Tensor) -> Tensor:
-        norm = layer.norm
-        assert norm is not None
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        scale = torch.ones((), dtype=x.dtype, device=x.device)
-        x = x.abs()
-        if norm.mean is not None:
-            x = x + self.state[norm.mean].abs().view(shape)
-        if norm.var is not None:
-            scale = scale / (self.state[norm.var] + norm.eps).sqrt()
-        if norm.weight is not None:
-            scale = scale * self.state[norm.weight].abs()
-        bias = 0.0 if norm.bias is None else self.state[norm.bias].abs().view(shape)
-        return x * (scale.view(shape) if scale.dim() else scale) + bias
-
-    def _activation(self, node: Node, value: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-        bounds = bounds_of(node)
-        assert bounds is not None
-        with torch.no_grad():
-            reach = error * (_KINK * UNIT_ROUNDOFF[value.dtype])
-            near = value.abs() <= reach
-            for kink in bounds.kinks:
-                near |= (value - kink).abs() <= reach
-        output = _Activation.apply(value, node, near, bounds.slope)
-        size = torch.zeros_like(value)
-        if not bounds.exact:
-            size = _OF_ACTIVATION * (value.detach().abs() + output.detach().abs() + 1)
-            self.taps.append((output, size))
-        return output, size
-
-
-class _Activation(torch.autograd.Function):
-    """An activation whose slope is its largest where rounding may decide on which side x is."""
-
-    @staticmethod
-    def forward(ctx, x, node, near, largest):  # type: ignore[no-untyped-def]
-        """Applies the node."""
-        with torch.enable_grad():
-            inner = x.detach().requires_grad_()
-            y = node.run([inner], [], len(inner))
-            (slope,) = torch.autograd.grad(y.sum(), inner)
-        ctx.save_for_backward(torch.where(near, largest, slope))
-        return y.detach()
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        """Multiplies by the slopes."""
-        (slope,) = ctx.saved_tensors
-        return gradient * slope, None, None, None
-
-
-def _restricted(chain: LayerChain, state: State, live: list[Tensor]) -> dict[str, Tensor]:
-    """Returns the weights of live units alone."""
-    found: dict[str, Tensor] = {}
-    for layer, below, units in zip(chain.layers, live, live[1:]):
-        for key in layer.incoming():
-            rows = state[key].detach()[units.to(state[key].device)]
-            found[key] = rows if key != layer.weight else layer.select(rows, below)
-    return found
+def _groups(kinds: Sequence[str]) -> list[int]:
+    """Numbers the breakpoints; those that rewrites join have one number."""
+    groups = [0]
+    for kind in kinds:
+        groups.append(groups[-1] + (kind != REWRITE))
+    return groups

@@ -7,14 +7,15 @@ rounding can move the outputs. Whatever answers these can be verified, whether i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from modeconn.connection import rounding, value_ranges
+from modeconn.connection import value_ranges
 from modeconn.connection.layer_chain import LayerChain, block_rows
+from modeconn.connection.rounding import PathRounding, chain_rounding
 from modeconn.connection.segment_kinds import Evidence, classify_segment
 
 State = Mapping[str, Tensor]
@@ -57,15 +58,16 @@ class Structure(Protocol):
         """
 
     def rounding(
-        self, state: State, x: Tensor, sizes: State | None = None
-    ) -> rounding.Sensitivity | None:
-        """Bounds the effect of rounding on the outputs, to first order in the unit roundoff.
+        self, points: Sequence[State], evidence: Sequence[Evidence], rows: int, budget: float
+    ) -> PathRounding | None:
+        """Returns what bounds the effect of rounding on the outputs along a path.
 
         Args:
-            sizes: weights whose absolute values bound those of products; the state's own if None.
+            points: the breakpoints. evidence: of the segments.
+            rows: how many there will be. budget: multiply-adds to spend; with less, it is coarser.
 
         Returns:
-            the bound in unit roundoffs; None where some operation's rounding is not known.
+            the bounds, for rows at a time; None where some operation's rounding is not known.
         """
 
 
@@ -111,10 +113,10 @@ class ChainStructure:
         return value_ranges.largest(self.chain, start, stop, inputs)
 
     def rounding(
-        self, state: State, x: Tensor, sizes: State | None = None
-    ) -> rounding.Sensitivity | None:
-        """Bounds the effect of rounding on the outputs; see `rounding`."""
-        return rounding.sensitivity(self.chain, state, x, sizes)
+        self, points: Sequence[State], evidence: Sequence[Evidence], rows: int, budget: float
+    ) -> PathRounding | None:
+        """Returns the bounds of a path; see `rounding`."""
+        return chain_rounding(self.chain, points, evidence, rows, budget)
 
 
 def structure_of(model: nn.Module, sample: Tensor) -> Structure:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from modeconn.connection.certificate import Rounding, Segment
+from modeconn.connection.local_rounding import UNIT_ROUNDOFF
 from modeconn.connection.loss_bounds import CertifiedLoss, worst_logits
-from modeconn.connection.rounding import UNIT_ROUNDOFF, Sensitivity
+from modeconn.connection.rounding import Sensitivity
 from modeconn.connection.swing import StepFunction, SwingError, correct
 
 # Stands for an error of unknown size: logits plus this are numbers still.
@@ -98,15 +99,14 @@ class Tally:
         self._bounded = True
         self._samples, self._count = 0, 0.0
 
-    def add(self, logits: Tensor, y: Tensor, sensitivities: Sequence[Sensitivity | None]) -> None:
-        """Adds a batch: outputs [S + 1, B, C], targets, and each breakpoint's rounding."""
+    def add(self, logits: Tensor, y: Tensor, known: Sequence[Sensitivity] | None) -> None:
+        """Adds a batch: outputs [S + 1, B, C], targets, and each breakpoint's rounding if known."""
         self._samples += len(y)
         self._count += self._loss.count(y)
         rows = list(logits)
         self._computed.losses += [self._loss.total(row, y) for row in rows]
         self._computed.add_errors(rows, y)
-        known = [each for each in sensitivities if each is not None]
-        if len(known) < len(rows):
+        if known is None:
             self._bounded = False
             return
         own = [each.errors(self._own).clamp(max=_UNKNOWN) for each in known]

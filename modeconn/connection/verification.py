@@ -36,6 +36,10 @@ from modeconn.metrics.convexity import Loss, name_of
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import PolyChain
 
+# Multiply-adds for the bounds of rounding: a second or two of a search's time, and about a minute
+# on two cores of a verification's.
+_EFFORT, _EFFORT_TO_VERIFY = 1e11, 6e12
+
 
 @dataclass(frozen=True)
 class Claims:
@@ -106,7 +110,7 @@ def certify(
     if claims.kinds is not None:
         compared.check_kinds(claims.kinds, evidence, ModeconnError)
     subject = Subject(model, structure, path, tuple(evidence))
-    how = Measuring(claims.loss, batch_size, progress=progress)
+    how = Measuring(claims.loss, batch_size, progress=progress, effort=_EFFORT)
     return measure_path(subject, data, how).certificate(claims.labels, claims.target)
 
 
@@ -164,7 +168,7 @@ def verify(
         _check_loss(certificate, loss)
     subject = _subject(model, path, data)
     checked = _check_structure(connection, stored, subject, target)
-    how = Measuring(loss, batch_size, precision, progress)
+    how = Measuring(loss, batch_size, precision, progress, _EFFORT_TO_VERIFY)
     measured = _measured(subject, data, how)
     found, said = _compared(connection.certificate, measured, subject, target)
     if not found.same_data:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -64,5 +64,7 @@ class CapturedStructure:
             return float(inputs.abs().max()), "the inputs"
         return worst, where
 
-    def rounding(self, state: State, x: Tensor, sizes: State | None = None) -> None:
+    def rounding(
+        self, points: Sequence[State], evidence: Sequence[Evidence], rows: int, budget: float
+    ) -> None:
         """Returns None: the rounding of a graph's operations is not known."""
