@@ -9,6 +9,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from modeconn.parameters.forking import check_fork
+
 Given = ParamSpec("Given")
 Made = TypeVar("Made")
 
@@ -16,11 +18,14 @@ Made = TypeVar("Made")
 def without_autocast(function: Callable[Given, Made]) -> Callable[Given, Made]:
     """Decorates a function to run with autocast off: its precision is an argument, not a mode.
 
+    In a forked process that cannot compute it says so (parameters/forking.py), where it would wait.
+
     A decorator of this package's own, since warnings look for the first line outside of it.
     """
 
     @functools.wraps(function)
     def run(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        check_fork()
         with contextlib.ExitStack() as stack:
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):

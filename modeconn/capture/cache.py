@@ -7,7 +7,6 @@ running the module, that its forward reads what it read then (capture/guard.py).
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from modeconn.capture.optimisations import current
 from modeconn.capture.rows import rows_are_independent
 from modeconn.capture.trial import Runner
 from modeconn.data.inputs import Inputs, keys, leaves, rows
+from modeconn.parameters.forking import Lock
 
 # Whether samples mix, of a graph, the parameters and buffers, and a batch.
 Mixes = Callable[[Graph, "dict[str, Tensor]", Inputs], bool]
@@ -37,7 +37,7 @@ class _Known:
 
 
 _GRAPHS: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, _Known]] = weakref.WeakKeyDictionary()
-_LOCK = threading.RLock()
+_LOCK = Lock()
 
 
 def graph_for(runner: Runner, x: Inputs, captured: Callable[[], Graph], mixes: Mixes) -> Graph:

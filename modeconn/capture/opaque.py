@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from modeconn.capture.spectral import renew
 from modeconn.errors import ModeconnError
+from modeconn.parameters.forking import Lock
 
 # The names of a batch norm's running mean and variance.
 Names = tuple[str, str]
@@ -112,7 +112,7 @@ class Opaque:
     def __post_init__(self) -> None:
         names = _slots(self.module) if self.fresh is None else self.fresh().state_dict()
         self.names = tuple(names)
-        self._lock = threading.RLock()
+        self._lock = Lock()
 
     def __str__(self) -> str:
         return f"{self.path or 'the model'} ({type(self.module).__name__}): {self.reason}"

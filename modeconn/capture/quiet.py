@@ -16,7 +16,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-_ONE_AT_A_TIME = threading.RLock()
+from modeconn.parameters.forking import Lock
+
+_ONE_AT_A_TIME = Lock()
 _THREAD = threading.local()
 
 

@@ -21,6 +21,7 @@ from modeconn.parameters import state as states
 from modeconn.parameters.blending import SNAP, blend
 from modeconn.parameters.comparison import warn_of_equal, warn_of_fixed
 from modeconn.parameters.directions import RandomDirections, principal_plane
+from modeconn.parameters.forking import check_fork
 from modeconn.parameters.points import Points, grid_over, is_count, t_values
 from modeconn.parameters.state import State
 from modeconn.parameters.wrappers import unwrapped
@@ -63,6 +64,7 @@ class Path:
         least: int = 2,
         directions: bool = False,
     ) -> None:
+        check_fork()
         if isinstance(control_points, (str, Mapping, nn.Module)) or not isinstance(
             control_points, Sequence
         ):
