@@ -57,7 +57,8 @@ def test_memory_and_descriptors_are_flat_over_many_calls(tmp_path: Path):
     for number in range(CALLS):
         call(number)
     now = objects()
-    assert now == before
+    assert now[0] - before[0] < CALLS // 10, "objects stay"
+    assert now[1] == before[1], "files stay open"
     assert resident() - memory <= CALLS * RESIDENT
 
 
