@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from landscaper_cases import conv, cross_entropy, data, directions, mlp, over_batches
 from modeconn.dropin.landscaper import MeanLoss, compute_loss_landscape, save_landscape
 
