@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modeconn.connection.certificate import Certificate, FalseCertificate
+    from modeconn.connection.certifying import certify
     from modeconn.connection.connection import Connection
     from modeconn.connection.pipeline import connect
     from modeconn.connection.separability import Separation, linear_separability
@@ -46,6 +47,7 @@ __all__ = [
     "StabilityTable",
     "Star",
     "Subspace",
+    "certify",
     "conditions",
     "connect",
     "datasets",
@@ -67,6 +69,7 @@ __version__ = "0.1.0"
 # `import modeconn` costs next to nothing beside torch.
 _HOME = {
     "modeconn.connection.certificate": "Certificate FalseCertificate",
+    "modeconn.connection.certifying": "certify",
     "modeconn.connection.connection": "Connection",
     "modeconn.connection.pipeline": "connect",
     "modeconn.connection.separability": "Separation linear_separability",

@@ -30,6 +30,7 @@ def test_public_names():
         "StabilityTable",
         "Star",
         "Subspace",
+        "certify",
         "conditions",
         "connect",
         "datasets",

@@ -172,7 +172,8 @@ def _content(found: Connection | Star) -> dict[str, Any]:
 def _print_table(found: Connection | Star) -> None:
     rows = []
     for record in found.details["found"]:
-        shared = record["entry"] == 0  # all networks have one subnetwork on the input
+        # all networks have one subnetwork on the input
+        shared = record["entry"] in (0, "input")
         if shared and record["side"] != "a":
             continue
         rows.append(

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
 from torch import nn
 
 from modeconn.backends.precision import without_autocast
+from modeconn.connection.captured.structure import CapturedStructure
 from modeconn.connection.connection import Connection
 from modeconn.connection.construct import Breakpoint, breakpoints
 from modeconn.connection.hub import connect_star
+from modeconn.connection.layer_chain import LayerChain
+from modeconn.connection.residual.solution import (
+    ResidualSolution,
+    residual_network,
+    solve_residual,
+)
 from modeconn.connection.solution import Settings, Solution, solve
 from modeconn.connection.star import Star
+from modeconn.connection.structure import Structure
 from modeconn.connection.verification import Claims, certify
+from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.metrics.convexity import Loss, name_of
 from modeconn.parameters.paths import PolyChain
@@ -87,17 +96,19 @@ def connect(
     swings of the output layer. All networks share the subnetwork on the input: it is a hub, through
     which any number of them are connected pairwise, at a cost linear in their number. The loss is
     constant on a rewrite and convex on a swing, so its maximum over the whole path is attained at a
-    breakpoint.
+    breakpoint. In a residual network with batch norms the same moves are made of halves of the
+    channels: a subnetwork for values on the stream and within blocks, on one half of each stage.
 
     Args:
-        model: the architecture, a chain of layers (MLP, VGG, …); it is left as it was.
+        model: the architecture, a chain of layers (MLP, VGG, …) or a residual network whose blocks
+            have identity or convolutional shortcuts; it is left as it was.
         a, b: the two networks: modules, state dicts or checkpoint files that fit the model. A list
-            of networks as a, and no b, for a star of several: `connect(model, [a, b, c],
-            train=data)`.
+            of networks as a, and no b, for a star of several chains of layers:
+            `connect(model, [a, b, c], train=data)`.
         train: data that the subnetworks are trained on and the bound holds for, as for `evaluate`;
             targets are class labels, or what the loss takes.
         kept: fraction of the units of a hidden layer that its subnetwork reads, for all layers or
-            for each of layers 1 … L-1.
+            for each of layers 1 … L-1; 0.5 in a residual network.
         target: the loss to get below; the work goes to the entry layers that are above it. None for
             1.05 times the larger loss of the end points, and less than that of outputs that are all
             0, in fewer rounds.
@@ -111,7 +122,7 @@ def connect(
             "auto": where all layers are linear with an activation that carries numbers (ReLU,
             LeakyReLU, GELU, SiLU, softplus, hardswish), readouts if they reach the target, else
             heads, and closed forms that memorise if heads do not reach a target that was given;
-            "trained" elsewhere.
+            "trained" elsewhere, and in residual networks always.
         seed: of the kept units, the subnetworks' weights and the order of the samples.
         loss: as for `evaluate`, one that is convex in the outputs: "cross_entropy", "mse", "bce",
             or one of PyTorch's, with class weights or label smoothing (`check_convex` has the
@@ -127,7 +138,7 @@ def connect(
             the bound. A `Star` for a list of networks, whose `connection(i, j)` is that of a pair.
 
     Raises:
-        ModeconnError: the model is no chain; the networks do not fit it, or have weights that are
+        ModeconnError: the model is neither; the networks do not fit it, or have weights that are
             not finite; the data is empty or has one class; a loss that is not convex in the
             outputs; there is no room for two subnetworks side by side; subnetworks that need
             carrying are asked of a network that cannot; features that are not separable, or that
@@ -145,19 +156,20 @@ def connect(
         star, solution = connect_star(model, a, train, test, settings, spec, say)
         star.details = details_of(settings, solution, began)
         return star
-    solution = solve(model, {"a": a, "b": b}, train, settings, say)
-    points = _breakpoints(solution)
+    points, structure, solution = _solved(model, {"a": a, "b": b}, train, settings, say)
     path = PolyChain([point.state for point in points])
     kinds = tuple(point.kind for point in points[1:])
     claims = Claims(kinds, [point.label for point in points], target, loss)
     say("certificate")
-    certificate = certify(model, solution.chain, path, train, claims)
-    other = None if test is None else certify(model, solution.chain, path, test, claims)
+    certificate = certify(model, structure, path, train, claims)
+    other = None if test is None else certify(model, structure, path, test, claims)
     details = details_of(settings, solution, began)
     return Connection(path, kinds, certificate, other, spec, details)
 
 
-def details_of(settings: Settings, solution: Solution, began: float) -> dict[str, Any]:
+def details_of(
+    settings: Settings, solution: Solution | ResidualSolution, began: float
+) -> dict[str, Any]:
     """Describes how subnetworks were found: plain values that JSON can hold.
 
     Args:
@@ -179,6 +191,23 @@ def details_of(settings: Settings, solution: Solution, began: float) -> dict[str
 
 def _silent(line: str) -> None:
     """Ignores a line of the log."""
+
+
+def _solved(
+    model: nn.Module, networks: Mapping[str, Any], train: Any, settings: Settings, say: Log
+) -> tuple[list[Breakpoint], Structure | LayerChain, Solution | ResidualSolution]:
+    """Returns the breakpoints, the network as the verifier sees it, and the subnetworks."""
+    residual = residual_network(model, train)
+    if residual is None:
+        solution = solve(model, networks, train, settings, say)
+        return _breakpoints(solution), solution.chain, solution
+    found = solve_residual(model, residual, networks, train, settings, say)
+    return found.breakpoints(), _captured(model, train), found
+
+
+def _captured(model: nn.Module, train: Any) -> CapturedStructure:
+    """Captures the model as the verifier sees it."""
+    return CapturedStructure.of(model, next(iter(as_batches(train, 4)))[0].float())
 
 
 def _breakpoints(solution: Solution) -> list[Breakpoint]:

@@ -110,7 +110,7 @@ def solve(
     Raises:
         ModeconnError: see `connect`.
     """
-    ends = _load_ends(model, networks)
+    ends = load_ends(model, networks)
     chain = _hidden_chain(model, train)
     active = activity(chain, ends, train)
     units = drawn_units(chain, settings.kept, active, settings.seed)
@@ -254,7 +254,7 @@ def _doubled(ends: Mapping[str, states.State]) -> dict[str, states.State]:
     }
 
 
-def _load_ends(model: nn.Module, networks: Mapping[str, Any]) -> dict[str, states.State]:
+def load_ends(model: nn.Module, networks: Mapping[str, Any]) -> dict[str, states.State]:
     """Loads all networks and checks that they fit the model and are finite."""
     ends = {name: states.load(network) for name, network in networks.items()}
     names = [f"the model {type(model).__name__}", *ends]

@@ -1,4 +1,4 @@
-"""What a verifier asks of a network's structure, answered for chains of layers.
+"""What a verifier asks of a network's structure, answered for chains of layers and other graphs.
 
 The proof of a segment has three parts that depend on how the network is built: which of its units
 are live, and so which kind of move the segment is; how large values can become on it; and how far
@@ -14,9 +14,11 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from modeconn.connection import value_ranges
+from modeconn.connection.captured.structure import CapturedStructure
 from modeconn.connection.layer_chain import LayerChain, block_rows
 from modeconn.connection.rounding import PathRounding, chain_rounding
 from modeconn.connection.segment_kinds import Evidence, classify_segment
+from modeconn.errors import ModeconnError
 
 State = Mapping[str, Tensor]
 
@@ -120,13 +122,16 @@ class ChainStructure:
 
 
 def structure_of(model: nn.Module, sample: Tensor) -> Structure:
-    """Returns the structure of a model.
+    """Returns the structure of a model: a chain of layers, or any captured graph.
 
     Args:
         model: any module; it is left as it was.
         sample: a few rows of input.
 
     Raises:
-        ModeconnError: its structure is not known; the text says where and why.
+        ModeconnError: its outputs have no certificate; the text says why.
     """
-    return ChainStructure.of(model, sample)
+    try:
+        return ChainStructure.of(model, sample)
+    except ModeconnError:
+        return CapturedStructure.of(model, sample)

@@ -61,7 +61,9 @@ def largest_value(graph: Graph, start: State, stop: State, inputs: Tensor) -> tu
                 continue
             values[node.id] = found = _value(graph, node, values, start, stop)
             top = float(found.max()) if isinstance(found, Tensor) and found.numel() else 0.0
-            if not top <= worst:  # NaN, too
+            if not math.isfinite(top):  # what follows may be NaN
+                return top, named(node)
+            if top > worst:
                 worst, where = top, named(node)
     for i in graph.outputs():
         if isinstance(unknown := values[i], _Unknown):

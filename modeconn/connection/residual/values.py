@@ -105,6 +105,12 @@ def half_values(
     return {key: torch.cat(parts.pop(key)) for key in list(parts)}
 
 
+def output_of(graph: Graph, state: State, x: Tensor) -> Tensor:
+    """Computes a network's outputs [N, classes]."""
+    (output,) = graph.outputs()
+    return _run(graph, state, x, output, {output})[output]
+
+
 def _half_of(value: Tensor, side: int) -> slice:
     """Returns the channels of a side, which `Halves` gives: the first half, or the second."""
     middle = value.shape[1] // 2
