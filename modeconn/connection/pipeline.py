@@ -156,14 +156,14 @@ def connect(
         star, solution = connect_star(model, a, train, test, settings, spec, say)
         star.details = details_of(settings, solution, began)
         return star
-    points, structure, solution = _solved(model, {"a": a, "b": b}, train, settings, say)
+    points, structure, made = _solved(model, {"a": a, "b": b}, train, settings, say)
     path = PolyChain([point.state for point in points])
     kinds = tuple(point.kind for point in points[1:])
     claims = Claims(kinds, [point.label for point in points], target, loss)
     say("certificate")
     certificate = certify(model, structure, path, train, claims)
     other = None if test is None else certify(model, structure, path, test, claims)
-    details = details_of(settings, solution, began)
+    details = details_of(settings, made, began)
     return Connection(path, kinds, certificate, other, spec, details)
 
 

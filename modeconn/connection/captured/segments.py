@@ -87,13 +87,18 @@ def tensor_of(graph: Graph, state: State, name: str) -> Tensor:
 def _moved(network: CapturedNetwork, start: State, stop: State) -> tuple[str, ...]:
     """Lists the keys of the floating point tensors that differ; a path does not move the others.
 
+    They are in the order in which the network reads them, whatever the order of the states.
+
     Raises:
         ModeconnError: one that moves is not read by the network.
     """
+    order: dict[str, None] = {}
+    for node in network.graph.nodes:
+        order |= dict.fromkeys(key for key in node.entries if key in start)
     moved = tuple(
         key
-        for key, value in start.items()
-        if value.is_floating_point() and _differs(value, stop[key])
+        for key in dict.fromkeys([*order, *sorted(start)])
+        if start[key].is_floating_point() and _differs(start[key], stop[key])
     )
     stray = [key for key in moved if key in network.others]
     if stray:
