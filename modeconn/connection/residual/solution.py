@@ -22,6 +22,7 @@ from modeconn.connection.solution import Log, Settings, load_ends
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.files import locked
+from modeconn.metrics.convexity import name_of
 from modeconn.parameters import state as states
 
 # What `subnetworks` may be for residual networks.
@@ -121,6 +122,10 @@ def solve_residual(
         raise ModeconnError(
             f'subnetworks="{settings.subnetworks}" is of chains of layers: '
             f"expected one of {', '.join(_METHODS)} for the residual network {network.name}"
+        )
+    if settings.loss != "cross_entropy":
+        raise ModeconnError(
+            f"loss is {name_of(settings.loss)}: expected cross_entropy for a residual network"
         )
     if settings.kept != 0.5:
         raise ModeconnError(
