@@ -96,6 +96,7 @@ NESTED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*is taken, and not")  # tests/test_trust_checkpoints.py
 @pytest.mark.parametrize("case", NESTED)
 def test_a_nested_state_is_found(tmp_path: Path, case: str):
     torch.save(NESTED[case], tmp_path / "a.pt")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -70,11 +71,39 @@ def _tried(runner: Runner, sample: Inputs) -> Graph:
     if rows(x) < 2:  # export takes a batch of one for a constant
         x = join([x, x])
     with quietly(), undrawn(leaves(x)[0].device):
-        trial = on_trial(runner, x)
-        if trial.impure:
-            graph = _opaque(trial.module, x, trial.expected, f"its {trial.impure}", runner.copy)
-        else:
-            graph = _captured(trial.module, x, trial.expected)
+        try:
+            return _graph(runner, x)
+        except ModeconnError as error:
+            failure = error
+        # Some networks take batches of one size alone: perhaps that of the data.
+        runner.takes = rows(sample)
+        try:
+            return _graph(runner, sample)
+        except ModeconnError:
+            runner.takes = 0
+    raise ModeconnError(f"{failure}{_hint(str(failure), rows(x), rows(sample))}") from failure
+
+
+def _hint(text: str, few: int, whole: int) -> str:
+    """Say how to give batches of one size, where a message has the number of rows in it."""
+    if not re.search(rf"\b{few}\b", text.partition("dtype")[2]):
+        return ""
+    return (
+        f" (on {few} rows; on {whole} it fails, too: where it is written for batches of one size, "
+        "pass that as batch_size, or as many rows)"
+    )
+
+
+def _graph(runner: Runner, x: Inputs) -> Graph:
+    """Captures a module on these rows."""
+    trial = on_trial(runner, x)
+    if trial.impure:
+        graph = _opaque(trial.module, x, trial.expected, f"its {trial.impure}", runner.copy)
+    elif runner.takes:
+        reason = f"it runs on batches of {runner.takes} rows alone"
+        graph = replace(_opaque(trial.module, x, trial.expected, reason), takes=runner.takes)
+    else:
+        graph = _captured(trial.module, x, trial.expected)
     example = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), trial.expected)
     return replace(graph, example=example, random=trial.random)
 
@@ -91,10 +120,15 @@ def _captured(model: nn.Module, x: Inputs, expected: Any) -> Graph:
         if out_of_memory(error):
             raise
         failure = error
+    if "Constraints violated" in str(failure):
+        # A `len(x)` is one number for a function that runs, and of any batch for its bytecode.
+        with _stumbling():
+            return _checked(_export(model, x, strict=True), model, x, expected)
     if tensors_of(expected) and any(map(_is_unknown, pytree.tree_leaves(expected))):
         with _stumbling():
             return _known_outputs(model, x, expected)
     fewer = take(x, 0, rows(x) - 1)
+    output_of(model, fewer)  # raises where it runs on batches of this size alone
     parts = parts_of(model, [lambda: output_of(model, x), lambda: output_of(model, fewer)])
     if parts:
         with _stumbling():
@@ -160,7 +194,7 @@ def _halved(model: nn.Module) -> Iterator[None]:
             weight.mul_(2.0)
 
 
-def _export(model: nn.Module, x: Inputs) -> Graph:
+def _export(model: nn.Module, x: Inputs, strict: bool = False) -> Graph:
     from torch.export import Dim, export
 
     batch = {0: Dim("batch", min=1)}
@@ -168,7 +202,7 @@ def _export(model: nn.Module, x: Inputs) -> Graph:
     # By the names of the signature: arguments may be gathered in *args.
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = pytree.tree_map(lambda _: batch, dict(given))
-    program = export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    program = export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     return graph_of(decomposed(program), set(model.state_dict()), x)
 
 

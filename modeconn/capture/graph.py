@@ -128,6 +128,8 @@ class Graph:
             captured.
         closed: the parts of it that could not be captured and run as they are, each with its
             reason.
+        takes: the only number of rows that the network runs on, 0 for any; others are cut or filled
+            up.
         mixes_rows: whether a row's output depends on the other rows of its batch.
         inputs: per input None if it is the only one, else its place or its name.
         random: whether two runs of the network give different outputs.
@@ -139,6 +141,7 @@ class Graph:
     constants: dict[str, Tensor]
     fallback: str | None = None
     closed: tuple[str, ...] = ()
+    takes: int = 0
     mixes_rows: bool = False
     inputs: tuple[Any, ...] = (None,)
     random: bool = False

@@ -88,7 +88,21 @@ def _simplified(call: Call, before: Node, shape: tuple[Dim, ...]) -> Call | None
         return _flattened(call)
     if call.op == "slice" and _is_whole(call.arguments, before.shape):
         return _replaced(call, "alias", _ATEN.alias.default, In(0))
+    if call.op == "squeeze" and before.shape:
+        return _squeezed(call, before.shape)
     return None
+
+
+def _squeezed(call: Call, shape: Sequence[Dim]) -> Call | None:
+    """A squeeze without the rows' axis, which is one long in a batch of one row."""
+    dims = call.arguments.get("dim", [*range(len(shape))])
+    axes = [axis % len(shape) for axis in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    ones = [axis for axis in axes if shape[axis] == 1]
+    if "dim" in call.arguments and len(ones) == len(axes):
+        return None
+    if not ones:
+        return _replaced(call, "alias", _ATEN.alias.default, In(0))
+    return _replaced(call, "squeeze", _ATEN.squeeze.dims, In(0), ones)
 
 
 def _merged(call: Call, before: Node, nodes: Sequence[Node], shape: tuple[Dim, ...]) -> Call | None:

@@ -23,6 +23,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from modeconn.capture.fixed import joined
 from modeconn.capture.spectral import renew
 from modeconn.errors import ModeconnError
 from modeconn.parameters.forking import Lock
@@ -125,6 +126,16 @@ class Opaque:
         # The module may change what it is given, and parameters that are swapped in as well.
         args, kwargs = self.arguments.filled([tensor.clone() for tensor in tensors])
         state = {name: value.clone() for name, value in state.items()}
+        out = self._called(state, args, kwargs)
+        if self.path or not tensors or len(tensors[0]) != 1 or _has_row(out):
+            return out
+        # A network that squeezes its values loses the axis of a lone row: it gets the row twice.
+        args, kwargs = self.arguments.filled([torch.cat([tensor] * 2) for tensor in tensors])
+        return joined([self._called(state, args, kwargs)], 1, 2)
+
+    def _called(
+        self, state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if self.fresh is not None:
             module = self.fresh()
             module.load_state_dict(state, strict=False)
@@ -167,6 +178,11 @@ class Opaque:
                     norm.momentum = momentum
         names = itertools.chain.from_iterable(self.statistics())
         return [*tensors_of(out), *(state[name] for name in names)]
+
+
+def _has_row(output: Any) -> bool:
+    """Whether every tensor of the output for one row has an axis for it."""
+    return all(1 in tensor.shape[:2] for tensor in tensors_of(output))
 
 
 def _slots(model: nn.Module) -> Iterator[str]:

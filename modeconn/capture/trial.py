@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from modeconn.capture.fixed import in_batches
 from modeconn.capture.guard import Guard
 from modeconn.capture.opaque import line_of, tensors_of
 from modeconn.capture.spectral import has_spectral_norm, renew
@@ -38,6 +39,9 @@ class Runner:
         model: the user's; it is never called, changed or converted.
         dtype: of floating-point tensors; None for the module's own.
         device: of all tensors; None for the module's own.
+
+    Attributes:
+        takes: the only number of rows that the module runs on; 0 for any.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Runner:
         device: torch.device | None = None,
     ) -> None:
         self.model, self.dtype, self.device = unwrapped(model), dtype, device
+        self.takes = 0
         self._names: tuple[str, ...] = ()
         self._one_dict = False
 
@@ -59,6 +64,8 @@ class Runner:
         made = duplicate(self.model)
         for parameter in made.parameters():
             parameter.requires_grad_(False)
+        if self.takes:
+            vars(made)["forward"] = in_batches(made, self.takes)
         if self._names:
             vars(made)["forward"] = _by_names(made.forward, self._names, self._one_dict)
         return made.to(device=self.device, dtype=self.dtype)

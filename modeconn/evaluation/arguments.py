@@ -11,6 +11,7 @@ from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
 from modeconn.parameters.comparison import same_memory, tied
 from modeconn.parameters.paths import Path
+from modeconn.parameters.prefixes import give_back_prefix
 from modeconn.parameters.wrappers import unwrapped
 
 BUFFERS = ("interpolate", "start", "recompute")
@@ -47,7 +48,7 @@ def device_of(device: str | torch.device | None, path: Path) -> torch.device:
 def frozen_entries(buffers: str, path: Path, data: bool = True) -> frozenset[str]:
     """Return the names of tensors that do not move along the path.
 
-    They are norms' running statistics, where those of the path's start are requested.
+    They are masks, and norms' running statistics where those of the path's start are requested.
 
     Args:
         buffers: "interpolate", "start" or "recompute".
@@ -60,9 +61,9 @@ def frozen_entries(buffers: str, path: Path, data: bool = True) -> frozenset[str
             f"buffers is {buffers!r}: expected {' or '.join(map(_quoted, allowed))}"
         )
     statistics = ("running_mean", "running_var")
-    return frozenset(
+    return path.fixed | {
         key for key in path.control_points[0] if buffers == "start" and key.endswith(statistics)
-    )
+    }
 
 
 def check_fit(model: nn.Module, path: Path) -> None:
@@ -78,6 +79,7 @@ def check_fit(model: nn.Module, path: Path) -> None:
             f'{nowhere[0]!r} first: allocate them by model.to_empty(device="cpu"), and the path '
             "has the weights"
         )
+    give_back_prefix(path, own)
     states.match(
         [own, path.control_points[0]],
         [f"the model {type(model).__name__}", path.names[0]],

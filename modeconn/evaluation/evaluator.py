@@ -225,8 +225,8 @@ def explain(
     """
     t = path.points(points)
     dtype, where = dtype_of(precision), device_of(device, path)
-    frozen = frozen_entries(buffers, path)
     check_fit(model, path)
+    frozen = frozen_entries(buffers, path)
     runner = prepare(model, dtype, where)
     graph = capture_for(path, runner, moved(as_inputs(sample, "sample"), dtype, where))
     tables = None

@@ -95,8 +95,8 @@ class PlannedForward:
         check_name(backend, precision, self._device)
         self._backend = backend
         self._budget = positive("memory_budget", memory_budget) or MEMORY_BUDGET
-        frozen = frozen_entries(buffers, path, data=False)
         check_fit(model, path)
+        frozen = frozen_entries(buffers, path, data=False)
         x = self._input(sample)
         self._row = describe(x)
         runner = prepare(model, self._dtype, self._device)

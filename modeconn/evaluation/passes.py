@@ -202,7 +202,7 @@ def _sums(run: Run, prepared: _Prepared, stage_name: str) -> _Sums:
             sums = _Sums(stage.sums["sums"].to(where), stage.sums["counts"])
         for inputs, labels, given in on_device(prepared.batches, fit, request.dtype, where):
             said.warn(head, prepared.example, inputs, given)
-            step = rows(inputs) if program.graph.mixes_rows else prepared.most_rows
+            step = _step(program.graph, rows(inputs), prepared.most_rows)
             for start in range(0, rows(inputs), step):
                 part = slice(start, start + step)
                 x, y = take(inputs, part.start, part.stop), labels[part]
@@ -218,6 +218,18 @@ def _sums(run: Run, prepared: _Prepared, stage_name: str) -> _Sums:
                 sums.counts += head.counts(given[part]).cpu()
                 stage.done({"sums": sums.totals, "counts": sums.counts})
     return sums
+
+
+def _step(graph: Graph, count: int, most: int) -> int:
+    """Return the rows of a batch that are computed at a time."""
+    if not graph.mixes_rows:
+        return most
+    if graph.takes and count % graph.takes:
+        raise ModeconnError(
+            f"a batch of {count} rows cannot be evaluated: the model takes {graph.takes} at a "
+            "time, and its output for one depends on the others; expected a multiple"
+        )
+    return count
 
 
 def _result(run: Run, prepared: _Prepared, sums: _Sums, name: str, seconds: float) -> PathResult:

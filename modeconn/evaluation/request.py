@@ -85,8 +85,8 @@ class Request:
         self.dtype = dtype_of(self.precision)
         self.where = device_of(self.device, self.path)
         check_name(self.backend, self.precision, self.where)
-        self.frozen = frozen_entries(self.buffers, self.path)
         check_fit(self.model, self.path)
+        self.frozen = frozen_entries(self.buffers, self.path)
         positive("batch_size", self.batch_size)
         self.budget = positive("memory_budget", self.memory_budget) or MEMORY_BUDGET
         self._check_recompute()

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from modeconn.errors import listed, warn
-from modeconn.parameters.state import State
+from modeconn.errors import ModeconnError, listed, warn
+from modeconn.parameters.state import State, check
 
 
 def warn_of_equal(points: Sequence[State], names: Sequence[str], in_turn: bool) -> None:
@@ -56,6 +56,48 @@ def warn_of_fixed(points: Sequence[State], names: Sequence[str]) -> None:
                 f"{listed(found)}; the whole path has those of {names[0]}, so that it does not end "
                 f"at {name}: give both the same, or convert them to float32"
             )
+
+
+def check_points(points: Sequence[State], names: Sequence[str], directions: bool) -> frozenset[str]:
+    """Check that control points can be weights, which are finite, or masks.
+
+    Args:
+        points: the control points.
+        names: what messages call them.
+        directions: whether all but the first are directions, which are zero where nothing moves.
+
+    Returns:
+        the names of masks: entries that are infinite somewhere, and alike in all points.
+
+    Raises:
+        ModeconnError: see `state.check`.
+    """
+    masks: frozenset[str] = frozenset()
+    try:
+        for point, name in zip(points, names):
+            check(point, name)
+    except ModeconnError:
+        masks = _infinite_alike(points, directions)
+        if not masks:
+            raise
+        for point, name in zip(points, names):
+            check(point, name, masks)
+    return masks
+
+
+def _infinite_alike(points: Sequence[State], directions: bool) -> frozenset[str]:
+    """The names of entries that are infinite somewhere, without NaN, and alike in all points."""
+
+    def is_mask(key: str) -> bool:
+        first = points[0][key]
+        if not first.is_floating_point() or not bool(first.isinf().any()) or first.isnan().any():
+            return False
+        others = [point[key] for point in points[1:]]
+        return all(
+            torch.equal(first, other) or (directions and not other.any()) for other in others
+        )
+
+    return frozenset(key for key in points[0] if is_mask(key))
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:

@@ -19,7 +19,7 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 def principal_plane(
-    states: Sequence[State], centre: int
+    states: Sequence[State], centre: int, fixed: frozenset[str] = frozenset()
 ) -> tuple[State, State, np.ndarray, np.ndarray]:
     """Find the principal components of checkpoints around one of them (Li et al. 2018, sec. 7.2).
 
@@ -35,7 +35,8 @@ def principal_plane(
         ModeconnError: the checkpoints lie on one line, or at one point.
     """
     gram = torch.zeros(len(states), len(states), dtype=torch.float64)
-    for key, base in states[centre].items():
+    moving = {key: value for key, value in states[centre].items() if key not in fixed}
+    for key, base in moving.items():
         if base.is_floating_point() and not key.endswith(_STATISTICS):
             differences = [state[key].double() - base.double() for state in states]
             rows = torch.stack([each.flatten().cpu() for each in differences])
@@ -52,14 +53,14 @@ def principal_plane(
     # an eigenvector's sign is anyone's choice: fix it
     sign = torch.where(places[int(centre == 0)] < 0, -1.0, 1.0)
     weights, places = weights * sign, places * sign
-    u, v = (_combined(states, centre, weights[:, i]) for i in range(2))
+    u, v = (_combined(states, centre, weights[:, i], moving) for i in range(2))
     return u, v, places.numpy(), (values[:2] / total).numpy()
 
 
-def _combined(states: Sequence[State], centre: int, weights: Tensor) -> State:
-    """Return Σ_i weights[i] · (states[i] - states[centre])."""
+def _combined(states: Sequence[State], centre: int, weights: Tensor, moving: State) -> State:
+    """Return Σ_i weights[i] · (states[i] - states[centre]) for the entries that move."""
     direction = {}
-    for key, base in states[centre].items():
+    for key, base in moving.items():
         if base.is_floating_point():
             total = torch.zeros(base.shape, dtype=torch.float64)
             for weight, state in zip(weights.tolist(), states):
@@ -93,6 +94,7 @@ class RandomDirections:
             if value.is_floating_point()
             and (value.dim() > 1 or biases)
             and (not key.endswith(_STATISTICS) if moving is None else key in moving)
+            and not bool(value.isinf().any())  # a mask
         }
         # Tensors by the memory that they lie in: tied weights, or views of one tensor, are several.
         self._sharing = Counter(_memory(value) for value in self._base.values())

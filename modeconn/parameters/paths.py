@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
 from modeconn.parameters.blending import SNAP, blend
-from modeconn.parameters.comparison import warn_of_equal, warn_of_fixed
+from modeconn.parameters.comparison import check_points, warn_of_equal, warn_of_fixed
 from modeconn.parameters.directions import RandomDirections, principal_plane
 from modeconn.parameters.forking import check_fork
 from modeconn.parameters.points import Points, grid_over, is_count, t_values
@@ -37,6 +37,8 @@ class Path:
         control_points: K state dicts with equal keys, shapes and dtypes.
         dim: the number of coordinates of t (1 for a curve, 2 for a plane, K for a mixture).
         names: what messages call the control points.
+        fixed: names of masks, which are those of the first control point everywhere.
+        prefixes: that were removed from the names in files.
         modules: the modules that control points are the parameters and buffers of, None for others.
         tracked: per control point the tensors of a state dict that require gradients.
 
@@ -78,13 +80,12 @@ class Path:
                 f"got {len(control_points)}"
             )
         names = names or [_name(source, k) for k, source in enumerate(control_points)]
-        self.control_points: list[State] = [
-            _widened(states.load(source)) for source in control_points
-        ]
+        loaded = [states.load_with_prefix(source) for source in control_points]
+        self.control_points: list[State] = [_widened(state) for state, _ in loaded]
+        self.prefixes = {prefix for _, prefix in loaded}
         states.match(self.control_points, names)
-        for point, name in zip(self.control_points, names):
-            states.check(point, name)
         self.names = list(names)
+        self.fixed = check_points(self.control_points, self.names, directions)
         self.modules = [_module(source) for source in control_points]
         self.tracked = [states.tracked(source) for source in control_points]
         warn_of_equal(self.control_points, self.names, self._in_turn)
@@ -143,7 +144,8 @@ class Path:
         state = {}
         for key, first in self.control_points[0].items():
             tensors = [point[key] for point in self.control_points]
-            state[key] = blend(tensors, row) if first.is_floating_point() else first
+            moves = first.is_floating_point() and key not in self.fixed
+            state[key] = blend(tensors, row) if moves else first
         return state
 
     def info(self) -> dict[str, str]:
@@ -319,7 +321,8 @@ class Plane(Path):
             raise ModeconnError(
                 f"centre is {centre}: expected one of the {len(checkpoints)} checkpoints"
             )
-        u, v, places, explained = principal_plane(path.control_points, centre % len(checkpoints))
+        centre %= len(checkpoints)
+        u, v, places, explained = principal_plane(path.control_points, centre, path.fixed)
         plane = cls(path.control_points[centre], u, v)
         plane.modules[0] = path.modules[centre]
         plane.marks, plane.explained = places, (float(explained[0]), float(explained[1]))

@@ -18,6 +18,8 @@ from modeconn.fingerprints import digest_of_tensors
 # The entry of a safetensors file's metadata with the digest of its tensors.
 DIGEST = "modeconn.sha256"
 
+# The keys under which training scripts save the state beside other things.
+NESTS = ("model_state", "state_dict", "model_state_dict", "model", "net")
 # torch.save before 1.6: its magic number, pickled
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
@@ -128,11 +130,31 @@ def _not_weights(path: Path, reason: str) -> ModeconnError:
         return _damaged(path, "its pickle cannot be decoded")
     whole = any(name.startswith("torch.nn.modules.") for name in found)
     kind = "a whole module" if whole else "a pickle that is not weights alone"
-    part = ".state_dict()" if whole else "['state_dict']"
-    weights = f"torch.load({str(path)!r}, weights_only=False){part}"
+    content = f"torch.load({str(path)!r}, weights_only=False)"
+    weights = f"{content}.state_dict()" if whole else _weights(path, content)
     return ModeconnError(
         f"{path}: {kind}: reading {listed(found)} can run code; {_recipe(weights)}"
     )
+
+
+def _weights(path: Path, content: str) -> str:
+    """Say how to take the weights out of what a file holds, by the words in its pickle.
+
+    It is not run.
+    """
+    import pickletools
+
+    words: set[Any] = set()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (name,) = [each for each in archive.namelist() if each.endswith("/data.pkl")]
+            words = {argument for _, argument, _ in pickletools.genops(archive.read(name))}
+    except Exception:  # an older format, or damaged
+        words = {"state_dict"}
+    keys = [key for key in NESTS if key in words]
+    if keys:
+        return f"{content}[{keys[0]!r}]"
+    return f"{{k: v for k, v in {content}.items() if torch.is_tensor(v)}}"
 
 
 def _recipe(weights: str) -> str:

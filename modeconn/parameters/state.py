@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.errors import ModeconnError, listed
+from modeconn.errors import ModeconnError, listed, warn
 from modeconn.files import atomic_write
 from modeconn.fingerprints import digest_of_tensors
-from modeconn.parameters.reading import DIGEST, read
+from modeconn.parameters.reading import DIGEST, NESTS, read
 from modeconn.parameters.wrappers import unwrapped
 
 State = dict[str, Tensor]
 
-# The keys under which training scripts save the state beside other things.
-_NESTS = ("model_state", "state_dict", "model_state_dict", "model", "net")
 # Bytes that a tensor may take which is expanded from fewer values in a file.
 _MOST_EXPANDED = 1 << 30
 # names as DataParallel, AveragedModel and torch.compile write them
@@ -57,14 +55,22 @@ def load(
         raise ModeconnError(
             f"dtype is {dtype}: expected a floating one, torch.float32 or torch.float64"
         )
-    copy = False
+    return load_with_prefix(source, dtype)[0]
+
+
+def load_with_prefix(
+    source: nn.Module | Mapping[str, Any] | str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+) -> tuple[State, str]:
+    """Load a state as `load` does; also return the prefix that was removed from a file's names."""
+    copy, prefix = False, ""
     if isinstance(source, nn.Module):
         state = _tensors(unwrapped(source).state_dict(), type(source).__name__)
     elif isinstance(source, Mapping):
         state = _tensors(_nested(source, "state dict"), "state dict")
     elif isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
-        state = _unwrapped(_tensors(_nested(read(path), str(path)), str(path)))
+        state, prefix = _unwrapped(_tensors(_nested(read(path), str(path)), str(path)))
         _check_expanded(state, str(path))
         # the tensors are still mapped to the file: writing over it would change or crash them
         copy = True
@@ -73,7 +79,7 @@ def load(
             f"network is of type {type(source).__name__}: "
             "expected an nn.Module, a state dict, or a file name"
         )
-    return _converted(state, dtype, copy)
+    return _converted(state, dtype, copy), prefix
 
 
 def tracked(source: Any) -> State:
@@ -113,10 +119,15 @@ def match(
         )
 
 
-def check(state: Mapping[str, Tensor], name: str) -> None:
+def check(state: Mapping[str, Tensor], name: str, infinite: frozenset[str] = frozenset()) -> None:
     """Raise unless the weights are dense, float32 or float64, on one device, and finite.
 
     Integer and bool tensors are fine as counters or masks, and refused as weights.
+
+    Args:
+        state: Names and tensors.
+        name: What to call it in the message.
+        infinite: Entries that may be infinite, as masks are.
 
     Raises:
         ModeconnError: The message names the tensors and what is wrong with them.
@@ -125,7 +136,7 @@ def check(state: Mapping[str, Tensor], name: str) -> None:
     _check_dtypes(state, name)
     bad = []
     for key, tensor in state.items():
-        if not tensor.is_floating_point() or not tensor.numel():
+        if not tensor.is_floating_point() or not tensor.numel() or key in infinite:
             continue
         # NaN and inf show in the extremes: one pass, where isfinite() would take the tensor's
         # memory again.
@@ -133,7 +144,10 @@ def check(state: Mapping[str, Tensor], name: str) -> None:
             nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
             bad.append(f"'{key}' has {nan:,} NaN and {inf:,} infinite of {tensor.numel():,} values")
     if bad:
-        raise ModeconnError(f"{name}: weights must be finite: {listed(bad, of=len(state))}")
+        raise ModeconnError(
+            f"{name}: weights must be finite: {listed(bad, of=len(state))}"
+            " (masks may be infinite, without NaN and alike in all control points)"
+        )
 
 
 def save(
@@ -188,13 +202,26 @@ def _nested(found: Any, name: str) -> Mapping[str, Any]:
         raise ModeconnError(
             f"{name}: holds a value of type {type(found).__name__}; expected a state dict"
         )
-    inner = {key: found[key] for key in _NESTS if isinstance(found.get(key), Mapping)}
+    inner = {key: found[key] for key in NESTS if isinstance(found.get(key), Mapping)}
     states = [key for key, value in inner.items() if _has_tensors(value)]
     if len(states) > 1:
         raise ModeconnError(
             f"{name}: holds several states, {states}; save or pass the one that you mean"
         )
-    return inner[states[0]] if states else found
+    if not states:
+        return found
+    taken: Mapping[str, Any] = inner[states[0]]
+    others = [
+        repr(key)
+        for key, value in found.items()
+        if key not in inner and isinstance(value, Mapping) and value.keys() == taken.keys()
+    ]
+    if others:
+        warn(
+            f"{name}: the state under {states[0]!r} is taken, and not {', '.join(others)}, which "
+            f"has the same names: for that pass torch.load(…)[{others[0]}]"
+        )
+    return taken
 
 
 def _has_tensors(found: Mapping[Any, Any]) -> bool:
@@ -213,7 +240,7 @@ def _tensors(state: Mapping[Any, Any], name: str) -> State:
         f"the name {key!r} is {type(key).__name__}" for key in state if not isinstance(key, str)
     ]
     if wrong:
-        nests = ", ".join(repr(key) for key in _NESTS)
+        nests = ", ".join(repr(key) for key in NESTS)
         count = listed(wrong, of=len(state))
         raise ModeconnError(
             f"{name}: not tensors: {count}; expected a state dict, alone or under {nests}"
@@ -226,13 +253,15 @@ def _tensors(state: Mapping[Any, Any], name: str) -> State:
     return {key: value.detach() for key, value in state.items()}
 
 
-def _unwrapped(state: State) -> State:
-    """Remove the prefixes that wrappers put before every name, one after another."""
+def _unwrapped(state: State) -> tuple[State, str]:
+    """Remove the prefixes that wrappers put before every name, and return them as well."""
+    removed = ""
     while True:
         names = [name for name in state if name != "n_averaged"]  # AveragedModel's own counter
         prefix = _common_wrapper(names)
         if prefix is None:
-            return state
+            return state, removed
+        removed += prefix
         state = {name.removeprefix(prefix): state[name] for name in names}
 
 

@@ -19,6 +19,7 @@ from modeconn.capture.optimisations import current
 from modeconn.parameters.blending import is_far
 from modeconn.parameters.paths import Path
 from modeconn.plan.cost import flops
+from modeconn.plan.infinite import infinite_nodes
 from modeconn.plan.merging import Merging
 from modeconn.plan.program import Program, Segment
 from modeconn.plan.segment import SegmentPlanner, SharedSteps
@@ -56,11 +57,12 @@ def make_program(
     shared = SharedSteps(graph)
     distinct, inverse = np.unique(points, axis=0, return_inverse=True)
     coefficients = path.coefficients(distinct).numpy()
+    infinite = infinite_nodes(graph, contents)
     segments = []
     for empty in _empty_segments(path.segment_of(distinct), coefficients, contents):
         chosen = empty.point_indices
         here = {name: _rows_of(table, chosen) for name, table in (tables or {}).items()}
-        segments.append(_planned(graph, empty, contents, here, shared))
+        segments.append(_planned(graph, empty, contents, here, shared, infinite))
     return Program(
         graph,
         distinct,
@@ -119,13 +121,14 @@ def _planned(
     contents: Contents,
     tables: Mapping[str, Tensor],
     shared: SharedSteps,
+    infinite: frozenset[int],
 ) -> Segment:
     """Plans a segment, anew for as long as requests can be merged."""
     merging = Merging()
     while True:
         segment = replace(empty, steps=[], outputs={}, forms={}, stale=set())
         weights = SegmentWeights(contents, segment, tables)
-        planner = SegmentPlanner(graph, weights, shared, segment, merging)
+        planner = SegmentPlanner(graph, weights, shared, segment, merging, infinite)
         planner.plan()
         if not current().merging or not merging.merge(graph, planner.forms):
             return segment

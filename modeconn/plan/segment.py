@@ -81,6 +81,7 @@ class SegmentPlanner:
         shared: steps of all segments, to which those found here are added.
         segment: is filled in by `plan`.
         merging: requests that were merged in an earlier plan of the segment.
+        infinite: nodes whose values are no combinations, since they may be infinite.
 
     Attributes:
         forms: by node and units, the forms that the output takes.
@@ -93,10 +94,11 @@ class SegmentPlanner:
         shared: SharedSteps,
         segment: Segment,
         merging: Merging,
+        infinite: frozenset[int] = frozenset(),
     ) -> None:
         self.forms: dict[tuple[int, Units], Form] = {}
         self._graph, self._weights, self._shared = graph, weights, shared
-        self._segment, self._merging = segment, merging
+        self._segment, self._merging, self._infinite = segment, merging, infinite
         self._on = current()
         self._parts: dict[tuple[int, Units], Form] = {}  # taken out of values that have more units
         self._materialized: dict[int, int] = {}  # id of a combination → the step that adds it up
@@ -143,6 +145,9 @@ class SegmentPlanner:
                     return self._vary(call)
                 values = _shared_values(constants)
                 return self._share(call.node, values, fixed, fit.units, self._ones)
+        if node.id in self._infinite:
+            return self._vary(call)
+        if len(constants) == len(inputs):
             return self._combine_weights(node, call) or self._vary(call)
         if len(fixed) == len(entries):
             return self._combine_inputs(call, fixed) or self._vary(call)

@@ -63,6 +63,7 @@ class Contents:
         self._alike: dict[tuple[object, ...], list[Tensor]] = {}
         self._supports: dict[tuple[int, int], np.ndarray] = {}
         self._zeros: dict[int, bool] = {}
+        self._infinite: dict[str, bool] = {}
 
     def tensor(self, name: str, k: int, cut: Cut = ()) -> Tensor:
         """Returns parameter or buffer `name` of control point k, cut down.
@@ -86,6 +87,13 @@ class Contents:
         if name in self._constants or name in self._frozen:
             return True
         return not self._points[0][name].is_floating_point()
+
+    def is_infinite(self, name: str) -> bool:
+        """Whether a fixed entry has infinite numbers."""
+        if name not in self._infinite:
+            whole = self._whole(name, 0)
+            self._infinite[name] = whole.is_floating_point() and bool(whole.isinf().any())
+        return self._infinite[name]
 
     def difference(self, k: int, base: int) -> int:
         """Returns the number of the further control point that is control point k minus another."""
