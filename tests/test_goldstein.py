@@ -292,6 +292,26 @@ def test_two_processes_on_one_file(net, loader, dir_file, tmp_path):
     assert not (tmp_path / "s.h5").exists()
 
 
+def test_a_file_that_the_original_is_writing(net, loader, dir_file, tmp_path):
+    file = tmp_path / "s.h5"
+    goldstein.surface(net, loader, file, dir_file, X_RANGE, Y_RANGE)
+    hold = (
+        "import h5py, sys; f = h5py.File(sys.argv[1], 'r+'); print(1, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"1\n"
+        with pytest.raises(mc.ModeconnError, match="is open in another program"):
+            goldstein.read_surface(file)
+        other.stdin.close()
+
+
+def test_a_surface_is_drawn_without_a_count_of_samples(net, loader, dir_file, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = goldstein.surface(net, loader, tmp_path / "s.h5", dir_file, X_RANGE, Y_RANGE)
+    assert result.plot().get_title() == "Loss on a plane: 12 points"
+
+
 def test_without_h5py(net, loader, dir_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(mc.ModeconnError, match=r"pip install 'modeconn\[h5\]'"):

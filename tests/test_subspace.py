@@ -89,13 +89,16 @@ def test_grids(model):
     [
         ("directions is []: expected a list", lambda m: mc.Subspace(m, [])),
         ("directions is 'a.pt'", lambda m: mc.Subspace(m, "a.pt")),
-        ("'0.weight' is [1], expected [5, 3]", lambda m: mc.Subspace(m, [{"0.weight": X[0, :1]}])),
+        ("is [1], expected [5, 3]", lambda m: mc.Subspace(m, [{"0.weight": X[0, :1]}])),
         ("norm is 'row'", lambda m: mc.Subspace.random(m, norm="row")),
         ("dim is 0: expected", lambda m: mc.Subspace.random(m, 0)),
         ("points is (3,): expected", lambda m: mc.Plane.random(m).grid((3,))),
         ("points is (3, 0): expected", lambda m: mc.Plane.random(m).grid((3, 0))),
         ("points is (3, 2.0): expected", lambda m: mc.Plane.random(m).grid((3, 2.0))),
-        ("shape [1, 2]: Subspace expects [T, 3]", lambda m: mc.Subspace.random(m, 3).points([0, 1])),
+        (
+            "shape [1, 2]: Subspace expects [T, 3]",
+            lambda m: mc.Subspace.random(m, 3).points([0, 1]),
+        ),
     ],
 )
 def test_refused(model, says, make):

@@ -55,11 +55,9 @@ def reading(file: str | os.PathLike[str]) -> Iterator[Any]:
         raise ModeconnError(f"{file}: no such file")
     try:
         opened = h5py.File(file, "r")
-    except BlockingIOError as error:
-        raise ModeconnError(
-            f"{file} is being written by another program: wait for its end"
-        ) from error
     except OSError as error:
+        if isinstance(error, BlockingIOError) or "already open" in str(error):
+            raise ModeconnError(f"{file} is open in another program: wait for its end") from error
         raise ModeconnError(f"{file}: no HDF5 file, or a damaged one: {error}") from error
     with opened:
         try:

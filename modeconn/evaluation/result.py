@@ -288,7 +288,9 @@ class PathResult:
             }
             plotting.draw_curve(ax, self.t.reshape(-1), column, metric, self._chord(metric), errors)
         where = "on a plane" if self._coordinates() == 2 else "along the path"
-        size = f"{_count(len(self.t), 'point')}, {_count(self.samples, 'sample')}"
+        size = _count(len(self.t), "point")
+        if self.samples:  # a surface that another program wrote does not say
+            size += f", {_count(self.samples, 'sample')}"
         ax.set_title(f"{metric.capitalize()} {where}: {size}")
         return ax
 
