@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modeconn import _native as engine
-from modeconn.files import atomic_write
+from modeconn.files.writing import atomic_write
 
 PEAK = Path(__file__).resolve().parent.parent / "csrc" / "tests" / "peak.cpp"
 # The line's arithmetic per sample and point on the 784-245x10-10 network: what the last case is

@@ -42,7 +42,7 @@ import modeconn as mc
 import peers
 import workloads
 from modeconn.backends import NAMES
-from modeconn.files import atomic_write
+from modeconn.files.writing import atomic_write
 
 
 def workload(options: argparse.Namespace) -> workloads.Workload:

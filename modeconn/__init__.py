@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from modeconn.errors import ModeconnError
     from modeconn.evaluation.evaluator import evaluate, explain
     from modeconn.evaluation.outputs import Forward, forward
+    from modeconn.evaluation.replay.mapping import MapResult, map  # noqa: A004
     from modeconn.evaluation.result import PathResult
     from modeconn.evaluation.sameness import Sameness, same_function
     from modeconn.parameters.paths import Bezier, Line, Mixture, Plane, PolyChain
     from modeconn.parameters.state import load
     from modeconn.parameters.subspace import Subspace
     from modeconn.plan.report import Plan
-    from modeconn.replay.mapping import MapResult, map  # noqa: A004
     from modeconn.stability.criteria import ConditionsTable, conditions
     from modeconn.stability.dropout import dropout_stability
     from modeconn.stability.subnetworks import subnetwork_stability
@@ -85,7 +85,7 @@ _HOME = {
     "modeconn.parameters.state": "load",
     "modeconn.parameters.subspace": "Subspace",
     "modeconn.plan.report": "Plan",
-    "modeconn.replay.mapping": "MapResult map",
+    "modeconn.evaluation.replay.mapping": "MapResult map",
     "modeconn.stability.criteria": "ConditionsTable conditions",
     "modeconn.stability.dropout": "dropout_stability",
     "modeconn.stability.subnetworks": "subnetwork_stability",

@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from modeconn.errors import ModeconnError, SystemFailure
-from modeconn.files import atomic_write, is_temporary, sweep, sweep_inside
-from modeconn.fingerprints import digest_of_tensors
+from modeconn.files.fingerprints import digest_of_tensors
+from modeconn.files.writing import atomic_write, is_temporary, sweep, sweep_inside
 from modeconn.parameters import state as states
 
 FORMAT = "modeconn.record/2"

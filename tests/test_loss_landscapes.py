@@ -20,7 +20,7 @@ import modeconn as mc
 import modeconn.dropin.loss_landscapes as loss_landscapes
 from dropin_cases import KINDS, SCANS, conv, norm, small
 from modeconn.dropin.loss_landscapes import contract, values
-from modeconn.replay import schedule
+from modeconn.evaluation.replay import schedule
 
 
 @pytest.fixture(params=["as it is", "planned"])

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import modeconn as mc
-from modeconn.replay import schedule
+from modeconn.evaluation.replay import schedule
 from naive import mlp
 
 X = torch.randn(20, 7, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from modeconn.files import atomic_write
+from modeconn.files.writing import atomic_write
 from modeconn.parameters import state
 from refused import refused
 from state_cases import assert_same, network

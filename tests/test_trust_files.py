@@ -31,7 +31,7 @@ from modeconn import cli
 from modeconn.connection.connection import CONTENT
 from modeconn.data import datasets
 from modeconn.errors import ModeconnError, SystemFailure
-from modeconn.files import atomic_write, locked, sweep
+from modeconn.files.writing import atomic_write, locked, sweep
 from modeconn.models import build
 from modeconn.parameters import state
 from modeconn.resuming import Record, claim
@@ -471,7 +471,7 @@ def test_a_target_has_one_writer(tmp_path: Path):
 
 HOLD = """
 import sys, time
-from modeconn.files import locked
+from modeconn.files.writing import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import modeconn as mc
 from modeconn.evaluation import resume
-from modeconn.fingerprints import digest_of
+from modeconn.files.fingerprints import digest_of
 from modeconn.training.checkpoint import training_file
 from refused import refused
 from train_cases import network, run, weights
@@ -245,7 +245,7 @@ from torch.nn import functional as F
 import modeconn as mc
 from modeconn.capture.export import capture, prepare
 from modeconn.evaluation.resume import digest_of_network
-from modeconn.fingerprints import digest_of
+from modeconn.files.fingerprints import digest_of
 net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(),
                     nn.Linear(108, 4))
 def loss(o, t, names=frozenset("abc")):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modeconn.fingerprints import Atom, Unseen, Walk, Weight
+from modeconn.files.fingerprints import Atom, Unseen, Walk, Weight
 
 
 class Guard:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from modeconn.cli import options, output
 from modeconn.connection.solution import METHODS
 from modeconn.errors import ModeconnError
-from modeconn.files import remove_folder, sweep
+from modeconn.files.writing import remove_folder, sweep
 
 if TYPE_CHECKING:
     from torch import nn

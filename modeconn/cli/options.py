@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from modeconn.cli.output import shown
 from modeconn.data import datasets
 from modeconn.errors import ModeconnError, SystemFailure
-from modeconn.files import is_special, locked, sweep
+from modeconn.files.writing import is_special, locked, sweep
 
 if TYPE_CHECKING:
     from torch import nn

@@ -90,7 +90,7 @@ def write_json(content: dict[str, Any], file: str) -> None:
             raise SystemFailure("standard output is closed: --json - cannot be written")
         sys.stdout.write(text)
         return
-    from modeconn.files import atomic_write
+    from modeconn.files.writing import atomic_write
 
     atomic_write(file, lambda stream: stream.write(text.encode()))
 
@@ -111,7 +111,7 @@ def write_figure(draw: Callable[[Axes], object], file: str, surface: bool = Fals
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from modeconn.files import atomic_write
+    from modeconn.files.writing import atomic_write
 
     # Not pyplot: it would look for a display.
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")

@@ -25,8 +25,8 @@ from modeconn.errors import ModeconnError, SystemFailure
 from modeconn.evaluation.arguments import positive
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.evaluation.result import PathResult
-from modeconn.files import atomic_write, locked, sweep, temporary_of
-from modeconn.fingerprints import digest_of_json
+from modeconn.files.fingerprints import digest_of_json
+from modeconn.files.writing import atomic_write, locked, sweep, temporary_of
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import PolyChain
 

@@ -26,7 +26,7 @@ from modeconn.connection.training import measure
 from modeconn.connection.warm_start import input_subnetwork
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
-from modeconn.files import locked
+from modeconn.files.writing import locked
 from modeconn.metrics.convexity import Loss, check_convex, name_of
 from modeconn.parameters import state as states
 

@@ -24,7 +24,7 @@ from modeconn.connection.json_values import plain
 from modeconn.connection.segment_kinds import REWRITE
 from modeconn.errors import ModeconnError, SystemFailure
 from modeconn.evaluation.result import PathResult
-from modeconn.files import atomic_write, temporary_of
+from modeconn.files.writing import atomic_write, temporary_of
 from modeconn.parameters.paths import PolyChain
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from modeconn.errors import ModeconnError, listed
 from modeconn.evaluation.evaluator import evaluate
-from modeconn.files import atomic_write
+from modeconn.files.writing import atomic_write
 from modeconn.parameters.length import Lengths
 from modeconn.parameters.paths import Bezier, Path, Plane, PolyChain
 from modeconn.parameters.state import State, load

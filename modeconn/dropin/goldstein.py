@@ -36,8 +36,8 @@ from modeconn.dropin.surface_file import SurfaceFile
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.evaluation.result import PathResult
-from modeconn.files import locked, sweep
-from modeconn.fingerprints import digest_of, digest_of_tensors
+from modeconn.files.fingerprints import digest_of, digest_of_tensors
+from modeconn.files.writing import locked, sweep
 from modeconn.parameters.paths import Path as ParameterPath
 from modeconn.parameters.state import State
 

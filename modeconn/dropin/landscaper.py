@@ -22,12 +22,12 @@ from modeconn.dropin.goldstein_directions import entries, state_of
 from modeconn.errors import ModeconnError, warn
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.evaluation.progress import Progress
-from modeconn.files import atomic_write
+from modeconn.evaluation.replay.mapping import map as at_each_point
+from modeconn.files.writing import atomic_write
 from modeconn.metrics import Head, PerSample
 from modeconn.parameters.state import load
 from modeconn.parameters.subspace import Subspace
 from modeconn.parameters.wrappers import unwrapped
-from modeconn.replay.mapping import map as at_each_point
 
 __all__ = ["MeanLoss", "compute_loss_landscape", "save_landscape"]
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from modeconn.errors import ModeconnError
-from modeconn.files import atomic_write
+from modeconn.files.writing import atomic_write
 
 # Groups of a direction file, in the order of the axes.
 AXES = ("xdirection", "ydirection")

@@ -21,7 +21,7 @@ from modeconn.capture.opaque import tensors_of
 from modeconn.capture.trial import Runner, loaded, output_of
 from modeconn.data.inputs import Inputs, rows, take
 from modeconn.errors import ModeconnError, listed, warn
-from modeconn.fingerprints import attributes_of, is_known_by_name
+from modeconn.files.fingerprints import attributes_of, is_known_by_name
 from modeconn.parameters.paths import Path
 from modeconn.parameters.state import State
 

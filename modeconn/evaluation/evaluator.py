@@ -23,7 +23,7 @@ from modeconn.evaluation.request import Request
 from modeconn.evaluation.result import PathResult
 from modeconn.evaluation.resume import Unfinished, fingerprint
 from modeconn.evaluation.statistics import placeholders
-from modeconn.files import locked
+from modeconn.files.writing import locked
 from modeconn.metrics import PerSample
 from modeconn.parameters.paths import Path
 from modeconn.parameters.points import Points

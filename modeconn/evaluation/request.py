@@ -27,7 +27,7 @@ from modeconn.evaluation.arguments import (
     positive,
 )
 from modeconn.evaluation.statistics import BATCH_SIZE
-from modeconn.fingerprints import digest_of
+from modeconn.files.fingerprints import digest_of
 from modeconn.metrics import Head, PerSample
 from modeconn.parameters.paths import Path
 from modeconn.parameters.points import Points

@@ -15,8 +15,8 @@ import numpy as np
 from modeconn import plotting
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.stored import PLAIN, decoded, encoded, plain_fields
-from modeconn.files import atomic_write, check_sums
-from modeconn.fingerprints import digest_of_json
+from modeconn.files.fingerprints import digest_of_json
+from modeconn.files.writing import atomic_write, check_sums
 from modeconn.parameters import ranking
 
 if TYPE_CHECKING:

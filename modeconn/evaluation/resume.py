@@ -21,7 +21,7 @@ from torch import Tensor
 from modeconn.capture.graph import Graph, Size
 from modeconn.data.inputs import Inputs, leaves, rows
 from modeconn.errors import ModeconnError
-from modeconn.fingerprints import digest_of, digest_of_tensors, raw_bytes
+from modeconn.files.fingerprints import digest_of, digest_of_tensors, raw_bytes
 from modeconn.parameters.paths import Path
 from modeconn.resuming import Record
 

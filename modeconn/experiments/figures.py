@@ -10,7 +10,7 @@ import numpy as np
 
 from modeconn.errors import ModeconnError
 from modeconn.experiments.tables import Interval
-from modeconn.files import atomic_write
+from modeconn.files.writing import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

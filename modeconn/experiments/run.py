@@ -21,7 +21,7 @@ from modeconn.experiments import figures
 from modeconn.experiments.settings import Experiment, Join, Sweep, settings
 from modeconn.experiments.settings import Solution as SolutionSettings
 from modeconn.experiments.tables import Tables, dropout_level
-from modeconn.files import atomic_write, locked
+from modeconn.files.writing import atomic_write, locked
 from modeconn.parameters.paths import Line
 from modeconn.resuming import claim
 from modeconn.stability.dropout import dropout_stability

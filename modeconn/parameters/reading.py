@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from modeconn.errors import ModeconnError, listed, out_of_memory
-from modeconn.files import check_sums
-from modeconn.fingerprints import digest_of_tensors
+from modeconn.files.fingerprints import digest_of_tensors
+from modeconn.files.writing import check_sums
 
 # The entry of a safetensors file's metadata with the digest of its tensors.
 DIGEST = "modeconn.sha256"

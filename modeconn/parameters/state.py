@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.errors import ModeconnError, listed, warn
-from modeconn.files import atomic_write
-from modeconn.fingerprints import digest_of_tensors
+from modeconn.files.fingerprints import digest_of_tensors
+from modeconn.files.writing import atomic_write
 from modeconn.parameters.reading import DIGEST, NESTS, read
 from modeconn.parameters.wrappers import unwrapped
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from modeconn.errors import ModeconnError
-from modeconn.files import atomic_write
+from modeconn.files.writing import atomic_write
 from modeconn.parameters import ranking
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from torch import nn
 from modeconn.backends.precision import without_autocast
 from modeconn.data import datasets
 from modeconn.errors import ModeconnError
-from modeconn.files import locked
-from modeconn.fingerprints import digest_of
+from modeconn.files.fingerprints import digest_of
+from modeconn.files.writing import locked
 from modeconn.parameters import state
 from modeconn.training.checkpoint import Settings, record_of, training_file
 from modeconn.training.labelled import Labelled, check_fits, checksum, measure, preload

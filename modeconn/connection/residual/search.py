@@ -23,7 +23,7 @@ from modeconn.connection.residual.subnetwork import ResidualSubnetwork
 from modeconn.connection.residual.training import FoundSubnetwork, train_subnetwork
 from modeconn.connection.residual.values import HalfValue, grouped, half_values, values_read
 from modeconn.errors import ModeconnError
-from modeconn.fingerprints import digest_of_tensors
+from modeconn.files.fingerprints import digest_of_tensors
 from modeconn.resuming import Record, claim
 
 Log = Callable[[str], None]

@@ -21,7 +21,7 @@ from modeconn.connection.residual.values import output_of
 from modeconn.connection.solution import Log, Settings, load_ends
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
-from modeconn.files import locked
+from modeconn.files.writing import locked
 from modeconn.metrics.convexity import name_of
 from modeconn.parameters import state as states
 

@@ -24,14 +24,14 @@ from modeconn.dropin.loss_landscapes.metrics import Loss
 from modeconn.dropin.loss_landscapes.wrappers import module_of, view_of
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.evaluator import evaluate
+from modeconn.evaluation.replay.mapping import map as mapped
+from modeconn.evaluation.replay.passes import Passes, Setting
+from modeconn.evaluation.replay.randomness import has_drawn, restorer, torch_states
+from modeconn.evaluation.replay.schedule import worth
 from modeconn.metrics.torch_losses import TorchLoss, understood
 from modeconn.parameters.paths import Mixture, Path
 from modeconn.parameters.state import State, load
 from modeconn.parameters.subspace import Subspace
-from modeconn.replay.mapping import map as mapped
-from modeconn.replay.passes import Passes, Setting
-from modeconn.replay.randomness import has_drawn, restorer, torch_states
-from modeconn.replay.schedule import worth
 
 # Points that a known loss is taken at as it is, to see what it costs: the first may warm up.
 _TIMED = 2

@@ -22,10 +22,10 @@ from modeconn.data.inputs import Inputs, describe, leaves, rows
 from modeconn.errors import Unsupported
 from modeconn.evaluation.collecting import outputs_at_points
 from modeconn.evaluation.ends import capture_for
+from modeconn.evaluation.replay.stand_in import wait_for
 from modeconn.parameters.paths import Path
 from modeconn.plan.planner import make_program
 from modeconn.plan.program import Program
-from modeconn.replay.stand_in import wait_for
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from modeconn.backends.blocking import MEMORY_BUDGET
 from modeconn.errors import ModeconnError, warn
 from modeconn.evaluation.arguments import check_fit, frozen_entries, positive
 from modeconn.evaluation.progress import Progress, reporting
+from modeconn.evaluation.replay.passes import Passes, Setting
+from modeconn.evaluation.replay.schedule import Schedule
+from modeconn.evaluation.replay.stand_in import StandIn
 from modeconn.parameters.paths import Path
 from modeconn.parameters.points import Points
 from modeconn.parameters.state import State
 from modeconn.parameters.wrappers import unwrapped
-from modeconn.replay.passes import Passes, Setting
-from modeconn.replay.schedule import Schedule
-from modeconn.replay.stand_in import StandIn
 
 # Bytes for recorded inputs and outputs, and for the answers of a chunk of points.
 _KEPT = 1 << 29
