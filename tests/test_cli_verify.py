@@ -77,12 +77,39 @@ def test_json_on_stdout_stands_alone_and_quiet_prints_nothing(capsys):
 
 @pytest.mark.usefixtures("here")
 def test_other_data_are_said_to_be_others(capsys):
-    assert run("c", *DATA, "--split", "test", "--json", "v.json") == 0
-    assert (
-        "verified for digits test, which are not the data of the stored certificates"
-        in capsys.readouterr().out
-    )
+    assert run("c", *DATA, "--split", "test", "--json", "v.json") == 3
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("OTHER DATA: nothing stored was compared, for digits test are not")
     assert json.loads(Path("v.json").read_text())["same_data"] is False
+    assert run("c", *DATA, "--split", "test", "--require-same-data", "--json", "w.json") == 2
+    assert "are not those that the main certificate was made from" in capsys.readouterr().err
+    assert not Path("w.json").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_the_target_is_the_callers(made, capsys):
+    bound = made[1].certificate.bound
+    for target, words in ((bound / 2, "target not met"), (bound * 2, "certified: ")):
+        assert run("c", *DATA, "--target", str(target)) == 0
+        assert words in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("here")
+def test_the_test_certificate_is_compared_with_the_test_split(made, capsys):
+    w, connection = made
+    test = certify(w.model, w.chain, w.path, images("test"))
+    both = dataclasses.replace(connection, test_certificate=test)
+    both.save("both")
+    assert run("both", *DATA, "--json", "v.json") == 0
+    printed = capsys.readouterr().out
+    assert f"test data: loss at most {test.bound:.4g}" in printed
+    assert "test certificate: all losses" in printed
+    assert Certificate.from_dict(json.loads(Path("v.json").read_text())["test_certificate"]) == test
+    assert run("both", *DATA, "--split", "test") == 2
+    assert "are those of the test certificate" in capsys.readouterr().err
+    dataclasses.replace(both, test_certificate=dataclasses.replace(test, bound=0.5)).save("lie")
+    assert run("lie", *DATA) == 2
+    assert "test certificate: the certificate's bound is 0.5" in capsys.readouterr().err
 
 
 def lie(**changes) -> None:

@@ -92,9 +92,9 @@ def _run(argv: Sequence[str] | None) -> int:
     if "run" not in args:
         parser.print_help()
         return 0
-    args.run(args)
+    code: int | None = args.run(args)
     sys.stdout.flush()
-    return 0
+    return code or 0
 
 
 def _interrupted() -> str:

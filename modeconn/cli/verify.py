@@ -17,8 +17,13 @@ if TYPE_CHECKING:
     from modeconn.connection.star import Star
 
 DESCRIPTION = """\
-Recompute the certificate of a connection from its breakpoints and the data, and compare.
-A false certificate ends with exit code 2 and one line that names the first false value."""
+Recompute the certificate of a connection from its breakpoints and the data, in float64,
+bound what rounding can add, and compare every claim in the folder.
+A false certificate ends with exit code 2 and one line that names the first false value.
+On other data than the certificate's nothing stored is compared: the first line says so, and
+the exit code is 3."""
+# Nothing is false, and nothing stored was compared.
+_OTHER_DATA = 3
 
 
 def add(commands: options.Commands) -> None:
@@ -45,6 +50,17 @@ def add(commands: options.Commands) -> None:
             help=f"network that the path's {place} point must equal, bit for bit "
             "(default: not compared)",
         )
+    parser.add_argument(
+        "--target",
+        metavar="LOSS",
+        type=float,
+        help="loss that the path should not exceed; the stored target is a claim, and is not used",
+    )
+    parser.add_argument(
+        "--require-same-data",
+        action="store_true",
+        help="end with exit code 2 on other data than those of the certificate",
+    )
     options.add_data(parser)
     options.add_batch_size(parser)
     results = parser.add_argument_group("results")
@@ -54,8 +70,8 @@ def add(commands: options.Commands) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Loads, verifies, prints and writes."""
+def run(args: argparse.Namespace) -> int:
+    """Loads, verifies, prints and writes; returns the exit code."""
     ends = [file for file in (args.a, args.b) if file is not None]
     options.check_inputs(ends)
     options.check_outputs({"--plot": args.plot, "--json": args.json}, ends)
@@ -68,12 +84,22 @@ def run(args: argparse.Namespace) -> None:
     if is_star(args.folder):
         star = Star.load(args.folder)
         verify_star.run(args, star, _model(args, star))
-        return
+        return 0
     connection = Connection.load(args.folder)
     model = _model(args, connection)
     data = options.load_data(args)
     started = time.perf_counter()
-    found = verify(model, connection, data, args.batch_size, a=args.a, b=args.b)
+    found = verify(
+        model,
+        connection,
+        data,
+        args.batch_size,
+        a=args.a,
+        b=args.b,
+        test=_test_data(args, connection),
+        target=args.target,
+        require_same_data=args.require_same_data,
+    )
     seconds = time.perf_counter() - started
     if args.plot is not None:
         _plot(connection, model, data, found, args.plot)
@@ -82,6 +108,14 @@ def run(args: argparse.Namespace) -> None:
     if not args.quiet and args.json != "-":
         _print(found, args, seconds)
         output.print_written(args.plot, args.json)
+    return 0 if found.same_data else _OTHER_DATA
+
+
+def _test_data(args: argparse.Namespace, connection: Connection) -> Any:
+    """Returns the data of the stored certificate of other data, as `modeconn connect` has them."""
+    if connection.test_certificate is None or args.split != "train":
+        return None
+    return options.load_data(args, "test")
 
 
 def _model(args: argparse.Namespace, connection: Connection | Star) -> nn.Module:
@@ -100,6 +134,8 @@ def _content(found: Certificate, args: argparse.Namespace) -> dict[str, Any]:
     return {
         **found.to_dict(),
         "same_data": found.same_data,
+        "checked": list(found.checked),
+        "test_certificate": None if found.test is None else found.test.to_dict(),
         "folder": args.folder,
         "data": f"{args.data} {args.split}",
     }
@@ -125,8 +161,13 @@ def _print(found: Certificate, args: argparse.Namespace, seconds: float) -> None
         print(f"verified: the weights and {data} bear out the certificate")
     else:
         print(
-            f"verified for {data}, which are not the data of the stored certificates: "
-            "their numbers were not compared"
+            f"OTHER DATA: nothing stored was compared, for {data} are not the data of the "
+            "certificate; the bounds below are theirs alone"
         )
     print(found)
-    print(f"\none pass over the data in {output.seconds_text(seconds)}")
+    if found.test is not None:
+        print(f"\ntest data: {found.test.summary}")
+    print("\nchecked:")
+    for line in found.checked:
+        print(f"  {output.shown(line)}")
+    print(f"\nin {output.seconds_text(seconds)}")

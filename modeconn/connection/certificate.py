@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from enum import Enum
 from typing import Any
 
 from modeconn.connection.json_values import array, number, numbers, plain, text
+from modeconn.connection.outcome import Outcome
 from modeconn.connection.segment_kinds import KINDS, SWING
 from modeconn.errors import ModeconnError
 
@@ -30,29 +30,6 @@ _OF_VERIFY = ("same_data", "checked", "test")
 
 class FalseCertificate(ModeconnError):
     """Raised where a certificate says what its breakpoints and the data do not bear out."""
-
-
-class Outcome(Enum):
-    """The verdict of a certificate; its text says what to do."""
-
-    CERTIFIED = "certified: on the whole path the loss stays at or below the bound"
-    ENDS = (
-        "certified: the end points themselves make the bound, "
-        "so no path between them has a lower one; "
-        "a lower one needs better end points"
-    )
-    SUBNETWORK = (
-        "target not met: a subnetwork makes the bound; train it longer, "
-        "give it more or other kept units, or more hidden units or layers"
-    )
-    ABOVE_ENDS = (
-        "target not met: an end point makes the bound, and no path is below its own ends; "
-        "train that network further, or ask for no less than its loss"
-    )
-    UNDECIDED = (
-        "undecided: the loss is not finite at a breakpoint; "
-        "look for weights or inputs that are too large"
-    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +73,13 @@ class Rounding:
     loss_float32: float
     error_float64: float
     error_float32: float
+
+    @property
+    def short(self) -> str:
+        """Says how far the loss can be lifted, in a few words."""
+        known = self.loss_float32 < _USELESS
+        in_float32 = f"{self.loss_float32:.2g}" if known else "unknown"
+        return f"+{self.loss_float64:.2g} in float64, +{in_float32} in float32"
 
     def __str__(self) -> str:
         def added(loss: float, error: float) -> str:
@@ -219,6 +203,16 @@ class Certificate:
         )
         return f"{self.outcome.value}: {where}"
 
+    @property
+    def summary(self) -> str:
+        """The bounds, and those on rounding, in two lines."""
+        error = _error_text(self.error_bound)
+        rounding = "rounding is not bounded" if self.rounding is None else str(self.rounding)
+        return (
+            f"loss at most {self.bound:.4g}{error} on the whole path, "
+            f"{len(self.segments)} segments, {self.samples:,} samples\n{rounding}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; "nan", "inf" and "-inf" are numbers that are not finite."""
         content = asdict(replace(self, test=None))
@@ -268,10 +262,6 @@ class Certificate:
         _check_largest("error bound", self.error_bound, [s.max_error for s in self.segments])
 
     def __str__(self) -> str:
-        summary = (
-            f"loss at most {self.bound:.4g} and error at most {100 * self.error_bound:.3g} % "
-            f"on the whole path, {len(self.segments)} segments, {self.samples:,} samples"
-        )
         rows = [["segment", "kind", "loss", "error %", "largest error %", "ends at"]]
         first = f"{self.losses[0]:.4g}", f"{100 * self.errors[0]:.3g}"
         rows.append(["", "", *first, "", self.labels[0]])
@@ -282,8 +272,7 @@ class Certificate:
             rows.append([str(k), segment.kind, loss, error, largest, self.labels[k + 1] + mark])
         if self.worst == 0:
             rows[1][-1] += " <- bound"
-        rounding = "rounding is not bounded" if self.rounding is None else str(self.rounding)
-        return "\n".join([summary, rounding, self.advice, "", *_columns(rows)])
+        return "\n".join([self.summary, self.advice, "", *_columns(rows)])
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -322,6 +311,10 @@ def _check_largest(name: str, said: float, own: Sequence[float]) -> None:
             f"the certificate's {name} is {said:.6g}, "
             f"and the largest of its own values is {_largest(own):.6g}"
         )
+
+
+def _error_text(error: float) -> str:
+    return "" if math.isnan(error) else f" and error at most {100 * error:.3g} %"
 
 
 def plain_label(k: int, last: int) -> str:

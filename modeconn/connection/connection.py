@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -131,10 +132,10 @@ class Connection:
         return "\n".join([*lines, certificate.advice])
 
     def __repr__(self) -> str:
-        bounds = (
-            f"bound={self.certificate.bound:.4g}, error_bound={self.certificate.error_bound:.4g}"
-        )
-        return f"Connection({self.path.segments} segments, {bounds})"
+        certificate, rounding = self.certificate, self.certificate.rounding
+        bounds = f"bound={certificate.bound:.4g}, error_bound={certificate.error_bound:.4g}"
+        added = "not bounded" if rounding is None else rounding.short
+        return f"Connection({self.path.segments} segments, {bounds}, rounding: {added})"
 
     # -- files -------------------------------------------------------------------------------------
 
@@ -177,8 +178,8 @@ class Connection:
             "breakpoints": self.path.segments + 1,
             "sha256": _sha256(folder / BREAKPOINTS),
             "kinds": list(self.kinds),
-            "certificate": self.certificate.to_dict(),
-            "test_certificate": self.test_certificate.to_dict() if self.test_certificate else None,
+            "certificate": _stored(self.certificate),
+            "test_certificate": _stored(self.test_certificate) if self.test_certificate else None,
             "details": self.details,
         }
         content["digest"] = digest_of_json(content)
@@ -222,11 +223,20 @@ def _holds_something_else(folder: Path) -> bool:
 
 
 def _bounds(certificate: Certificate) -> str:
-    error = f"{100 * certificate.error_bound:.3g} %"
+    error = certificate.error_bound
+    of_error = "" if math.isnan(error) else f", error at most {100 * error:.3g} %"
+    rounding = "not bounded" if certificate.rounding is None else certificate.rounding.short
     return (
-        f"loss at most {certificate.bound:.4g}, error at most {error} "
-        f"on {certificate.samples:,} samples"
+        f"loss at most {certificate.bound:.4g}{of_error} on {certificate.samples:,} samples "
+        f"(rounding: {rounding})"
     )
+
+
+def _stored(certificate: Certificate) -> dict[str, Any]:
+    """Returns what a folder keeps; the advice is made anew from the numbers."""
+    content = certificate.to_dict()
+    del content["advice"]
+    return content
 
 
 def _connection(content: Mapping[str, Any], packed: states.State, sha256: str) -> Connection:
