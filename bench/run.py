@@ -8,6 +8,8 @@
     python bench/run.py --resnet networks:densenet28 --samples 2000 --points 21
                                                           or another of bench/networks.py
     python bench/run.py --gpt --samples 500 --points 21        two small GPT, random tokens
+    python bench/run.py --dropin                          planes by loss_landscapes and by its
+                                                          drop-in
     python bench/run.py --recompute --samples 2000 --points 21 batch-norm statistics of all points
                                                           of the ResNet line
     python bench/run.py --plane --samples 6000 --points 25     25 × 25 points of a plane through
@@ -33,6 +35,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import dropin
 import numpy as np
 import passes
 import torch
@@ -217,6 +220,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--chain", action="store_true")
+    parser.add_argument(
+        "--dropin", action="store_true", help="planes by other packages and by the drop-ins"
+    )
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args()
 
@@ -225,7 +231,12 @@ def main() -> None:
     options = _options()
     if options.threads:
         torch.set_num_threads(options.threads)
-    kinds = {"chain": chain, "recompute": passes.recompute, "plane": passes.plane}
+    kinds = {
+        "chain": chain,
+        "recompute": passes.recompute,
+        "plane": passes.plane,
+        "dropin": dropin.compare,
+    }
     chosen = [run for name, run in kinds.items() if getattr(options, name)]
     report = (chosen or [line])[0](options)
     if options.json:

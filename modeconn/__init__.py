@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from modeconn.data import datasets
     from modeconn.errors import ModeconnError
     from modeconn.evaluation.evaluator import evaluate, explain
+    from modeconn.evaluation.losses import LossFunction, loss_function
     from modeconn.evaluation.outputs import Forward, forward
     from modeconn.evaluation.replay.mapping import MapResult, map  # noqa: A004
     from modeconn.evaluation.result import PathResult
     from modeconn.evaluation.sameness import Sameness, same_function
+    from modeconn.evaluation.statistics import recomputed
     from modeconn.parameters.paths import Bezier, Line, Mixture, Plane, PolyChain
     from modeconn.parameters.state import load
     from modeconn.parameters.subspace import Subspace
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from modeconn.stability.dropout import dropout_stability
     from modeconn.stability.subnetworks import subnetwork_stability
     from modeconn.stability.table import StabilityTable
+    from modeconn.training.trajectory import Trajectory
 
 __all__ = [
     "Bezier",
@@ -35,6 +38,7 @@ __all__ = [
     "FalseCertificate",
     "Forward",
     "Line",
+    "LossFunction",
     "MapResult",
     "Mixture",
     "ModeconnError",
@@ -47,6 +51,7 @@ __all__ = [
     "StabilityTable",
     "Star",
     "Subspace",
+    "Trajectory",
     "certify",
     "conditions",
     "connect",
@@ -57,7 +62,9 @@ __all__ = [
     "forward",
     "linear_separability",
     "load",
+    "loss_function",
     "map",
+    "recomputed",
     "same_function",
     "subnetwork_stability",
     "verify",
@@ -78,8 +85,10 @@ _HOME = {
     "modeconn.data": "datasets",
     "modeconn.errors": "ModeconnError",
     "modeconn.evaluation.evaluator": "evaluate explain",
+    "modeconn.evaluation.losses": "LossFunction loss_function",
     "modeconn.evaluation.outputs": "Forward forward",
     "modeconn.evaluation.result": "PathResult",
+    "modeconn.evaluation.statistics": "recomputed",
     "modeconn.evaluation.sameness": "Sameness same_function",
     "modeconn.parameters.paths": "Bezier Line Mixture Plane PolyChain",
     "modeconn.parameters.state": "load",
@@ -90,6 +99,7 @@ _HOME = {
     "modeconn.stability.dropout": "dropout_stability",
     "modeconn.stability.subnetworks": "subnetwork_stability",
     "modeconn.stability.table": "StabilityTable",
+    "modeconn.training.trajectory": "Trajectory",
 }
 _MODULE_OF: dict[str, str] = {}
 for _module, _names in _HOME.items():

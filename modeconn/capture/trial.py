@@ -25,6 +25,7 @@ from modeconn.capture.opaque import line_of, tensors_of
 from modeconn.capture.spectral import has_spectral_norm, renew
 from modeconn.data.inputs import Inputs, apply, call, describe
 from modeconn.errors import ModeconnError, out_of_memory
+from modeconn.fingerprints import TRAINERS
 from modeconn.parameters.wrappers import unwrapped
 
 # The other weights of the second run. A power of two away from 1 in no direction that a module
@@ -127,9 +128,14 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
 
 
 def _detached(model: nn.Module) -> dict[int, Any]:
-    """Copies of tensors that were computed and kept, which deepcopy refuses, by id."""
+    """By id, copies of what deepcopy refuses or is not to copy.
+
+    Those are tensors that were computed and kept, and the trainers of LightningModules.
+    """
     memo: dict[int, Any] = {}
     for module in model.modules():
+        trainers = [vars(module)[name] for name in TRAINERS if vars(module).get(name) is not None]
+        memo.update(dict.fromkeys(map(id, trainers)))
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()

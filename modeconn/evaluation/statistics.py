@@ -27,7 +27,7 @@ from modeconn.capture.training_mode import training_graph
 from modeconn.data.batches import Batch, as_batches
 from modeconn.data.inputs import Inputs, moved, rows
 from modeconn.errors import ModeconnError
-from modeconn.evaluation.arguments import device_of, dtype_of
+from modeconn.evaluation.arguments import check_fit, device_of, dtype_of, positive
 from modeconn.evaluation.ends import capture_for
 from modeconn.evaluation.resume import Stage, Unfinished
 from modeconn.parameters.paths import Path
@@ -177,6 +177,7 @@ def network_at(
     data: Any = None,
     *,
     batch_size: int | None = None,
+    batches: int | None = None,
     precision: str = "float32",
 ) -> State:
     """Return the network at one point of a path, as a state dict.
@@ -188,6 +189,7 @@ def network_at(
         data: data to recompute the norms' running statistics from; None to interpolate them with
             the weights.
         batch_size: rows of a batch of the data, 128 by default.
+        batches: the most batches of the data to read.
         precision: of the statistics' computation.
     """
     state = path.at(t)
@@ -200,9 +202,46 @@ def network_at(
     with torch.no_grad(), Unfinished(None, {}).stage("statistics") as stage:
         first = next(stream)
         graph = capture_for(path, runner, moved(first[0], dtype, device))
-        batches = itertools.chain([first], stream)
-        found, _ = NormStatistics(graph, path, points, dtype, device).recompute(batches, stage)
+        norms = NormStatistics(graph, path, points, dtype, device)
+        found, _ = norms.recompute(itertools.chain([first], stream), stage, batches)
     return state | {name: table[0].to(state[name].dtype) for name, table in found.items()}
+
+
+def recomputed(
+    model: nn.Module,
+    path: Path,
+    t: Points,
+    data: Any,
+    *,
+    batch_size: int | None = None,
+    batches: int | None = None,
+    precision: str = "float32",
+) -> State:
+    """Return the network at one point of a path, its norms' running statistics recomputed.
+
+    They are those that `evaluate` has there with `buffers="recompute"`: load the state into the
+    model to use the network elsewhere, or save it as a checkpoint.
+
+    Args:
+        model: the architecture; it is left as it was.
+        path: of checkpoints that fit the model.
+        t: the point.
+        data: the training data.
+        batch_size: rows of a batch, each of which gives one estimate; 128 by default.
+        batches: the most batches to read.
+        precision: "float32" or "float64".
+
+    Returns:
+        A state dict. Of a network without batch norm it is `path.at(t)`.
+
+    Raises:
+        ModeconnError: bad input, or a batch from which no variance can be estimated.
+    """
+    if data is None:
+        raise ModeconnError("data is None: expected the data to recompute the statistics from")
+    check_fit(model, path)
+    size, most = positive("batch_size", batch_size), positive("batches", batches)
+    return network_at(model, path, t, data, batch_size=size, batches=most, precision=precision)
 
 
 def placeholders(graph: Graph, path: Path, points: int) -> dict[str, Tensor]:

@@ -41,8 +41,10 @@ _TOLD = (
     type(len),
 )
 # What PyTorch keeps beside a module's own attributes. Its tensors and children are walked apart,
-# and forward hooks, too; no forward reads the rest.
-_BOOKKEEPING = frozenset(vars(nn.Module()))
+# and forward hooks, too; no forward reads the rest. A LightningModule has its trainer, which holds
+# the data and the history of the run.
+TRAINERS = ("_trainer", "_fabric")
+_BOOKKEEPING = frozenset([*vars(nn.Module()), *TRAINERS])
 # Hooks of a forward, and by their number which of them are called in another way.
 _HOOKS = {
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
