@@ -45,7 +45,7 @@ def conv_norm() -> tuple[nn.Module, torch.Tensor]:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.bias.normal_(0.0, 0.1)
-    return model.eval(), torch.randn(500, 3, 32, 32)
+    return model.eval(), torch.randn(100, 3, 32, 32)
 
 
 def smallest() -> tuple[nn.Module, torch.Tensor]:
@@ -55,7 +55,7 @@ def smallest() -> tuple[nn.Module, torch.Tensor]:
 # By name: the network and its inputs, classes, steps along each axis of the plane.
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, torch.Tensor]], int, int]] = {
     "MLP 784-128-128-10, 2,000 samples": (mlp, 10, 20),
-    "conv net with batch norms, 500 images": (conv_norm, 10, 20),
+    "conv net with batch norms, 100 images": (conv_norm, 10, 20),
     "MLP 8-16-4, 64 samples": (smallest, 4, 10),
 }
 

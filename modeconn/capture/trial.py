@@ -25,7 +25,7 @@ from modeconn.capture.opaque import line_of, tensors_of
 from modeconn.capture.spectral import has_spectral_norm, renew
 from modeconn.data.inputs import Inputs, apply, call, describe
 from modeconn.errors import ModeconnError, out_of_memory
-from modeconn.fingerprints import TRAINERS
+from modeconn.files.fingerprints import TRAINERS
 from modeconn.parameters.wrappers import unwrapped
 
 # The other weights of the second run. A power of two away from 1 in no direction that a module

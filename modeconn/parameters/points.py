@@ -75,13 +75,12 @@ def grid_over(extent: Sequence[tuple[float, float]], count: int | Sequence[int])
 
 def _numbers(points: Points) -> np.ndarray:
     """Points as float64; texts and truth values are no numbers, though NumPy converts them."""
-    wrong = ModeconnError(
-        f"points must be a count (points=101) or numbers (points=[0.0, 0.5]), got {points!r}"
-    )
     try:
         given = np.asarray(points.detach().cpu() if isinstance(points, Tensor) else points)
-        if given.dtype.kind not in "iufO":
-            raise wrong
-        return given.astype(np.float64)
+        if given.dtype.kind in "iufO":
+            return given.astype(np.float64)
     except (TypeError, ValueError):
-        raise wrong from None
+        pass
+    raise ModeconnError(
+        f"points must be a count (points=101) or numbers (points=[0.0, 0.5]), got {points!r}"
+    )

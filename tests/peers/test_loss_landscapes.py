@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import modeconn.dropin.loss_landscapes as ours
 from dropin_cases import KINDS, SCANS, small
 from modeconn.dropin.loss_landscapes import contract, values
-from modeconn.replay import schedule
+from modeconn.evaluation.replay import schedule
 
 theirs: Any = pytest.importorskip(
     "loss_landscapes", reason="loss_landscapes is not installed: run `make peers`"
