@@ -111,6 +111,19 @@ def test_an_interrupted_surface_goes_on(files, monkeypatch, capsys):
     assert not Path("s.h5.unfinished").exists()
 
 
+def test_another_range_leaves_no_file_behind(files, capsys):
+    call = ("--model_file", files[0], *DATA, "--surf_file", "s.h5", "-q")
+    assert run(*call, "--x=-1:1:3", "--xnorm", "filter") == 0
+    before = sorted(Path().iterdir())
+    assert run(*call, "--x=-1:1:5", "--xnorm", "layer") == 2
+    assert "its xcoordinates are -1:1:3, and -1:1:5 was asked for" in capsys.readouterr().err
+    assert sorted(Path().iterdir()) == before
+    assert run(*call, "--x=-1:1:3", "--xnorm", "layer", "--split", "test") == 2
+    assert "is of another model, direction, loss or data" in capsys.readouterr().err
+    assert run(*call, "--x=-1:1:3", "--xnorm", "filter", "--split", "test") == 0
+    assert np.isfinite(goldstein.read_surface("s.h5", "test").loss).all()
+
+
 @pytest.mark.parametrize(
     "says, arguments",
     [

@@ -49,7 +49,11 @@ def add(commands: options.Commands) -> None:
     group.add_argument(
         "--batch_size", metavar="N", type=options.count, help="samples read at a time"
     )
-    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cpu)")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cpu)")
+    where.add_argument(
+        "--cuda", "-c", dest="device", action="store_const", const="cuda", help="--device cuda"
+    )
     group = parser.add_argument_group("results")
     group.add_argument(
         "--surf_file", metavar="FILE", help="the surface (default: named by its options)"
@@ -133,11 +137,12 @@ def run(args: argparse.Namespace) -> None:
     _, model = options.load_model(args, networks)
     net = _loaded(model, args.model_file)
     dir_file = args.dir_file or name_of_directions(args)
+    surf_file = args.surf_file or name_of_surface(args, dir_file)
+    goldstein.check_surface(surf_file, args.x, args.y)
     if not Path(dir_file).exists():
         if not args.quiet:
             print(f"directions: {dir_file}")
         goldstein.write_directions(dir_file, _directions(args, net))
-    surf_file = args.surf_file or name_of_surface(args, dir_file)
     unfinished = f"{surf_file}.unfinished"
     with output.kept(unfinished, unfinished):
         result = goldstein.surface(

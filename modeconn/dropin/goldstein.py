@@ -46,6 +46,7 @@ __all__ = [
     "IGNORES",
     "LOSSES",
     "NORMS",
+    "check_surface",
     "create_random_direction",
     "create_target_direction",
     "crunch",
@@ -101,7 +102,7 @@ def surface(
     Raises:
         ModeconnError: bad input; a file of another model, or one that another process writes.
     """
-    axes = [np.linspace(low, high, int(count)) for low, high, count in [x, *([y] if y else [])]]
+    axes = _axes(x, y)
     directions = load_directions(dir_file, net)
     if len(directions) < len(axes):
         raise ModeconnError(f"{dir_file}: has one direction: expected two, as y is {y}")
@@ -111,6 +112,17 @@ def surface(
         keys = f"{split}_loss", f"{split}_acc"
         _fill(found, net, path, data, keys, loss_name, str(dir_file), _defaults(dir_type) | options)
     return read_surface(surf_file, split)
+
+
+def check_surface(surf_file: str | os.PathLike[str], x: Range, y: Range | None = None) -> None:
+    """Raise a ModeconnError where a surface file is there already and has other axes, or none.
+
+    Args:
+        surf_file: the file.
+        x: range of the first axis.
+        y: that of the second, if any.
+    """
+    _opened(surf_file, _axes(x, y))
 
 
 def crunch(
@@ -209,12 +221,10 @@ def _fill(
     tables = {key: found.table(key).copy() for key in keys}
     missing = np.flatnonzero(tables[keys[0]] <= 0)
     known = np.flatnonzero(tables[keys[0]] > 0)
-    probes = known[:0]
-    if known.size:
-        # the original's files have no digest, and ours none of the data
-        if found.digests.get(keys[0], digest) != digest:
-            raise _foreign(found.file, "it says so itself")
-        probes = known[np.linspace(0, len(known) - 1, min(_PROBES, len(known))).astype(int)]
+    # the original's files have no digests, and ours say nothing of the data
+    if any(written != digest for written in found.digests.values()):
+        raise _foreign(found.file, "it says so itself")
+    probes = known[np.linspace(0, len(known) - 1, min(_PROBES, len(known))).astype(int)]
     if not missing.size:
         return
     points = found.points()[np.concatenate([probes, missing])]
@@ -234,6 +244,11 @@ def softmax_mse(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the mean square of softmax less one-hot class, [N]: the original's "mse"."""
     expected = F.one_hot(targets.long(), outputs.shape[-1]).to(outputs)
     return (outputs.softmax(-1) - expected).square().mean(-1)
+
+
+def _axes(x: Range, y: Range | None) -> list[np.ndarray]:
+    ranges = [x] if y is None else [x, y]
+    return [np.linspace(low, high, int(count)) for low, high, count in ranges]
 
 
 def _opened(surf_file: str | os.PathLike[str], axes: Sequence[np.ndarray]) -> SurfaceFile:
