@@ -255,6 +255,24 @@ def of_maps(w: World) -> None:
     repr(found), [*found]
 
 
+def of_loss_functions(w: World) -> None:
+    function = mc.loss_function(w.model, w.data)
+    float(function(line(w).at(0.5)))
+
+
+def of_stars(w: World) -> None:
+    star = mc.connect(w.model, [w.a, w.b, w.model], train=w.data, subnetworks="readout")
+    star.save(w.folder / "star")
+    loaded = mc.Star.load(w.folder / "star")
+    repr(loaded), loaded.bound
+
+
+def of_trajectories(w: World) -> None:
+    trajectory = mc.Trajectory(every=1)
+    for network in (w.a, w.model, w.a):
+        trajectory.add(network)
+
+
 def of_separations(w: World) -> None:
     str(mc.linear_separability(w.x, w.y))
 
@@ -274,6 +292,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "FalseCertificate": lambda w: str(mc.FalseCertificate("false")),
     "Forward": lambda w: mc.Forward(w.model, line(w), w.x[:4])(2, w.x),
     "Line": lambda w: walked(line(w)),
+    "LossFunction": of_loss_functions,
     "MapResult": of_maps,
     "Mixture": lambda w: walked(mc.Mixture([w.a, w.b])),
     "ModeconnError": lambda w: str(mc.ModeconnError("wrong")),
@@ -286,11 +305,14 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "PolyChain": lambda w: walked(mc.PolyChain([w.a, w.b, w.model])),
     "Sameness": lambda w: str(mc.same_function(w.model, w.a, w.data)),
     "Separation": of_separations,
+    "Star": of_stars,
     "Subspace": lambda w: [
         walked(mc.Subspace(w.a, [w.b])),
         walked(mc.Subspace.random(w.a, 3, seed=1)),
     ],
     "StabilityTable": table(mc.dropout_stability, draws=2),
+    "Trajectory": of_trajectories,
+    "certify": lambda w: mc.certify(w.model, mc.PolyChain([w.a, w.a]), w.data),
     "conditions": table(mc.conditions),
     "connect": connected,
     "datasets": lambda w: mc.datasets.load("digits"),
@@ -304,7 +326,9 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "forward": lambda w: mc.forward(w.model, line(w), [0.0, 0.5], w.x),
     "linear_separability": of_separations,
     "load": of_loads,
+    "loss_function": of_loss_functions,
     "map": of_maps,
+    "recomputed": lambda w: mc.recomputed(w.model, line(w), 0.5, w.data),
     "same_function": lambda w: mc.same_function(w.a, w.b, w.data),
     "subnetwork_stability": table(mc.subnetwork_stability, draws=1, method="readout"),
     "verify": of_connections,
@@ -322,7 +346,7 @@ ANY = [
     "explain",
     "forward",
 ]
-ANY += ["Forward", "load", "map", "same_function"]
+ANY += ["Forward", "Trajectory", "load", "loss_function", "map", "recomputed", "same_function"]
 
 
 def unchanged(w: World, call: Callable[[World], Any], refusals: bool = False) -> None:

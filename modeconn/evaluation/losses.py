@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from modeconn.capture.trial import duplicate
 from modeconn.data.batches import Batch, Batches, as_batches
-from modeconn.data.inputs import arguments, moved
+from modeconn.data.inputs import apply, arguments, moved
 from modeconn.data.prefetch import resident
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import positive
@@ -62,8 +62,10 @@ class LossFunction:
         """
         total, count = None, 0.0
         for inputs, targets in self:
-            args, kwargs = arguments(inputs)
-            outputs = functional_call(self.model, dict(params), args, kwargs)
+            # Copies: a forward may count calls in a buffer, or change its input.
+            args, kwargs = arguments(apply(Tensor.clone, inputs))
+            given = {name: value.clone() for name, value in params.items()}
+            outputs = functional_call(self.model, given, args, kwargs, tie_weights=False)
             labels = self._head.fit(outputs, targets)
             sums = self._head.sums(outputs, labels)[0]
             total = sums if total is None else total + sums
