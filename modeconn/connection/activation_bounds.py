@@ -71,7 +71,7 @@ def bounds_of(node: Node) -> ActivationBounds | None:
 
 def pooled_numbers(node: Node) -> float:
     """Returns how many numbers an average pooling adds up for one of its outputs, at most."""
-    if node.op == "adaptive_avg_pool2d":
+    if node.op in ("adaptive_avg_pool1d", "adaptive_avg_pool2d"):
         return float("inf")  # depends on the input's size: the caller knows it
     kernel = node["kernel_size"]
     sizes = list(kernel) if isinstance(kernel, (list, tuple)) else [kernel]

@@ -25,12 +25,16 @@ from modeconn.errors import ModeconnError
 
 State = Mapping[str, Tensor]
 
-_AFFINE = ("linear", "conv2d")
+# By operation of an affine map: the dimensions of its weight.
+_AFFINE = {"linear": 2, "conv1d": 3, "conv2d": 4}
 ACTIVATIONS = frozenset(
     "relu tanh sigmoid gelu silu elu leaky_relu softplus selu celu mish hardtanh hardswish "
     "hardsigmoid relu6 softsign logsigmoid tanhshrink softshrink hardshrink".split()
 )
-_POOLING = frozenset("max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d".split())
+# Poolings that are linear, and those that are not.
+AVERAGES = frozenset("avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d".split())
+_MAXIMA = frozenset("max_pool1d max_pool2d adaptive_max_pool1d adaptive_max_pool2d".split())
+_POOLING = AVERAGES | _MAXIMA
 # Operations that leave values as they are in eval mode.
 _IDENTITIES = frozenset("dropout feature_dropout clone alias detach contiguous identity".split())
 # Bytes of the widest value of a plain pass, and the rows that it may have: fewer leave vector units
@@ -62,9 +66,9 @@ class AffineLayer:
 
     Attributes:
         index: p, from 1.
-        kind: "linear" or "conv2d".
-        weight, bias: state-dict keys; weight is [n_p, n_{p-1} · block] or [n_p, n_{p-1}, kernel
-            height, kernel width].
+        kind: "linear", "conv1d" or "conv2d".
+        weight, bias: state-dict keys; weight is [n_p, n_{p-1} · block], or [n_p, n_{p-1}, …] with
+            the kernel's size.
         norm: the batch norm among the steps, if any.
         affine: the graph's node of the affine map.
         steps: the nodes after it, in order; each acts unit by unit.
@@ -72,7 +76,7 @@ class AffineLayer:
         units: n_p.
         block: columns of the weight for each unit of the layer before: more than 1 where flattened
             channels come in.
-        kernel: (height, width) of a convolution, () of a linear layer.
+        kernel: the size of a convolution's kernel, () of a linear layer.
     """
 
     index: int
@@ -127,7 +131,8 @@ class AffineLayer:
         """Applies the affine map alone."""
         if self.kind == "linear":
             return nn.functional.linear(h, weight, bias)
-        return torch.conv2d(h, weight, bias, *self.geometry())
+        convolve = torch.conv1d if self.kind == "conv1d" else torch.conv2d
+        return convolve(h, weight, bias, *self.geometry())
 
     def geometry(self) -> tuple[Any, ...]:
         """Returns stride, padding and dilation of a convolution, () for a linear layer."""
@@ -138,7 +143,10 @@ class AffineLayer:
 
 @dataclass(frozen=True)
 class LayerChain:
-    """A network that is a chain of L layers, the last of them linear and the output.
+    """A network that is a chain of L layers, the last of them the output.
+
+    The last layer is linear, or a convolution whose channels are averaged: its outputs are linear
+    in its weights in both cases.
 
     Attributes:
         layers: layers 1 … L.
@@ -281,10 +289,9 @@ class _Builder:
         """Closes the layer before and begins one with an affine map."""
         self._end()
         weight = self.state.get(node.entries[0]) if node.entries else None
-        dimensions = 2 if node.op == "linear" else 4
-        if weight is None or weight.dim() != dimensions or len(node.entries) > 2:
+        if weight is None or weight.dim() != _AFFINE[node.op] or len(node.entries) > 2:
             raise self.refuse(node, "has a weight that is computed or not in the state dict")
-        if node.op == "conv2d" and node["groups"] != 1:
+        if node.op != "linear" and node["groups"] != 1:
             raise self.refuse(
                 node, "is a grouped convolution: its units do not read all units before"
             )
@@ -334,17 +341,28 @@ class _Builder:
         self._end()
         if not self.layers:
             raise _refusal(self.name, "it has no linear layer")
-        last = self.layers[-1]
-        if last.kind != "linear" or last.steps:
-            what = "a convolution" if last.kind != "linear" else f"followed by {last.steps[-1].op}"
-            raise _refusal(
-                self.name,
-                f"its last layer, {last.weight}, is {what}; "
-                "the output must be that of a linear layer",
-            )
+        self._check_last(self.layers[-1])
         used = self._used()
         others = tuple(key for key in self.state if key not in used)
         return LayerChain(tuple(self.layers), tuple(self.widths), self.name, self.flattened, others)
+
+
+    def _check_last(self, last: AffineLayer) -> None:
+        """Raises unless the outputs are linear in the last layer's weights, a number for each."""
+        odd = [step.op for step in last.steps if step.op not in (*AVERAGES, "flatten")]
+        what = f"followed by {odd[0]}" if odd else ""
+        if last.kind == "linear" and last.steps:
+            what = f"followed by {last.steps[-1].op}"
+        elif last.kind != "linear" and not what:
+            shape = list((last.steps or (last.affine,))[-1].shape[1:])
+            if shape != [last.units]:
+                what = f"a convolution whose outputs have shape {['N', *map(str, shape)]}"
+        if what:
+            raise _refusal(
+                self.name,
+                f"its last layer, {last.weight}, is {what}; the output must be that of a linear "
+                "layer, or of a convolution whose channels are averaged over all pixels",
+            )
 
 
 def _keeps_shape(node: Node, before: tuple[Any, ...]) -> bool:

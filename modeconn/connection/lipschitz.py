@@ -57,7 +57,7 @@ def of_step(node: Node) -> float:
     if node.op in ACTIVATIONS:
         bounds = bounds_of(node)
         return math.inf if bounds is None else bounds.slope
-    if node.op in ("max_pool2d", "avg_pool2d"):
+    if node.op in ("max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d"):
         kernel = _pair(node["kernel_size"])
         strides = _pair(node.arguments.get("stride") or kernel)
         overlaps = [math.ceil(k / s) for k, s in zip(kernel, strides)]

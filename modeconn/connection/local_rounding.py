@@ -6,6 +6,7 @@ Errors are counted in unit roundoffs u. Of a product of n terms at most γ_n (|W
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from modeconn.capture.graph import Node
 from modeconn.connection import lipschitz
 from modeconn.connection.activation_bounds import bounds_of, pooled_numbers
-from modeconn.connection.layer_chain import ACTIVATIONS, AffineLayer, LayerChain, Norm
+from modeconn.connection.layer_chain import ACTIVATIONS, AVERAGES, AffineLayer, LayerChain, Norm
 
 State = Mapping[str, Tensor]
 # Takes a value, the size of its own error and the most that the step lengthens differences.
@@ -90,10 +91,11 @@ class LiveNetwork:
     def _of_product(self, layer: AffineLayer, h: Tensor) -> Tensor:
         bias = self.sizes[layer.bias].abs() if layer.bias else None
         size = layer.map(h.abs(), self.sizes[layer.weight].abs(), bias)
+        if layer is self.chain.layers[-1]:  # on a swing it reads what is live at either end
+            terms = self.chain.widths[-2] * layer.block * math.prod(layer.kernel)
+            return size * (terms + _BESIDE)
         if layer.kind != "linear":
             return size * (self.sizes[layer.weight][0].numel() + _BESIDE)
-        if layer is self.chain.layers[-1]:  # on a swing it reads what is live at either end
-            return size * (self.chain.widths[-2] * layer.block + _BESIDE)
         return size * ((h != 0).sum(1, keepdim=True) + _BESIDE)
 
     def _step(
@@ -107,7 +109,7 @@ class LiveNetwork:
         if node.op == "batch_norm" and layer.norm is not None:
             scale, error = self._of_norm(layer.norm, before)
             tell(value, error, lipschitz.of_norm(scale))
-        elif node.op in ("avg_pool2d", "adaptive_avg_pool2d"):
+        elif node.op in AVERAGES:
             count = min(pooled_numbers(node), float(before[0, 0].numel()))
             error = (count + 2) * node.run([before.abs()], [], len(before)).abs()
             tell(value, error, lipschitz.of_step(node))

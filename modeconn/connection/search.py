@@ -282,7 +282,7 @@ class Search:
         epochs = _FULL_DEPTH_ROUNDS[number]
         for entry in sorted({entry for _, entry in left}, reverse=True):
             members = [(slot, self._start(slot)) for slot in left if slot[1] == entry]
-            if entry == self.chain.length - 1:
+            if entry == self.chain.length - 1 and self.chain.layers[-1].kind == "linear":
                 self.say(f"round {number + 1}: readouts at entry layer {entry}")
                 self._fit_readouts(members, number)
                 continue

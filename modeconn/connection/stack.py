@@ -88,8 +88,10 @@ class Stack:
                     _finish(layer, layer.map(part, w, b))
                     for part, w, b in zip(h, weight.unbind(), own)
                 ]
-        if isinstance(h, list):
-            raise ModeconnError("the last layer of a subnetwork must be linear")
+        if isinstance(h, list):  # the channels of a last convolution, averaged
+            if any(part.dim() != 2 for part in h):
+                raise ModeconnError("the last layer of a subnetwork must give [N, classes]")
+            return torch.stack(h)
         return h
 
     def _pad(self) -> None:

@@ -81,7 +81,8 @@ def outputs_of_kept(chain: LayerChain, sub: Subnetwork, h: Tensor) -> Tensor:
     last = len(sub.weights) - 1
     for index, (weight, bias) in enumerate(zip(sub.weights, sub.biases)):
         layer = chain.layer(sub.entry + 1 + index)
-        h = layer.map(h, weight, bias) if index == last else layer.apply(h, weight, bias)
+        inner = index < last or layer.index == chain.length
+        h = layer.apply(h, weight, bias) if inner else layer.map(h, weight, bias)
     return h
 
 
@@ -107,10 +108,11 @@ def initial(
     """
     check_entry(chain, entry)
     readout = entry + 1 + len(widths)
-    if readout > chain.length or chain.layer(readout).kind != "linear":
+    inside = readout < chain.length and chain.layer(readout).kind != "linear"
+    if readout > chain.length or inside:
         raise ModeconnError(
             f"a subnetwork at entry layer {entry} with {len(widths)} hidden layers would have its "
-            f"readout at layer {readout} of {chain.length}: it must be a linear layer of the chain"
+            f"readout at layer {readout} of {chain.length}: it must be a linear layer, or the last"
         )
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
