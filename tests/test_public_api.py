@@ -95,6 +95,7 @@ def test_connect_signature():
         "test",
         "subnetworks",
         "seed",
+        "loss",
         "spec",
         "folder",
         "log",

@@ -94,10 +94,10 @@ def test_saved_loaded_and_verified(networks, star, tmp_path: Path) -> None:
     assert loaded.names == star.names == ("a", "b", "c", "d", "e")
     assert loaded.details == star.details
     assert loaded.connection(0, 4).certificate == star.connection(0, 4).certificate
-    found = verify_star(networks[0], loaded, digits(), a=networks[0])
+    found = verify_star(networks[0], loaded, digits(), {"a": networks[0]})
     assert max(each.bound for each in found.values()) == pytest.approx(star.bound, rel=1e-5)
     with pytest.raises(mc.FalseCertificate, match="descent of b: the path does not end in a"):
-        verify_star(networks[0], loaded, digits(), b=networks[0])
+        verify_star(networks[0], loaded, digits(), {"b": networks[0]})
     with pytest.raises(mc.ModeconnError, match="exists: expected the name of a new folder"):
         star.save(tmp_path / "star")
     content = json.loads((tmp_path / "star" / "star.json").read_text())
@@ -163,5 +163,8 @@ def test_from_the_command_line(networks, tmp_path: Path, monkeypatch, capsys) ->
     assert Path("s.png").read_bytes().startswith(b"\x89PNG")
     assert main(["verify", "s", "--data", "digits", "--a", files[0]]) == 0
     assert "bear out the certificate" in capsys.readouterr().out
+    assert main(["verify", "s", "--data", "digits", "--split", "test"]) in (2, 3)
+    assert main(["verify", "s", "--data", "digits", "--b", files[0]]) == 2
+    assert "descent of b" in capsys.readouterr().err
     assert main(["connect", files[0], "--data", "digits", "--out", "t"]) == 2
     assert "expected two networks or more" in capsys.readouterr().err

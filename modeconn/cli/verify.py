@@ -83,8 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     if is_star(args.folder):
         star = Star.load(args.folder)
-        verify_star.run(args, star, _model(args, star))
-        return 0
+        return 0 if verify_star.run(args, star, _model(args, star)) else _OTHER_DATA
     connection = Connection.load(args.folder)
     model = _model(args, connection)
     data = options.load_data(args)

@@ -15,18 +15,31 @@ if TYPE_CHECKING:
     from modeconn.connection.star import Star
 
 
-def run(args: argparse.Namespace, star: Star, model: nn.Module) -> None:
+def run(args: argparse.Namespace, star: Star, model: nn.Module) -> bool:
     """Verifies all descents and joins, prints and writes.
 
     Args:
         args: those of `modeconn verify`. star: the star of its folder. model: the architecture.
+
+    Returns:
+        whether the data are those of the certificates.
     """
     from modeconn.connection.hub import verify_star
 
     data = options.load_data(args)
     ends = {name: file for name, file in (("a", args.a), ("b", args.b)) if file is not None}
     started = time.perf_counter()
-    found = verify_star(model, star, data, args.batch_size, **ends)
+    tested = all(each.test_certificate is not None for each in star.descents.values())
+    found = verify_star(
+        model,
+        star,
+        data,
+        ends,
+        batch_size=args.batch_size,
+        test=options.load_data(args, "test") if tested and args.split == "train" else None,
+        target=args.target,
+        require_same_data=args.require_same_data,
+    )
     seconds = time.perf_counter() - started
     if args.plot is not None:
         output.write_figure(star.plot, args.plot)
@@ -35,6 +48,7 @@ def run(args: argparse.Namespace, star: Star, model: nn.Module) -> None:
     if not args.quiet and args.json != "-":
         _print(found, star, args, seconds)
         output.print_written(args.plot, args.json)
+    return all(each.same_data for each in found.values())
 
 
 def _content(found: dict[str, Certificate], star: Star, args: argparse.Namespace) -> dict[str, Any]:
@@ -57,8 +71,8 @@ def _print(
         print(f"verified: the weights and {data} bear out the certificates of all descents")
     else:
         print(
-            f"verified for {data}, which are not the data of the stored certificates: "
-            "their numbers were not compared"
+            f"OTHER DATA: {data} are not the data of the stored certificates, "
+            "whose numbers were not compared"
         )
     bound = max(each.bound for each in found.values())
     error = f"{100 * max(each.error_bound for each in found.values()):.3g} %"

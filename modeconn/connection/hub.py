@@ -19,7 +19,6 @@ from modeconn.connection.star import Join, Pair, Star
 from modeconn.connection.verification import Claims, certify, verify
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
-from modeconn.metrics.convexity import Loss
 from modeconn.parameters.paths import PolyChain
 
 
@@ -116,9 +115,8 @@ def verify_star(
     model: nn.Module,
     star: Star,
     data: Any,
-    batch_size: int | None = None,
-    loss: Loss = "cross_entropy",
-    **ends: Any,
+    ends: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> dict[str, Certificate]:
     """Recomputes the certificates of all descents and the joins of all pairs.
 
@@ -126,8 +124,8 @@ def verify_star(
         model: the architecture.
         star: from `connect` or `Star.load`.
         data: as for `verify`.
-        batch_size: rows at a time. loss: the one that was certified.
-        ends: networks by name (a=…, b=…) that the descents should begin in, bit for bit.
+        ends: networks by name that the descents should begin in, bit for bit.
+        options: further arguments of `verify`.
 
     Returns:
         by name the certificate of each descent. That of a pair is made of two of them, whose
@@ -137,10 +135,9 @@ def verify_star(
         FalseCertificate: says what is false.
         ModeconnError: as `verify`.
     """
-    found = {
-        name: _verified(model, name, star, data, batch_size, loss, ends.get(name))
-        for name in star.names
-    }
+    found = {}
+    for name in star.names:
+        found[name] = _verified(model, name, star, data, {"a": (ends or {}).get(name), **options})
     sample = next(iter(as_batches(data, 4)))[0]
     chain = LayerChain.of(model, sample.float())
     hubs = {name: each.path.control_points[-1] for name, each in star.descents.items()}
@@ -157,16 +154,10 @@ def verify_star(
 
 
 def _verified(
-    model: nn.Module,
-    name: str,
-    star: Star,
-    data: Any,
-    batch_size: int | None,
-    loss: Loss,
-    end: Any,
+    model: nn.Module, name: str, star: Star, data: Any, options: Mapping[str, Any]
 ) -> Certificate:
     """Verifies one descent; a false certificate is named."""
     try:
-        return verify(model, star.descents[name], data, batch_size, a=end, loss=loss)
+        return verify(model, star.descents[name], data, **options)
     except FalseCertificate as error:
         raise FalseCertificate(f"descent of {name}: {error}") from error
