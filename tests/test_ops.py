@@ -60,3 +60,17 @@ def test_linear_is_differentiable(way):
     x.grad = weight.grad = None
     F.linear(x, weight).square().sum().backward()
     torch.testing.assert_close(ours, (x.grad, weight.grad))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("rows", [0, 1, 2, 5])
+def test_convolution_in_float64_by_few_images_at_a_time(rows, groups, monkeypatch):
+    monkeypatch.setattr(ops, "_UNFOLDED_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = torch.randn(rows, 4, 7, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 4 // groups, 3, 3, dtype=torch.float64)
+    own = (weight, torch.randn(6, dtype=torch.float64), [2, 1], [1, 0], [1, 2], groups)
+    got, usual = ops.conv2d(x, *own), torch.conv2d(x, *own)
+    torch.testing.assert_close(got, usual)
+    gradients = [torch.autograd.grad(each.square().sum(), x)[0] for each in (got, usual)]
+    torch.testing.assert_close(*gradients)

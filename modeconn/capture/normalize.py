@@ -74,6 +74,8 @@ def _named(
         return _replaced(call, "getitem", ops.element, *arguments.values())
     if call.op == "flatten":  # as it is decomposed; to rows, it becomes itself again
         return _replaced(call, "reshape", _ATEN.reshape.default, arguments["self"], list(shape))
+    if function is _ATEN.conv2d.default:
+        return _replaced(call, "conv2d", ops.conv2d, *arguments.values())
     if call.op == "linear":
         return _replaced(call, "linear", ops.linear, *arguments.values())
     if call.op == "rsub" and arguments["alpha"] == 1:
