@@ -181,6 +181,7 @@ class Survival:
 
     def of(self, kind: str, template: Path, scratch: Path, data: Rows | None = None) -> int:
         """Returns how many places failed, each of which it survived."""
+        self.operation(self._folder(template, scratch, "first"))  # graphs are captured once
         with failing(kind, 10**9, data) as counting:
             self.operation(self._folder(template, scratch, "count"))
         places = range(1, counting.steps + 1)
