@@ -11,8 +11,9 @@ import torch
 from landscaper_cases import conv, cross_entropy, data, directions, mlp, over_batches
 from modeconn.dropin.landscaper import MeanLoss, compute_loss_landscape, save_landscape
 
-landscaper = pytest.importorskip("landscaper", reason="landscaper is not installed: run `make peers`")
-compute = pytest.importorskip("landscaper.compute", reason="landscaper is not installed")
+ABSENT = "landscaper is not installed: run `make peers`"
+landscaper = pytest.importorskip("landscaper", reason=ABSENT)
+compute = pytest.importorskip("landscaper.compute", reason=ABSENT)
 
 KINDS = ["cross-entropy", "greatest logit", "mean loss"]
 MODELS = {"mlp": (mlp, 6), "conv": (conv, 4)}

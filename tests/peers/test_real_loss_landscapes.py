@@ -129,7 +129,9 @@ for _ in range(50):
     optimizer.step()
 metric = loss_landscapes.metrics.Loss(torch.nn.CrossEntropyLoss(), x, y)
 line = loss_landscapes.linear_interpolation(start, model, metric, 20, deepcopy_model=True)
-plane = loss_landscapes.random_plane(model, metric, 10, 8, normalization="filter", deepcopy_model=True)
+plane = loss_landscapes.random_plane(
+    model, metric, 10, 8, normalization="filter", deepcopy_model=True
+)
 """
 
 
