@@ -124,7 +124,8 @@ def test_batches_of_one_size_whose_samples_mix_need_whole_batches():
     expected = float(F.cross_entropy(torch.cat(halves), Y[:20]))
     a.float()
     assert got.loss[0] == pytest.approx(expected, rel=1e-5)
-    with pytest.warns(match="depends on the other"), refused("3 rows", "takes 10 at a time", "a multiple"):
+    words = "3 rows", "takes 10 at a time", "a multiple"
+    with pytest.warns(match="depends on the other"), refused(*words):
         mc.evaluate(a, mc.Line(a, b), (TEXTS, Y), T, batch_size=10)
 
 

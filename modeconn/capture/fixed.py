@@ -60,9 +60,8 @@ def joined(outputs: Sequence[Any], count: int, size: int) -> Any:
         size: rows of a batch.
     """
     flat = [pytree.tree_flatten(output) for output in outputs]
-    leaves = [
-        _joined([leaves[i] for leaves, _ in flat], count, size) for i in range(len(flat[0][0]))
-    ]
+    by_leaf = zip(*(leaves for leaves, _ in flat), strict=True)
+    leaves = [_joined(parts, count, size) for parts in by_leaf]
     return pytree.tree_unflatten(leaves, flat[0][1])
 
 

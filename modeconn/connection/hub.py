@@ -57,9 +57,7 @@ def connect_star(
         the star without details, and the subnetworks that it is made of.
     """
     solution = solve(model, named(networks), train, settings, say)
-    subnetworks = {
-        name: [each.subnetwork for each in found] for name, found in solution.found.items()
-    }
+    subnetworks = {name: solution.subnetworks(name) for name in solution.found}
     walks = descents(solution.chain, solution.ends, subnetworks)
     rays = {}
     for name, walk in zip(solution.ends, walks):

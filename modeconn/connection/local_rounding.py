@@ -6,6 +6,7 @@ Errors are counted in unit roundoffs u. Of a product of n terms at most γ_n (|W
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 
@@ -57,7 +58,9 @@ class LiveNetwork:
         self._kept = state, sizes  # so that no other tensor gets the memory of one of these
         self.keys: list[tuple[object, ...]] = [()]
         for layer, units in zip(chain.layers, live[1:]):
-            own = tuple(_place(table[key]) for table in (state, sizes) for key in layer.incoming())
+            incoming = list(layer.incoming())
+            pairs = itertools.product((state, sizes), incoming)
+            own = tuple(_place(table[key]) for table, key in pairs)
             self.keys.append((*self.keys[-1], own, units.numpy().tobytes()))
         self._factors = {} if factors is None else factors
 

@@ -110,7 +110,8 @@ def two_layers(
     groups = np.array_split(np.arange(N), math.ceil(N / q))
     group = np.concatenate([np.full(len(each), j) for j, each in enumerate(groups)])
     member = np.concatenate([np.arange(len(each)) for each in groups])
-    first, last = (np.array([s[each[end]] for each in groups]) for end in (0, -1))
+    first = np.array([s[each[0]] for each in groups])
+    last = np.array([s[each[-1]] for each in groups])
     between = first[1:] - last[:-1]
     begin = first - _BESIDE * np.concatenate([[1.0], between])
     end = last + _BESIDE * np.concatenate([between, [1.0]])

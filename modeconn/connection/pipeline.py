@@ -212,6 +212,6 @@ def _captured(model: nn.Module, train: Any) -> CapturedStructure:
 
 def _breakpoints(solution: Solution) -> list[Breakpoint]:
     """Builds the path through the subnetworks that were found."""
-    ends, found = solution.ends, solution.found
-    of_a, of_b = ([each.subnetwork for each in found[name]] for name in ("a", "b"))
+    ends = solution.ends
+    of_a, of_b = solution.subnetworks("a"), solution.subnetworks("b")
     return breakpoints(solution.chain, ends["a"], of_a, ends["b"], of_b)

@@ -17,6 +17,7 @@ at Chebyshev points, times the Lebesgue constant, bound them (Trefethen 2019, th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class ChainRounding:
 
     def _affordable(self, budget: float) -> int:
         """Returns how many of the lowest layers go without derivatives."""
-        networks = [*self._networks, *(n for nodes in self._shifts.values() for n in nodes)]
+        networks = [*self._networks, *itertools.chain.from_iterable(self._shifts.values())]
         costs = torch.tensor([network.multiply_adds() for network in networks]).sum(0)
         costs *= self._chain.classes
         above = costs.flip(0).cumsum(0).flip(0)  # of layers p … L
@@ -168,7 +169,7 @@ def chain_rounding(
     budget: float,
 ) -> ChainRounding | None:
     """Returns the bounds of a path; None where the rounding of some activation is not known."""
-    steps = [node for layer in chain.layers for node in layer.steps]
+    steps = itertools.chain.from_iterable(layer.steps for layer in chain.layers)
     if any(node.op in ACTIVATIONS and bounds_of(node) is None for node in steps):
         return None
     return ChainRounding(chain, points, evidence, rows, budget)

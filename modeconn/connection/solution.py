@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from modeconn.connection.positions import fits_below
 from modeconn.connection.search import METHODS as SEARCHES
 from modeconn.connection.search import Search, SearchProblem
 from modeconn.connection.separable import separable_subnetworks
+from modeconn.connection.subnetworks import Subnetwork
 from modeconn.connection.targets import Targets
 from modeconn.connection.trained_subnetwork import BestSubnetwork
 from modeconn.connection.training import measure
@@ -85,7 +87,12 @@ class Solution:
     @property
     def worst(self) -> float:
         """The largest loss of a subnetwork."""
-        return max(each.loss for side in self.found.values() for each in side)
+        every = itertools.chain.from_iterable(self.found.values())
+        return max(each.loss for each in every)
+
+    def subnetworks(self, name: str) -> list[Subnetwork]:
+        """Returns the subnetworks of one network."""
+        return [each.subnetwork for each in self.found[name]]
 
     def records(self) -> list[dict[str, Any]]:
         """Describes the subnetworks of all networks, as a connection's details keep them."""
@@ -248,10 +255,10 @@ def _completed(problem: Solved, built: Found, method: str) -> dict[str, list[Bes
 
 def _doubled(ends: Mapping[str, states.State]) -> dict[str, states.State]:
     """Widens all weights to float64, which is exact."""
-    return {
-        name: {k: v.double() if v.is_floating_point() else v for k, v in end.items()}
-        for name, end in ends.items()
-    }
+    doubled = {}
+    for name, end in ends.items():
+        doubled[name] = {k: v.double() if v.is_floating_point() else v for k, v in end.items()}
+    return doubled
 
 
 def load_ends(model: nn.Module, networks: Mapping[str, Any]) -> dict[str, states.State]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,8 +81,7 @@ def create_target_direction(
         ModeconnError: the networks' tensors differ in number or shape.
     """
     one, other = [*entries(net, dir_type)], [*entries(net2, dir_type)]
-    shapes = [[list(value.shape) for _, value in entries] for entries in (one, other)]
-    if shapes[0] != shapes[1]:
+    if _shapes(one) != _shapes(other):
         raise ModeconnError(
             f"the networks have {len(one)} and {len(other)} {dir_type} of differing shapes: "
             "expected two of one architecture"
@@ -96,7 +95,7 @@ def write_directions(file: str | os.PathLike[str], directions: Sequence[Directio
     Raises:
         ModeconnError: another number of directions; h5py is not installed.
     """
-    files.write_directions(file, [[_array(each) for each in axis] for axis in directions])
+    files.write_directions(file, [list(map(_array, axis)) for axis in directions])
 
 
 def load_directions(
@@ -113,7 +112,7 @@ def load_directions(
     """
     if net is None:
         return files.read_directions(dir_file)
-    shapes = {kind: [[*value.shape] for _, value in entries(net, kind)] for kind in DIR_TYPES}
+    shapes = {kind: _shapes(entries(net, kind)) for kind in DIR_TYPES}
     return files.read_directions(dir_file, shapes)
 
 
@@ -205,3 +204,7 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         expected = ", ".join(repr(each) for each in allowed)
         raise ModeconnError(f"{name} is {value!r}: expected one of {expected}")
+
+
+def _shapes(named: Iterable[tuple[str, Tensor]]) -> list[list[int]]:
+    return [list(value.shape) for _, value in named]

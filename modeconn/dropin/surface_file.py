@@ -110,14 +110,18 @@ def read_directions(
                 )
             if shapes is not None:
                 _check_shapes(file, group, shapes)
-        return [[np.asarray(group[str(i)]) for i in range(len(group))] for group in groups]
+        return list(map(_arrays, groups))
+
+
+def _arrays(group: Any) -> list[np.ndarray]:
+    return [np.asarray(group[str(i)]) for i in range(len(group))]
 
 
 def _check_shapes(
     file: str | os.PathLike[str], group: Any, shapes: Mapping[str, Sequence[Sequence[int]]]
 ) -> None:
     found = [tuple(group[str(i)].shape) for i in range(len(group))]
-    if any(found == [tuple(shape) for shape in expected] for expected in shapes.values()):
+    if any(found == list(map(tuple, expected)) for expected in shapes.values()):
         return
     counts = " or ".join(f"{len(expected)} ({name})" for name, expected in shapes.items())
     for expected in shapes.values():

@@ -188,7 +188,9 @@ def _names_read(module: nn.Module) -> set[str]:
     names = {"forward"}
     for kind in {type(each) for each in module.modules()}:
         own = [base for base in kind.__mro__ if not is_known_by_name(base)]
-        members = {key: value for base in reversed(own) for key, value in vars(base).items()}
+        members: dict[str, Any] = {}
+        for base in reversed(own):
+            members |= vars(base)
         pending, seen = ["forward"], set()
         while pending:
             name = pending.pop()

@@ -185,11 +185,15 @@ def _jittered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return jittered
 
 
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
 def _check_shapes(one: list[Tensor], other: list[Tensor]) -> None:
-    shapes = [[list(tensor.shape) for tensor in each] for each in (one, other)]
-    if shapes[0] != shapes[1]:
+    of_a, of_b = (list(map(_shape, each)) for each in (one, other))
+    if of_a != of_b:
         raise ModeconnError(
-            f"b returns outputs of shape {shapes[1]} and a {shapes[0]}: expected the same shapes"
+            f"b returns outputs of shape {of_b} and a {of_a}: expected the same shapes"
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -269,7 +270,7 @@ class Walk:
     def _state(self, value: Any) -> Any:
         """What an object is made of; None where that cannot be seen."""
         if not hasattr(value, "__dict__"):
-            slots = [name for kind in type(value).__mro__ for name in _slots(kind)]
+            slots = list(itertools.chain.from_iterable(map(_slots, type(value).__mro__)))
             return {name: getattr(value, name, None) for name in slots} if slots else None
         # every object has one since Python 3.11
         getstate = getattr(value, "__getstate__", None) if self._as_pickled else None
@@ -316,7 +317,9 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
         hooks = vars(module).get(name)
         if hooks:
             ways = [vars(module).get(mark, {}) for mark in marks]
-            found[name] = [(hook, *(key in way for way in ways)) for key, hook in hooks.items()]
+            found[name] = []
+            for key, hook in hooks.items():
+                found[name].append((hook, *(key in way for way in ways)))
     return found
 
 

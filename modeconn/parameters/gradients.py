@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 from modeconn.parameters.paths import Path
+from modeconn.parameters.state import State
 
 
 def with_gradients(path: Path) -> Path:
@@ -16,8 +17,10 @@ def with_gradients(path: Path) -> Path:
     if not any(path.tracked):
         return path
     made = copy.copy(path)
-    made.control_points = [
-        point | {k: v for k, v in given.items() if k in point and v.dtype == point[k].dtype}
-        for point, given in zip(path.control_points, path.tracked)
-    ]
+    made.control_points = list(map(_tracked, path.control_points, path.tracked))
     return made
+
+
+def _tracked(point: State, given: State) -> State:
+    """A control point with the given tensors in place of those of equal dtype."""
+    return point | {k: v for k, v in given.items() if k in point and v.dtype == point[k].dtype}

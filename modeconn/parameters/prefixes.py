@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
 
 from modeconn.parameters.paths import Path
 
@@ -17,12 +19,15 @@ def give_back_prefix(path: Path, names: Collection[str]) -> None:
         names: of the model's entries.
     """
     parts = [prefix.split(".")[:-1] for prefix in path.prefixes]
-    ends = {".".join([*each[i:], ""]) for each in parts for i in range(len(each))}
+    ends: set[str] = set()
+    for each in parts:
+        ends.update(".".join([*each[i:], ""]) for i in range(len(each)))
     for prefix in ends:  # a wrapper may be around such a network
         if {prefix + key for key in path.control_points[0]} == set(names):
-            path.control_points = [
-                {prefix + key: value for key, value in point.items()}
-                for point in path.control_points
-            ]
+            path.control_points = [_prefixed(prefix, point) for point in path.control_points]
             path.fixed = frozenset(prefix + key for key in path.fixed)
             path.prefixes = set()
+
+
+def _prefixed(prefix: str, point: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in point.items()}

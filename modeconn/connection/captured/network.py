@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.capture.export import capture, prepare
-from modeconn.capture.graph import Graph, Size
+from modeconn.capture.graph import Graph, Node, Size
 from modeconn.capture.mixing import run
 from modeconn.errors import ModeconnError
 
@@ -60,7 +61,7 @@ class CapturedNetwork:
         _check(graph, name)
         state = model.state_dict()
         ties = _ties(model)
-        read = {key for node in graph.nodes for key in node.entries}
+        read = set(itertools.chain.from_iterable(node.entries for node in graph.nodes))
         covered = read.union(*(group for group in ties if not read.isdisjoint(group)))
         assert isinstance(graph.example, Tensor)
         return CapturedNetwork(
@@ -79,9 +80,7 @@ class CapturedNetwork:
 
     def block_rows(self, budget: int = _PLAIN_BUDGET) -> int:
         """Returns the number of rows whose widest value fits a budget of bytes."""
-        sizes = [
-            math.prod(d for d in node.shape if not isinstance(d, Size)) for node in self.graph.nodes
-        ]
+        sizes = map(_numbers_a_row, self.graph.nodes)
         rows = budget // (_BYTES_PER_NUMBER * max(1, *sizes))
         return max(_FEWEST_ROWS, min(_MOST_ROWS, rows))
 
@@ -111,3 +110,7 @@ def _ties(model: nn.Module) -> tuple[tuple[str, ...], ...]:
         if isinstance(tensor, Tensor):
             groups.setdefault(id(tensor), []).append(key)
     return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def _numbers_a_row(node: Node) -> int:
+    return math.prod(d for d in node.shape if not isinstance(d, Size))

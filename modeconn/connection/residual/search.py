@@ -107,10 +107,7 @@ class ResidualSearch:
             the subnetworks of each network in the order of the entries.
         """
         for number in range(len(ROUNDS))[:rounds]:
-            left = {
-                side: [entry for entry in self.entries[:-1] if not self._is_finished(side, entry)]
-                for side in self.problem.ends
-            }
+            left = {side: self._unfinished(side) for side in self.problem.ends}
             if not any(left.values()):
                 break
             self._both(left, number)
@@ -125,6 +122,9 @@ class ResidualSearch:
             own = [self.best[side, entry.label] for entry in self.entries[:-1]]
             found[side] = [*own, shared]
         return found
+
+    def _unfinished(self, side: str) -> list[EntryValue]:
+        return [entry for entry in self.entries[:-1] if not self._is_finished(side, entry)]
 
     def _is_finished(self, side: str, entry: EntryValue) -> bool:
         found = self.best.get((side, entry.label))
@@ -168,7 +168,8 @@ class ResidualSearch:
                 self._stop.set()  # an interruption reaches this thread alone
         self._stop.clear()
         torch.set_num_threads(threads)
-        errors = [error for error in (future.exception() for future in futures) if error]
+        raised = [future.exception() for future in futures]
+        errors = [error for error in raised if error]
         # What stopped the one comes before what the other stopped for.
         for error in sorted(errors, key=lambda error: isinstance(error, _Stopped)):
             raise error

@@ -51,7 +51,8 @@ class ResidualSolution:
 
     def breakpoints(self) -> list[Breakpoint]:
         """Builds the path through the subnetworks."""
-        of_a, of_b = ([each.subnetwork for each in self.found[side]] for side in ("a", "b"))
+        of_a = [each.subnetwork for each in self.found["a"]]
+        of_b = [each.subnetwork for each in self.found["b"]]
         return residual_breakpoints(self.network, self.ends["a"], of_a, self.ends["b"], of_b)
 
     def records(self) -> list[dict[str, Any]]:

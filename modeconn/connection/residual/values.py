@@ -119,7 +119,9 @@ def _half_of(value: Tensor, side: int) -> slice:
 
 def _run(graph: Graph, state: State, x: Tensor, last: int, wanted: set[int]) -> dict[int, Tensor]:
     """Interprets a graph up to a node, and returns the values that are wanted."""
-    ends = {i: node.id for node in graph.nodes[: last + 1] for i in node.inputs}
+    ends: dict[int, int] = {}
+    for node in graph.nodes[: last + 1]:
+        ends |= dict.fromkeys(node.inputs, node.id)
     values: dict[int, Any] = {0: x.contiguous(memory_format=torch.channels_last)}
     for node in itertools.islice(graph.nodes, 1, last + 1):
         tensors = [

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.dropin.loss_landscapes.wrappers import ModelParameters
+from modeconn.dropin.loss_landscapes.wrappers import ModelParameters, parameters_of
 
 
 class Metric(ABC):
@@ -70,7 +70,7 @@ class LossGradient(_OfALoss):
         """Return the gradient, flat, [parameters]."""
         model_wrapper.requires_grad_(True)
         try:
-            parameters = [p for module in model_wrapper.modules for p in module.parameters()]
+            parameters = parameters_of(model_wrapper.modules)
             with torch.enable_grad():
                 found = torch.autograd.grad(
                     self._loss(model_wrapper), parameters, allow_unused=True, materialize_grads=True

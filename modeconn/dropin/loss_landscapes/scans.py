@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modeconn.dropin.loss_landscapes import contract
 from modeconn.dropin.loss_landscapes.values import values_at
-from modeconn.dropin.loss_landscapes.wrappers import wrapped
+from modeconn.dropin.loss_landscapes.wrappers import parameters_of, wrapped
 from modeconn.errors import ModeconnError
 
 Metric = Callable[[Any], Any]
@@ -165,7 +165,7 @@ def _plane(
 
 def _weights(wrapper: Any) -> list[Tensor]:
     """The weights that move, in the order of the wrapper's modules, on the CPU."""
-    found = [p.detach().cpu() for module in wrapper.modules for p in module.parameters()]
+    found = [p.detach().cpu() for p in parameters_of(wrapper.modules)]
     if not found:
         raise ModeconnError("the model has no parameters: expected some that can move")
     return found
@@ -173,8 +173,7 @@ def _weights(wrapper: Any) -> list[Tensor]:
 
 def _difference(start: Any, end: Any) -> list[Tensor]:
     mine, its = _weights(start), _weights(end)
-    shapes = [[list(p.shape) for p in each] for each in (mine, its)]
-    if shapes[0] != shapes[1]:
+    if [p.shape for p in mine] != [p.shape for p in its]:
         raise ModeconnError(
             f"the models have {len(mine)} and {len(its)} parameters, or of other shapes: expected "
             "models of one architecture"

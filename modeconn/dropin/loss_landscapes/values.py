@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modeconn.backends.blocking import MEMORY_BUDGET
 from modeconn.dropin.loss_landscapes import contract
 from modeconn.dropin.loss_landscapes.metrics import Loss
-from modeconn.dropin.loss_landscapes.wrappers import module_of, view_of
+from modeconn.dropin.loss_landscapes.wrappers import module_of, parameters_of, view_of
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.evaluation.replay.mapping import map as mapped
@@ -79,7 +79,7 @@ _OPTIONS: dict[str, Any] = {"buffers": "interpolate", "progress": False}
 
 def _path(module: nn.Module, wrapper: Any, directions: Sequence[Sequence[Tensor]]) -> Path:
     """The affine subspace of some directions around a model; of none, its own point."""
-    parameters = [p for each in wrapper.modules for p in each.parameters()]
+    parameters = parameters_of(wrapper.modules)
     named = {k: v for k, v in module.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     states: list[State] = []
     for direction in directions:
@@ -131,7 +131,7 @@ def _in_place(wrapper: Any, metric: Metric, path: Path, points: np.ndarray) -> l
     own = {k: v.detach().clone() for k, v in named.items() if isinstance(v, Tensor)}
     path, values = copy.copy(path), []
     # its control points share memory with the model
-    path.control_points = [{k: v.clone() for k, v in p.items()} for p in path.control_points]
+    path.control_points = list(map(_cloned, path.control_points))
     try:
         for t in points:
             state = path.at(t)
@@ -218,3 +218,7 @@ def _evaluated(
         restore()
     values: list[float] = result.loss.tolist()
     return values
+
+
+def _cloned(state: State) -> State:
+    return {name: value.clone() for name, value in state.items()}

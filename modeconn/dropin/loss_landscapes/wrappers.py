@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import is_
 from typing import Any
 
@@ -131,7 +131,7 @@ class ModelWrapper(ABC):
 
     def get_module_parameters(self) -> ModelParameters:
         """Return the parameters as a vector, in place."""
-        return ModelParameters([p for module in self.modules for p in module.parameters()])
+        return ModelParameters(parameters_of(self.modules))
 
     def train(self, mode: bool = True) -> ModelWrapper:
         """Set the modules' training mode."""
@@ -258,3 +258,8 @@ def view_of(module: nn.Module) -> Any:
     vars(view)["forward"] = module
     view.requires_grad_(False)
     return view
+
+
+def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Returns the parameters of some modules, one module after the other."""
+    return list(itertools.chain.from_iterable(module.parameters() for module in modules))

@@ -294,12 +294,10 @@ def _slots(module: nn.Module) -> Iterator[Slot]:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether a part of a module has hooks that are not PyTorch's own (weight norm's, say)."""
-    hooks = [
-        hook
-        for part in module.modules()
-        if part is not module
-        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-    ]
+    hooks: list[Any] = []
+    for part in module.modules():
+        if part is not module:
+            hooks += [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
     return not all(str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
 
 
