@@ -1,12 +1,10 @@
-"""Losses, metrics and labels by PyTorch's conventions, and callables that are no sums over rows."""
+"""PyTorch's own losses, the class axis, and errors beside callables, by PyTorch's conventions."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,6 +22,11 @@ NUMBERS, TARGETS = torch.randn(9, 2, 3, generator=G), torch.rand(9, 2, 3, genera
 WEIGHT = torch.rand(7, generator=G) + 0.1
 
 
+def squares(outputs, targets):
+    """A loss of the user's."""
+    return outputs.square().flatten(1).mean(1)
+
+
 def mean(head: Head, outputs, targets, size: int = 5) -> dict[str, float]:
     """The results of a head, from blocks of some rows."""
     targets = head.fit(outputs[:2], targets)
@@ -34,101 +37,6 @@ def mean(head: Head, outputs, targets, size: int = 5) -> dict[str, float]:
         counts = counts + head.counts(targets[rows])
     values = head.finish((sums / counts)[None].numpy())
     return {name: float(column[0]) for name, column in values.items()}
-
-
-# -- callables that are no sums over rows --------------------------------------------------------
-
-
-def calibration(outputs, targets):
-    """The expected calibration error of the batch, expanded to its rows."""
-    confidence, guess = outputs.softmax(1).max(1)
-    gap = (confidence.mean() - (guess == targets).float().mean()).abs()
-    return gap.expand(len(targets))
-
-
-def cox(outputs, targets):
-    """A sample's loss among those that are left, in the order of the batch."""
-    risk = outputs[:, 0]
-    return torch.logcumsumexp(risk, 0) - risk
-
-
-def contrastive(outputs, targets):
-    return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)), reduction="none")
-
-
-def pairs(outputs, targets):
-    """Each row against the other one of its pair."""
-    other = outputs.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    return (outputs - other).square().mean(1)
-
-
-def standardised(outputs, targets):
-    return F.cross_entropy(outputs - outputs.mean(0), targets, reduction="none")
-
-
-def broadcast(outputs, targets):
-    return ((outputs[:, :1] - targets) ** 2).mean(1)
-
-
-ROWS_THAT_DEPEND = [calibration, cox, contrastive, standardised, broadcast]
-
-
-@pytest.mark.parametrize("function", ROWS_THAT_DEPEND)
-@pytest.mark.parametrize("as_metric", [False, True])
-def test_a_callable_that_looks_at_other_rows_is_refused(function, as_metric):
-    head = Head("cross_entropy", (function,)) if as_metric else Head(function, None)
-    name = function.__name__ if as_metric else "loss"
-    with refused(f"{name} gives row", "depends on other rows", "mc.forward"):
-        head.sums(OUTPUTS, LABELS)
-
-
-def test_pairs_are_torn():
-    with refused("loss fails for the first or last", "of that row alone"):
-        Head(pairs, None).sums(OUTPUTS[:20], LABELS[:20])
-
-
-@pytest.mark.parametrize("wrap", [tuple, dict, SimpleNamespace])
-def test_rows_of_what_a_network_returns_are_told_apart(wrap):
-    if wrap is tuple:
-        outputs, first = (OUTPUTS, torch.tensor(2.0)), lambda o: o[0]
-    elif wrap is dict:
-        outputs, first = {"y": OUTPUTS, "scale": torch.tensor(2.0)}, lambda o: o["y"]
-    else:
-        outputs, first = SimpleNamespace(y=OUTPUTS, more=[OUTPUTS], name="n"), lambda o: o.y
-    own = Head(lambda o, t: F.cross_entropy(first(o), t, reduction="none"), None)
-    right = F.cross_entropy(OUTPUTS, LABELS, reduction="sum")
-    assert float(own.sums(outputs, LABELS)) == pytest.approx(float(right))
-    with refused("depends on other rows"):
-        Head(lambda o, t: cox(first(o), t), None).sums(outputs, LABELS)
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e3, 1e30])
-@pytest.mark.parametrize("rows", [1, 2, 3, 23])
-def test_callables_of_single_rows_are_taken(scale, rows):
-    matrix = torch.randn(7, 500, generator=G)
-    functions = [
-        lambda o, t: F.cross_entropy(o * scale, t, reduction="none"),
-        lambda o, t: (o @ matrix).square().sum(1) * scale,
-        lambda o, t: o.argmax(1) != t,
-        lambda o, t: torch.where(o[:, 0] > 0, o[:, 0] / 0, o[:, 1]),
-        lambda o, t: torch.full((len(o),), torch.nan),
-    ]
-    for function in functions:
-        for dtype in (torch.float32, torch.float64):
-            matrix = matrix.to(dtype)
-            Head(function, None).sums(OUTPUTS[:rows].to(dtype), LABELS[:rows])
-
-
-def test_states_by_layer_have_their_rows_on_axis_1():
-    outputs = (OUTPUTS, torch.randn(2, 23, 5, generator=G))
-    Head(lambda o, t: o[1][-1].square().sum(1), None).sums(outputs, LABELS)
-    with refused("depends on other rows"):
-        Head(lambda o, t: o[1].sum(1).sum() + o[0][:, 0], None).sums(outputs, LABELS)
-
-
-def test_a_random_callable_is_called_so():
-    with refused("gives other numbers when it is called again"):
-        Head(lambda o, t: o[:, 0] + torch.rand(len(o)), None).sums(OUTPUTS, LABELS)
 
 
 # -- PyTorch's own losses ------------------------------------------------------------------------
@@ -250,9 +158,9 @@ def test_errors_beside_a_callable_are_means_over_labels():
 
 def test_errors_that_cannot_be_told_are_refused():
     with refused("class labels need", "as metric"):
-        Head(cox, ("error",)).fit(PIXELS, LABELS)
+        Head(squares, ("error",)).fit(PIXELS, LABELS)
     with refused("expects a tensor", "as metric"):
-        Head(cox, ("error",)).fit((OUTPUTS, OUTPUTS), LABELS)
+        Head(squares, ("error",)).fit((OUTPUTS, OUTPUTS), LABELS)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", nn.CrossEntropyLoss(), F.cross_entropy])
@@ -293,7 +201,9 @@ def test_next_token_keeps_its_last_axis():
 
 
 @pytest.mark.parametrize("name", ["loss", "error", "top5_error", "perplexity"])
-@pytest.mark.parametrize("loss", ["cross_entropy", "bce", nn.CrossEntropyLoss(weight=WEIGHT), cox])
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy", "bce", nn.CrossEntropyLoss(weight=WEIGHT), squares]
+)
 def test_the_users_metrics_go_before_ours(name, loss):
     def metric(outputs, targets):
         return torch.full((len(targets),), 3.0)
@@ -312,115 +222,3 @@ def test_targets_of_another_layout_are_refused():
                 head.fit(images, targets)
         for targets in (images[:, :, None], images[..., None], images[:, None]):
             assert torch.equal(head.fit(images, targets), images)
-
-
-# -- labels --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64"])
-def test_labels_of_any_integers(dtype):
-    torch.manual_seed(0)
-    model = nn.Linear(6, 3)
-    x, y = np.random.default_rng(0).normal(size=(10, 6)).astype("float32"), np.arange(10) % 3
-    right = mc.evaluate(model, mc.Line(model, model), (x, y), 2).loss
-    for data in ((x, y.astype(dtype)), (torch.tensor(x), torch.tensor(y.astype(dtype)))):
-        got = mc.evaluate(model, mc.Line(model, model), data, 2, batch_size=4).loss
-        np.testing.assert_allclose(got, right, rtol=1e-6)
-
-
-def test_tokens_of_two_bytes():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(11, 4), nn.Linear(4, 11))
-    texts = np.arange(24).reshape(4, 6) % 11
-    path = mc.Line(model, model)
-    results = []
-    for dtype in ("int64", "uint16"):
-        data = (texts.astype(dtype),) * 2
-        results.append(mc.evaluate(model, path, data, 2, loss="next_token").loss)
-    np.testing.assert_array_equal(*results)
-
-
-@pytest.mark.parametrize("backend", ["reference", "native"])
-@pytest.mark.parametrize("loss", ["cross_entropy", nn.CrossEntropyLoss(label_smoothing=0.1)])
-def test_samples_without_a_label_are_left_out(backend, loss):
-    torch.manual_seed(0)
-    nets = [nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)) for _ in range(2)]
-    x, y = torch.randn(40, 6), torch.arange(40) % 3
-    kept = torch.arange(40) % 4 != 1
-    given = torch.where(kept, y, -100)
-    path = mc.Line(*nets)
-    metrics = ("loss", "error")
-    right = mc.evaluate(nets[0], path, (x[kept], y[kept]), 3, loss=loss, metrics=metrics)
-    for size in (1, 7, 40):
-        options = {"backend": backend, "batch_size": size, "metrics": metrics}
-        got = mc.evaluate(nets[0], path, (x, given), 3, loss=loss, **options)
-        np.testing.assert_allclose(got.loss, right.loss, rtol=1e-5)
-        np.testing.assert_allclose(got.error, right.error)
-    with refused("no token of the data has a label"):
-        mc.evaluate(nets[0], path, (x, torch.full_like(y, -100)), 3, loss=loss)
-
-
-def test_labels_that_are_no_integers_are_refused_with_the_remedy():
-    for targets in (LABELS.float(), LABELS.bool()):
-        with refused("class labels are integers", "targets.long()"):
-            Head("cross_entropy", None).fit(OUTPUTS, targets)
-
-
-class Masked(nn.Module):
-    """A model of texts in which padding changes nothing: means over the tokens that count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.out = nn.Embedding(9, 6), nn.Linear(12, 9)
-
-    def forward(self, input_ids, attention_mask):
-        tokens = self.embed(input_ids)
-        weights = attention_mask[..., None].to(tokens.dtype)
-        context = (tokens * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-        return self.out(torch.cat([tokens, context.expand_as(tokens)], -1))
-
-
-def padded(side: str, loss: str):
-    """Texts of several lengths, with padding on one side: inputs and labels."""
-    generator = torch.Generator().manual_seed(5)
-    ids, mask = torch.zeros(19, 12, dtype=torch.long), torch.zeros(19, 12, dtype=torch.long)
-    labels = torch.full((19, 12), -100)
-    for row in range(19):
-        length = 3 + row % 9
-        start = 0 if side == "right" else 12 - length
-        text = torch.randint(0, 9, (length,), generator=generator)
-        ids[row, start : start + length], mask[row, start : start + length] = text, 1
-        labels[row, start : start + length] = text
-        if loss == "next_token":
-            labels[row, start] = -100  # nothing tells the first token
-    return {"input_ids": ids, "attention_mask": mask}, labels
-
-
-@pytest.mark.parametrize("loss", ["cross_entropy", "next_token", nn.CrossEntropyLoss()])
-def test_padding_and_batch_size_change_nothing(loss):
-    torch.manual_seed(0)
-    nets = [Masked() for _ in range(2)]
-    results = []
-    for side in ("right", "left"):
-        data = padded(side, loss)
-        for size in (1, 8, 16):
-            result = mc.evaluate(nets[0], mc.Line(*nets), data, 3, loss=loss, batch_size=size)
-            results.append([result.loss, result.error])
-    for result in results[1:]:
-        np.testing.assert_allclose(result, results[0], rtol=1e-5)
-
-
-@pytest.mark.parametrize("loss", ["cross_entropy", "next_token"])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_labels_of_padding_are_warned_of(loss, side):
-    inputs, labels = padded(side, loss)
-    head = Head(loss, None)
-    outputs = torch.zeros(2, 12, 9)
-    assert not head.labels_padding(inputs, head.fit(outputs, labels))
-    texts = torch.where(labels == -100, inputs["input_ids"], labels)
-    assert head.labels_padding(inputs, head.fit(outputs, texts))
-    assert not head.labels_padding(inputs["input_ids"], head.fit(outputs, texts))
-    if loss == "next_token":
-        model = Masked()
-        with pytest.warns(UserWarning, match="padding has labels that count"):
-            mc.evaluate(model, mc.Line(model, model), (inputs, texts), 2, loss=loss, batch_size=4)

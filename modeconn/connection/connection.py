@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +25,14 @@ from modeconn.evaluation.arguments import positive
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.evaluation.result import PathResult
 from modeconn.files.fingerprints import digest_of_json
-from modeconn.files.writing import atomic_write, locked, sweep, temporary_of
+from modeconn.files.writing import (
+    atomic_write,
+    exchange_folders,
+    locked,
+    restore_folder,
+    sweep,
+    temporary_of,
+)
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import PolyChain
 
@@ -158,11 +163,12 @@ class Connection:
             raise ModeconnError(f"{folder}: cannot be written: there is no folder {target.parent}")
         temporary = temporary_of(target)
         with locked(target):
+            restore_folder(target)
             sweep(target)
             try:
                 temporary.mkdir()
                 self._write(temporary)
-                _exchange(temporary, target)
+                exchange_folders(temporary, target)
             except OSError as error:
                 raise SystemFailure(
                     f"{folder}: cannot be written: {error.strerror or error}"
@@ -195,6 +201,7 @@ class Connection:
                 not fit together.
         """
         where = Path(folder).expanduser()
+        restore_folder(where)
         if not where.is_dir():
             problem = "is a file" if where.exists() else "no such folder"
             raise ModeconnError(f"{folder}: {problem}; expected a folder with a connection")
@@ -293,18 +300,3 @@ def _sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _exchange(new: Path, target: Path) -> None:
-    """Puts a complete folder in the place of an older one."""
-    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-    if target.is_dir():
-        target.rename(old)
-    try:
-        new.rename(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            if old.is_dir() and not target.exists():
-                old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

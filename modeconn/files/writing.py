@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import glob
 import io
 import os
 import re
@@ -31,6 +33,8 @@ _TEMPORARY = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{8}\.(?:tmp|old)")
 # longer.
 _SECONDS_UNTIL_LOCKED = 2.0
 _SECONDS_UNTIL_ABANDONED = 60.0
+# Of Linux: names are relative to the working directory; two of them are swapped.
+_HERE, _RENAME_EXCHANGE = -100, 2
 
 
 def atomic_write(file: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
@@ -164,6 +168,50 @@ def remove_folder(folder: Path) -> None:
     away = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old")
     folder.rename(away)
     shutil.rmtree(away, ignore_errors=True)
+
+
+def exchange_folders(new: Path, target: Path) -> None:
+    """Put a complete folder in the place of an older one, which goes.
+
+    Where the system swaps names in one step, one of them is in place at every moment. Elsewhere a
+    kill between two renames leaves the older one under a name that `restore_folder` knows.
+    """
+    if target.is_dir() and _swapped(new, target):
+        shutil.rmtree(new, ignore_errors=True)
+        return
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    if target.is_dir():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if old.is_dir() and not target.exists():
+                old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(target: Path) -> None:
+    """Give a folder its name back that `exchange_folders` was killed over."""
+    if target.exists():
+        return
+    with contextlib.suppress(OSError):
+        for other in target.parent.glob(f".{glob.escape(target.name)}.*.old"):
+            match = _TEMPORARY.fullmatch(other.name)
+            if match is not None and match["target"] == target.name and other.is_dir():
+                other.rename(target)
+                return
+
+
+def _swapped(one: Path, other: Path) -> bool:
+    """Swap the names of two folders in one step; False where the system cannot (Linux can)."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    done = call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE)
+    return bool(done == 0)
 
 
 def _remove_abandoned(temporary: Path) -> None:
