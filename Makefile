@@ -18,7 +18,7 @@ COMPILER := $(if $(filter default,$(origin CXX)),CXX=$(CURDIR)/tests/compiled.py
 SOURCES  := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench fuzz kernel-report dev sanitize clean
+.PHONY: help demo test check lint bench peers fuzz kernel-report dev sanitize clean
 
 help: ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+): .*## /  make \1\t/' | expand -t 24
@@ -42,6 +42,19 @@ bench: $(STAMP) ## the side-by-side table: this library against a pass per point
 kernel-report: $(STAMP) ## compile the GPU kernels, without a GPU; what they take of one goes into docs/kernels.md
 	env -u TRITON_INTERPRET $(BIN)/python bench/kernel_report.py --write docs/kernels.md
 
+# What drop-ins stand in for or serve, on top of what .venv has. Without what these require: they would
+# install another PyTorch.
+PEERS    := .venv-peers
+PACKAGES := loss-landscapes==3.0.6 curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 einconv==0.1.0 \
+            einops==0.8.2 linear_operator==0.6.1 opt-einsum==3.4.0 unfoldNd==0.2.3
+peers: $(STAMP) ## the drop-ins against the real packages, in an environment of their own (.venv-peers)
+	@test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
+	@$(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > $(PEERS)/place
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_paths()["purelib"])' \
+	    > "$$(cat $(PEERS)/place)/modeconn-peers.pth"
+	$(PEERS)/bin/python -m pip install --quiet --no-deps $(PACKAGES)
+	$(PEERS)/bin/python -m pytest -q -rs tests/peers tests/test_pieces.py
+
 MINUTES ?= 60
 fuzz: $(STAMP) ## random networks, paths, data and losses against plain float64, for MINUTES (60)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) --first $$(date +%s)
@@ -52,7 +65,7 @@ sanitize: $(STAMP) ## the C++ engine under the address, undefined-behaviour and 
 	$(BIN)/python tests/sanitize.py
 
 clean: ## remove .venv, build products and caches: all that git does not know
-	rm -rf $(VENV) build dist .cache .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(PEERS) build dist .cache .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	rm -f modeconn/_native*.so modeconn/_cuda*.so modeconn/_native_missing.txt modeconn/_cuda_missing.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
