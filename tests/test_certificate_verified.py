@@ -39,14 +39,14 @@ def test_other_data_get_bounds_of_their_own(made):
     assert not found.same_data
     assert found == certify(w.model, w.chain, w.path, other)
     both = dataclasses.replace(connection, test_certificate=found)
-    with pytest.raises(FalseCertificate, match="are those of the test certificate.*as test"):
+    with pytest.raises(FalseCertificate, match=r"are those of the test certificate.*as test"):
         verify(w.model, both, other)
     again = verify(w.model, both, w.data, test=other)
     assert again.same_data
     assert again.test == found
     assert again.test.same_data
     lower = dataclasses.replace(found, bound=0.0)
-    with pytest.raises(FalseCertificate, match="test certificate: .*bound is 0"):
+    with pytest.raises(FalseCertificate, match=r"test certificate: .*bound is 0"):
         verify(w.model, dataclasses.replace(connection, test_certificate=lower), w.data)
     with pytest.raises(FalseCertificate, match="are not those that the main certificate was made"):
         verify(w.model, connection, other, require_same_data=True)
