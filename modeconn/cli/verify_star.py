@@ -78,5 +78,5 @@ def _print(
     error = f"{100 * max(each.error_bound for each in found.values()):.3g} %"
     print(f"{len(star.pairs)} pairs: loss at most {bound:.4g}, error at most {error}")
     for name, each in found.items():
-        print(f"{name}: {each.advice}")
+        print(f"{name}: {each.losses[0]:.4g} itself; on its descent at most {each.bound:.4g}")
     print(f"\n{len(found)} passes over the data in {output.seconds_text(seconds)}")

@@ -223,7 +223,10 @@ class Star:
         title = f"{count} networks, {pairs} pairs: loss at most {self.bound:.4g}, error at most"
         lines = [f"{title} {error} on {samples:,} samples"]
         for name, descent in self.descents.items():
-            lines.append(f"{name}: {descent.certificate.advice}")
+            found = descent.certificate
+            where = found.labels[found.worst].replace(" of a", f" of {name}")
+            bound = f"loss at most {found.bound:.4g}, at {name if where == 'a' else where}"
+            lines.append(f"{name}: {found.losses[0]:.4g} itself; on its descent {bound}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:

@@ -46,7 +46,7 @@ def draw(
     for name, certificate in certificates.items():
         _draw_ray(axes, places[name], name, certificate, norm)
     axes.plot(0, 0, "o", color="black", markersize=9, zorder=5)
-    axes.annotate("hub: S_0", (0, 0), (6, -14), textcoords="offset points", fontsize="small")
+    axes.annotate("hub: S_0", (0, 0), (0, -18), textcoords="offset points", ha="center", zorder=6)
     bound = max(each.bound for each in certificates.values())
     count = len(certificates)
     axes.set_title(f"{count} networks, {count * (count - 1) // 2} pairs: loss ≤ {bound:.3g}")
