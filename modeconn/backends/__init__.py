@@ -14,6 +14,7 @@ from typing import cast
 import torch
 
 from modeconn.backends.base import Backend, Request, attempt
+from modeconn.backends.extreme import Careful
 from modeconn.errors import CannotRun, ModeconnError, Unsupported
 from modeconn.plan.program import Program
 
@@ -112,7 +113,9 @@ def make_backend(
         request = Request(program, dtype, device, precision, needs == "gradients", name != "auto")
         found = attempt(functools.partial(_create, candidate, request, needs))
         if not isinstance(found, Unsupported):
-            return found
+            # Of a GPU the answer would have to be waited for; gradients go through other weights.
+            looks = device.type == "cpu" and needs != "gradients" and program.plain is not None
+            return Careful(found, request) if looks else found
         reason = str(found)
     raise CannotRun(candidates[-1], reason)
 

@@ -14,6 +14,10 @@ from modeconn.plan.units import Shape
 
 _PASS_THROUGH = ("clone", "alias", "detach", "dropout", "contiguous")
 
+# A norm's scale beyond this is not multiplied into weights: sums of the products could overflow
+# where the layer's own sums, and what the norm makes of them, do not.
+LARGEST_FOLDED = 1e15
+
 
 def passes_through(node: Node, before: Shape) -> bool:
     """Whether an operation leaves a value of a shape as it is."""

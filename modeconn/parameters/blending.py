@@ -27,14 +27,27 @@ def blend(tensors: Sequence[Tensor], row: Sequence[float] | np.ndarray) -> Tenso
     if len(terms) == 1 and terms[0][0] == 1.0:
         return terms[0][1]
     if len(terms) == 2 and abs(terms[0][0] + terms[1][0] - 1.0) <= SNAP:
-        return torch.lerp(terms[0][1], terms[1][1], terms[1][0])  # one pass over the memory
-    if is_far(np.array([[c for c, _ in terms]]))[0]:
+        # one pass over the memory
+        mixed = torch.lerp(terms[0][1], terms[1][1], terms[1][0])
+    elif is_far(np.array([[c for c, _ in terms]]))[0]:
         first = terms[0][1]
-        return first + sum((c * (tensor - first) for c, tensor in terms[1:]))
+        mixed = first + sum((c * (tensor - first) for c, tensor in terms[1:]))
+    else:
+        return _added(terms)
+    # A difference of large numbers may be too large where their sum is not.
+    return mixed if _finite(mixed) else _added(terms)
+
+
+def _added(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
     total = terms[0][1] * terms[0][0]
     for c, tensor in terms[1:]:
         total.add_(tensor, alpha=c)
     return total
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all is finite, or it is not asked: of a GPU the answer would be waited for."""
+    return tensor.device.type != "cpu" or bool(tensor.detach().sum().isfinite())
 
 
 def is_far(coefficients: np.ndarray) -> np.ndarray:

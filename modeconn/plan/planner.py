@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from modeconn.capture.graph import Graph
 from modeconn.capture.noise import Noise
-from modeconn.capture.optimisations import current
+from modeconn.capture.optimisations import current, without
 from modeconn.parameters.blending import is_far
 from modeconn.parameters.paths import Path
 from modeconn.plan.cost import flops
@@ -63,7 +65,8 @@ def make_program(
         chosen = empty.point_indices
         here = {name: _rows_of(table, chosen) for name, table in (tables or {}).items()}
         segments.append(_planned(graph, empty, contents, here, shared, infinite))
-    return Program(
+    noise = noise or Noise()
+    program = Program(
         graph,
         distinct,
         inverse.reshape(-1),
@@ -71,8 +74,18 @@ def make_program(
         segments,
         _naive_flops(graph, contents),
         dtype,
-        noise=noise or Noise(),
+        noise=noise,
     ).pruned()
+    if not by_content:
+        return program
+    given = {"dtype": dtype, "device": device, "frozen": frozen, "tables": tables, "noise": noise}
+    return replace(program, plain=partial(_without_shortcuts, graph, path, points, **given))
+
+
+def _without_shortcuts(graph: Graph, path: Path, points: np.ndarray, **given: Any) -> Program:
+    """The program in which every value is computed whole at every point."""
+    with without("dead", "constant", "combination", "merging", "sharing"):
+        return make_program(graph, path, points, **given)
 
 
 def _rows_of(table: Tensor, chosen: np.ndarray) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -226,6 +226,7 @@ class Program:
         dtype: of the computation; constants keep their own.
         order: the shared values that are needed, in execution order.
         noise: what the network draws at random.
+        plain: plans the same without shortcuts: nothing is dead, constant, combined or shared.
     """
 
     graph: Graph
@@ -237,6 +238,7 @@ class Program:
     dtype: torch.dtype = torch.float32
     order: list[int] = field(default_factory=list)
     noise: Noise = field(default_factory=Noise)
+    plain: Callable[[], Program] | None = None
 
     @property
     def shared_flops(self) -> float:

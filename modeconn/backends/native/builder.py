@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
+
 from modeconn.backends.activations import IDENTITY, Activation, activation_of
 from modeconn.backends.native.layers import Layer, StepGraph
 from modeconn.backends.native.lowering import (
@@ -15,7 +17,13 @@ from modeconn.backends.native.lowering import (
     folds,
     lower,
 )
-from modeconn.backends.node_reading import of_dtype, operands, passes_through, unsupported
+from modeconn.backends.node_reading import (
+    LARGEST_FOLDED,
+    of_dtype,
+    operands,
+    passes_through,
+    unsupported,
+)
 from modeconn.capture.graph import In, Node, Size
 from modeconn.plan.program import Combination, Program, Segment, Varying, VaryingStep
 
@@ -114,9 +122,11 @@ class Builder:
             raise unsupported(step.node, "batch_norm of images [N, C, H, W] or rows [N, C]")
         if place < 0 and alone and begin_with_layer(self.program, self.steps, self._depth):
             place = 0
-        if place < 0 or not alone or not folds(self.steps.layers[place]):
+        norm = affine(step, len(self.segment.point_indices))
+        large = bool((np.abs(norm[0]) > LARGEST_FOLDED).any())
+        if place < 0 or not alone or large or not folds(self.steps.layers[place]):
             place = self._append(Layer(op="affine", reads=place))
-        self.steps.layers[place].norm = affine(step, len(self.segment.point_indices))
+        self.steps.layers[place].norm = norm
         return place
 
     def _activate(self, place: int, alone: bool, activation: Activation) -> int:

@@ -239,6 +239,9 @@ def vectors_of(step: VaryingStep, leaf: Any, absent: float, points: int) -> np.n
     arrays, coefficients = _blend(step.entries[leaf.index], points)
     flat = np.stack(arrays).reshape(len(arrays), -1).astype(np.float64)
     combined: np.ndarray = coefficients @ flat
+    if not np.isfinite(flat).all():  # of one point, perhaps: 0 times it would be NaN at the others
+        for point, row in enumerate(coefficients):
+            combined[point] = row[row != 0] @ flat[row != 0]
     return combined
 
 

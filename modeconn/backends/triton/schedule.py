@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modeconn.backends.activations import IDENTITY, Activation, activation_of
-from modeconn.backends.node_reading import of_dtype, pooling_geometry
+from modeconn.backends.node_reading import LARGEST_FOLDED, of_dtype, pooling_geometry
 from modeconn.backends.triton.segment import (
     Operand,
     SegmentSteps,
@@ -364,7 +364,10 @@ class ChunkSchedule:
 
     def _folds(self, index: int) -> bool:
         """Whether a step is a norm that a convolution takes along."""
-        return current().folding and self._is_norm(index)
+        if not (current().folding and self._is_norm(index)):
+            return False
+        scale, _ = affine(self._steps, self._steps.steps[index])
+        return not bool((scale.abs() > LARGEST_FOLDED).any())
 
     def _of_dtype(self, step: VaryingStep) -> bool:
         """Whether the kernels, which compute in the program's dtype, may run a step."""

@@ -1,0 +1,110 @@
+"""Batches with values so large that sums of them overflow run by a plan without shortcuts.
+
+W(t) x = (1 - t) W_0 x + t W_1 x holds for numbers, not for infinities: where W_0 x overflows and
+W(t) x does not, or where x is infinite, the right side may be NaN. An input that is not finite
+reaches units that nothing reads, too, and 0 · ∞ is NaN. So values that are to be combined, and
+inputs, are looked at once for a batch, and a batch that has a larger one than the square root of
+the largest number goes through the reference backend by a plan in which every value is computed
+whole at every point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeconn.backends.base import Backend, Request, Tick, Values
+from modeconn.backends.reference import ReferenceBackend
+from modeconn.data.inputs import Inputs
+from modeconn.metrics import Head
+from modeconn.plan.program import Combination, Form, Program, Segment
+
+
+class _Plain(dict[int, Any]):
+    """Shared values of the plan without shortcuts."""
+
+
+class Careful:
+    """A backend for all batches but those with extreme values.
+
+    Args:
+        backend: for the others.
+        request: what it was made for.
+    """
+
+    def __init__(self, backend: Backend, request: Request) -> None:
+        self._backend, self._request = backend, request
+        self._limit = float(torch.finfo(request.dtype).max) ** 0.5
+        self._combined = combined(request.program)
+        self._plain: ReferenceBackend | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the backend for ordinary values."""
+        return self._backend.name
+
+    def most_rows(self, budget: int) -> int:
+        """Rows to take at a time, so that the shared values kept for them fit a budget of bytes."""
+        return self._backend.most_rows(budget)
+
+    def shared(self, x: Inputs) -> Values:
+        """The shared values of a batch that the segments read."""
+        inputs = self._request.program.graph.given(x)
+        values: Values = {}
+        if all(map(self._ordinary, inputs)):
+            values = self._backend.shared(x)
+            if all(self._ordinary(values[number]) for number in self._combined & set(values)):
+                return values
+        return _Plain(self._by_plain_plan().shared(x))
+
+    def sums(
+        self, segment: Segment, values: Values, targets: Tensor, head: Head, tick: Tick
+    ) -> Tensor:
+        """The head's sums over a batch at each of the segment's points, float64 [T, metrics]."""
+        if not isinstance(values, _Plain):
+            return self._backend.sums(segment, values, targets, head, tick)
+        return self._by_plain_plan().sums(self._like(segment), values, targets, head, tick)
+
+    def all_outputs(
+        self, segment: Segment, values: Values, rows: int
+    ) -> Iterator[tuple[int, slice, Any]]:
+        """The network's output: (point, block of rows, output); blocks of a point come in order."""
+        if not isinstance(values, _Plain):
+            return self._backend.all_outputs(segment, values, rows)
+        return self._by_plain_plan().all_outputs(self._like(segment), values, rows)
+
+    def _ordinary(self, value: Any) -> bool:
+        """Whether a value is no tensor of numbers that are infinite, NaN or near the largest."""
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+            return True
+        # NaN shows in the extremes, and compares as false.
+        return all(abs(float(extreme)) <= self._limit for extreme in value.detach().aminmax())
+
+    def _by_plain_plan(self) -> ReferenceBackend:
+        if self._plain is None:
+            plain = self._request.program.plain
+            assert plain is not None
+            self._plain = ReferenceBackend(plain(), self._request.dtype, self._request.device)
+        return self._plain
+
+    def _like(self, segment: Segment) -> Segment:
+        """The plain plan's segment for the same points."""
+        place = self._request.program.segments.index(segment)
+        return self._by_plain_plan().program.segments[place]
+
+
+def combined(program: Program) -> set[int]:
+    """The shared values that are added up with coefficients."""
+    forms: list[Form | int | None] = []
+    for segment in program.segments:
+        forms += segment.outputs.values()
+        for step in segment.steps:
+            forms += [*step.inputs, step.combine]
+    found: set[int] = set()
+    for form in forms:
+        if isinstance(form, Combination) and not form.constant:
+            found.update(term.value for term in form.terms)
+    return found
