@@ -115,7 +115,7 @@ def make_backend(
         if not isinstance(found, Unsupported):
             # Of a GPU the answer would have to be waited for; gradients go through other weights.
             looks = device.type == "cpu" and needs != "gradients" and program.plain is not None
-            return Careful(found, request) if looks else found
+            return cast("Backend", Careful(found, request)) if looks else found
         reason = str(found)
     raise CannotRun(candidates[-1], reason)
 
