@@ -129,7 +129,10 @@ def test_memorising_subnetworks_connect_at_the_level_of_the_ends(memorised) -> N
     for end, network in ((points[0], a), (points[-1], b)):
         for key, value in network.state_dict().items():
             assert torch.equal(end[key], value.double())
-    assert mc.verify(a, found, data).bound == pytest.approx(found.certificate.bound, rel=1e-9)
+    verified = mc.verify(a, found, data, a=a, b=b)  # float32 networks at a float64 path's ends
+    assert verified.bound == pytest.approx(found.certificate.bound, rel=1e-9)
+    with pytest.raises(mc.FalseCertificate, match="the path does not end in b"):
+        mc.verify(a, found, data, a=a, b=a)
     t = np.random.default_rng(0).random(200)
     between = mc.evaluate(a, found.path, data, points=t, precision="float64")
     assert between.loss.max() <= found.certificate.bound * (1 + 1e-6)

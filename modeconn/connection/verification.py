@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from modeconn.backends.precision import without_autocast
@@ -318,7 +319,17 @@ def _check_ends(path: PolyChain, a: Any, b: Any) -> None:
     """Raises where the path does not begin in network a or end in b, bit for bit."""
     for name, given, point in (("a", a, path.control_points[0]), ("b", b, path.control_points[-1])):
         if given is not None:
-            _check_end(name, states.load(given), point)
+            _check_end(name, _widened(states.load(given), point), point)
+
+
+def _widened(given: Mapping[str, Tensor], point: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Casts floats to a wider dtype of the path, which is exact: memorising paths are float64."""
+    widened = dict(given)
+    for key, value in given.items():
+        wide = point[key].dtype if key in point else value.dtype
+        if value.is_floating_point() and torch.promote_types(value.dtype, wide) == wide:
+            widened[key] = value.to(wide)
+    return widened
 
 
 def _check_end(name: str, given: Mapping[str, Tensor], point: Mapping[str, Tensor]) -> None:
