@@ -163,7 +163,10 @@ def test_a_lock_that_another_thread_holds_is_free_in_a_forked_process():
     said = in_child(acquires)
     done.set()
     thread.join()
-    assert "this process was forked while another thread captured a model" in said
+    if torch.get_num_threads() == 1:  # else the lost pool of threads is what is said
+        assert "this process was forked while another thread captured a model" in said
+    else:
+        assert "this process was forked from one that had computed in several threads" in said
     with lock, lock:  # its own thread takes it again
         assert not lock.held()
     if torch.get_num_threads() == 1:

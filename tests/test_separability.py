@@ -14,7 +14,7 @@ from torch import Tensor
 from modeconn.connection.farkas import inequalities, largest_margin, proves_none
 from modeconn.connection.separability import Outcome, Separation, coinciding, linear_separability
 from modeconn.errors import ModeconnError
-from modeconn.stability import separability
+from modeconn.connection import separability
 
 
 def exact_margin(found: Separation, x: Tensor, y: Tensor) -> Fraction:

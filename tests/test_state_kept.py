@@ -34,6 +34,7 @@ def net(seed: int = 0) -> nn.Sequential:
 @pytest.mark.filterwarnings("ignore:batch norms .* interpolated")
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("buffers", ["interpolate", "start", "recompute"])
+@pytest.mark.filterwarnings("ignore:control point .* computes something else:UserWarning")
 def test_the_model_and_the_control_points_are_left_as_they_were(buffers, precision):
     model, a, b = net(0), net(1), net(2)
     model.train()
@@ -77,8 +78,9 @@ def test_the_model_and_the_control_points_are_left_as_they_were(buffers, precisi
     assert [everything(module) for module in (model, a, b)] == before
 
 
+@pytest.mark.filterwarnings("ignore:control point .* computes something else:UserWarning")
 def test_hooks_count():
-    """A model with a hook is evaluated with it."""
+    """A model with a hook is evaluated with it, at ends that have none, too."""
     model, other = net(0), net(1)
     path = mc.Mixture([model, other])
     model[2].register_forward_hook(lambda module, args, output: 2 * output)

@@ -29,8 +29,8 @@ def add(commands: options.Commands) -> None:
         help="a loss surface in HDF5, with the options of Goldstein's plot_surface.py",
         description=DESCRIPTION,
         epilog=options.example(
-            "modeconn surface --model_file a.safetensors --data digits --x=-1:1:51 --y=-1:1:51 "
-            "--xnorm filter --xignore biasbn --ynorm filter --yignore biasbn",
+            "modeconn surface --model_file a.safetensors --data digits --x=-1:1:51 --y=-1:1:51 \\\n"
+            "      --xnorm filter --xignore biasbn --ynorm filter --yignore biasbn",
             "The same command continues after an interruption, and computes nothing twice.",
         ),
     )
