@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from modeconn.connection import separability
 from modeconn.connection.farkas import inequalities, largest_margin, proves_none
 from modeconn.connection.separability import Outcome, Separation, coinciding, linear_separability
 from modeconn.errors import ModeconnError
-from modeconn.connection import separability
 
 
 def exact_margin(found: Separation, x: Tensor, y: Tensor) -> Fraction:
