@@ -261,6 +261,10 @@ def test_bad_input_is_named(pair) -> None:
         mc.connect(a, a, mlp(64, 20, 10), (x, y))
     with pytest.raises(mc.ModeconnError, match="data"):
         mc.connect(a, a, b, (x[:0], y[:0]))
+    with pytest.raises(mc.ModeconnError, match="train is None: expected the data"):
+        mc.connect(a, a, b)
+    with pytest.raises(mc.ModeconnError, match="a is one network, and b None: expected two"):
+        mc.connect(a, a, train=(x, y))
     net = models.build("vit:width=16,layers=1,heads=2,patch=8")
     with pytest.raises(mc.ModeconnError, match="is not a chain of layers that can be connected"):
         mc.connect(net, net, net, (torch.randn(20, 3, 32, 32), torch.arange(20) % 10))

@@ -182,6 +182,43 @@ def test_an_interrupted_search_goes_on_to_the_same_connection(tmp_path: Path) ->
         assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
+def test_two_threads_find_the_same_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each network has a thread; afterwards, and after Ctrl-C, there are as many as before."""
+    before = torch.get_num_threads()
+    model = Residual(blocks=1)
+    try:
+        torch.set_num_threads(1)
+        alone = mc.connect(model, trained(1), trained(2), data(), target=0.3)
+        torch.set_num_threads(2)
+        found = mc.connect(model, trained(1), trained(2), data(), target=0.3)
+        assert torch.get_num_threads() == 2
+        for one, other in zip(found.path.control_points, alone.path.control_points):
+            assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+        def interrupted(futures: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("modeconn.connection.residual.search.wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mc.connect(model, trained(1), trained(2), data(), target=0.3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_other_images_with_the_same_labels_are_another_search(tmp_path: Path) -> None:
+    def stop(line: str) -> None:
+        if line.startswith("v1 of b"):
+            raise KeyboardInterrupt
+
+    options = {"target": 0.3, "folder": tmp_path / "partial"}
+    model, (x, y) = Residual(blocks=1), data()
+    with pytest.raises(KeyboardInterrupt):
+        mc.connect(model, trained(1), trained(2), (x, y), log=stop, **options)
+    with pytest.raises(ModeconnError, match="started with other data"):
+        mc.connect(model, trained(1), trained(2), (x.flip(3), y), **options)
+
+
 def test_what_has_no_path_is_refused_by_name() -> None:
     a = trained(1)
     for options, text in (

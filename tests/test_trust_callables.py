@@ -8,14 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from loss_cases import LABELS, OUTPUTS, G
 from modeconn.metrics import Head
 from refused import refused
-
-G = torch.Generator().manual_seed(0)
-OUTPUTS, LABELS = torch.randn(23, 7, generator=G), torch.randint(0, 7, (23,), generator=G)
-PIXELS, CLASSES = torch.randn(6, 4, 5, 3, generator=G), torch.randint(0, 4, (6, 5, 3), generator=G)
-NUMBERS, TARGETS = torch.randn(9, 2, 3, generator=G), torch.rand(9, 2, 3, generator=G)
-WEIGHT = torch.rand(7, generator=G) + 0.1
 
 
 def calibration(outputs, targets):

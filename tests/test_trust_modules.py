@@ -7,7 +7,6 @@ import random
 import sys
 import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,36 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import modeconn as mc
+from module_cases import T, X, Y, pair, right
 
-X = torch.randn(20, 6, generator=torch.Generator().manual_seed(3))
-Y = torch.arange(20) % 3
-T = [0.0, 0.3, 1.0]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:the model runs as it is", "ignore:part of the model"
 )
-
-
-def pair(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
-    torch.manual_seed(0)
-    first = make()
-    torch.manual_seed(1)
-    return first, make()
-
-
-def right(make: Callable[[], nn.Module], a: dict[str, Tensor], b: dict[str, Tensor]) -> np.ndarray:
-    """The loss of a fresh float64 network at each point, loaded before eval()."""
-    losses = []
-    for t in T:
-        network = make().double()
-        network.load_state_dict(
-            {
-                k: (1 - t) * v.double() + t * b[k].double() if v.is_floating_point() else v
-                for k, v in a.items()
-            }
-        )
-        with torch.no_grad():
-            losses.append(float(F.cross_entropy(network.eval()(X.double().clone()), Y)))
-    return np.array(losses)
 
 
 class MergesOnEval(nn.Linear):

@@ -27,7 +27,7 @@ from modeconn.capture.closing import parts_of
 from modeconn.capture.decompose import decomposed
 from modeconn.capture.graph import Entry, Graph, In, Node, Size
 from modeconn.capture.mixing import mixes, run, same
-from modeconn.capture.noise import undrawn
+from modeconn.capture.noise import seeded, undrawn
 from modeconn.capture.opaque import reason_of, tensors_of, whole
 from modeconn.capture.quiet import quietly
 from modeconn.capture.stubs import stubs
@@ -169,14 +169,11 @@ def _agrees(graph: Graph, model: nn.Module, x: Inputs, expected: Any) -> bool:
         return True
     if not any(node.random for node in graph.nodes):
         return False
-    before = torch.get_rng_state()  # a network that draws numbers is to draw the same ones
-    try:
-        torch.manual_seed(0)
+    device = leaves(x)[0].device
+    with seeded(0, device):  # a network that draws numbers is to draw the same ones
         expected = output_of(model, x)
-        torch.manual_seed(0)
+    with seeded(0, device):
         return same(run(graph, state, x), expected)
-    finally:
-        torch.set_rng_state(before)
 
 
 @contextlib.contextmanager

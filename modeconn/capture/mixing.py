@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -51,12 +52,20 @@ def _apart(first: Tensor, rest: Tensor, whole: Tensor, count: int) -> bool:
 
 def run(graph: Graph, state: dict[str, Tensor], x: Inputs) -> Any:
     """Interprets a graph for one set of parameters and buffers; values go after their last use."""
-    kept = set(graph.outputs())
-    last: dict[int, int] = {}
-    for node in graph.nodes:
-        last |= dict.fromkeys(node.inputs, node.id)
+    return graph.fill_output(values_of(graph, state, x, graph.outputs()))
+
+
+def values_of(
+    graph: Graph, state: Mapping[str, Tensor], x: Inputs, requested: Iterable[int]
+) -> dict[int, Any]:
+    """Interprets a graph up to the last of some nodes, and returns the values of these."""
+    kept = set(requested)
     values: dict[int, Any] = dict(enumerate(graph.given(x)))
-    for node in graph.nodes[len(values) :]:
+    nodes = graph.nodes[: max(kept, default=0) + 1]
+    last: dict[int, int] = {}
+    for node in nodes:
+        last |= dict.fromkeys(node.inputs, node.id)
+    for node in nodes[len(values) :]:
         tensors = [
             graph.constants[name] if name in graph.constants else state[name]
             for name in node.entries
@@ -65,7 +74,7 @@ def run(graph: Graph, state: dict[str, Tensor], x: Inputs) -> Any:
         for i in node.inputs:
             if last[i] == node.id and i not in kept:
                 values.pop(i, None)
-    return graph.fill_output(values)
+    return {node: values[node] for node in kept}
 
 
 def same(one: Any, other: Any) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeconn.connection.labels import class_labels
 from modeconn.connection.layer_chain import LayerChain, block_rows
 from modeconn.connection.subnetworks import check_entry, restrict
 from modeconn.data.batches import as_batches
@@ -86,7 +87,7 @@ def compute_features(
     store: _Memory | _Files | None = None
     with torch.no_grad():
         for x, y in source:
-            labels.append((_class_labels(y) if of_classes else y).to(like.device))
+            labels.append((class_labels(y) if of_classes else y).to(like.device))
             values = _values(chain, state, x.to(like), requested, kept or {})
             if store is None:
                 store = _Memory(values)
@@ -96,14 +97,6 @@ def compute_features(
     if store is None:
         raise ModeconnError("data: holds no samples; expected at least one")
     return Features(store.tensors(), torch.cat(labels), store.folder)
-
-
-def _class_labels(y: Tensor) -> Tensor:
-    if y.is_floating_point() or y.dim() != 1:
-        raise ModeconnError(
-            f"targets have shape {list(y.shape)} and dtype {y.dtype}: class labels are integers [N]"
-        )
-    return y.long()
 
 
 def _bytes(values: Mapping[int, Tensor], samples: int) -> int:

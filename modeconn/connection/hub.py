@@ -82,12 +82,9 @@ def _certified(
     name = walk[0].label
     labels = ["a", *(point.label.replace(f" of {name}", " of a") for point in walk[1:])]
     claims = Claims(kinds, labels, settings.target, settings.loss)
-    certificates = [
-        None if each is None else certify(model, chain, path, each, claims) for each in data
-    ]
-    first, other = certificates
-    if first is None:
-        raise ModeconnError("train is None: expected the data that the bound is to hold for")
+    train, test = data
+    first = certify(model, chain, path, train, claims)
+    other = None if test is None else certify(model, chain, path, test, claims)
     return Connection(path, kinds, first, other, spec)
 
 

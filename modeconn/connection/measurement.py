@@ -109,7 +109,7 @@ def measure_path(subject: Subject, data: Any, how: Measuring) -> MeasuredPath:
     rows = positive("batch_size", how.batch_size) or _default_rows(subject, data)
     swings = [k for k, found in enumerate(subject.evidence) if found.kind == SWING]
     tally = Tally(loss, path.segments + 1, swings, dtype_of(how.precision))
-    inputs_seen, digest = _Largest(), _Digest()
+    inputs_seen, digest = _Largest(), DataDigest()
     batches = as_batches(data, rows)
     forward: PlannedForward | None = None
     rounded: PathRounding | None = None
@@ -221,7 +221,7 @@ class _Largest:
         self.value = torch.maximum(self.value.to(top), top)
 
 
-class _Digest:
+class DataDigest:
     """SHA-256 of inputs and targets, row after row, whatever the batches."""
 
     def __init__(self) -> None:
@@ -230,12 +230,14 @@ class _Digest:
         self.rows = 0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Adds a batch."""
         self.rows += len(inputs)
         for i, tensor in enumerate((inputs, targets)):
             self._kinds[i] = f"{list(tensor.shape[1:])} {tensor.dtype}"
             self._parts[i].update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
 
     def finish(self) -> str:
+        """Returns the digest of all batches, in hexadecimal."""
         sums = [part.hexdigest() for part in self._parts]
         text = " ".join([str(self.rows), *self._kinds, *sums])
         return hashlib.sha256(text.encode()).hexdigest()

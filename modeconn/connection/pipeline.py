@@ -147,12 +147,13 @@ def connect(
     began = time.perf_counter()
     settings = Settings(kept, target, subnetworks, seed, folder, loss)
     settings.check()
-    say = log or _silent
-    if isinstance(a, (list, tuple)):
-        if b is not None:
-            raise ModeconnError(
-                "a is a list of networks, and b is given, too: expected one of both"
-            )
+    say, several = log or _silent, isinstance(a, (list, tuple))
+    if several is (b is not None):
+        given = "a list of networks, and b is given, too" if several else "one network, and b None"
+        raise ModeconnError(f"a is {given}: expected two networks, or a list of them as a")
+    if train is None:
+        raise ModeconnError("train is None: expected the data that the bound is to hold for")
+    if several:
         star, solution = connect_star(model, a, train, test, settings, spec, say)
         star.details = details_of(settings, solution, began)
         return star

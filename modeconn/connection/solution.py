@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modeconn.connection.closed_form import Found, Solved
 from modeconn.connection.features import Features, compute_features
 from modeconn.connection.kept import activity, drawn_units
+from modeconn.connection.labels import check_range, check_several
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.loss_bounds import CertifiedLoss
 from modeconn.connection.memorising import memorised, memorises, memorising_subnetworks
@@ -39,7 +40,7 @@ METHODS = (*SEARCHES, *CLOSED_FORMS)
 # Without a target the goal is the larger loss of the end points and a little more, sought in so
 # many rounds: a bound of the ends' own order at a fraction of the cost of the search's last round.
 _DEFAULT_GOAL = 1.05
-_DEFAULT_ROUNDS = 2
+DEFAULT_ROUNDS = 2
 _BATCH = 1000  # samples of a pass that measures the end points
 
 
@@ -206,22 +207,32 @@ class _Task:
                 self.chain, end, self.train, kept=kept, of_classes=of_classes
             )
         if of_classes:
-            _check_labels(self.chain, next(iter(features.values())).labels)
+            labels = next(iter(features.values())).labels
+            check_range(labels, self.chain.classes, self.chain.name)
+            check_several(labels)
         return features
 
     def _goal(self) -> tuple[float, int | None]:
-        """Returns the loss to search for, and the number of rounds (None for all).
-
-        By default that is hardly more than the larger loss of the end points, and below the loss of
-        outputs that are all 0: a path through the zero function says nothing.
-        """
+        """Returns the loss to search for, and the number of rounds (None for all)."""
         if self.settings.target is not None:
             return self.settings.target, None
         *losses, zero = _losses(self.chain, self.ends, self.train, self.settings.loss)
-        largest = max(losses)
-        if largest < zero:
-            return min(_DEFAULT_GOAL * largest, 0.5 * (largest + zero)), _DEFAULT_ROUNDS
-        return 0.99 * zero, _DEFAULT_ROUNDS
+        return default_goal(max(losses), zero), DEFAULT_ROUNDS
+
+
+def default_goal(largest: float, zero: float) -> float:
+    """Returns the loss to search for where no target is given.
+
+    That is hardly more than the larger loss of the end points, and below the loss of outputs that
+    are all 0: a path through the zero function says nothing.
+
+    Args:
+        largest: loss of an end point.
+        zero: the loss of outputs that are all 0.
+    """
+    if largest < zero:
+        return min(_DEFAULT_GOAL * largest, 0.5 * (largest + zero))
+    return 0.99 * zero
 
 
 def _completed(problem: Solved, built: Found, method: str) -> dict[str, list[BestSubnetwork]]:
@@ -281,18 +292,6 @@ def _hidden_chain(model: nn.Module, train: Any) -> LayerChain:
             "the straight line between two linear models is a swing already"
         )
     return chain
-
-
-def _check_labels(chain: LayerChain, labels: Tensor) -> None:
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= chain.classes:
-        raise ModeconnError(
-            f"labels run from {low} to {high}, but {chain.name} has {chain.classes} outputs"
-        )
-    if low == high:
-        raise ModeconnError(
-            f"all {len(labels):,} samples have the label {low}: expected at least two classes"
-        )
 
 
 def _losses(

@@ -24,7 +24,7 @@ from modeconn.connection.json_values import plain
 from modeconn.connection.segment_kinds import REWRITE
 from modeconn.errors import ModeconnError, SystemFailure
 from modeconn.evaluation.result import PathResult
-from modeconn.files.writing import atomic_write, temporary_of
+from modeconn.files.writing import atomic_write, locked, sweep, temporary_of
 from modeconn.parameters.paths import PolyChain
 
 if TYPE_CHECKING:
@@ -179,18 +179,20 @@ class Star:
         if not target.parent.is_dir():
             raise ModeconnError(f"{folder}: cannot be written: there is no folder {target.parent}")
         temporary = temporary_of(target)
-        try:
-            temporary.mkdir()
-            for name, descent in self.descents.items():
-                descent.save(temporary / name)
-            text = json.dumps(plain(self.to_dict()), indent=1, allow_nan=False) + "\n"
-            atomic_write(temporary / CONTENT, lambda stream: stream.write(text.encode()))
-            temporary.rename(target)
-        except OSError as error:
-            reason = error.strerror or error
-            raise SystemFailure(f"{folder}: cannot be written: {reason}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with locked(target):
+            sweep(target)
+            try:
+                temporary.mkdir()
+                for name, descent in self.descents.items():
+                    descent.save(temporary / name)
+                text = json.dumps(plain(self.to_dict()), indent=1, allow_nan=False) + "\n"
+                atomic_write(temporary / CONTENT, lambda stream: stream.write(text.encode()))
+                temporary.rename(target)
+            except OSError as error:
+                reason = error.strerror or error
+                raise SystemFailure(f"{folder}: cannot be written: {reason}") from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     @staticmethod
     def load(folder: str | os.PathLike[str]) -> Star:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from modeconn.connection.labels import check_range
 from modeconn.connection.loss_bounds import CertifiedLoss
 from modeconn.errors import ModeconnError
 from modeconn.metrics.convexity import Loss
@@ -91,10 +92,5 @@ class Targets:
         Args:
             outputs: how many it has. name: of the network.
         """
-        if not self.has_error:
-            return
-        low, high = int(self.values.min()), int(self.values.max())
-        if low < 0 or high >= outputs:
-            raise ModeconnError(
-                f"labels run from {low} to {high}, but {name} has {outputs} outputs"
-            )
+        if self.has_error:
+            check_range(self.values, outputs, name)

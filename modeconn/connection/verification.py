@@ -37,8 +37,9 @@ from modeconn.metrics.convexity import Loss, name_of
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import PolyChain
 
-# Multiply-adds for the bounds of rounding: a second or two of a search's time, and about a minute
-# on two cores of a verification's.
+# Multiply-adds for the bounds of rounding. Measured on the 10 × 245 MNIST network, 60,000 samples,
+# two cores: a verification takes 34 s with the first, and 160 s with the second, which is what it
+# takes to know something of float32.
 _EFFORT, _EFFORT_TO_VERIFY = 1e11, 6e12
 
 

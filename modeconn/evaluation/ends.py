@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from modeconn.capture.export import capture
 from modeconn.capture.graph import Graph
 from modeconn.capture.guard import Guard, alike
+from modeconn.capture.noise import seeded
 from modeconn.capture.opaque import tensors_of
 from modeconn.capture.trial import Runner, loaded, output_of
-from modeconn.data.inputs import Inputs, rows, take
+from modeconn.data.inputs import Inputs, leaves, rows, take
 from modeconn.errors import ModeconnError, listed, warn
 from modeconn.files.fingerprints import attributes_of, is_known_by_name
 from modeconn.parameters.paths import Path
@@ -95,13 +96,10 @@ def _same_outputs(runner: Runner, end: nn.Module, state: State, x: Inputs) -> bo
     mine = runner.copy()
     for dtype in {p.dtype for p in end.parameters() if p.dtype in (torch.float16, torch.bfloat16)}:
         mine.to(dtype).to(runner.dtype)  # tensors beside the state dict are as rounded as its own
-    before, outputs = torch.get_rng_state(), []
-    try:
-        for module in (mine, its.copy()):
-            torch.manual_seed(0)
+    outputs = []
+    for module in (mine, its.copy()):
+        with seeded(0, leaves(x)[0].device):
             outputs.append(tensors_of(output_of(loaded(module, weights), x)))
-    finally:
-        torch.set_rng_state(before)
     return len(outputs[0]) == len(outputs[1]) and all(map(_equal, *outputs))
 
 

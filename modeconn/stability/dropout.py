@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.backends.precision import without_autocast
+from modeconn.connection.labels import class_labels
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.subnetworks import check_entry
 from modeconn.data.batches import Batches, as_batches
@@ -23,7 +24,7 @@ from modeconn.errors import ModeconnError
 from modeconn.evaluation.outputs import PlannedForward
 from modeconn.parameters import state as states
 from modeconn.parameters.paths import PolyChain
-from modeconn.stability.outputs import Outputs, check_class_labels
+from modeconn.stability.outputs import Outputs
 from modeconn.stability.scale import best_scales, losses_and_errors
 from modeconn.stability.table import Level, Row, StabilityTable
 
@@ -153,7 +154,7 @@ def dropout_stability(
 def _first_rows(data: Batches) -> Tensor:
     """Reads a few rows of input, and checks the labels beside them."""
     for inputs, targets in data:
-        check_class_labels(targets)
+        class_labels(targets)
         first: Tensor = inputs[:2].clone()
         return first
     raise ModeconnError("data: holds no samples; expected at least one")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeconn.connection.labels import class_labels
 from modeconn.data.batches import Batches
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.outputs import PlannedForward
@@ -80,20 +81,11 @@ class Outputs(Iterable[Chunk]):
                 yield torch.from_numpy(array.reshape(part.shape)), labels
 
     def _labels(self, targets: Tensor) -> Tensor:
-        check_class_labels(targets)
-        low, high = int(targets.min()), int(targets.max())
+        labels = class_labels(targets).cpu()
+        low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= self._classes:
             raise ModeconnError(
                 f"label {low if low < 0 else high} is out of range: "
                 f"the model has {self._classes} classes"
             )
-        return targets.long().cpu()
-
-
-def check_class_labels(targets: Tensor) -> None:
-    """Raises unless targets are integers, one for each sample."""
-    if targets.is_floating_point() or targets.dim() != 1:
-        raise ModeconnError(
-            f"targets have shape {list(targets.shape)} and dtype {targets.dtype}: "
-            "class labels are integers [N]"
-        )
+        return labels

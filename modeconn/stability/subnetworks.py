@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from modeconn.backends.precision import without_autocast
 from modeconn.connection.features import Features, compute_features
+from modeconn.connection.labels import check_range, class_labels
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.recipe import Recipe
 from modeconn.connection.subnetworks import Subnetwork, check_entry, initial, why_not_carried
@@ -25,7 +26,6 @@ from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.parameters import ranking
 from modeconn.parameters import state as states
-from modeconn.stability.outputs import check_class_labels
 from modeconn.stability.table import Level, Row, StabilityTable, same_level
 
 Log = Callable[[str], None]
@@ -274,13 +274,8 @@ def _logits(
     """Computes logits batch by batch, and checks the labels beside them."""
     like = state[chain.layers[-1].weight]
     for x, y in as_batches(data, _BATCH):
-        check_class_labels(y)
-        logits, labels = chain.run(state, x.to(like)), y.long().to(like.device)
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= chain.classes:
-            raise ModeconnError(
-                f"labels run from {low} to {high}, but {chain.name} has {chain.classes} outputs"
-            )
+        logits, labels = chain.run(state, x.to(like)), class_labels(y).to(like.device)
+        check_range(labels, chain.classes, chain.name)
         yield logits, labels
 
 

@@ -15,6 +15,7 @@ import modeconn as mc
 from fuzz import layers
 from fuzz.draw import Draw, chance
 from fuzz.layers import ACTIVATIONS, Apply
+from fuzz.losses import draw_loss
 from modeconn.capture import optimisations
 
 CONSTANTS = ("buffer", "not saved", "whole numbers", "attribute", "literal", "arange")
@@ -286,7 +287,7 @@ def draw_case(draw: Draw) -> Case:
     _fill(network, seed)
     network.train(chance(draw, 30))
     path, points = _path(draw, network, seed)
-    loss, targets = _loss(draw, rows, classes, seed)
+    loss, targets = draw_loss(draw, rows, classes, seed)
     options: dict[str, Any] = {}
     if chance(draw, 15):
         options["buffers"] = "start"
@@ -385,20 +386,3 @@ def _path(draw: Draw, network: nn.Module, seed: int) -> tuple[Any, Any]:
     return path, np.array(
         [[draw.pick([*values, 2.0]) for _ in range(path.dim)] for _ in range(few)]
     )
-
-
-def _loss(draw: Draw, rows: int, classes: int, seed: int) -> tuple[Any, Tensor]:
-    kind = draw.pick(["cross_entropy", "cross_entropy", "mse", "bce", "callable"])
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "cross_entropy":
-        return kind, torch.randint(0, classes, (rows,), generator=generator)
-    if kind == "bce":
-        return kind, torch.randint(0, 2, (rows, classes), generator=generator).float()
-    return (absolute if kind == "callable" else kind), torch.randn(
-        rows, classes, generator=generator
-    )
-
-
-def absolute(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean absolute error of each row."""
-    return (outputs - targets).abs().mean(1)

@@ -55,8 +55,9 @@ class CapturedStructure:
     def largest(self, start: State, stop: State, inputs: Tensor) -> tuple[float, str]:
         """Bounds every value on the segment between two states; see `largest_value`.
 
-        Where no bound is known of some value and no unit is dead, that of the inputs is returned:
-        then all values enter the outputs at both ends, which are measured.
+        Where no bound is known of some value and no unit is dead, that of the inputs is returned.
+        Then nothing is hidden behind a weight of zero: on a swing a value does not move or is
+        affine in t, so that it is between its values at the ends, whose outputs are measured.
         """
         graph = self.network.graph
         worst, where = largest_value(graph, start, stop, inputs)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from modeconn.connection.construct import Breakpoint
+from modeconn.connection.construct import Breakpoint, backwards
 from modeconn.connection.residual.entries import EntryValue
 from modeconn.connection.residual.network import ResidualNetwork
 from modeconn.connection.residual.subnetwork import ResidualSubnetwork
@@ -61,12 +61,7 @@ def residual_breakpoints(
     down = _descend(network, a, subnetworks_a, "a")
     up = _descend(network, b, subnetworks_b, "b")
     middle = Breakpoint(up[-1].state, "rewrite", f"{up[-1].label} in b")
-    # Walked backwards, each segment keeps its kind: that of the step it led to.
-    back = [
-        Breakpoint(before.state, step.kind, before.label)
-        for before, step in zip(reversed(up[:-1]), reversed(up[1:]))
-    ]
-    return [*down, middle, *back]
+    return [*down, middle, *backwards(up)]
 
 
 def _descend(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import threading
@@ -51,6 +50,7 @@ class ResidualProblem:
         network: the architecture.
         ends: weights of the networks "a" and "b".
         data: the training data, which can be read again. labels: of it, int64 [N].
+        digest: of the data.
         goal: the loss to get to. seed: of the order of the samples.
     """
 
@@ -58,6 +58,7 @@ class ResidualProblem:
     ends: Mapping[str, State]
     data: Any
     labels: Tensor
+    digest: str
     goal: float
     seed: int
 
@@ -88,10 +89,9 @@ class ResidualSearch:
     def _settings(self) -> dict[str, Any]:
         """Describes all that decides the search."""
         problem = self.problem
-        labels = hashlib.sha256(problem.labels.cpu().numpy().tobytes()).hexdigest()
         return {
             "networks": [digest_of_tensors(end) for end in problem.ends.values()],
-            "labels": labels,
+            "data": problem.digest,
             "method": "residual",
             "goal": problem.goal,
             "seed": problem.seed,
@@ -160,14 +160,16 @@ class ResidualSearch:
                 self._stop.set()
                 raise
 
-        with ThreadPoolExecutor(len(left)) as pool:
-            futures = [pool.submit(work, side) for side in left]
-            try:
-                wait(futures)
-            finally:
-                self._stop.set()  # an interruption reaches this thread alone
-        self._stop.clear()
-        torch.set_num_threads(threads)
+        try:
+            with ThreadPoolExecutor(len(left)) as pool:
+                futures = [pool.submit(work, side) for side in left]
+                try:
+                    wait(futures)
+                finally:
+                    self._stop.set()  # an interruption reaches this thread alone
+        finally:
+            self._stop.clear()
+            torch.set_num_threads(threads)  # the number of a thread is that of the next one, too
         raised = [future.exception() for future in futures]
         errors = [error for error in raised if error]
         # What stopped the one comes before what the other stopped for.

@@ -11,14 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.connection.construct import Breakpoint
+from modeconn.connection.labels import check_range, check_several, class_labels
 from modeconn.connection.layer_chain import LayerChain
+from modeconn.connection.measurement import DataDigest
 from modeconn.connection.residual.construct import residual_breakpoints
 from modeconn.connection.residual.entries import Halves
 from modeconn.connection.residual.network import ResidualNetwork
 from modeconn.connection.residual.search import ResidualProblem, ResidualSearch
 from modeconn.connection.residual.training import FoundSubnetwork
 from modeconn.connection.residual.values import output_of
-from modeconn.connection.solution import Log, Settings, load_ends
+from modeconn.connection.solution import (
+    DEFAULT_ROUNDS,
+    Log,
+    Settings,
+    default_goal,
+    load_ends,
+)
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.files.writing import locked
@@ -27,10 +35,7 @@ from modeconn.parameters import state as states
 
 # What `subnetworks` may be for residual networks.
 _METHODS = ("auto", "trained")
-# Without a target the goal is a little more than the larger loss of the networks, sought in so many
-# rounds; the losses are estimated from some of the samples.
-_DEFAULT_GOAL = 1.05
-_DEFAULT_ROUNDS = 2
+# Without a target the networks' losses are estimated from some of the samples.
 _ROWS_OF_THE_GOAL = 5000
 _ROWS = 250
 
@@ -134,35 +139,25 @@ def solve_residual(
             "subnetworks have one half of a stage's channels each"
         )
     ends = load_ends(model, networks)
-    labels = _labels(network, train).to(ends["a"][network.weight].device)
+    labels, digest = _read(network, train)
+    labels = labels.to(ends["a"][network.weight].device)
     goal, rounds = _goal(network, ends, train, settings)
-    problem = ResidualProblem(network, ends, train, labels, goal, settings.seed)
+    problem = ResidualProblem(network, ends, train, labels, digest, goal, settings.seed)
     with locked(settings.folder):
         found = ResidualSearch(problem, say, settings.folder).run(rounds)
     return ResidualSolution(network, ends, found)
 
 
-def _labels(network: ResidualNetwork, train: Any) -> Tensor:
-    """Reads the labels, which must be classes of the network."""
-    parts = []
-    for _, y in as_batches(train, _ROWS):
-        if y.is_floating_point() or y.dim() != 1:
-            raise ModeconnError(
-                f"targets have shape {list(y.shape)} and dtype {y.dtype}: "
-                "class labels are integers [N]"
-            )
-        parts.append(y.long())
+def _read(network: ResidualNetwork, train: Any) -> tuple[Tensor, str]:
+    """Reads the labels, which must be classes of the network, and the digest of the data."""
+    parts, digest = [], DataDigest()
+    for x, y in as_batches(train, _ROWS):
+        digest.add(x, y)
+        parts.append(class_labels(y))
     labels = torch.cat(parts)
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= network.classes:
-        raise ModeconnError(
-            f"labels run from {low} to {high}, but {network.name} has {network.classes} outputs"
-        )
-    if low == high:
-        raise ModeconnError(
-            f"all {len(labels):,} samples have the label {low}: expected at least two classes"
-        )
-    return labels
+    check_range(labels, network.classes, network.name)
+    check_several(labels)
+    return labels, digest.finish()
 
 
 def _goal(
@@ -171,10 +166,8 @@ def _goal(
     """Returns the loss to search for, and the number of rounds (None for all)."""
     if settings.target is not None:
         return settings.target, None
-    largest, zero = max(_losses(network, ends, train)), math.log(network.classes)
-    if largest < zero:
-        return min(_DEFAULT_GOAL * largest, 0.5 * (largest + zero)), _DEFAULT_ROUNDS
-    return 0.99 * zero, _DEFAULT_ROUNDS
+    largest = max(_losses(network, ends, train))
+    return default_goal(largest, math.log(network.classes)), DEFAULT_ROUNDS
 
 
 @torch.no_grad()

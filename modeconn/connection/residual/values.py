@@ -7,7 +7,6 @@ values come from one pass through the network, up to the highest of them.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modeconn.capture.graph import Graph, Size
+from modeconn.capture.mixing import run, values_of
 from modeconn.connection.residual.entries import EntryValue
 from modeconn.connection.residual.network import ResidualNetwork
 from modeconn.data.batches import as_batches
@@ -86,13 +86,13 @@ def half_values(
     Returns:
         [N, channels / 2, …] in half precision, or float32 where values are large.
     """
-    last = max(node for node, _ in wanted)
+    nodes = {node for node, _ in wanted}
     parts: dict[HalfValue, list[Tensor]] = {key: [] for key in wanted}
     like = state[network.weight]
     with torch.no_grad():
         for x, _ in as_batches(data, _ROWS):
             check()
-            found = _run(network.graph, state, x.to(like), last, {node for node, _ in wanted})
+            found = values_of(network.graph, state, _as_read(x, like), nodes)
             for (node, side), chunks in parts.items():
                 value = found[node]
                 half = value[:, _half_of(value, side)]
@@ -107,29 +107,16 @@ def half_values(
 
 def output_of(graph: Graph, state: State, x: Tensor) -> Tensor:
     """Computes a network's outputs [N, classes]."""
-    (output,) = graph.outputs()
-    return _run(graph, state, x, output, {output})[output]
+    outputs: Tensor = run(graph, dict(state), x.contiguous(memory_format=torch.channels_last))
+    return outputs
+
+
+def _as_read(x: Tensor, like: Tensor) -> Tensor:
+    """Returns inputs in the dtype and on the device of the weights, channels last."""
+    return x.to(like).contiguous(memory_format=torch.channels_last)
 
 
 def _half_of(value: Tensor, side: int) -> slice:
     """Returns the channels of a side, which `Halves` gives: the first half, or the second."""
     middle = value.shape[1] // 2
     return slice(middle, None) if side else slice(middle)
-
-
-def _run(graph: Graph, state: State, x: Tensor, last: int, wanted: set[int]) -> dict[int, Tensor]:
-    """Interprets a graph up to a node, and returns the values that are wanted."""
-    ends: dict[int, int] = {}
-    for node in graph.nodes[: last + 1]:
-        ends |= dict.fromkeys(node.inputs, node.id)
-    values: dict[int, Any] = {0: x.contiguous(memory_format=torch.channels_last)}
-    for node in itertools.islice(graph.nodes, 1, last + 1):
-        tensors = [
-            graph.constants[name] if name in graph.constants else state[name]
-            for name in node.entries
-        ]
-        values[node.id] = node.run([values[i] for i in node.inputs], tensors, len(x))
-        for i in node.inputs:
-            if ends[i] == node.id and i not in wanted:
-                values.pop(i, None)
-    return {node: values[node] for node in wanted}
