@@ -1,4 +1,4 @@
-"""Imports point one way and stay cheap; functions, files and lines are short."""
+"""Imports point one way and stay cheap; functions, files and lines are short; nothing nests."""
 
 from __future__ import annotations
 
@@ -253,6 +253,7 @@ FILE, COLUMNS = 400, 100
 LONG_LINES = 0.03
 # Below modeconn/ and beside it: modules at the root and folders, kernels among them.
 ROOMS = 22
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 FILES = sorted([*ROOT.glob("modeconn/**/*.py"), *ROOT.glob("kernels/*.py")])
 PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
@@ -313,6 +314,20 @@ def test_every_folder_is_installed():
     folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("modeconn/**/__init__.py")}
     expected = {".".join(folder.parts) for folder in folders} | {"modeconn.kernels"}
     assert set(re.findall(r'"([\w.]+)"', listed)) == expected
+
+
+def test_comprehensions_do_not_nest():
+    nested = set()
+    for path, tree in PARSED.items():
+        for outer in ast.walk(tree):
+            if not isinstance(outer, COMPREHENSIONS):
+                continue
+            if len(outer.generators) > 1:
+                nested.add(place(path, outer))
+            for inner in ast.walk(outer):
+                if inner is not outer and isinstance(inner, COMPREHENSIONS):
+                    nested.add(place(path, inner))
+    assert sorted(nested) == []
 
 
 def test_no_module_or_folder_bears_the_name_of_a_public_function():
