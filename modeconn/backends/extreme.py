@@ -5,11 +5,13 @@ W(t) x does not, or where x is infinite, the right side may be NaN. An input tha
 reaches units that nothing reads, too, and 0 · ∞ is NaN. So values that are to be combined, and
 inputs, are looked at once for a batch, and a batch that has a larger one than the square root of
 the largest number goes through the reference backend by a plan in which every value is computed
-whole at every point.
+whole at every point. A first layer's values, the largest of all to read, are only looked at where
+the inputs and the sum of its weights allow them to be so large.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +22,12 @@ from modeconn.backends.base import Backend, Request, Tick, Values
 from modeconn.backends.reference import ReferenceBackend
 from modeconn.data.inputs import Inputs
 from modeconn.metrics import Head
-from modeconn.plan.program import Combination, Form, Program, Segment
+from modeconn.plan.program import Combination, Form, Program, Segment, needed
+
+# Operations of which no output is larger than the largest input times the sum of all weights, plus
+# that of the biases; and such as move numbers to other places.
+_WEIGHTED = frozenset({"linear", "conv1d", "conv2d"})
+_MOVED = frozenset({"flatten", "view", "reshape"})
 
 
 class _Plain(dict[int, Any]):
@@ -39,6 +46,7 @@ class Careful:
         self._backend, self._request = backend, request
         self._limit = float(torch.finfo(request.dtype).max) ** 0.5
         self._combined = combined(request.program)
+        self._gains = _gains(request.program, self._combined)
         self._plain: ReferenceBackend | None = None
 
     @property
@@ -54,9 +62,11 @@ class Careful:
         """The shared values of a batch that the segments read."""
         inputs = self._request.program.graph.given(x)
         values: Values = {}
-        if all(map(self._ordinary, inputs)):
+        largest = max(map(_largest, inputs))
+        if largest <= self._limit:
             values = self._backend.shared(x)
-            if all(self._ordinary(values[number]) for number in self._combined & set(values)):
+            looked_at = {i for i in self._combined if not self._is_small(i, largest)}
+            if all(_largest(values[i]) <= self._limit for i in looked_at & set(values)):
                 return values
         return _Plain(self._by_plain_plan().shared(x))
 
@@ -76,12 +86,9 @@ class Careful:
             return self._backend.all_outputs(segment, values, rows)
         return self._by_plain_plan().all_outputs(self._like(segment), values, rows)
 
-    def _ordinary(self, value: Any) -> bool:
-        """Whether a value is no tensor of numbers that are infinite, NaN or near the largest."""
-        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
-            return True
-        # NaN shows in the extremes, and compares as false.
-        return all(abs(float(extreme)) <= self._limit for extreme in value.detach().aminmax())
+    def _is_small(self, number: int, largest: float) -> bool:
+        """Whether a value is known to be ordinary from the largest number of the inputs."""
+        return number in self._gains and self._gains[number] * max(largest, 1.0) <= self._limit
 
     def _by_plain_plan(self) -> ReferenceBackend:
         if self._plain is None:
@@ -108,3 +115,28 @@ def combined(program: Program) -> set[int]:
         if isinstance(form, Combination) and not form.constant:
             found.update(term.value for term in form.terms)
     return found
+
+
+def _gains(program: Program, wanted: set[int]) -> dict[int, float]:
+    """Factors by which values exceed the largest number of the inputs, or 1, at the most.
+
+    Those of values that linear operations make of the inputs and that lead to some wanted ones.
+    """
+    gains: dict[int, float] = {}
+    for number in sorted(needed(program.shared, wanted)):
+        step = program.shared[number]
+        if step.node.op == "input":
+            gains[number] = 1.0
+        elif step.node.op in _WEIGHTED | _MOVED and step.inputs[0] in gains:
+            weights = sum(float(entry.abs().sum(dtype=torch.float64)) for entry in step.entries)
+            gains[number] = gains[step.inputs[0]] * max(weights, 1.0)
+    return gains
+
+
+def _largest(value: Any) -> float:
+    """The largest magnitude among a value's numbers; infinite where one is NaN."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+        return 0.0
+    # NaN shows in the extremes.
+    extremes = [abs(float(extreme)) for extreme in value.detach().aminmax()]
+    return math.inf if any(map(math.isnan, extremes)) else max(extremes)
