@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from modeconn.evaluation.result import PathResult
     from modeconn.evaluation.sameness import Sameness, same_function
     from modeconn.evaluation.statistics import recomputed
+    from modeconn.parameters.loading import load_path
     from modeconn.parameters.paths import Bezier, Line, Mixture, Plane, PolyChain
     from modeconn.parameters.state import load
     from modeconn.parameters.subspace import Subspace
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from modeconn.stability.dropout import dropout_stability
     from modeconn.stability.subnetworks import subnetwork_stability
     from modeconn.stability.table import StabilityTable
+    from modeconn.training.curves.fit import fit_curve
+    from modeconn.training.curves.result import Fit
+    from modeconn.training.curves.subspaces import fit_line, fit_simplex
     from modeconn.training.trajectory import Trajectory
 
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "ConditionsTable",
     "Connection",
     "FalseCertificate",
+    "Fit",
     "Forward",
     "Line",
     "LossFunction",
@@ -59,9 +64,13 @@ __all__ = [
     "dropout_stability",
     "evaluate",
     "explain",
+    "fit_curve",
+    "fit_line",
+    "fit_simplex",
     "forward",
     "linear_separability",
     "load",
+    "load_path",
     "loss_function",
     "map",
     "recomputed",
@@ -90,6 +99,7 @@ _HOME = {
     "modeconn.evaluation.result": "PathResult",
     "modeconn.evaluation.statistics": "recomputed",
     "modeconn.evaluation.sameness": "Sameness same_function",
+    "modeconn.parameters.loading": "load_path",
     "modeconn.parameters.paths": "Bezier Line Mixture Plane PolyChain",
     "modeconn.parameters.state": "load",
     "modeconn.parameters.subspace": "Subspace",
@@ -99,6 +109,9 @@ _HOME = {
     "modeconn.stability.dropout": "dropout_stability",
     "modeconn.stability.subnetworks": "subnetwork_stability",
     "modeconn.stability.table": "StabilityTable",
+    "modeconn.training.curves.fit": "fit_curve",
+    "modeconn.training.curves.result": "Fit",
+    "modeconn.training.curves.subspaces": "fit_line fit_simplex",
     "modeconn.training.trajectory": "Trajectory",
 }
 _MODULE_OF: dict[str, str] = {}

@@ -255,6 +255,12 @@ def of_maps(w: World) -> None:
     repr(found), [*found]
 
 
+def of_fits(w: World) -> None:
+    fit = mc.fit_curve(w.model, w.a, w.b, w.data, align=False, steps=3, points=2)
+    fit.save(w.folder / "curve.safetensors")
+    str(fit), walked(mc.load_path(w.folder / "curve.safetensors", model=w.model))
+
+
 def of_loss_functions(w: World) -> None:
     function = mc.loss_function(w.model, w.data)
     float(function(line(w).at(0.5)))
@@ -290,6 +296,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "ConditionsTable": table(mc.conditions),
     "Connection": of_connections,
     "FalseCertificate": lambda w: str(mc.FalseCertificate("false")),
+    "Fit": of_fits,
     "Forward": lambda w: mc.Forward(w.model, line(w), w.x[:4])(2, w.x),
     "Line": lambda w: walked(line(w)),
     "LossFunction": of_loss_functions,
@@ -323,9 +330,13 @@ CALLS: dict[str, Callable[[World], Any]] = {
         evaluated(w, buffers="start", noise_seed=1),
     ],
     "explain": lambda w: mc.explain(w.model, line(w), w.x),
+    "fit_curve": of_fits,
+    "fit_line": lambda w: mc.fit_line(w.model, w.a, w.b, w.data, steps=2, points=2),
+    "fit_simplex": lambda w: mc.fit_simplex(w.model, [w.a, w.b], w.data, steps=2, points=2),
     "forward": lambda w: mc.forward(w.model, line(w), [0.0, 0.5], w.x),
     "linear_separability": of_separations,
     "load": of_loads,
+    "load_path": of_fits,
     "loss_function": of_loss_functions,
     "map": of_maps,
     "recomputed": lambda w: mc.recomputed(w.model, line(w), 0.5, w.data),

@@ -16,6 +16,7 @@ def test_public_names():
         "ConditionsTable",
         "Connection",
         "FalseCertificate",
+        "Fit",
         "Forward",
         "Line",
         "LossFunction",
@@ -39,9 +40,13 @@ def test_public_names():
         "dropout_stability",
         "evaluate",
         "explain",
+        "fit_curve",
+        "fit_line",
+        "fit_simplex",
         "forward",
         "linear_separability",
         "load",
+        "load_path",
         "loss_function",
         "map",
         "recomputed",
@@ -76,6 +81,8 @@ def test_evaluate_signature():
         "recompute_average",
         "resume",
         "noise_seed",
+        "tolerance",
+        "floor",
     ]
 
 

@@ -16,6 +16,7 @@ from typing import TextIO
 
 from modeconn.cli import (
     connect,
+    curve,
     demo,
     evaluate,
     explain,
@@ -41,6 +42,7 @@ COMMANDS = (
     surface,
     mix,
     connect,
+    curve,
     verify,
     reproduce,
     inspect,

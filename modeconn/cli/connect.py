@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeconn.cli import options, output
+from modeconn.cli import compare, options, output
 from modeconn.connection.solution import METHODS
 from modeconn.errors import ModeconnError
 from modeconn.files.writing import remove_folder, sweep
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from torch import nn
 
     from modeconn.connection.connection import Connection
     from modeconn.connection.star import Star
+    from modeconn.training.curves.result import Fit
 
 DESCRIPTION = """\
 Build a path of low loss between two networks through subnetworks, and certify its loss on
@@ -46,6 +50,7 @@ def add(commands: options.Commands) -> None:
     parser.add_argument("--out", metavar="FOLDER", required=True, help="new folder to write")
     options.add_data(parser, split=False)
     _add_construction(parser)
+    compare.add(parser)
     results = parser.add_argument_group("results")
     options.add_plot(results, "loss and error along the path")
     options.add_json(results, "the result")
@@ -84,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
     """Checks everything, connects, prints and writes."""
     if len(args.checkpoints) < 2:
         raise ModeconnError("one CHECKPOINT is given: expected two networks or more")
+    compare.check(args)
     options.check_inputs(args.checkpoints)
     options.check_outputs({"--plot": args.plot, "--json": args.json}, args.checkpoints)
     options.check_plot(args.plot)
@@ -95,12 +101,14 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.seed < 2**31:
         raise ModeconnError(f"--seed is {args.seed}: expected at least 0 and below 2**31")
 
+    from modeconn.connection.connection import Connection
     from modeconn.connection.pipeline import connect
 
     spec, model = options.load_model(args, args.checkpoints)
     data, test = (options.load_data(args, split) for split in ("train", "test"))
     quiet = args.quiet or args.json == "-"
     sweep(unfinished)
+    began = time.perf_counter()
     with output.kept(f"{unfinished}/search.json", str(unfinished)):
         networks = args.checkpoints if len(args.checkpoints) > 2 else None
         found = connect(
@@ -119,13 +127,18 @@ def run(args: argparse.Namespace) -> None:
         )
     found.save(out)
     remove_folder(unfinished)
+    seconds = time.perf_counter() - began
+    fit = None if args.compare is None else compare.fitted(args, model, data, test)
+    rows = compare.rows(model, found, seconds, fit) if fit and isinstance(found, Connection) else []
     if args.plot is not None:
-        _plot(found, model, data, args.plot)
+        _plot(found, model, data, args.plot, fit)
     if args.json is not None:
-        output.write_json(_content(found), args.json)
+        compared = {"compared": [asdict(row) for row in rows]} if rows else {}
+        output.write_json(_content(found) | compared, args.json)
     if not quiet:
         print(found)
         _print_table(found)
+        compare.print_rows(rows)
         output.print_written(args.out, args.plot, args.json)
 
 
@@ -133,7 +146,9 @@ def _say(line: str) -> None:
     print(output.shown(line), file=sys.stderr, flush=True)
 
 
-def _plot(found: Connection | Star, model: nn.Module, data: Any, file: str) -> None:
+def _plot(
+    found: Connection | Star, model: nn.Module, data: Any, file: str, fit: Fit | None
+) -> None:
     """Draws a connection, or a star, with straight lines beside it.
 
     Two more passes give the curves of a connection's swings and its straight line; a star's lines
@@ -147,7 +162,13 @@ def _plot(found: Connection | Star, model: nn.Module, data: Any, file: str) -> N
         first, last = found.path.control_points[0], found.path.control_points[-1]
         line = evaluate(model, Line(first, last), data, points=25)
         result = found.evaluate(model, data)
-        output.write_figure(lambda ax: found.plot(ax, line=line, result=result), file)
+
+        def draw(ax: Axes) -> None:
+            found.plot(ax, line=line, result=result)
+            if fit is not None:
+                compare.draw(ax, fit)
+
+        output.write_figure(draw, file)
         return
     lines = {}
     for pair in zip(found.names, (*found.names[1:], found.names[0])):

@@ -15,6 +15,7 @@ from modeconn.cli import options, output
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import BUFFERS, PRECISIONS
 from modeconn.metrics import LOSSES, METRICS
+from modeconn.parameters.path_files import metadata_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from modeconn.parameters import paths
 
 # Kind of path: fewest and most checkpoints.
+CURVE = "curve"  # in one file of its own
 PATHS = {"line": (2, 2), "polychain": (2, None), "bezier": (2, None), "plane": (3, 3)}
 POINTS, POINTS_OF_A_PLANE = 101, 21
 RESULT_SUFFIXES = (".npz", ".json")
@@ -53,7 +55,7 @@ def add_path(parser: argparse.ArgumentParser) -> None:
         "checkpoints",
         metavar="CHECKPOINT",
         nargs="+",
-        help=f"two or more: {options.CHECKPOINT}",
+        help=f"two or more: {options.CHECKPOINT}; or the file of modeconn curve",
     )
     options.add_model(parser, required=False)
     parser.add_argument(
@@ -65,9 +67,9 @@ def add_path(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--points",
         metavar="N",
-        type=options.count,
-        help="number of evenly spaced points; for a plane N × N "
-        f"(default: {POINTS}, for a plane {POINTS_OF_A_PLANE})",
+        type=options.points,
+        help="number of evenly spaced points, for a plane N × N; adaptive: as few as find the "
+        f"largest values of a curve (default: {POINTS}, for a plane {POINTS_OF_A_PLANE})",
     )
     where.add_argument(
         "--at",
@@ -126,7 +128,7 @@ def add_results(parser: argparse.ArgumentParser, plot: bool = True) -> None:
         "--save",
         metavar="FILE",
         help=f"keep the result for mc.PathResult.load: {options.listed(RESULT_SUFFIXES)}; "
-        "after an interruption the same command continues",
+        "after an interruption the same command continues (but for --points adaptive)",
     )
     options.add_json(group, "the result")
     options.add_quiet(group)
@@ -138,6 +140,11 @@ def check_path(args: argparse.Namespace) -> str:
     Returns:
         The kind of path.
     """
+    curves = [file for file in args.checkpoints if metadata_of(file)]
+    if curves:
+        if len(args.checkpoints) > 1 or args.path is not None:
+            raise ModeconnError(f"{curves[0]} is a whole path: expected it alone, and no --path")
+        return CURVE
     kind = args.path or ("line" if len(args.checkpoints) <= 2 else "polychain")
     fewest, most = PATHS[kind]
     given = len(args.checkpoints)
@@ -145,16 +152,21 @@ def check_path(args: argparse.Namespace) -> str:
         expected = f"{fewest}" if most == fewest else f"at least {fewest}"
         files = ", ".join(args.checkpoints)
         raise ModeconnError(f"a {kind} goes through {expected} checkpoints, got {given}: {files}")
+    if kind == "plane" and args.points == "adaptive":
+        raise ModeconnError("--points adaptive is for curves, not for a plane: give a number")
     if kind == "plane" and args.at is not None:
         raise ModeconnError("--at takes points of a curve, not of a plane: use --points")
     options.check_inputs(args.checkpoints)
     return kind
 
 
-def make_path(kind: str, files: list[str]) -> paths.Path:
-    """Makes the path through checkpoint files."""
+def make_path(kind: str, files: list[str], model: nn.Module | None = None) -> paths.Path:
+    """Makes the path through checkpoint files, or reads the file of one, which is of the model."""
     from modeconn.parameters import paths
+    from modeconn.parameters.loading import load_path
 
+    if kind == CURVE:
+        return load_path(files[0], model=model)
     if kind == "plane":
         return paths.Plane.through(*files)
     if kind == "line":
@@ -162,12 +174,14 @@ def make_path(kind: str, files: list[str]) -> paths.Path:
     return (paths.PolyChain if kind == "polychain" else paths.Bezier)(files)
 
 
-def points_of(args: argparse.Namespace, kind: str) -> int | np.ndarray:
-    """Returns the points of --at, or the number of --points or its default."""
+def points_of(args: argparse.Namespace, kind: str) -> int | str | np.ndarray:
+    """Returns the points of --at, or the number or word of --points or its default."""
     import numpy as np
 
     if args.at is not None:
         return np.array(args.at)
+    if isinstance(args.points, str):
+        return args.points
     return int(args.points or (POINTS_OF_A_PLANE if kind == "plane" else POINTS))
 
 
@@ -176,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
     kind = check_path(args)
     check_results(args)
     spec, model = options.load_model(args, args.checkpoints)
-    path = make_path(kind, args.checkpoints)
+    path = make_path(kind, args.checkpoints, model)
     result = evaluated(args, spec, model, path, points_of(args, kind))
     report(result, args)
 
@@ -202,7 +216,7 @@ def evaluated(
     spec: str,
     model: nn.Module,
     path: paths.Path,
-    points: int | np.ndarray,
+    points: int | str | np.ndarray,
     resume: bool = True,
 ) -> PathResult:
     """Evaluates as the options ask, and notes in the result what was evaluated.
@@ -219,7 +233,8 @@ def evaluated(
 
     data = options.load_data(args)
     estimated = args.buffers == "recompute" and args.split != "train"
-    unfinished = f"{args.save}.unfinished" if args.save is not None and resume else None
+    keeps = args.save is not None and resume and not isinstance(points, str)
+    unfinished = f"{args.save}.unfinished" if keeps else None
     with output.kept(unfinished, unfinished):
         result = evaluate(
             model,

@@ -6,6 +6,7 @@ import argparse
 
 from modeconn.cli import options, output
 from modeconn.cli.evaluate import add_path, check_path, make_path, points_of
+from modeconn.errors import ModeconnError
 
 # Rows that the model is captured with; the plan does not depend on their number.
 ROWS = 8
@@ -28,12 +29,14 @@ def add(commands: options.Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Checks everything, plans, prints."""
     kind = check_path(args)
+    if args.points == "adaptive":
+        raise ModeconnError("--points adaptive: a plan is for points that are given: a number")
     options.check_outputs({"--json": args.json}, args.checkpoints)
 
     from modeconn.evaluation.evaluator import explain
 
     _, model = options.load_model(args, args.checkpoints)
-    path = make_path(kind, args.checkpoints)
+    path = make_path(kind, args.checkpoints, model)
     data = options.load_data(args)
     sample, _ = data.slice(0, min(ROWS, len(data)))
     plan = explain(model, path, sample, points=points_of(args, kind))

@@ -66,6 +66,11 @@ def count(text: str) -> int:
     return value
 
 
+def points(text: str) -> int | str:
+    """Parses a number of points, or the word for as few as find the maximum."""
+    return text if text == "adaptive" else count(text)
+
+
 def numbers(text: str) -> list[float]:
     """Parses numbers separated by commas."""
     try:
@@ -210,6 +215,15 @@ def load_model(args: argparse.Namespace, files: Iterable[str]) -> tuple[str, nn.
     return spec, models.build(spec)
 
 
+def on_device(model: nn.Module, device: str) -> nn.Module:
+    """Moves a model to the device of --device."""
+    try:
+        return model.to(device)
+    # which of the two depends on how PyTorch was built
+    except (RuntimeError, AssertionError) as error:
+        raise ModeconnError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
 def _check_shapes(spec: str, files: Iterable[str]) -> None:
     """Raises ModeconnError where safetensors files do not fit a model, before it is built.
 
@@ -219,6 +233,7 @@ def _check_shapes(spec: str, files: Iterable[str]) -> None:
     from safetensors import SafetensorError, safe_open
 
     from modeconn import models
+    from modeconn.parameters.path_files import metadata_of
 
     with torch.device("meta"):
         expected = {name: list(t.shape) for name, t in models.build(spec).state_dict().items()}
@@ -228,6 +243,8 @@ def _check_shapes(spec: str, files: Iterable[str]) -> None:
                 found = {name: archive.get_slice(name).get_shape() for name in archive.keys()}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError, ValueError):
             continue  # of another format, or damaged: reading it says so
+        if metadata_of(file):  # a curve: of its control points, which are alike, the first counts
+            found = {name[2:]: size for name, size in found.items() if name.startswith("0/")}
         found = {
             name.removeprefix("module.").removeprefix("_orig_mod."): size
             for name, size in found.items()

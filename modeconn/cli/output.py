@@ -178,7 +178,7 @@ def print_result(result: PathResult) -> None:
     print_plot(result)
     print()
     if result.t.ndim == 1:
-        _print_curve(result)
+        print_curve(result)
     else:
         _print_plane(result)
     print()
@@ -191,6 +191,8 @@ def print_effort(result: PathResult) -> None:
         f"{counted(result.samples, 'sample')}, {counted(len(result.t), 'point')}, "
         f"{counted(result.passes, 'pass')} over the data in {seconds_text(result.seconds)}"
     )
+    if "rule" in result.info:
+        print(f"adaptive: {result.info['rule']}; {result.info['stopped']}")
     where = [str(result.info[key]) for key in ("device", "precision") if key in result.info]
     print(", ".join([f"{result.backend} backend", *where]))
 
@@ -202,7 +204,8 @@ def print_written(*files: str | None) -> None:
             print(f"wrote {file}")
 
 
-def _print_curve(result: PathResult) -> None:
+def print_curve(result: PathResult, label: str = "") -> None:
+    """Prints what each metric is at the ends and at its highest."""
     rows = []
     for name, column in result.values.items():
         ends = [column[result.t == end] for end in (0.0, 1.0)]
@@ -218,7 +221,7 @@ def _print_curve(result: PathResult) -> None:
                 metric_text(name, barrier),
             ]
         )
-    print_table(["", "t = 0", "t = 1", "highest", "barrier"], rows)
+    print_table([label, "t = 0", "t = 1", "highest", "barrier"], rows)
 
 
 def _print_plane(result: PathResult) -> None:

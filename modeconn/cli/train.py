@@ -131,11 +131,7 @@ def new_model(spec: str, seed: int, device: str = "cpu") -> nn.Module:
     model = models.build(spec)
     if models.is_builtin(spec):
         models.initialise(model, torch.Generator().manual_seed(seed))
-    try:
-        return model.to(device)
-    # which of the two depends on how PyTorch was built
-    except (RuntimeError, AssertionError) as error:
-        raise ModeconnError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    return options.on_device(model, device)
 
 
 def _content(args: argparse.Namespace, report: TrainReport, history: list[Epoch]) -> dict[str, Any]:

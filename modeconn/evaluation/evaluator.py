@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,10 @@ from torch import nn
 
 from modeconn.backends.precision import products, without_autocast
 from modeconn.capture.export import prepare
+from modeconn.capture.trial import Runner
 from modeconn.data.inputs import moved
 from modeconn.data.tensors import as_inputs
+from modeconn.evaluation.adaptive.evaluation import ENDS, adaptive_results, goal_of
 from modeconn.evaluation.arguments import check_fit, device_of, dtype_of, frozen_entries
 from modeconn.evaluation.ends import capture_for
 from modeconn.evaluation.passes import Run, results_of
@@ -52,6 +55,8 @@ def evaluate(
     recompute_average: str = "batches",
     resume: str | os.PathLike[str] | None = None,
     noise_seed: int | None = None,
+    tolerance: float = 0.01,
+    floor: float = 1e-4,
 ) -> Any: ...
 
 
@@ -76,6 +81,8 @@ def evaluate(
     recompute_average: str = "batches",
     resume: str | os.PathLike[str] | None = None,
     noise_seed: int | None = None,
+    tolerance: float = 0.01,
+    floor: float = 1e-4,
 ) -> PathResult: ...
 
 
@@ -100,6 +107,8 @@ def evaluate(
     recompute_average: str = "batches",
     resume: str | os.PathLike[str] | None = None,
     noise_seed: int | None = None,
+    tolerance: float = 0.01,
+    floor: float = 1e-4,
 ) -> PathResult | dict[str, PathResult]:
     """Evaluate a network along a path, in one pass over the data.
 
@@ -113,7 +122,9 @@ def evaluate(
             iterable of such batches. A model with several inputs takes them as a tuple or a dict,
             and a dict may hold the targets as "labels". Any other dict holds several data sets, by
             name: {"train": …, "test": …}.
-        points: how many points, evenly spaced, or the t values, in any order, repeated or not.
+        points: how many points, evenly spaced, or the t values, in any order, repeated or not; or
+            "adaptive", for a path in one parameter: as few as find the largest value of every
+            metric, and of its rise above the straight line between the ends.
         loss: "cross_entropy" (integer labels of samples, tokens or pixels), "next_token" (texts
             that are their own labels), "mse", "bce" (logits), one of PyTorch's with the mean of its
             own (`nn.CrossEntropyLoss(weight=w)`), or a callable (outputs, targets) → losses [N],
@@ -149,21 +160,27 @@ def evaluate(
         noise_seed: for a network that draws random numbers in eval mode (masks, dropout that is
             always on): it draws the same at every point, and again in the next call with the same
             data, batches and threads. By default it draws anew at each point.
+        tolerance: of adaptive points: what a value that they miss may be above the largest that
+            they find, as a share of its height above the lower end.
+        floor: the least such miss that counts, whatever the height.
 
     Returns:
         The means over all samples, or over all tokens with a label, at each of `points`, in their
-        order. Of several data sets a dict with the result of each.
+        order. Of several data sets a dict with the result of each. With adaptive points, their t is
+        irregular and rising, and `info` has the "rule", the "samples of the parts" and why each
+        metric's search "stopped"; what they find is a lower bound of the maximum, and no proof,
+        but for "exact" ones.
 
     Raises:
         ModeconnError: bad input, named in one line, before the pass begins where that is known by
             then.
     """
-    started = time.perf_counter()
+    goal = goal_of(points, path, tolerance, floor, resume)
     request = Request(
         model=model,
         path=path,
         data=data,
-        points=points,
+        points=ENDS if goal else points,
         loss=loss,
         metrics=metrics,
         buffers=buffers,
@@ -179,19 +196,30 @@ def evaluate(
         noise_seed=noise_seed,
     )
     runner = prepare(model, request.dtype, request.where)
-    evaluated, training = request.sources()
-    identity = {} if resume is None else fingerprint(path, request.t)
-    with (
-        locked(resume),
-        torch.no_grad(),
-        products(precision, request.where),
-        reporting(progress) as report,
-    ):
-        unfinished = Unfinished(resume, identity | request.settings())
-        meter = Meter(report, [*evaluated.values()], training, recompute_batches)
-        run = Run(request, runner, meter, unfinished)
-        results = results_of(run, evaluated, training, started)
+    evaluation = functools.partial(_evaluation, runner)
+    if goal is None:
+        with reporting(progress) as report:
+            results = evaluation(request, report)
+    else:
+        with torch.no_grad(), reporting(progress) as report:
+            results = adaptive_results(request, evaluation, goal, runner, report)
     return results if request.has_names else results[""]
+
+
+def _evaluation(runner: Runner, request: Request, report: Progress) -> dict[str, PathResult]:
+    """Evaluate at points that are given; return the result of each data set."""
+    started = time.perf_counter()
+    evaluated, training = request.sources()
+    identity = {} if request.resume is None else fingerprint(request.path, request.t)
+    with (
+        locked(request.resume),
+        torch.no_grad(),
+        products(request.precision, request.where),
+    ):
+        unfinished = Unfinished(request.resume, identity | request.settings())
+        meter = Meter(report, [*evaluated.values()], training, request.recompute_batches)
+        run = Run(request, runner, meter, unfinished)
+        return results_of(run, evaluated, training, started)
 
 
 @without_autocast

@@ -161,7 +161,7 @@ def _prepare(
     size = request.batch_size or "chosen by the memory budget"
     warn_of_capture(graph, f"batch_size, here {size}", request.noise_seed)
     program = make_program(
-        _ending_at(graph, request),
+        ending_at(graph, request),
         request.path,
         request.t,
         dtype=request.dtype,
@@ -274,7 +274,7 @@ def _begun(source: Batches) -> tuple[Batch, Iterator[Batch]]:
     return first, itertools.chain([first], batches)
 
 
-def _ending_at(graph: Graph, request: Request) -> Graph:
+def ending_at(graph: Graph, request: Request) -> Graph:
     """Cut a graph after the values that the sums are made of."""
     if request.head.takes_logits:
         graph = graph.only_logits()

@@ -14,7 +14,7 @@ import numpy as np
 
 from modeconn import plotting
 from modeconn.errors import ModeconnError
-from modeconn.evaluation.stored import PLAIN, decoded, encoded, plain_fields
+from modeconn.evaluation.stored import PLAIN, Barrier, decoded, encoded, plain_fields
 from modeconn.files.fingerprints import digest_of_json
 from modeconn.files.writing import atomic_write, check_sums
 from modeconn.parameters import ranking
@@ -123,12 +123,13 @@ class PathResult:
         where = float(t) if self.t.ndim == 1 else tuple(map(float, t))
         return where, float(self.metric(metric)[index])
 
-    def barrier(self, metric: str = "loss") -> float:
+    def barrier(self, metric: str = "loss") -> Barrier:
         """Return how far a metric rises above the straight line between its two ends.
 
         It is the maximum over the evaluated t in [0, 1] of ``L(t) - ((1 - t) L(0) + t L(1))``, so
         never below 0 (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket
-        Hypothesis"), and not finite where the metric is not.
+        Hypothesis"), and not finite where the metric is not. Its attribute `found` says how the
+        maximum was found: of how many points, or by which rule with points="adaptive".
 
         Raises:
             ModeconnError: t has several coordinates, or does not hold exactly 0 and 1.
@@ -148,7 +149,8 @@ class PathResult:
         inside = (self.t >= 0) & (self.t <= 1)
         t, column = self.t[inside], column[inside]
         with np.errstate(invalid="ignore"):  # inf - inf is nan, and is reported as such
-            return float((column - ((1 - t) * first + t * last)).max())
+            height = (column - ((1 - t) * first + t * last)).max()
+        return Barrier(height, str(self.info.get("rule", f"largest of {_count(len(t), 'point')}")))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values, with "nan", "inf" and "-inf" for such numbers."""

@@ -13,6 +13,24 @@ PLAIN = ("samples", "passes", "backend", "seconds", "info")
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
+class Barrier(float):
+    """The height of a barrier, a number, with how its maximum was found.
+
+    Attributes:
+        found: text, such as "largest of 101 points".
+    """
+
+    found: str
+
+    def __new__(cls, height: float, found: str) -> Barrier:
+        made = super().__new__(cls, height)
+        made.found = found
+        return made
+
+    def __reduce__(self) -> tuple[type[Barrier], tuple[float, str]]:
+        return Barrier, (float(self), self.found)
+
+
 def encoded(value: Any) -> Any:
     """Return JSON values for numbers, or lists of them: text for those that are not finite."""
     if isinstance(value, list):

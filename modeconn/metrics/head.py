@@ -110,6 +110,10 @@ class Head:
         named = not self._custom and self.loss in losses
         return named and all(name in metrics for name in self.names)
 
+    def is_own(self, name: str) -> bool:
+        """Whether a metric is ours, and no callable of that name."""
+        return name in self._own
+
     @property
     def takes_logits(self) -> bool:
         """Whether only the logits count, of a network that returns more than a tensor."""

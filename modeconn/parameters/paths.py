@@ -22,6 +22,7 @@ from modeconn.parameters.blending import SNAP, blend
 from modeconn.parameters.comparison import check_points, warn_of_equal, warn_of_fixed
 from modeconn.parameters.directions import RandomDirections, principal_plane
 from modeconn.parameters.forking import check_fork
+from modeconn.parameters.path_files import PathFile
 from modeconn.parameters.points import Points, grid_over, is_count, t_values
 from modeconn.parameters.state import State
 from modeconn.parameters.wrappers import unwrapped
@@ -158,7 +159,7 @@ class Path:
         return f"{type(self).__name__}({points}, {count:,} numbers each)"
 
 
-class Line(Path):
+class Line(PathFile, Path):
     """The straight line (1 - t) a + t b; t outside [0, 1] extrapolates."""
 
     def __init__(self, a: Source, b: Source) -> None:
@@ -168,7 +169,7 @@ class Line(Path):
         return np.stack([1.0 - t, t], axis=1)
 
 
-class PolyChain(Path):
+class PolyChain(PathFile, Path):
     """Line segments through p_0 … p_n, of equal length in t.
 
     t outside [0, 1] extends the first or the last segment.
@@ -201,7 +202,7 @@ class PolyChain(Path):
         return c
 
 
-class Bezier(Path):
+class Bezier(PathFile, Path):
     """The Bézier curve Σ_k binomial(n, k) (1 - t)^(n-k) t^k p_k (Garipov et al. 2018, eq. 5).
 
     t outside [0, 1] extrapolates.
@@ -355,7 +356,7 @@ class Plane(Path):
         return np.stack([1.0 - x - y if self._through else np.ones_like(x), x, y], axis=1)
 
 
-class Mixture(Path):
+class Mixture(PathFile, Path):
     """Free coefficients: t = (c_0, …, c_n), θ(t) = Σ_k c_k p_k.
 
     For model soups and task arithmetic; with one-hot t, for networks that have nothing to do with

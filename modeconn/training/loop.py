@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +16,7 @@ from modeconn.resuming import Record
 from modeconn.training import checkpoint as training_state
 from modeconn.training.checkpoint import Settings, Snapshot
 from modeconn.training.labelled import Labelled, measure, mode
+from modeconn.training.order import devices_that_draw, order_of_epoch, seed_of
 
 # Called with (epochs done, epochs in all).
 Progress = Callable[[int, int], None]
@@ -156,15 +156,17 @@ class Loop:
     def _steps(self, data: Labelled, number: int) -> tuple[float, float]:
         """Take the steps of one epoch; return the mean loss and error of its batches."""
         inputs, targets = data
-        seed = _seed_of_epoch(self.settings.seed, number)
+        seed = seed_of(self.settings.seed, number)
         if self.settings.halve_every:
             halvings = (number - 1) // self.settings.halve_every
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.lr * 0.5**halvings
-        order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+        order = order_of_epoch(seed, len(targets))
         loss_sum = torch.zeros((), dtype=torch.float64, device=targets.device)
         wrong = torch.zeros((), dtype=torch.int64, device=targets.device)
-        with mode(self.model, training=True), torch.random.fork_rng(_gpus(targets.device)):
+        with mode(self.model, training=True), torch.random.fork_rng(
+            devices_that_draw(targets.device)
+        ):
             # for dropout and the like, which draw from the global generator
             torch.manual_seed(seed)
             for rows in order.to(targets.device).split(self.settings.batch_size):
@@ -194,14 +196,3 @@ class Loop:
                 buffer = snapshot.momentum[name].to(parameter.device).clone()
                 self.optimizer.state[parameter]["momentum_buffer"] = buffer
         self.last = snapshot
-
-
-def _seed_of_epoch(seed: int, number: int) -> int:
-    """Derive an epoch's seed from the training's, below 2**63 as generators need it."""
-    word = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]
-    return int(word) >> 1
-
-
-def _gpus(device: torch.device) -> list[torch.device]:
-    """Return the devices, besides the CPU, whose random state has to be kept."""
-    return [] if device.type == "cpu" else [device]
