@@ -163,3 +163,24 @@ def test_differences_that_are_too_large(backend):
     a, b = torch.tensor([3e38, -3e38, 1.0]), torch.tensor([-3e38, 3e38, 3.0])
     assert blend([a, b], [0.5, 0.5]).tolist() == [0, 0, 2]
     assert blend([a, b], [0.25, 0.75])[0] == pytest.approx(-1.5e38)
+
+
+class Computed(nn.Module):
+    """A product of parameters alone, and one of which the weight is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3, 6))
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        computed = F.linear(x, F.linear(self.first, self.second.t()))
+        return self.last(x) + computed + F.linear(self.second, self.last.weight).sum()
+
+
+@pytest.mark.parametrize("value", EXTREMES)
+def test_products_of_parameters(backend, value):
+    torch.manual_seed(0)
+    model, x = Computed(), X.clone()
+    x[1, 2] = value
+    agrees(model, mc.Line(model, changed(model, "last.bias", 0.5)), x, Y, backend, t=(0, 0.5))

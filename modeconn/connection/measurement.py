@@ -29,8 +29,9 @@ from modeconn.parameters.paths import PolyChain
 # Rows that go through every breakpoint by a plain pass, too: enough to show a fault of the engine,
 # and few beside the data.
 _PLAIN_ROWS = 16
-# Relative difference of a plain pass from the engine that counts as rounding.
-_PLAIN_TOLERANCE = {"float32": 1e-3, "float64": 1e-8}
+# Relative difference of a plain pass from the engine that counts as rounding. Layers that memorise
+# 2,500 samples have weights of 5e9 that cancel: 3e-8 in float64.
+_PLAIN_TOLERANCE = {"float32": 1e-3, "float64": 1e-6}
 # Bytes for the logits of all breakpoints: two float64 copies of one batch.
 _LOGITS_BUDGET = 64 << 20
 _BYTES_PER_LOGIT = 16
