@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from modeconn.connection.verification import verify
     from modeconn.data import datasets
     from modeconn.errors import ModeconnError
+    from modeconn.evaluation.checking import check
+    from modeconn.evaluation.differences import Comparison
     from modeconn.evaluation.evaluator import evaluate, explain
     from modeconn.evaluation.losses import LossFunction, loss_function
     from modeconn.evaluation.outputs import Forward, forward
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from modeconn.evaluation.result import PathResult
     from modeconn.evaluation.sameness import Sameness, same_function
     from modeconn.evaluation.statistics import recomputed
+    from modeconn.parameters.adapting import lora
     from modeconn.parameters.loading import load_path
     from modeconn.parameters.paths import Bezier, Line, Mixture, Plane, PolyChain
     from modeconn.parameters.state import load
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Bezier",
     "Certificate",
+    "Comparison",
     "ConditionsTable",
     "Connection",
     "FalseCertificate",
@@ -58,6 +62,7 @@ __all__ = [
     "Subspace",
     "Trajectory",
     "certify",
+    "check",
     "conditions",
     "connect",
     "datasets",
@@ -71,6 +76,7 @@ __all__ = [
     "linear_separability",
     "load",
     "load_path",
+    "lora",
     "loss_function",
     "map",
     "recomputed",
@@ -93,6 +99,8 @@ _HOME = {
     "modeconn.connection.verification": "verify",
     "modeconn.data": "datasets",
     "modeconn.errors": "ModeconnError",
+    "modeconn.evaluation.checking": "check",
+    "modeconn.evaluation.differences": "Comparison",
     "modeconn.evaluation.evaluator": "evaluate explain",
     "modeconn.evaluation.losses": "LossFunction loss_function",
     "modeconn.evaluation.outputs": "Forward forward",
@@ -100,6 +108,7 @@ _HOME = {
     "modeconn.evaluation.statistics": "recomputed",
     "modeconn.evaluation.sameness": "Sameness same_function",
     "modeconn.parameters.loading": "load_path",
+    "modeconn.parameters.adapting": "lora",
     "modeconn.parameters.paths": "Bezier Line Mixture Plane PolyChain",
     "modeconn.parameters.state": "load",
     "modeconn.parameters.subspace": "Subspace",

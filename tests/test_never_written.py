@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import random
@@ -249,6 +250,20 @@ def of_loads(w: World) -> None:
     mc.load(w.b)
 
 
+def of_adapters(w: World) -> None:
+    folder = w.folder / "adapter"
+    folder.mkdir()
+    about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    key, weight = next((k, v) for k, v in w.a.state_dict().items() if v.dim() == 2)
+    name = f"base_model.model.{key.removesuffix('.weight')}.lora"
+    factors = {"A": torch.ones(2, weight.shape[1]), "B": torch.ones(weight.shape[0], 2)}
+    named = {f"{name}_{side}.weight": value for side, value in factors.items()}
+    torch.save(named, folder / "adapter_model.bin")
+    mc.lora(w.a, folder)
+    walked(mc.lora(w.b, [folder, folder]))
+
+
 def of_maps(w: World) -> None:
     # In training mode dropout draws numbers at every point, as it would in a loop.
     found = mc.map(lambda model: model.eval()(w.x.clone()).sum().item(), w.model, line(w), 3)
@@ -293,6 +308,7 @@ def table(function: Callable[..., Any], **options: Any) -> Callable[[World], Non
 CALLS: dict[str, Callable[[World], Any]] = {
     "Bezier": lambda w: walked(mc.Bezier([w.a, w.b, w.model])),
     "Certificate": of_connections,
+    "Comparison": lambda w: str(mc.check(w.a, w.b)),
     "ConditionsTable": table(mc.conditions),
     "Connection": of_connections,
     "FalseCertificate": lambda w: str(mc.FalseCertificate("false")),
@@ -320,6 +336,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "StabilityTable": table(mc.dropout_stability, draws=2),
     "Trajectory": of_trajectories,
     "certify": lambda w: mc.certify(w.model, mc.PolyChain([w.a, w.a]), w.data),
+    "check": lambda w: mc.check(w.a, w.model, w.data),
     "conditions": table(mc.conditions),
     "connect": connected,
     "datasets": lambda w: mc.datasets.load("digits"),
@@ -337,6 +354,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "linear_separability": of_separations,
     "load": of_loads,
     "load_path": of_fits,
+    "lora": of_adapters,
     "loss_function": of_loss_functions,
     "map": of_maps,
     "recomputed": lambda w: mc.recomputed(w.model, line(w), 0.5, w.data),

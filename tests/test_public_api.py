@@ -13,6 +13,7 @@ def test_public_names():
     assert sorted(mc.__all__) == [
         "Bezier",
         "Certificate",
+        "Comparison",
         "ConditionsTable",
         "Connection",
         "FalseCertificate",
@@ -34,6 +35,7 @@ def test_public_names():
         "Subspace",
         "Trajectory",
         "certify",
+        "check",
         "conditions",
         "connect",
         "datasets",
@@ -47,6 +49,7 @@ def test_public_names():
         "linear_separability",
         "load",
         "load_path",
+        "lora",
         "loss_function",
         "map",
         "recomputed",
@@ -83,6 +86,7 @@ def test_evaluate_signature():
         "noise_seed",
         "tolerance",
         "floor",
+        "ignore",
     ]
 
 

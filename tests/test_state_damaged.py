@@ -113,8 +113,8 @@ def test_a_missing_file_is_refused(tmp_path: Path):
 def test_a_folder_is_refused_with_what_is_in_it(tmp_path: Path):
     with refused(str(tmp_path), "is a folder"):
         state.load(tmp_path)
-    save_file(weights(), tmp_path / "model.safetensors")
-    with refused(str(tmp_path), "is a folder", "model.safetensors"):
+    save_file(weights(), tmp_path / "best.safetensors")
+    with refused(str(tmp_path), "is a folder", "best.safetensors"):
         state.load(tmp_path)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from modeconn.cli import (
+    check,
     connect,
     curve,
     demo,
@@ -46,6 +47,7 @@ COMMANDS = (
     verify,
     reproduce,
     inspect,
+    check,
 )
 
 

@@ -115,6 +115,13 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help=f"{options.listed(exact)}; on a GPU also {options.listed(reduced)} (default: float32)",
     )
+    group.add_argument(
+        "--ignore",
+        metavar="NAMES",
+        type=options.names,
+        default=(),
+        help="entries of config.json in which folders may differ, separated by commas",
+    )
     options.add_batch_size(group)
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cpu)")
 
@@ -251,6 +258,7 @@ def evaluated(
             progress=output.on_terminal() and not args.quiet,
             recompute_data=options.load_data(args, "train") if estimated else None,
             resume=unfinished,
+            ignore=args.ignore,
         )
     result.info |= {
         "model": spec,

@@ -14,6 +14,7 @@ from modeconn.cli.output import shown
 from modeconn.data import datasets
 from modeconn.errors import ModeconnError, SystemFailure
 from modeconn.files.writing import is_special, locked, sweep
+from modeconn.parameters.folders import is_checkpoint
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _HELD = contextlib.ExitStack()
 _BEFORE: dict[str, tuple[int, int] | None] = {}
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-CHECKPOINT = ".safetensors, or a .pt that holds weights only"
+CHECKPOINT = ".safetensors, a .pt that holds weights only, or a folder of save_pretrained"
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,15 +98,22 @@ def add_model(parser: argparse.ArgumentParser, required: bool) -> None:
         "--model",
         metavar="SPEC",
         required=required,
-        help="mlp:784-245x10-10, vgg11:width=16, resnet20, vit, … or package.module:factory"
-        + default,
+        help="mlp:784-245x10-10, vgg11:width=16, resnet20, vit, …, hf:FOLDER (built from its "
+        "config.json) or package.module:factory" + default,
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="with hf:FOLDER, run the code in FOLDER that its config.json names",
     )
 
 
-def add_data(parser: argparse.ArgumentParser, split: bool = True) -> None:
+def add_data(
+    parser: argparse.ArgumentParser, split: bool = True, required: bool = True
+) -> None:
     """Declares the options that choose a data set."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="NAME", required=True, help=listed(datasets.SOURCES))
+    group.add_argument("--data", metavar="NAME", required=required, help=listed(datasets.SOURCES))
     group.add_argument(
         "--data-root",
         metavar="DIR",
@@ -205,14 +213,16 @@ def load_model(args: argparse.Namespace, files: Iterable[str]) -> tuple[str, nn.
     if spec is None:
         first = next(iter(files))
         spec = checkpoint_metadata(first).get("model", "")
+        if (Path(first) / "config.json").is_file():
+            spec = f"hf:{first}"  # a class of transformers, whose code is no more the file's own
         # A file must not decide which code is imported, so only built-in models are taken from it.
-        if not models.is_builtin(spec):
+        elif not models.is_builtin(spec):
             raise ModeconnError(
                 f"--model is missing, and {first} does not say which built-in model it is"
             )
     if models.is_builtin(spec):
         _check_shapes(spec, files)
-    return spec, models.build(spec)
+    return spec, models.build(spec, getattr(args, "trust_remote_code", False))
 
 
 def on_device(model: nn.Module, device: str) -> nn.Module:
@@ -266,7 +276,7 @@ def checkpoint_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
         with safe_open(file, framework="pt") as archive:
             return dict(archive.metadata() or {})
     except (SafetensorError, OSError):
-        return {}
+        return {}  # of another format, or a folder
 
 
 # ----------------------------------------------------------------------------------------
@@ -274,11 +284,11 @@ def checkpoint_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def check_inputs(files: Iterable[str]) -> None:
-    """Raises ModeconnError for a checkpoint that does not exist."""
+    """Raises ModeconnError for a checkpoint that does not exist; reading it says what is amiss."""
     for file in files:
-        if Path(file).is_dir():
+        if Path(file).is_dir() and not is_checkpoint(Path(file)):
             raise ModeconnError(f"{file}: a folder, not a checkpoint")
-        if not Path(file).is_file():
+        if not Path(file).exists():
             raise ModeconnError(f"{file}: no such file")
 
 

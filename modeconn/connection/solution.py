@@ -32,6 +32,7 @@ from modeconn.errors import ModeconnError
 from modeconn.files.writing import locked
 from modeconn.metrics.convexity import Loss, check_convex, name_of
 from modeconn.parameters import state as states
+from modeconn.parameters.fitting import load_for
 
 Log = Callable[[str], None]
 
@@ -274,7 +275,7 @@ def _doubled(ends: Mapping[str, states.State]) -> dict[str, states.State]:
 
 def load_ends(model: nn.Module, networks: Mapping[str, Any]) -> dict[str, states.State]:
     """Loads all networks and checks that they fit the model and are finite."""
-    ends = {name: states.load(network) for name, network in networks.items()}
+    ends = {name: load_for(model, network) for name, network in networks.items()}
     names = [f"the model {type(model).__name__}", *ends]
     states.match([model.state_dict(), *ends.values()], names, devices=False, dtypes=False)
     for name, end in ends.items():

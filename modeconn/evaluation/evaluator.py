@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -57,6 +57,7 @@ def evaluate(
     noise_seed: int | None = None,
     tolerance: float = 0.01,
     floor: float = 1e-4,
+    ignore: Collection[str] = (),
 ) -> Any: ...
 
 
@@ -83,6 +84,7 @@ def evaluate(
     noise_seed: int | None = None,
     tolerance: float = 0.01,
     floor: float = 1e-4,
+    ignore: Collection[str] = (),
 ) -> PathResult: ...
 
 
@@ -109,6 +111,7 @@ def evaluate(
     noise_seed: int | None = None,
     tolerance: float = 0.01,
     floor: float = 1e-4,
+    ignore: Collection[str] = (),
 ) -> PathResult | dict[str, PathResult]:
     """Evaluate a network along a path, in one pass over the data.
 
@@ -163,6 +166,8 @@ def evaluate(
         tolerance: of adaptive points: what a value that they miss may be above the largest that
             they find, as a share of its height above the lower end.
         floor: the least such miss that counts, whatever the height.
+        ignore: entries in which the config.json of folders may differ, though they change the
+            forward; the whole path has the model's.
 
     Returns:
         The means over all samples, or over all tokens with a label, at each of `points`, in their
@@ -194,8 +199,9 @@ def evaluate(
         recompute_average=recompute_average,
         resume=resume,
         noise_seed=noise_seed,
+        ignore=ignore,
     )
-    runner = prepare(model, request.dtype, request.where)
+    runner = prepare(request.model, request.dtype, request.where)
     evaluation = functools.partial(_evaluation, runner)
     if goal is None:
         with reporting(progress) as report:
@@ -253,7 +259,7 @@ def explain(
     """
     t = path.points(points)
     dtype, where = dtype_of(precision), device_of(device, path)
-    check_fit(model, path)
+    model = check_fit(model, path)
     frozen = frozen_entries(buffers, path)
     runner = prepare(model, dtype, where)
     graph = capture_for(path, runner, moved(as_inputs(sample, "sample"), dtype, where))

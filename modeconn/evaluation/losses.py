@@ -17,6 +17,7 @@ from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import positive
 from modeconn.metrics import Head, PerSample
 from modeconn.parameters import state as states
+from modeconn.parameters.fitting import load_for
 from modeconn.parameters.state import State
 from modeconn.parameters.wrappers import unwrapped
 
@@ -93,7 +94,7 @@ class LossFunction:
             ModeconnError: the loss is none of PyTorch's.
         """
         if params is not None:
-            self._load(states.load(params))
+            self._load(load_for(self.model, params))
         if isinstance(self._given, str) and self._given in _MODULES:
             module = _MODULES[self._given]()
         elif isinstance(self._given, nn.Module):

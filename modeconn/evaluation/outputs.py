@@ -95,7 +95,7 @@ class PlannedForward:
         check_name(backend, precision, self._device)
         self._backend = backend
         self._budget = positive("memory_budget", memory_budget) or MEMORY_BUDGET
-        check_fit(model, path)
+        model = check_fit(model, path)
         frozen = frozen_entries(buffers, path, data=False)
         x = self._input(sample)
         self._row = describe(x)

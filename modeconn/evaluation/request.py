@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from modeconn.data.prefetch import resident
 from modeconn.errors import ModeconnError, listed
 from modeconn.evaluation.arguments import (
     check_fit,
+    check_forwards,
     device_of,
     dtype_of,
     frozen_entries,
@@ -72,6 +73,7 @@ class Request:
     recompute_average: str
     resume: str | os.PathLike[str] | None
     noise_seed: int | None
+    ignore: Collection[str]
     t: np.ndarray = field(init=False)
     head: Head = field(init=False)
     dtype: torch.dtype = field(init=False)
@@ -85,7 +87,8 @@ class Request:
         self.dtype = dtype_of(self.precision)
         self.where = device_of(self.device, self.path)
         check_name(self.backend, self.precision, self.where)
-        check_fit(self.model, self.path)
+        check_forwards(self.model, self.path, self.ignore)
+        self.model = check_fit(self.model, self.path)
         self.frozen = frozen_entries(self.buffers, self.path)
         positive("batch_size", self.batch_size)
         self.budget = positive("memory_budget", self.memory_budget) or MEMORY_BUDGET

@@ -26,6 +26,7 @@ from modeconn.data.inputs import Inputs, leaves, moved
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import positive
 from modeconn.parameters import state as states
+from modeconn.parameters.fitting import load_for
 
 _BATCH = 128
 # Both errors are maxima over some samples, of one draw of the weights' last places: other samples
@@ -167,7 +168,7 @@ def _other(first: Runner, b: Any) -> _Network:
     """The second network: a module, or the first one with other weights."""
     if isinstance(b, nn.Module):
         return _Network(Runner(b), Runner(b).state())
-    state = states.load(b)
+    state = load_for(first.model, b)
     states.match([first.state(), state], ["the model", "b"], devices=False)
     return _Network(first, state)
 

@@ -239,7 +239,7 @@ def recomputed(
     """
     if data is None:
         raise ModeconnError("data is None: expected the data to recompute the statistics from")
-    check_fit(model, path)
+    model = check_fit(model, path)
     size, most = positive("batch_size", batch_size), positive("batches", batches)
     return network_at(model, path, t, data, batch_size=size, batches=most, precision=precision)
 

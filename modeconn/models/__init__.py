@@ -14,6 +14,7 @@ from modeconn.models import mlp
 from modeconn.models.factory import call_factory
 from modeconn.models.gpt import GPT
 from modeconn.models.mlp import ACTIVATIONS, MLP
+from modeconn.models.pretrained import PREFIX, build_pretrained
 from modeconn.models.resnet import ResNet
 from modeconn.models.spec import call, describe
 from modeconn.models.vgg import VGG
@@ -43,20 +44,22 @@ _FAMILIES |= {"vit": (ViT, {}), "gpt": (GPT, {})}
 _NAMES = ", ".join(_FAMILIES)
 GRAMMAR = (
     f"{mlp.GRAMMAR}; one of {_NAMES} with options or without, such as vgg11_bn:width=16; "
-    "or package.module:factory"
+    "hf:FOLDER; or package.module:factory"
 )
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
-def build(spec: str) -> nn.Module:
+def build(spec: str, trust_remote_code: bool = False) -> nn.Module:
     """Build the model that a spec names.
 
     Args:
         spec: ``"mlp:784-245x10-10"`` is an MLP with ten hidden layers of 245 units and ReLU;
             ``"mlp:64-32-10:tanh"`` names another activation. ``"vgg11:width=16,classes=10"`` is one
             of the other built-in models, with options; `options` lists them.
+            ``"hf:FOLDER"`` is the model of transformers that the config.json in FOLDER describes.
             ``"package.module:factory"`` calls a function or class of the user's own, without
             arguments. Modules are also found in the current folder.
+        trust_remote_code: run code in FOLDER, where transformers has no such model.
 
     Returns:
         The model, in training mode, with the weights that PyTorch or the factory gave it.
@@ -70,6 +73,8 @@ def build(spec: str) -> nn.Module:
     name = spec.partition(":")[0]
     if name in _FAMILIES:
         return call(spec, *_FAMILIES[name])
+    if spec.startswith(PREFIX):
+        return build_pretrained(spec, trust_remote_code)
     if _FACTORY.fullmatch(spec):
         return call_factory(spec)
     raise ModeconnError(f"model {spec!r} is not known: expected {GRAMMAR}")

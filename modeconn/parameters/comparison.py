@@ -9,7 +9,32 @@ import torch
 from torch import Tensor
 
 from modeconn.errors import ModeconnError, listed, warn
-from modeconn.parameters.state import State, check
+from modeconn.parameters.state import State, check, match
+
+
+def checked(
+    points: Sequence[State], names: Sequence[str], directions: bool, in_turn: bool
+) -> frozenset[str]:
+    """Check a path's control points, and warn of those that are not what they seem.
+
+    Args:
+        points: the control points.
+        names: what messages call them.
+        directions: whether all but the first are directions.
+        in_turn: whether only those that follow each other are compared.
+
+    Returns:
+        the names of masks, see `check_points`.
+
+    Raises:
+        ModeconnError: they do not match each other, or cannot be weights.
+    """
+    match(points, names)
+    masks = check_points(points, names, directions)
+    warn_of_equal(points, names, in_turn)
+    if not directions:
+        warn_of_fixed(points, names)
+    return masks
 
 
 def warn_of_equal(points: Sequence[State], names: Sequence[str], in_turn: bool) -> None:

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from modeconn.errors import ModeconnError
 from modeconn.parameters import state as states
 from modeconn.parameters.blending import SNAP, blend
-from modeconn.parameters.comparison import check_points, warn_of_equal, warn_of_fixed
+from modeconn.parameters.comparison import checked
+from modeconn.parameters.configs import config_of, is_from_file
 from modeconn.parameters.directions import RandomDirections, principal_plane
 from modeconn.parameters.forking import check_fork
 from modeconn.parameters.path_files import PathFile
 from modeconn.parameters.points import Points, grid_over, is_count, t_values
 from modeconn.parameters.state import State
-from modeconn.parameters.wrappers import unwrapped
+from modeconn.parameters.wrappers import name_of, unwrapped
 
 # A control point: a module, a state dict or the name of a checkpoint file.
 Source = Any
@@ -41,6 +42,9 @@ class Path:
         fixed: names of masks, which are those of the first control point everywhere.
         prefixes: that were removed from the names in files.
         modules: the modules that control points are the parameters and buffers of, None for others.
+        files: whether control points were read from files; configs: of their folders, or None.
+        unmatched: why control points do not match yet, where a module may tie the names that some
+            files leave out; None where they match.
         tracked: per control point the tensors of a state dict that require gradients.
 
     The tensors of modules and state dicts are not copied: a path follows a model that is trained
@@ -80,18 +84,24 @@ class Path:
                 f"{type(self).__name__} needs at least {least} control points, "
                 f"got {len(control_points)}"
             )
-        names = names or [_name(source, k) for k, source in enumerate(control_points)]
+        names = names or [name_of(source, k) for k, source in enumerate(control_points)]
         loaded = [states.load_with_prefix(source) for source in control_points]
-        self.control_points: list[State] = [_widened(state) for state, _ in loaded]
+        self.control_points: list[State] = [states.widened(state) for state, _ in loaded]
         self.prefixes = {prefix for _, prefix in loaded}
-        states.match(self.control_points, names)
-        self.names = list(names)
-        self.fixed = check_points(self.control_points, self.names, directions)
+        self.names, self.directions = list(names), directions
         self.modules = [_module(source) for source in control_points]
+        self.files = list(map(is_from_file, control_points))
+        self.configs = [config_of(source) for source in control_points]
         self.tracked = [states.tracked(source) for source in control_points]
-        warn_of_equal(self.control_points, self.names, self._in_turn)
-        if not directions:
-            warn_of_fixed(self.control_points, self.names)
+        self.fixed: frozenset[str] = frozenset()
+        self.unmatched = states.left_out(self.control_points, self.names, self.files)
+        if self.unmatched is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Check that the control points match, and warn of those that are not what they seem."""
+        self.unmatched = None
+        self.fixed = checked(self.control_points, self.names, self.directions, self._in_turn)
 
     # -- what a kind of path defines ---------------------------------------------------------------
 
@@ -139,6 +149,8 @@ class Path:
         breakpoints of a chain) its tensors are returned as they are, bit for bit.
         """
         values = self.points([t] if self.dim == 1 and np.ndim(t) == 0 else t)
+        if self.unmatched is not None:
+            raise ModeconnError(f"{self.unmatched}: evaluate on the module fills in tied names")
         if len(values) != 1:
             raise ModeconnError(f"at() takes one t, got {len(values)}")
         row = self._basis(values)[0]
@@ -384,16 +396,5 @@ class Mixture(PathFile, Path):
         return np.array(t, np.float64).reshape(len(t), self.dim)
 
 
-def _widened(state: State) -> State:
-    """Convert half precision to float32, which has all its values; leave all else as it is."""
-    half = (torch.float16, torch.bfloat16)
-    return {key: value.float() if value.dtype in half else value for key, value in state.items()}
-
-
 def _module(source: Source) -> nn.Module | None:
     return unwrapped(source) if isinstance(source, nn.Module) else None
-
-
-def _name(source: Source, k: int) -> str:
-    is_file = isinstance(source, (str, bytes)) or hasattr(source, "__fspath__")
-    return str(source) if is_file else f"control point {k}"

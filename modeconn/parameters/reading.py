@@ -34,17 +34,13 @@ def read(path: Path) -> Any:
         ModeconnError: the file is missing, truncated or no checkpoint, or holds objects other than
             weights.
     """
-    if path.is_dir():
-        suffixes = (".safetensors", ".pt", ".pth")
-        files = sorted(each.name for each in path.iterdir() if each.suffix in suffixes)
-        inside = f" in it: {listed(files)}" if files else ""
-        raise ModeconnError(f"{path}: is a folder; expected a checkpoint file{inside}")
     try:
         with path.open("rb") as stream:
             head = stream.read(512)
     except FileNotFoundError:
         raise ModeconnError(
-            f"{path}: no such file; expected a .safetensors or .pt checkpoint"
+            f"{path}: no such file; expected a .safetensors or .pt checkpoint, or a folder of "
+            "save_pretrained"
         ) from None
     except OSError as error:
         raise ModeconnError(f"{path}: cannot be read: {error.strerror}") from error

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from modeconn.errors import ModeconnError, listed, warn
 from modeconn.files.fingerprints import digest_of_tensors
 from modeconn.files.writing import atomic_write
+from modeconn.parameters.folders import read_folder
+from modeconn.parameters.quantised import refuse_quantised
 from modeconn.parameters.reading import DIGEST, NESTS, read
 from modeconn.parameters.wrappers import unwrapped
 
@@ -32,24 +34,26 @@ def load(
     *,
     dtype: torch.dtype | None = None,
 ) -> State:
-    """Load the state of a module, of a mapping, or of a checkpoint file.
+    """Load the state of a module, of a mapping, or of a checkpoint file or folder.
 
     A module's or a mapping's tensors are detached, not copied: they follow later changes of the
     original. A file's tensors are copies on the CPU, so the file may be overwritten later. Its
     first bytes say what kind of file it is: safetensors, or ``torch.save`` (zip or older), read
     with ``weights_only=True``, so no code in the file ever runs. Names that ``torch.save`` wrote as
-    one tensor (tied weights) stay one. A state that a mapping or file
+    one tensor (tied weights) stay one. A folder is one of `save_pretrained` (one file, or shards
+    and their index), of accelerate, or a distributed checkpoint. A state that a mapping or file
     holds under "model_state", "state_dict", "model_state_dict", "model" or "net" is found there. In
     a file, the prefixes "module." and "_orig_mod." that wrappers put before every name are removed;
     names of modules and mappings stay as they are.
 
     Args:
-        source: The module, state dict, or file name.
+        source: The module, state dict, or name of a file or folder.
         dtype: A floating dtype to convert floating-point tensors to; others stay as they are.
 
     Raises:
-        ModeconnError: The file is missing, truncated or no checkpoint; it holds objects other than
-            weights; the state is empty, or holds objects that are not tensors.
+        ModeconnError: The file or a shard is missing, truncated or no checkpoint; it holds objects
+            other than weights, or quantised ones; the state is empty, or holds objects that are
+            not tensors.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ModeconnError(
@@ -70,16 +74,25 @@ def load_with_prefix(
         state = _tensors(_nested(source, "state dict"), "state dict")
     elif isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
-        state, prefix = _unwrapped(_tensors(_nested(read(path), str(path)), str(path)))
+        found = read_folder(path) if path.is_dir() else read(path)
+        state, prefix = _unwrapped(_tensors(_nested(found, str(path)), str(path)))
         _check_expanded(state, str(path))
         # the tensors are still mapped to the file: writing over it would change or crash them
         copy = True
     else:
         raise ModeconnError(
             f"network is of type {type(source).__name__}: "
-            "expected an nn.Module, a state dict, or a file name"
+            "expected an nn.Module, a state dict, or the name of a file or folder"
         )
+    if not isinstance(source, nn.Module):
+        refuse_quantised(state, str(source) if copy else "state dict")
     return _converted(state, dtype, copy), prefix
+
+
+def widened(state: State) -> State:
+    """Convert half precision to float32, which has all its values; leave all else as it is."""
+    half = (torch.float16, torch.bfloat16)
+    return {key: value.float() if value.dtype in half else value for key, value in state.items()}
 
 
 def tracked(source: Any) -> State:
@@ -117,6 +130,30 @@ def match(
         raise ModeconnError(
             f"{name} does not match {names[0]} in {count}: {listed(differences)}{hint}"
         )
+
+
+def left_out(
+    states: Sequence[Mapping[str, Tensor]], names: Sequence[str], files: Sequence[bool]
+) -> ModeconnError | None:
+    """Return the error of states that differ in names alone, which files may leave out.
+
+    A module may tie such a name to another one that is there, or have no use for it.
+    """
+    if all(state.keys() == states[0].keys() for state in states):
+        return None
+    shapes: dict[str, torch.Size] = {}
+    names_of_all = set[str]().union(*states)
+    for state, is_file in zip(states, files):
+        if not is_file and len(state) < len(names_of_all):
+            return None
+        for key, value in state.items():
+            if shapes.setdefault(key, value.shape) != value.shape:
+                return None
+    try:
+        match(states, names)
+    except ModeconnError as error:
+        return error
+    return None
 
 
 def check(state: Mapping[str, Tensor], name: str, infinite: frozenset[str] = frozenset()) -> None:

@@ -27,3 +27,9 @@ def unwrapped(model: Any) -> nn.Module:
     if kind in ("DataParallel", "DistributedDataParallel", "AveragedModel"):
         return unwrapped(model.module)
     return unwrapped(model._orig_mod) if kind == "OptimizedModule" else model
+
+
+def name_of(source: Any, k: int) -> str:
+    """What messages call the k-th of some networks: the name of its file, if it has one."""
+    is_file = isinstance(source, (str, bytes)) or hasattr(source, "__fspath__")
+    return str(source) if is_file else f"control point {k}"

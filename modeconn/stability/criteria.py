@@ -27,7 +27,7 @@ from modeconn.connection.separability import coinciding, linear_separability
 from modeconn.connection.subnetworks import check_entry, kept_units, restrict
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
-from modeconn.parameters import state as states
+from modeconn.parameters.fitting import load_for
 from modeconn.stability.table import aligned
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def conditions(
         ModeconnError: the model is no chain; kept, width or entries out of range; bad data.
     """
     _check_fractions(kept=kept, width=width)
-    state = states.load(params)
+    state = load_for(model, params)
     source = as_batches(train, batch_size or _BATCH)
     chain = LayerChain.of(model, next(iter(source))[0][:2])
     requested = list(range(chain.length)) if entries is None else sorted(set(entries))

@@ -22,7 +22,7 @@ from modeconn.connection.subnetworks import check_entry
 from modeconn.data.batches import Batches, as_batches
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.outputs import PlannedForward
-from modeconn.parameters import state as states
+from modeconn.parameters.fitting import load_for
 from modeconn.parameters.paths import PolyChain
 from modeconn.stability.outputs import Outputs
 from modeconn.stability.scale import best_scales, losses_and_errors
@@ -133,7 +133,7 @@ def dropout_stability(
     budget = MEMORY_BUDGET if memory_budget is None else memory_budget
     settings = _Settings(fraction, seed, precision, budget)
     settings.check(draws)
-    state = states.load(params)
+    state = load_for(model, params)
     sets = [as_batches(data, batch_size or _BATCH) for data in (train, test) if data is not None]
     sample = _first_rows(sets[0])
     chain = LayerChain.of(model, sample)

@@ -25,7 +25,7 @@ from modeconn.connection.training import measure, train_subnetworks
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.parameters import ranking
-from modeconn.parameters import state as states
+from modeconn.parameters.fitting import load_for
 from modeconn.stability.table import Level, Row, StabilityTable, same_level
 
 Log = Callable[[str], None]
@@ -92,7 +92,7 @@ def subnetwork_stability(
     settings = _Settings(fraction, draws, method, recipe or Recipe(schedule="onecycle"), seed)
     settings.check()
     sets = [data for data in (train, test) if data is not None]
-    run = _Run(model, states.load(params), sets, settings, log or _silent)
+    run = _Run(model, load_for(model, params), sets, settings, log or _silent)
     requested = range(run.chain.length) if entries is None else sorted(set(entries))
     for entry in requested:
         check_entry(run.chain, entry)
