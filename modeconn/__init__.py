@@ -32,12 +32,17 @@ if TYPE_CHECKING:
     from modeconn.stability.dropout import dropout_stability
     from modeconn.stability.subnetworks import subnetwork_stability
     from modeconn.stability.table import StabilityTable
+    from modeconn.training.alignment.alignment import Alignment, align
+    from modeconn.training.alignment.groups import Groups
+    from modeconn.training.alignment.renormalized import repair
+    from modeconn.training.alignment.search import symmetries
     from modeconn.training.curves.fit import fit_curve
     from modeconn.training.curves.result import Fit
     from modeconn.training.curves.subspaces import fit_line, fit_simplex
     from modeconn.training.trajectory import Trajectory
 
 __all__ = [
+    "Alignment",
     "Bezier",
     "Certificate",
     "Comparison",
@@ -46,6 +51,7 @@ __all__ = [
     "FalseCertificate",
     "Fit",
     "Forward",
+    "Groups",
     "Line",
     "LossFunction",
     "MapResult",
@@ -61,6 +67,7 @@ __all__ = [
     "Star",
     "Subspace",
     "Trajectory",
+    "align",
     "certify",
     "check",
     "conditions",
@@ -80,8 +87,10 @@ __all__ = [
     "loss_function",
     "map",
     "recomputed",
+    "repair",
     "same_function",
     "subnetwork_stability",
+    "symmetries",
     "verify",
 ]
 
@@ -118,6 +127,10 @@ _HOME = {
     "modeconn.stability.dropout": "dropout_stability",
     "modeconn.stability.subnetworks": "subnetwork_stability",
     "modeconn.stability.table": "StabilityTable",
+    "modeconn.training.alignment.alignment": "Alignment align",
+    "modeconn.training.alignment.groups": "Groups",
+    "modeconn.training.alignment.renormalized": "repair",
+    "modeconn.training.alignment.search": "symmetries",
     "modeconn.training.curves.fit": "fit_curve",
     "modeconn.training.curves.result": "Fit",
     "modeconn.training.curves.subspaces": "fit_line fit_simplex",

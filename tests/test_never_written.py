@@ -276,6 +276,13 @@ def of_fits(w: World) -> None:
     str(fit), walked(mc.load_path(w.folder / "curve.safetensors", model=w.model))
 
 
+def of_alignments(w: World) -> None:
+    found = mc.align(w.model, w.a, w.b, w.data)
+    found.save(w.folder / "p.json")
+    again = mc.Alignment.load(w.folder / "p.json").inverse()
+    str(found), again.apply(w.b), again.check(w.a, w.x)
+
+
 def of_loss_functions(w: World) -> None:
     function = mc.loss_function(w.model, w.data)
     float(function(line(w).at(0.5)))
@@ -306,6 +313,7 @@ def table(function: Callable[..., Any], **options: Any) -> Callable[[World], Non
 
 
 CALLS: dict[str, Callable[[World], Any]] = {
+    "Alignment": of_alignments,
     "Bezier": lambda w: walked(mc.Bezier([w.a, w.b, w.model])),
     "Certificate": of_connections,
     "Comparison": lambda w: str(mc.check(w.a, w.b)),
@@ -314,6 +322,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "FalseCertificate": lambda w: str(mc.FalseCertificate("false")),
     "Fit": of_fits,
     "Forward": lambda w: mc.Forward(w.model, line(w), w.x[:4])(2, w.x),
+    "Groups": lambda w: str(mc.symmetries(w.model, w.x)),
     "Line": lambda w: walked(line(w)),
     "LossFunction": of_loss_functions,
     "MapResult": of_maps,
@@ -335,6 +344,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
     ],
     "StabilityTable": table(mc.dropout_stability, draws=2),
     "Trajectory": of_trajectories,
+    "align": of_alignments,
     "certify": lambda w: mc.certify(w.model, mc.PolyChain([w.a, w.a]), w.data),
     "check": lambda w: mc.check(w.a, w.model, w.data),
     "conditions": table(mc.conditions),
@@ -358,8 +368,10 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "loss_function": of_loss_functions,
     "map": of_maps,
     "recomputed": lambda w: mc.recomputed(w.model, line(w), 0.5, w.data),
+    "repair": lambda w: mc.repair(w.model, line(w), w.data).folded(0.5),
     "same_function": lambda w: mc.same_function(w.a, w.b, w.data),
     "subnetwork_stability": table(mc.subnetwork_stability, draws=1, method="readout"),
+    "symmetries": lambda w: str(mc.symmetries(w.model, w.x)),
     "verify": of_connections,
 }
 # What takes any module; the others take chains of layers, and refuse the rest.

@@ -11,6 +11,7 @@ import modeconn as mc
 
 def test_public_names():
     assert sorted(mc.__all__) == [
+        "Alignment",
         "Bezier",
         "Certificate",
         "Comparison",
@@ -19,6 +20,7 @@ def test_public_names():
         "FalseCertificate",
         "Fit",
         "Forward",
+        "Groups",
         "Line",
         "LossFunction",
         "MapResult",
@@ -34,6 +36,7 @@ def test_public_names():
         "Star",
         "Subspace",
         "Trajectory",
+        "align",
         "certify",
         "check",
         "conditions",
@@ -53,8 +56,10 @@ def test_public_names():
         "loss_function",
         "map",
         "recomputed",
+        "repair",
         "same_function",
         "subnetwork_stability",
+        "symmetries",
         "verify",
     ]
     assert all(hasattr(mc, name) for name in mc.__all__)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from modeconn.cli import (
+    align,
     check,
     connect,
     curve,
@@ -42,6 +43,7 @@ COMMANDS = (
     plane,
     surface,
     mix,
+    align,
     connect,
     curve,
     verify,

@@ -103,7 +103,7 @@ def regrouped(units: Units, before: Shape, after: Shape) -> Units | None:
         None where it is not a product of index sets there.
     """
     result: dict[int, np.ndarray] = {}
-    for axes, others in _groups(before, after):
+    for axes, others in axis_runs(before, after):
         if not any(axis in units.along for axis in axes):
             continue
         sizes, targets = [before[a] for a in axes], [after[a] for a in others]
@@ -124,7 +124,7 @@ def covering(units: Units, before: Shape, after: Shape) -> Units:
     value.
     """
     result: dict[int, np.ndarray] = {}
-    for axes, others in _groups(after, before):
+    for axes, others in axis_runs(after, before):
         part = Units({axis: units.along[axis] for axis in axes if axis in units.along})
         exact = regrouped(part, after, before)
         result |= (_rounded(part, before, after, axes, others) if exact is None else exact).along
@@ -167,7 +167,7 @@ _ROWS = (1009, 1013)
 
 
 @functools.lru_cache(maxsize=1024)  # the layers of a network have few different shapes
-def _groups(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
+def axis_runs(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
     """Splits the axes of two views into the shortest runs that have equally many numbers."""
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from modeconn.capture.graph import Entry, In, Node
+from modeconn.plan.rules import tying
 from modeconn.plan.rules.base import (
     Fit,
     Linearity,
@@ -19,6 +20,7 @@ from modeconn.plan.rules.base import (
     Rule,
     Shapes,
     Support,
+    Ties,
     cut_of,
     entries_of,
     resized,
@@ -39,8 +41,9 @@ class Linked(Rule):
         links: Linking,
         linear: str | Linearity = "",
         entries: Callable[[Node], frozenset[int]] | None = None,
+        ties: Ties | None = None,
     ) -> None:
-        super().__init__(linear, entries)
+        super().__init__(linear, entries, ties)
         self._links = links
 
     def requests(
@@ -80,14 +83,14 @@ class Elementwise(Linked):
     def __init__(
         self, linear: str | Linearity = "", entries: Callable[[Node], frozenset[int]] | None = None
     ) -> None:
-        super().__init__(broadcast, linear, entries)
+        super().__init__(broadcast, linear, entries, tying.elementwise)
 
 
 class Expand(Linked):
     """expand: the sizes that it names are those of the part."""
 
     def __init__(self) -> None:
-        super().__init__(broadcast, "homogeneous", entries_of("self"))
+        super().__init__(broadcast, "homogeneous", entries_of("self"), tying.expanded)
 
     def arguments(self, node: Node, units: Units) -> dict[str, Any]:
         return {"size": resized(node["size"], units)}

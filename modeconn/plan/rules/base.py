@@ -1,6 +1,6 @@
 """Rule interface: how an operation propagates liveness and linearity.
 
-A rule answers three questions about a node:
+A rule answers four questions about a node:
 
 - *Units.* If only some units of the value are requested, which units of the inputs does that take,
   and how are the node's weights, and the sizes among its arguments, cut down to match? Units that
@@ -9,6 +9,8 @@ A rule answers three questions about a node:
   up to an offset ("affine"), or neither ("")?
 - *Linearity in the entries.* With fixed inputs, in which entries taken together is the value
   homogeneous and linear?
+- *Symmetry.* Which axes of its inputs, entries and value have to be permuted alike, for the value
+  to be permuted and nothing else (plan/rules/axes.py)?
 
 `UNKNOWN` is the conservative default. Here and in plans, *entries* are a node's parameters and
 buffers, by their places among them.
@@ -22,7 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from modeconn.capture.graph import Entry, Node
+from modeconn.capture.graph import Entry, In, Node, Size
+from modeconn.errors import Unsupported
+from modeconn.plan.rules.axes import ROWS, Atom, Axis, Part, freeze, resolve
 from modeconn.plan.units import ALL, Shape, Units
 from modeconn.plan.weights import Cut
 
@@ -31,6 +35,61 @@ from modeconn.plan.weights import Cut
 Support = Callable[[int, int, Cut], np.ndarray]
 # (node, inputs that are not fixed) → how the value depends on those, with everything else fixed.
 Linearity = Callable[[Node, frozenset[int]], str]
+
+
+# A node and the axes of what it takes → the axes of its value.
+Ties = Callable[[Node, "Axes"], Any]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a node's inputs and entries, to be tied.
+
+    Attributes:
+        inputs, entries: the axes of each; of an operation that returns several values, a list of
+            their axes.
+        mixed: pairs of axes: indices of the first are summed up, or compared, for each index of the
+            second, so that no permutation of the second may depend on the first.
+    """
+
+    inputs: Sequence[Any]
+    entries: Sequence[list[Axis]]
+    mixed: list[tuple[Axis, Axis]]
+
+    def of(self, leaf: Any) -> list[Axis]:
+        """The axes of an argument that is a tensor.
+
+        Raises:
+            Unsupported: it is none.
+        """
+        if not isinstance(leaf, In | Entry):
+            raise Unsupported("a number in the place of a tensor")
+        axes = (self.inputs if isinstance(leaf, In) else self.entries)[leaf.index]
+        return list(axes)
+
+    def operands(self, node: Node) -> list[list[Axis]]:
+        """The axes of all tensors among a node's own arguments."""
+        return [self.of(leaf) for leaf in node.arguments.values() if isinstance(leaf, In | Entry)]
+
+    def mix(self, axis: Axis, beside: Sequence[Axis]) -> None:
+        """Note that indices along an axis are summed up for each index of others."""
+        if isinstance(axis, Part) and axis is axis.of.outer:
+            resolve(axis)  # what is taken together is permuted alike
+        self.mixed.extend((axis, other) for other in beside)
+
+
+def own_axes(node: Node, reason: str = "") -> list[Axis]:
+    """Return new axes for a node's value, frozen for a reason, those of rows in any case."""
+    return [
+        Atom(size.of(ROWS), reason or "rows") if isinstance(size, Size) else Atom(size, reason)
+        for size in node.shape
+    ]
+
+
+def freeze_axes(node: Node, axes: Sequence[Axis], why: str) -> None:
+    """Freeze axes, naming the operation and why."""
+    for axis in axes:
+        freeze(axis, f"{node.op}: {why}")
 
 
 @dataclass(frozen=True)
@@ -68,6 +127,7 @@ class Rule:
     Args:
         linear: how the value depends on the inputs: "homogeneous", "affine", "" or a function.
         entries: the entries in which the value is jointly homogeneous and linear; None for none.
+        ties: ties the axes of inputs, entries and value; None where nothing is known of them.
 
     Attributes:
         takes: whether the operation is itself one that takes a part of its input.
@@ -76,9 +136,12 @@ class Rule:
     takes = False
 
     def __init__(
-        self, linear: str | Linearity = "", entries: Callable[[Node], frozenset[int]] | None = None
+        self,
+        linear: str | Linearity = "",
+        entries: Callable[[Node], frozenset[int]] | None = None,
+        ties: Ties | None = None,
     ) -> None:
-        self._linear, self._entries = linear, entries
+        self._linear, self._entries, self._ties = linear, entries, ties
 
     def linearity(self, node: Node, moving: frozenset[int]) -> str:
         """How the value depends on some of the inputs, with the others and the entries fixed."""
@@ -106,6 +169,18 @@ class Rule:
             Mismatch: it cannot be called on these units; on exactly those of `requests` it can.
         """
         return Fit(ALL, [()] * len(node.entries))
+
+    def tie(self, node: Node, axes: Axes) -> Any:
+        """Ties the axes of inputs and entries, and returns those of the value.
+
+        Permuting tied axes alike permutes the value along its axes, and changes nothing else of it.
+
+        Raises:
+            Unsupported: nothing is known of the operation, or of this way to call it.
+        """
+        if self._ties is None:
+            raise Unsupported("no rule of its axes")
+        return self._ties(node, axes)
 
 
 UNKNOWN = Rule()

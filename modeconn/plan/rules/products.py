@@ -9,8 +9,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from modeconn.capture.graph import Node
-from modeconn.plan.rules.base import Fit, Mismatch, Rule, Shapes, Support
+from modeconn.capture.graph import Entry, In, Node
+from modeconn.plan.rules.axes import Atom, Axis, product, tie
+from modeconn.plan.rules.base import (
+    Axes,
+    Fit,
+    Mismatch,
+    Rule,
+    Shapes,
+    Support,
+    freeze_axes,
+    own_axes,
+)
 from modeconn.plan.units import Shape, Units, static
 from modeconn.plan.weights import Cut
 
@@ -71,6 +81,49 @@ class Product(Rule):
         along = self.beside(node, have[0])
         return Fit(Units(along if rows is None else {**along, axis: rows}), cuts)
 
+    def tie(self, node: Node, axes: Axes) -> list[Axis]:
+        """Ties the input's features with the weight's, of a weight that is computed as well."""
+        x, weight, bias = _operands(node, axes, self.weight)
+        if self._last:
+            tie(x[-1], weight[self.inputs])
+            axes.mix(x[-1], x[:-1])
+            out = weight[self.outputs]
+            return [*x[:-1], tie(out, bias[0]) if bias else out]
+        freeze_axes(node, weight[2:], "pixels of the kernel")
+        freeze_axes(node, x[2:], "neighbouring pixels")
+        group = Atom(node["groups"])
+        out = _tie_channels(x[1], weight, group, self.outputs == 1)
+        axes.mix(weight[self.inputs], [group])
+        pixels = own_axes(node, f"{node.op}: neighbouring pixels")[2:]
+        return [x[0], tie(out, bias[0]) if bias else out, *pixels]
+
+
+def _operands(node: Node, axes: Axes, second: int) -> list[list[Axis]]:
+    """The axes of the input, the weight and the bias; no axes where there is no bias.
+
+    Args:
+        second: whether the bias is the first argument, as that of addmm.
+    """
+    names = ("mat1", "mat2", "self") if second else ("input", "weight", "bias")
+    bias = node[names[2]]
+    others = axes.of(bias) if isinstance(bias, In | Entry) else []
+    return [axes.of(node[names[0]]), axes.of(node[names[1]]), others[-1:]]
+
+
+def _tie_channels(channels: Axis, weight: list[Axis], group: Atom, transposed: bool) -> Axis:
+    """Tie a convolution's channels group by group, and return those of its value."""
+    groups = group.size
+    if groups == 1:
+        tie(channels, weight[0 if transposed else 1])
+        return weight[1 if transposed else 0]
+    if transposed:
+        tie(weight[0], product([group, Atom(weight[0].size // groups)]))
+        tie(channels, weight[0])
+        return product([group, weight[1]])
+    own = tie(weight[0], product([group, Atom(weight[0].size // groups)]))
+    tie(channels, product([group, weight[1]]))
+    return own
+
 
 class Grouped(Rule):
     """Grouped convolutions: groups of which nothing is requested are left out, others are whole.
@@ -121,6 +174,18 @@ class GroupNorm(Rule):
         groups = _whole(index, _size(node.shape, node["num_groups"]))
         cuts: list[Cut] = [(index,)] * len(node.entries)
         return Fit(Units({1: index}), cuts, {"num_groups": len(groups)})
+
+    def tie(self, node: Node, axes: Axes) -> list[Axis]:
+        """Ties the channels as groups × channels of a group."""
+        given, *others = axes.operands(node)
+        groups, size = node["num_groups"], given[1].size
+        if 1 < groups < size:
+            group, inner = Atom(groups), Atom(size // groups)
+            given[1] = tie(given[1], product([group, inner]))
+            axes.mix(inner, [group])
+        for (other,) in others:
+            given[1] = tie(given[1], other)
+        return given
 
 
 def _size(shape: Shape, groups: int) -> int:

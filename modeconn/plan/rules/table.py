@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modeconn.capture.graph import Entry, In, Node, Size
+from modeconn.plan.rules import tying
 from modeconn.plan.rules.axiswise import (
     Elementwise,
     Expand,
@@ -23,6 +24,7 @@ from modeconn.plan.rules.axiswise import (
 )
 from modeconn.plan.rules.base import UNKNOWN, Rule, entries_of
 from modeconn.plan.rules.products import Grouped, GroupNorm, Product
+from modeconn.plan.rules.recurrent import Recurrent
 from modeconn.plan.rules.views import Concatenation, Select, Slice, View
 
 _LINEAR = Product(last=True)
@@ -30,15 +32,16 @@ _CONV = Product()
 _TRANSPOSED = Product(outputs=1, inputs=0)
 _ADDMM = Product(outputs=1, inputs=0, bias_first=True, last=True)
 _GROUPED, _GROUPED_TRANSPOSED = Grouped(), Grouped(transposed=True)
-_PERMUTATION = Linked(permuted, "homogeneous", entries_of("self"))
+_PERMUTATION = Linked(permuted, "homogeneous", entries_of("self"), tying.permuted)
 # Rearranging an entry is linear in it, as rearranging a value is.
 _STRUCTURAL = Rule("homogeneous", entries_of("self"))
+_CONTIGUOUS = Rule("homogeneous", entries_of("self"), tying.elementwise)
 _POOLING = {
     **dict.fromkeys(
         ("avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d"),
-        Linked(by_channel, "homogeneous"),
+        Linked(by_channel, "homogeneous", ties=tying.over_pixels),
     ),
-    **dict.fromkeys(("max_pool1d", "max_pool2d"), Linked(by_channel)),
+    **dict.fromkeys(("max_pool1d", "max_pool2d"), Linked(by_channel, ties=tying.over_pixels)),
 }
 _ELEMENTWISE = (
     "relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish tanh sigmoid hardsigmoid "
@@ -63,15 +66,15 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, Elementwise()),
     **dict.fromkeys(("clone", "alias", "detach", "neg", "dropout"), Elementwise("homogeneous")),
     **_POOLING,
-    "batch_norm": Linked(by_channel, "affine", entries_of("weight", "bias")),
-    "layer_norm": Linked(over_last, "", entries_of("weight", "bias")),
-    "rms_norm": Linked(over_last, "", entries_of("weight")),
+    "batch_norm": Linked(by_channel, "affine", entries_of("weight", "bias"), tying.by_channel),
+    "layer_norm": Linked(over_last, "", entries_of("weight", "bias"), tying.over_last),
+    "rms_norm": Linked(over_last, "", entries_of("weight"), tying.over_last),
     "group_norm": GroupNorm("", entries_of("weight", "bias")),
-    **dict.fromkeys(("mean", "sum"), Linked(reduced, "homogeneous")),
-    **dict.fromkeys(("amax", "amin"), Linked(reduced)),
-    **dict.fromkeys(("softmax", "log_softmax"), Linked(along_dim)),
-    "scaled_dot_product_attention": Linked(attended, linear_in_values),
-    **dict.fromkeys(("matmul", "bmm"), Linked(multiplied, bilinear)),
+    **dict.fromkeys(("mean", "sum"), Linked(reduced, "homogeneous", ties=tying.reduced)),
+    **dict.fromkeys(("amax", "amin"), Linked(reduced, ties=tying.reduced)),
+    **dict.fromkeys(("softmax", "log_softmax"), Linked(along_dim, ties=tying.along_dim)),
+    "scaled_dot_product_attention": Linked(attended, linear_in_values, ties=tying.attended),
+    **dict.fromkeys(("matmul", "bmm"), Linked(multiplied, bilinear, ties=tying.multiplied)),
     "cat": Concatenation("homogeneous"),
     "slice": Slice("homogeneous", entries_of("self")),
     "select": Select("homogeneous", entries_of("self")),
@@ -80,8 +83,41 @@ _RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("permute", "transpose", "t"), _PERMUTATION),
     "expand": Expand(),
-    **dict.fromkeys(("contiguous", "movedim", "flip"), _STRUCTURAL),
-    "embedding": Linked(looked_up, "", entries_of("weight")),
+    "contiguous": _CONTIGUOUS,
+    **dict.fromkeys(("movedim", "flip"), _STRUCTURAL),
+    "embedding": Linked(looked_up, "", entries_of("weight"), tying.looked_up),
+}
+# Of operations that the planner takes whole: how their axes are tied.
+_TIED = {
+    **dict.fromkeys(
+        (
+            "add sub mul div where maximum minimum masked_fill eq ne lt gt le ge logical_and "
+            "logical_or logical_not bitwise_not reciprocal sign floor round nan_to_num _to_copy to "
+            "threshold hardshrink softshrink log1p expm1 tan atan sinh cosh isnan lerp addcmul "
+            "addcdiv rsub"
+        ).split(),
+        Rule(ties=tying.elementwise),
+    ),
+    **dict.fromkeys(
+        "zeros ones full new_zeros new_ones new_full zeros_like ones_like full_like".split(),
+        Rule(ties=tying.uniform),
+    ),
+    **dict.fromkeys(
+        (
+            "avg_pool3d max_pool3d adaptive_avg_pool3d adaptive_max_pool2d upsample_nearest1d "
+            "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_linear1d"
+        ).split(),
+        Rule(ties=tying.over_pixels),
+    ),
+    "conv3d": _CONV,
+    "prelu": Rule(ties=tying.by_channel),
+    "mm": Rule(ties=tying.multiplied),
+    "stack": Rule(ties=tying.stacked),
+    **dict.fromkeys(("pad", "constant_pad_nd"), Rule(ties=tying.padded)),
+    "getitem": Rule(ties=tying.element),
+    **dict.fromkeys(("rnn_tanh", "rnn_relu"), Recurrent(1)),
+    "gru": Recurrent(3),
+    "lstm": Recurrent(4, states=2),
 }
 
 
@@ -95,6 +131,14 @@ def rule_for(node: Node) -> Rule:
     if isinstance(rule, (View, Slice, Select)) and not node.inputs:
         return _STRUCTURAL  # of an entry
     return rule if _as_expected(node, rule) else UNKNOWN
+
+
+def rule_of_axes(node: Node) -> Rule:
+    """Returns the rule that ties the axes of a node; `UNKNOWN` if there is none.
+
+    Ties hold whatever an operation's arguments are: entries, values or numbers.
+    """
+    return _RULES.get(node.op) or _TIED.get(node.op, UNKNOWN)
 
 
 def _product(node: Node, rule: Product) -> Rule:
@@ -124,7 +168,7 @@ def _as_expected(node: Node, rule: Rule) -> bool:
         return list(node["tensors"]) == [In(i) for i in range(len(node.inputs))]
     if rule is _PERMUTATION or isinstance(rule, Expand):
         return len(node.inputs) + len(node.entries) == 1
-    if rule is UNKNOWN or rule is _STRUCTURAL:
+    if rule in (UNKNOWN, _STRUCTURAL, _CONTIGUOUS):
         return True
     numbers = [node.arguments.get(name, _MISSING) for name in _NUMBERS.get(node.op, ())]
     plain = all(number is None or isinstance(number, int | list) for number in numbers)

@@ -7,8 +7,31 @@ from collections.abc import Sequence
 import numpy as np
 
 from modeconn.capture.graph import Node, Size
-from modeconn.plan.rules.base import Fit, Mismatch, Rule, Shapes, Support, resized
-from modeconn.plan.units import ALL, Shape, Units, covering, regrouped, static
+from modeconn.errors import Unsupported
+from modeconn.plan.rules.axes import (
+    ROWS,
+    Atom,
+    Axis,
+    Part,
+    Unflattened,
+    Uniform,
+    concatenated,
+    product,
+    resolve,
+    split,
+)
+from modeconn.plan.rules.base import (
+    Axes,
+    Fit,
+    Mismatch,
+    Rule,
+    Shapes,
+    Support,
+    freeze_axes,
+    resized,
+)
+from modeconn.plan.rules.tying import broadcast_axes
+from modeconn.plan.units import ALL, Shape, Units, axis_runs, covering, regrouped, static
 
 
 class View(Rule):
@@ -29,6 +52,38 @@ class View(Rule):
             raise Mismatch
         changed = {"shape": resized(node["shape"], units)} if node.op == "reshape" else {}
         return Fit(units, [()] * len(node.entries), changed)
+
+    def tie(self, node: Node, axes: Axes) -> list[Axis]:
+        """Joins axes to products, and takes products apart."""
+        (given,) = axes.operands(node)
+        before = tuple(axis.size for axis in given)
+        after = tuple(size.of(ROWS) if isinstance(size, Size) else size for size in node.shape)
+        value: list[Axis] = [Uniform(1)] * len(after)
+        for some, others in axis_runs(before, after):
+            if not some or not others:
+                continue
+            parts = [given[axis] for axis in some if before[axis] != 1] or [Uniform(1)]
+            whole = parts[0] if len(parts) == 1 else product(parts)
+            for place, axis in zip(others, _unflattened(whole, [after[o] for o in others])):
+                value[place] = axis
+        return value
+
+
+def _unflattened(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+    """An axis as several of some sizes, the outermost first."""
+    found: list[Axis] = []
+    for i, size in enumerate(sizes):
+        inner = axis.size // size
+        if size == 1:
+            found.append(Uniform(1))
+        elif inner == 1 or i == len(sizes) - 1:
+            found.append(axis)
+            axis = Uniform(1)
+        else:
+            parts = Unflattened(axis, size, inner)
+            found.append(parts.outer)
+            axis = parts.inner
+    return found
 
 
 class Slice(Rule):
@@ -57,6 +112,35 @@ class Slice(Rule):
         bounds = {"dim": axis, "start": int(places[0]), "end": int(places[-1]) + 1, "step": 1}
         return Fit(Units({**have[0].along, axis: index}), (), bounds)
 
+    def tie(self, node: Node, axes: Axes) -> list[Axis]:
+        """Cuts the axis at both ends of the slice; what is between is permuted on its own."""
+        (given,) = axes.operands(node)
+        place = node["dim"] % len(given)
+        bounds = node["start"], node["end"]
+        whole, size = given[place], node.shape[place]
+        if isinstance(size, Size) or any(isinstance(bound, Size) for bound in bounds):
+            raise Unsupported("a slice that depends on the number of samples")
+        start, stop, step = slice(*bounds, node["step"]).indices(whole.size)
+        part = _between(whole, start, stop) if step == 1 else None
+        if part is None:
+            freeze_axes(node, [whole], "a slice across its parts")
+            part = Atom(size, f"{node.op}: a slice across parts")
+        given[place] = part
+        return given
+
+
+def _between(axis: Axis, start: int, stop: int) -> Axis | None:
+    """The part of an axis between two indices; None where a cut goes through inner axes."""
+    if stop < axis.size:
+        cut = split(axis, stop) if stop > 0 else None
+        if cut is None:
+            return None
+        axis = cut[0]
+    if start > 0:
+        cut = split(axis, start) if start < axis.size else None
+        return None if cut is None else cut[1]
+    return axis
+
 
 class Select(Rule):
     """x[:, i]: one index along an axis, which the value has no longer."""
@@ -80,6 +164,48 @@ class Select(Rule):
             return Fit(units)
         place = int(np.searchsorted(kept, node["index"] % size))
         return Fit(units, (), {"dim": axis, "index": place})
+
+    def tie(self, node: Node, axes: Axes) -> list[Axis]:
+        """Takes a slice of what the axis was unflattened from; other axes are told apart by it."""
+        (given,) = axes.operands(node)
+        axis = given.pop(node["dim"] % (len(given)))
+        index = node["index"]
+        if isinstance(index, Size):
+            raise Unsupported("an index that depends on the number of samples")
+        if isinstance(axis, Part) and axis is axis.of.outer:
+            slices = axis.of.sliced(f"{node.op}: an index across its parts")
+            if slices:
+                replaced: dict[int, Unflattened] = {}
+                taken = slices[index % axis.size]
+                return [_instead(other, axis.of, taken, replaced) for other in given]
+        if not isinstance(resolve(axis), Uniform):
+            freeze_axes(node, [axis], "one index is taken")
+            axes.mix(axis, given)
+        return given
+
+
+def _instead(axis: Axis, of: Unflattened, taken: Axis, replaced: dict[int, Unflattened]) -> Axis:
+    """An axis of a value after one index of an unflattened one was taken.
+
+    Args:
+        of: what was unflattened.
+        taken: the slice that takes the place of its inner axis.
+        replaced: what was unflattened again of that inner axis, by id, and is of the slice now.
+    """
+    if not isinstance(axis, Part):
+        return axis
+    if axis.of is of:
+        return taken
+    inner = axis.of
+    if inner.factors is not None or inner.axis is None:
+        return axis
+    if id(inner) not in replaced:
+        whole = _instead(inner.axis, of, taken, replaced)
+        if whole is inner.axis:
+            return axis
+        replaced[id(inner)] = Unflattened(whole, inner.count, inner.inner.size)
+    found = replaced[id(inner)]
+    return found.outer if axis is inner.outer else found.inner
 
 
 class Concatenation(Rule):
@@ -113,6 +239,14 @@ class Concatenation(Rule):
             index = units.get(axis)
             parts.append(start + (np.arange(width) if index is None else index))
         return Fit(Units({**beside[0].along, axis: np.concatenate(parts)}))
+
+    def tie(self, node: Node, axes: Axes) -> list[Axis]:
+        """Ties all axes but the joined one, which is the sum of those of the tensors."""
+        tensors = [axes.of(leaf) for leaf in node["tensors"]]
+        place = _joined(node)
+        joined = concatenated([tensor.pop(place) for tensor in tensors])
+        value = broadcast_axes(tensors, len(node.shape) - 1)
+        return [*value[:place], joined, *value[place:]]
 
 
 def _joined(node: Node) -> int:

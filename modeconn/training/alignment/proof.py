@@ -1,0 +1,103 @@
+"""Proof by trial that permutations leave a network's function as it is, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from modeconn.capture.noise import seeded
+from modeconn.capture.opaque import tensors_of
+from modeconn.capture.trial import Runner, loaded, output_of, saved_tensors
+from modeconn.data.inputs import Inputs, leaves, moved, take
+from modeconn.errors import ModeconnError
+from modeconn.training.alignment.groups import Groups
+from modeconn.training.alignment.layouts import Permutations
+
+# Of the largest output: sums in another order differ by some 1e-15 of it.
+TOLERANCE = 1e-10
+# Rows of a sample that are run, and the share of its own size that each weight is moved by, so that
+# weights that are zero or equal, as after initialising, prove something.
+_ROWS, _JITTER = 8, 0.1
+
+
+def difference(
+    runner: Runner,
+    state: Mapping[str, Tensor],
+    groups: Groups,
+    permutations: Permutations,
+    inputs: Inputs,
+) -> float:
+    """Return the largest difference that permutations make to a network's outputs in eval mode.
+
+    Args:
+        runner: of the architecture, in float64.
+        state: of the network.
+        groups: of the architecture.
+        permutations: of some of its groups.
+        inputs: to run it on.
+
+    Returns:
+        The difference as a share of the largest output.
+    """
+    device = next(iter(state.values())).device
+    x = moved(inputs, torch.float64, device)
+    runner.expect(x)
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+    outputs = []
+    for each in (exact, groups.permuted(exact, permutations)):
+        with torch.no_grad(), seeded(0, leaves(x)[0].device):
+            found = output_of(loaded(runner.copy(), each), x)
+        outputs.append([t.double() for t in tensors_of(found) if t.is_floating_point()])
+    largest = max((float(t.abs().max()) for t in outputs[0] if t.numel()), default=0.0)
+    apart = [float((a - b).abs().max()) for a, b in zip(*outputs) if a.numel()]
+    return max(apart, default=0.0) / max(largest, torch.finfo(torch.float64).tiny)
+
+
+def proved(runner: Runner, groups: Groups, inputs: Inputs) -> Groups:
+    """Return the groups that random permutations of are seen to change nothing; others are frozen.
+
+    Args:
+        runner: of the network, in float64.
+        groups: to be tried, all together; one by one where that changes the function.
+        inputs: a sample.
+    """
+    if not groups:
+        return groups
+    x = take(inputs, 0, _ROWS)
+    state = _jittered(runner)
+    if difference(runner, state, groups, groups.random(0), x) <= TOLERANCE:
+        return groups
+    for outer, inner in groups.clusters().items():
+        names = {outer, *(group.name for group in inner)}
+        some = {k: p for k, p in groups.random(1).items() if k in names}
+        change = difference(runner, state, groups, some, x)
+        if not change <= TOLERANCE:
+            reason = f"a random permutation changed the outputs by {change:.1g} of the largest"
+            groups = groups.without(frozenset(names), reason)
+    if groups and not difference(runner, state, groups, groups.random(2), x) <= TOLERANCE:
+        raise ModeconnError(
+            f"the model {type(runner.model).__name__} is another function when its units are "
+            "permuted: expected one whose outputs depend on its weights and inputs alone"
+        )
+    return groups
+
+
+def _jittered(runner: Runner) -> dict[str, Tensor]:
+    """The network's state, with each parameter moved at random; tied ones stay tied."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = {name for name, _ in runner.model.named_parameters(remove_duplicate=False)}
+    moved_by: dict[tuple[object, ...], Tensor] = {}
+    found = {}
+    for name, value in saved_tensors(runner.model).items():
+        found[name] = value.detach()
+        if name not in parameters or not value.is_floating_point() or not value.numel():
+            continue
+        place = value.data_ptr(), value.shape, value.stride()
+        if place not in moved_by:
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            size = max(float(value.detach().abs().mean()), _JITTER)
+            moved_by[place] = value.detach().double() + _JITTER * size * noise.to(value.device)
+        found[name] = moved_by[place]
+    return found
