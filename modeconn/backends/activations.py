@@ -119,6 +119,8 @@ _BY_OP: dict[str, list[tuple[Row, Form]]] = {}
 for _row in TABLE:
     for _form in _row.forms:
         _BY_OP.setdefault(_form.op, []).append((_row, _form))
+# Names of the operations that are activations, as they are called or otherwise.
+OPERATIONS = frozenset(_BY_OP)
 
 
 def names_of(backend: str) -> list[str]:

@@ -107,7 +107,7 @@ def _content(found: Alignment, args: argparse.Namespace) -> dict[str, object]:
             "size": group.size,
             "within": group.within,
             "copies": group.copies,
-            "places": [list(place) for place in group.places],
+            "places": list(map(list, group.places)),
         }
         for group in found.groups
     ]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.backends.activations import TABLE
+from modeconn.backends.activations import OPERATIONS
 from modeconn.capture.graph import Graph, Node
 from modeconn.data.inputs import Inputs, rows
 from modeconn.training.alignment.assignment import matched
@@ -24,9 +24,7 @@ from modeconn.training.alignment.groups import Group, Groups
 from modeconn.training.alignment.layouts import Layout, Permutations, exposed
 from modeconn.training.alignment.weights import WeightMatching
 
-_NONLINEAR = frozenset(
-    {form.op for row in TABLE for form in row.forms} | {"softmax", "prelu", "getitem"}
-)
+_NONLINEAR = OPERATIONS | {"softmax", "prelu", "getitem"}
 # Where a group has no activation behind it, as the stream of a transformer: values that are looked
 # at. Others are those in another arrangement.
 _COMPUTED = frozenset(
@@ -162,9 +160,10 @@ class Correlations:
         clusters = self._groups.clusters()
         shown: dict[str, dict[str, np.ndarray]] = {}
         for outer, inner in clusters.items():
+            names = [outer, *(group.name for group in inner)]
             shown[outer] = {
                 name: _by_pairs(tables[name], self._by_name[name])
-                for name in (outer, *(group.name for group in inner))
+                for name in names
                 if name in tables
             }
             permutations |= _matched(outer, inner, shown[outer], permutations)

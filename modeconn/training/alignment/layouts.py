@@ -52,6 +52,19 @@ class Layout:
 Layouts = tuple[Layout, ...]
 
 
+def names_of(axes: Iterable[Layout]) -> list[str]:
+    """The groups of some axes, in order."""
+    found: list[str] = []
+    for axis in axes:
+        found += axis.names()
+    return found
+
+
+def layouts_of(axes: Iterable[Axis], names: Mapping[Atom, str]) -> Layouts:
+    """Return the layouts of a tensor's axes."""
+    return tuple(layout_of(axis, names) for axis in axes)
+
+
 def layout_of(axis: Axis, names: Mapping[Atom, str]) -> Layout:
     """Return the layout of an axis, whose atoms have names where they belong to a group."""
     axis = trees.resolve(axis)

@@ -36,7 +36,7 @@ from modeconn.plan.rules.axes import (
 from modeconn.plan.rules.base import Axes, freeze_axes, own_axes
 from modeconn.plan.rules.table import rule_of_axes
 from modeconn.training.alignment.groups import Frozen, Group, Groups
-from modeconn.training.alignment.layouts import layout_of
+from modeconn.training.alignment.layouts import layouts_of, names_of
 from modeconn.training.alignment.proof import proved
 
 # Ways to choose a part from each sum among a tensor's axes: with more of them no permutation in it
@@ -75,16 +75,12 @@ def groups_of(graph: Graph, state: Mapping[str, Tensor]) -> Groups:
     outer = axes.dependent()
     names = axes.names(outer)
     layouts = {
-        name: tuple(layout_of(axis, names) for axis in found)
-        for name, found in axes.entries.items()
-        if name in state
+        name: layouts_of(found, names) for name, found in axes.entries.items() if name in state
     }
     for name, other in axes.aliases.items():
         layouts[name] = layouts[other]
-    layouts = {name: found for name, found in layouts.items() if any(a.names() for a in found)}
-    values = {
-        i: tuple(layout_of(axis, names) for axis in found) for i, found in axes.tensors_of_values()
-    }
+    layouts = {name: found for name, found in layouts.items() if names_of(found)}
+    values = {i: layouts_of(found, names) for i, found in axes.tensors_of_values()}
     free = [atom for atom in names if not atom.reason]
     groups = []
     for atom in free:
@@ -180,7 +176,7 @@ class _Tied:
         for axes in (*tensors, *self.entries.values()):
             terms = _terms(axes)
             if terms is None:
-                possible |= {atom: set() for axis in axes for atom in atoms(axis)}
+                possible |= {atom: set() for atom in itertools.chain(*map(atoms, axes))}
                 continue
             for term in terms:
                 for atom, beside in _beside(term):

@@ -15,7 +15,13 @@ import numpy as np
 from modeconn.errors import ModeconnError
 from modeconn.files.writing import atomic_write
 from modeconn.training.alignment.groups import Group, Groups
-from modeconn.training.alignment.layouts import Layouts, Permutations, as_json, from_json
+from modeconn.training.alignment.layouts import (
+    Layouts,
+    Permutations,
+    as_json,
+    from_json,
+    names_of,
+)
 
 FORMAT = "modeconn.permutations.1"
 _HEADER = "permutations"
@@ -56,7 +62,7 @@ def save(
         }
         if not tensors:
             described[group.name]["index"] = permutations[group.name].tolist()
-    layouts = {name: [as_json(axis) for axis in axes] for name, axes in groups.layouts.items()}
+    layouts = {name: list(map(as_json, axes)) for name, axes in groups.layouts.items()}
     finite = {key: _finite(value) for key, value in about.items()}
     content = {"format": FORMAT, **finite, "groups": described, "layouts": layouts}
     text = json.dumps(content, indent=None if tensors else 1)
@@ -171,7 +177,7 @@ def _check_layouts(file: Any, groups: Groups) -> None:
             check(entry, part)
 
     for entry, axes in groups.layouts.items():
-        names = {name for axis in axes for name in axis.names()}
+        names = set(names_of(axes))
         for axis in axes:
             check(entry, axis)
         for group in groups:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from modeconn.training.alignment.assignment import matched
 from modeconn.training.alignment.groups import Group, Groups
-from modeconn.training.alignment.layouts import Permutations, exposed, permuted
+from modeconn.training.alignment.layouts import Permutations, exposed, names_of, permuted
 
 # Rounds over all groups at most; the search ends in far fewer.
 _MOST_ROUNDS = 100
@@ -51,9 +51,7 @@ class WeightMatching:
     def _entries_of(self, outer: str) -> list[str]:
         names = self._members(outer)
         return [
-            name
-            for name in self._a
-            if any(names & set(axis.names()) for axis in self._groups.layouts[name])
+            name for name in self._a if names.intersection(names_of(self._groups.layouts[name]))
         ]
 
     def _members(self, outer: str) -> frozenset[str]:
@@ -151,7 +149,7 @@ class WeightMatching:
         for place, axis in enumerate(axes):
             if not members & set(axis.names()):
                 continue
-            if known is not None and any(n in free and n not in known for n in _names(axes)):
+            if known is not None and any(n in free and n not in known for n in names_of(axes)):
                 continue
             leaving = place, members
             b = permuted(self._b[entry], axes, permutations, self._within, leaving)
@@ -182,10 +180,3 @@ class WeightMatching:
             table = torch.einsum("imx,jnx->ijmn", one, other)
         found = table.cpu().numpy()
         tables[group.name] = found + tables.get(group.name, 0.0)
-
-
-def _names(axes: Iterable[object]) -> list[str]:
-    found: list[str] = []
-    for axis in axes:
-        found += axis.names()  # type: ignore[attr-defined]
-    return found
