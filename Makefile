@@ -18,7 +18,7 @@ COMPILER := $(if $(filter default,$(origin CXX)),CXX=$(CURDIR)/tests/compiled.py
 SOURCES  := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench peers fuzz kernel-report dev sanitize clean
+.PHONY: help demo test check lint bench peers fuzz sweep kernel-report dev sanitize clean
 
 help: ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+): .*## /  make \1\t/' | expand -t 24
@@ -58,6 +58,9 @@ peers: $(STAMP) ## the drop-ins against the real packages, in an environment of 
 MINUTES ?= 60
 fuzz: $(STAMP) ## random networks, paths, data and losses against plain float64, for MINUTES (60)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --minutes $(MINUTES) --first $$(date +%s)
+
+sweep: $(STAMP) ## networks of each kind that is installed, against plain float64; at most ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python bench/sweep.py --minutes 10 --write docs/models.md
 
 dev: $(STAMP) ## only set up .venv, with modeconn in it (editable)
 

@@ -16,6 +16,8 @@
                                                           three MNIST networks
     python bench/run.py --accuracy                        also the distance from a float64 pass per
                                                           point, at every point
+    python bench/run.py --models                          common models of torchvision, timm and
+                                                          transformers, those that are installed
     python bench/run.py --chain                           chains whose segments move dead units, or
                                                           the last layer
 
@@ -36,6 +38,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import dropin
+import models
 import numpy as np
 import passes
 import torch
@@ -223,6 +226,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--dropin", action="store_true", help="planes by other packages and by the drop-ins"
     )
+    parser.add_argument(
+        "--models", action="store_true", help="common models, against the best plain loop each"
+    )
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args()
 
@@ -236,6 +242,7 @@ def main() -> None:
         "recompute": passes.recompute,
         "plane": passes.plane,
         "dropin": dropin.compare,
+        "models": models.compare,
     }
     chosen = [run for name, run in kinds.items() if getattr(options, name)]
     report = (chosen or [line])[0](options)

@@ -142,3 +142,16 @@ def test_what_is_recursive_ends():
     net.cycle = {}  # type: ignore[assignment]
     net.cycle["again"] = net.cycle  # type: ignore[index]
     assert Guard(net).holds(net)
+
+
+def test_globals_with_the_names_of_attributes_do_not_count(monkeypatch: pytest.MonkeyPatch):
+    """`self.layer` and `self.mask` are read, and no global of those names, as notebooks have."""
+    net = Net()
+    for name in ("layer", "mask", "config"):
+        monkeypatch.setitem(globals(), name, torch.zeros(2))
+    guard = Guard(net)
+    for name in ("layer", "mask", "config"):
+        monkeypatch.setitem(globals(), name, torch.ones(3))
+    assert guard.holds(net)
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    assert not guard.holds(net)

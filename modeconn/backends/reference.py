@@ -68,6 +68,7 @@ class ReferenceBackend:
         self._fused, self._device = fused or {}, device
         self._block = block_rows(program, dtype, device) if block is None else block
         self._item = torch.finfo(dtype).bits // 8
+        self._orders: dict[int, _Order] = {}
 
     @classmethod
     def supports(cls, request: Request) -> None:
@@ -155,8 +156,11 @@ class ReferenceBackend:
         self, segment: Segment, point: int, values: Values, rows: int
     ) -> Iterator[tuple[slice, Any]]:
         """The network's output at one point, a block of rows at a time."""
-        fused = self._fused.get(segment.index, {})
-        at_point = _AtPoint(self.program, segment, point, fused, values, rows, self._device)
+        order = self._orders.get(segment.index)
+        if order is None:
+            order = _Order(segment, self._fused.get(segment.index, {}))
+            self._orders[segment.index] = order
+        at_point = _AtPoint(self.program, segment, point, order, values, rows, self._device)
         for block in self._blocks(rows):
             yield block, at_point.output(block)
 
@@ -164,6 +168,30 @@ class ReferenceBackend:
         step = rows if self.program.graph.mixes_rows else self._block
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
+
+
+class _Order:
+    """What of a segment is done at each of its points, found once.
+
+    Attributes:
+        fused: steps that run as one, by the last of them.
+        alone: the steps that are run one by one.
+        done: (step, values that nothing reads after it), in order.
+    """
+
+    def __init__(self, segment: Segment, fused: Mapping[int, FusedSteps]) -> None:
+        self.fused = fused
+        inside: set[int] = set()
+        for last, steps in fused.items():
+            inside.update(range(steps.first, last + 1))
+        self.alone = [index for index in range(len(segment.steps)) if index not in inside]
+        self.done: list[tuple[int, list[int]]] = []
+        drops = _last_uses(segment)
+        for index in range(len(segment.steps)):
+            if index in inside and index not in fused:
+                continue
+            first = fused[index].first if index in fused else index
+            self.done.append((index, [*itertools.chain.from_iterable(drops[first : index + 1])]))
 
 
 class _AtPoint:
@@ -174,36 +202,31 @@ class _AtPoint:
         program: Program,
         segment: Segment,
         point: int,
-        fused: Mapping[int, FusedSteps],
+        order: _Order,
         values: Values,
         rows: int,
         device: torch.device,
     ) -> None:
         self._device = device
         self._program, self._segment, self._point = program, segment, point
-        self._fused, self._values, self._rows = fused, values, rows
-        self._inside: set[int] = set()
-        for last, steps in fused.items():
-            self._inside.update(range(steps.first, last + 1))
+        self._order, self._fused, self._values, self._rows = order, order.fused, values, rows
         self._weights: dict[int, list[Tensor]] = {}
-        for index, step in enumerate(segment.steps):
-            if index not in self._inside:
-                self._weights[index] = [_entry_at(entry, point) for entry in step.entries]
+        for index in order.alone:
+            entries = segment.steps[index].entries
+            self._weights[index] = [_entry_at(entry, point) for entry in entries]
         self._unbatched: dict[int, Any] = {}  # values that do not depend on the rows
-        self._drops = _last_uses(segment)
 
     def output(self, block: slice) -> Any:
         """The network's output for a block of rows."""
         done: dict[int, Any] = dict(self._unbatched)
-        for index, step in enumerate(self._segment.steps):
-            if index in done or (index in self._inside and index not in self._fused):
+        for index, read in self._order.done:
+            if index in done:
                 continue
             done[index] = self._value(index, block, done)
-            if not step.node.batched:
+            if not self._segment.steps[index].node.batched:
                 self._unbatched[index] = done[index]
-            first = self._fused[index].first if index in self._fused else index
             # Memory that is used again is memory that is still in the cache.
-            for i in itertools.chain.from_iterable(self._drops[first : index + 1]):
+            for i in read:
                 done.pop(i, None)
         outputs = {}
         for node, form in self._segment.outputs.items():

@@ -66,6 +66,16 @@ def graph_for(runner: Runner, x: Inputs, captured: Callable[[], Graph], mixes: M
         return known.graph
 
 
+def guard_of(runner: Runner, x: Inputs) -> Guard | None:
+    """The guard of the graph that a module has for inputs of some kind.
+
+    It is that of the module's state when the graph was last given out.
+    """
+    with _LOCK:
+        known = _GRAPHS.get(runner.model, {}).get(_kind(runner, x))
+        return None if known is None else known.guard
+
+
 def is_known(runner: Runner, x: Inputs) -> bool:
     """Whether a module was captured before, or a copy of it, for inputs of some kind."""
     with _LOCK:

@@ -8,6 +8,7 @@ fill in tensors of its choice, for any number of rows.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from modeconn.capture.signature import call
+
+# Rows of a block, for averages over its rows.
+_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,14 @@ class Node:
         filled = {name: _fill(leaf, values, entries, rows) for name, leaf in self.arguments.items()}
         return call(self.function, filled)
 
-    def numel(self, rows: int = 64) -> float:
+    def numel(self) -> float:
         """The value's numbers per row, on average over a block of rows."""
-        total = math.prod(d.of(rows) if isinstance(d, Size) else d for d in self.shape)
-        return total / rows if self.batched else total
+        return self._numel
+
+    @functools.cached_property
+    def _numel(self) -> float:
+        total = math.prod(d.of(_BLOCK) if isinstance(d, Size) else d for d in self.shape)
+        return total / _BLOCK if self.batched else total
 
 
 def _fill(leaf: Any, values: Sequence[Tensor], entries: Sequence[Tensor], rows: int) -> Any:

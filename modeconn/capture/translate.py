@@ -22,6 +22,11 @@ from modeconn.data.inputs import Inputs, keys
 from modeconn.errors import ModeconnError
 
 _SPLITS = ("split", "split_with_sizes", "chunk", "unbind")
+# Operations that may leave a value as it is: see `_unchanged`.
+_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+_COPIES = ("clone", "alias", "contiguous", "detach", "lift_fresh", "lift_fresh_copy")
+_CONVERSIONS = ("to", "_to_copy", "type_as")
+_RESHAPED = ("view", "_unsafe_view", "reshape", "expand")
 
 
 def graph_of(program: Any, persistent: set[str], x: Inputs) -> Graph:
@@ -89,8 +94,9 @@ class _Translation:
 
     def _add_operation(self, fx: Any) -> None:
         given = named(fx.target, fx.args, fx.kwargs)
-        if _packet(fx) == "dropout" and not given["train"]:
-            self._ids[fx.name] = self._ids[fx.args[0].name]
+        same = self._ids.get(getattr(_unchanged(fx, given), "name", ""))
+        if same is not None:
+            self._ids[fx.name] = same
             return
         if fx.target is not operator.getitem:
             if _packet(fx) not in _SPLITS or _part(fx, 0) is None:
@@ -114,6 +120,9 @@ class _Translation:
         value = fx.meta["val"]
         shape = _shape(value[0] if isinstance(value, tuple | list) else value)
         call = normalize(function, arguments, self.nodes, tuple(inputs), shape)
+        if call.op == "alias" and call.inputs:
+            self._ids[fx.name] = call.inputs[0]
+            return
         self._ids[fx.name] = number = len(self.nodes)
         self.nodes.append(
             Node(
@@ -160,6 +169,29 @@ class _Translation:
 def _packet(fx: Any) -> str:
     """The name of an fx node's operation, without its overload."""
     return str(fx.target).removeprefix("aten.").split(".")[0]
+
+
+def _unchanged(fx: Any, given: dict[str, Any]) -> Any:
+    """The argument whose numbers an operation returns as they are; None where there is none.
+
+    Exported programs are functional: nothing writes into a value, and a copy is the value.
+    """
+    packet = _packet(fx)
+    first: Any = next(iter(given.values()), None)
+    if packet == "cat":
+        return first[0] if len(first) == 1 else None
+    if packet in _DROPOUTS:
+        return None if given["train"] else first
+    if packet in _COPIES:
+        return first
+    value = getattr(first, "meta", {}).get("val")
+    result = fx.meta["val"]
+    if not isinstance(value, Tensor) or not isinstance(result, Tensor):
+        return None
+    if packet in _CONVERSIONS:
+        return first if (value.dtype, value.device) == (result.dtype, result.device) else None
+    shapes = [list(map(str, tensor.shape)) for tensor in (value, result)]
+    return first if packet in _RESHAPED and shapes[0] == shapes[1] else None
 
 
 def _part(fx: Any, number: int) -> tuple[Any, dict[str, Any]] | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modeconn.capture.cache import guard_of
 from modeconn.capture.export import capture
 from modeconn.capture.graph import Graph
 from modeconn.capture.guard import Guard, alike
@@ -40,11 +41,11 @@ def capture_for(path: Path, runner: Runner, x: Inputs) -> Graph:
         x: a batch of inputs.
     """
     graph = capture(runner, x)
-    check_ends(path, runner, x)
+    check_ends(path, runner, x, guard_of(runner, x))
     return graph
 
 
-def check_ends(path: Path, runner: Runner, x: Inputs) -> None:
+def check_ends(path: Path, runner: Runner, x: Inputs, guard: Guard | None = None) -> None:
     """Compare the modules that a path was made of with the model, and warn of those that differ.
 
     What their forwards read is compared, and nothing runs where it is the same. Otherwise both run
@@ -55,8 +56,8 @@ def check_ends(path: Path, runner: Runner, x: Inputs) -> None:
         path: whose control points may be modules.
         runner: of the model.
         x: a batch of inputs.
+        guard: of the model as it is, where there is one.
     """
-    guard = None
     for end, state, name in zip(path.modules, path.control_points, path.names):
         if end is None or end is runner.model:
             continue

@@ -9,6 +9,7 @@ installed packages stands for itself by its name.
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import itertools
@@ -46,6 +47,8 @@ _TOLD = (
 # the data and the history of the run.
 TRAINERS = ("_trainer", "_fabric")
 _BOOKKEEPING = frozenset([*vars(nn.Module()), *TRAINERS])
+# Instructions that look a name up among a function's globals; classes within do it by the second.
+_READS_GLOBAL = frozenset(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"))
 # Hooks of a forward, and by their number which of them are called in another way.
 _HOOKS = {
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
@@ -301,7 +304,7 @@ class Walk:
             yield from self.value(_contents(cell))
         if _installed(function.__module__ or ""):
             return
-        for name in sorted(set(_names(function.__code__)) & set(function.__globals__)):
+        for name in sorted(_names(function.__code__) & set(function.__globals__)):
             yield f"global {name}"
             yield from self.value(function.__globals__[name])
 
@@ -357,10 +360,14 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _names(code: types.CodeType) -> list[str]:
-    """The global names that a code object reads, those of functions inside it included."""
-    names = [*code.co_names]
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """The global names that a code object reads, those of functions inside it included.
+
+    Names of attributes are none: a global that bears the same one may be anything.
+    """
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in _READS_GLOBAL}
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            names += _names(constant)
-    return names
+            names |= _names(constant)
+    return frozenset(names)

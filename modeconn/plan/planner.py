@@ -20,11 +20,12 @@ from modeconn.capture.noise import Noise
 from modeconn.capture.optimisations import current, without
 from modeconn.parameters.blending import is_far
 from modeconn.parameters.paths import Path
+from modeconn.plan.calls import SharedSteps
 from modeconn.plan.cost import flops
-from modeconn.plan.infinite import infinite_nodes
+from modeconn.plan.facts import Facts
 from modeconn.plan.merging import Merging
 from modeconn.plan.program import Program, Segment
-from modeconn.plan.segment import SegmentPlanner, SharedSteps
+from modeconn.plan.segment import SegmentPlanner
 from modeconn.plan.segment_weights import SegmentWeights
 from modeconn.plan.weights import Contents
 
@@ -59,12 +60,12 @@ def make_program(
     shared = SharedSteps(graph)
     distinct, inverse = np.unique(points, axis=0, return_inverse=True)
     coefficients = path.coefficients(distinct).numpy()
-    infinite = infinite_nodes(graph, contents)
+    facts = Facts(graph, contents)
     segments = []
     for empty in _empty_segments(path.segment_of(distinct), coefficients, contents):
         chosen = empty.point_indices
         here = {name: _rows_of(table, chosen) for name, table in (tables or {}).items()}
-        segments.append(_planned(graph, empty, contents, here, shared, infinite))
+        segments.append(_planned(facts, empty, contents, here, shared))
     noise = noise or Noise()
     program = Program(
         graph,
@@ -129,21 +130,20 @@ def _empty_segment(index: int, point_indices: np.ndarray, coefficients: np.ndarr
 
 
 def _planned(
-    graph: Graph,
+    facts: Facts,
     empty: Segment,
     contents: Contents,
     tables: Mapping[str, Tensor],
     shared: SharedSteps,
-    infinite: frozenset[int],
 ) -> Segment:
     """Plans a segment, anew for as long as requests can be merged."""
     merging = Merging()
     while True:
         segment = replace(empty, steps=[], outputs={}, forms={}, stale=set())
         weights = SegmentWeights(contents, segment, tables)
-        planner = SegmentPlanner(graph, weights, shared, segment, merging, infinite)
+        planner = SegmentPlanner(facts, weights, shared, segment, merging)
         planner.plan()
-        if not current().merging or not merging.merge(graph, planner.forms):
+        if not current().merging or not merging.merge(facts.graph, planner.forms):
             return segment
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -40,7 +41,7 @@ class Combination:
     units: Units = ALL
     numel: float = 0.0
 
-    @property
+    @functools.cached_property
     def constant(self) -> bool:
         return len(self.terms) == 1 and bool((self.terms[0].coefficients == 1.0).all())
 
@@ -272,6 +273,8 @@ def needed(shared: Sequence[SharedStep], values: Iterable[int]) -> set[int]:
 
 def _without_unused(segment: Segment) -> Segment:
     used = segment.used()
+    if len(used) == len(segment.steps):
+        return segment
     place = {index: new for new, index in enumerate(sorted(used))}
     steps = []
     for index in sorted(used):

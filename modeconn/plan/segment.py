@@ -2,26 +2,28 @@
 
 The planner walks the graph from its output backwards and requests each node's value *of certain
 units only*. A value comes out as a combination of shared values, Σ_j c_j(t) v_j, or as varying. A
-constant is the combination with one term.
+constant is the combination with one term. What needs other values asks for them (plan/asking.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
-from modeconn.capture.graph import Entry, Graph, In, Node
+from modeconn.capture.graph import Entry, In, Node
 from modeconn.capture.ops import Take
 from modeconn.capture.optimisations import current
+from modeconn.plan.asking import Asking, Wanted, answered
+from modeconn.plan.calls import Call, SharedSteps, called, has_coefficients, shared_values
 from modeconn.plan.cost import flops
+from modeconn.plan.facts import Facts
 from modeconn.plan.merging import Merging
 from modeconn.plan.program import (
     Combination,
     Form,
-    Moving,
     Segment,
     SharedStep,
     Term,
@@ -29,8 +31,7 @@ from modeconn.plan.program import (
     VaryingStep,
     needed,
 )
-from modeconn.plan.rules.base import UNKNOWN, Fit, Mismatch, Rule, Shapes
-from modeconn.plan.rules.table import rule_for
+from modeconn.plan.rules.base import UNKNOWN, Fit, Mismatch, Rule
 from modeconn.plan.segment_weights import Group, SegmentWeights, sum_to_one
 from modeconn.plan.units import ALL, Units
 
@@ -39,49 +40,15 @@ from modeconn.plan.units import ALL, Units
 _WORTH_TAKING = 0.5
 
 
-class SharedSteps:
-    """The shared steps of all segments, numbered by what they compute."""
-
-    def __init__(self, graph: Graph) -> None:
-        inputs = [node for node in graph.nodes if node.op == "input"]
-        self.steps = [SharedStep(node, (), (), ALL, 0.0, node.numel()) for node in inputs]
-        self._known: dict[Hashable, int] = {}
-
-    def add(self, key: Hashable, step: SharedStep) -> int:
-        """Returns the number of the step that computes what the key says, adding it if need be."""
-        if key not in self._known:
-            self._known[key] = len(self.steps)
-            self.steps.append(step)
-        return self._known[key]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A node as it is called for some units, with what it is called on.
-
-    Attributes:
-        node: with the arguments and the shape that fit the units.
-        rule: of the operation.
-        requested: the units asked for; `fit.units` are those that it has.
-    """
-
-    node: Node
-    rule: Rule
-    requested: Units
-    inputs: Sequence[Form]
-    entries: Sequence[Tensor | Moving]
-    fit: Fit
-
-
 class SegmentPlanner:
     """Finds the forms of one segment's values.
 
     Args:
+        facts: of the graph's nodes.
         weights: parameters and buffers on the segment.
         shared: steps of all segments, to which those found here are added.
         segment: is filled in by `plan`.
         merging: requests that were merged in an earlier plan of the segment.
-        infinite: nodes whose values are no combinations, since they may be infinite.
 
     Attributes:
         forms: by node and units, the forms that the output takes.
@@ -89,18 +56,17 @@ class SegmentPlanner:
 
     def __init__(
         self,
-        graph: Graph,
+        facts: Facts,
         weights: SegmentWeights,
         shared: SharedSteps,
         segment: Segment,
         merging: Merging,
-        infinite: frozenset[int] = frozenset(),
     ) -> None:
-        self.forms: dict[tuple[int, Units], Form] = {}
-        self._graph, self._weights, self._shared = graph, weights, shared
-        self._segment, self._merging, self._infinite = segment, merging, infinite
+        self.forms: dict[Wanted, Form] = {}
+        self._facts, self._graph, self._weights, self._shared = facts, facts.graph, weights, shared
+        self._segment, self._merging = segment, merging
         self._on = current()
-        self._parts: dict[tuple[int, Units], Form] = {}  # taken out of values that have more units
+        self._parts: dict[Wanted, Form] = {}  # taken out of values that have more units
         self._materialized: dict[int, int] = {}  # id of a combination → the step that adds it up
         self._ones = np.ones(len(segment.point_indices))
         # Shared values that are fixed on the segment and yet those of no control point.
@@ -119,22 +85,24 @@ class SegmentPlanner:
 
     def _value(self, node_id: int, requested: Units) -> Form:
         """Returns the form of a node's value, of the requested units or more: see its `units`."""
-        node = self._graph.nodes[node_id]
-        units = self._merging.covering(node_id, requested.of(node.shape))
-        key = node_id, units
-        if key not in self.forms:
-            self.forms[key] = self._derived(node, units)
-        return self.forms[key]
+        return answered(self._key(node_id, requested), self.forms, self._key, self._begun)
+
+    def _key(self, node_id: int, requested: Units) -> Wanted:
+        units = requested.of(self._graph.nodes[node_id].shape) if requested else ALL
+        return node_id, self._merging.covering(node_id, units)
+
+    def _begun(self, wanted: Wanted) -> Asking[Form]:
+        return self._derived(self._graph.nodes[wanted[0]], wanted[1])
 
     # -- one node ----------------------------------------------------------------------------------
 
-    def _derived(self, node: Node, requested: Units) -> Form:
+    def _derived(self, node: Node, requested: Units) -> Asking[Form]:
         if node.op == "input":
             return Combination((Term(node.id, self._ones),), ALL, node.numel())
-        rule = rule_for(node)
-        inputs, fit = self._fitted(node, rule, requested, self._weights.everyone)
+        rule = self._facts.rule(node)
+        inputs, fit = yield from self._fitted(node, rule, requested, self._weights.everyone)
         entries = [self._weights.value(name, cut) for name, cut in zip(node.entries, fit.cuts)]
-        call = _Call(_called(node, fit), rule, requested, inputs, entries, fit)
+        call = Call(called(node, fit), rule, requested, inputs, entries, fit)
         if node.op == "batch_norm" and self._is_stale(call):
             self._segment.stale.add(node.id)
         fixed = [entry for entry in entries if isinstance(entry, Tensor)]
@@ -143,17 +111,18 @@ class SegmentPlanner:
             if len(fixed) == len(entries):
                 if not self._on.constant:
                     return self._vary(call)
-                values = _shared_values(constants)
+                values = shared_values(constants)
                 return self._share(call.node, values, fixed, fit.units, self._ones)
-        if node.id in self._infinite:
+        if node.id in self._facts.infinite:
             return self._vary(call)
         if len(constants) == len(inputs):
-            return self._combine_weights(node, call) or self._vary(call)
+            combined = yield from self._combine_weights(node, call)
+            return combined or self._vary(call)
         if len(fixed) == len(entries):
             return self._combine_inputs(call, fixed) or self._vary(call)
         return self._vary(call)
 
-    def _is_stale(self, norm: _Call) -> bool:
+    def _is_stale(self, norm: Call) -> bool:
         """Whether a batch norm's input or its statistics are those of no control point."""
         for form in norm.inputs:
             if not isinstance(form, Combination) or not form.constant:
@@ -168,18 +137,19 @@ class SegmentPlanner:
 
     def _fitted(
         self, node: Node, rule: Rule, requested: Units, points: Sequence[int]
-    ) -> tuple[list[Form], Fit]:
+    ) -> Asking[tuple[list[Form], Fit]]:
         """The inputs' forms, and how the node is called on them, for the requested units.
 
         Args:
             points: the active control points whose weights decide which units are live.
         """
+        shapes = self._facts.shapes(node)
         if not self._on.dead:
-            whole: list[Form] = [self._value(i, ALL) for i in node.inputs]
-            return whole, UNKNOWN.fit(node, ALL, [ALL] * len(whole), self._shapes(node))
-        shapes = self._shapes(node)
+            return (yield from self._uncut(node))
         requests = rule.requests(node, requested, shapes, self._weights.support(node, points))
-        inputs = [self._input(i, units, rule) for i, units in zip(node.inputs, requests)]
+        inputs: list[Form] = []
+        for i, units in zip(node.inputs, requests):
+            inputs.append((yield from self._input(i, units, rule)))
         try:
             fit = rule.fit(node, requested, [form.units for form in inputs], shapes)
         except Mismatch:
@@ -188,19 +158,24 @@ class SegmentPlanner:
             try:
                 fit = rule.fit(node, requested, [form.units for form in inputs], shapes)
             except Mismatch:  # empty parts, say: of whole inputs every operation can be called
-                inputs = [self._narrowed(i, self._value(i, ALL), ALL) for i in node.inputs]
-                fit = UNKNOWN.fit(node, ALL, [ALL] * len(inputs), shapes)
-        return inputs, replace(fit, units=fit.units.of(node.shape))
+                return (yield from self._uncut(node))
+        return inputs, replace(fit, units=fit.units.of(node.shape)) if fit.units else fit
 
-    def _shapes(self, node: Node) -> Shapes:
-        inputs = [self._graph.nodes[i].shape for i in node.inputs]
-        return Shapes(inputs, self._weights.shapes(node))
+    def _uncut(self, node: Node) -> Asking[tuple[list[Form], Fit]]:
+        """The inputs' forms, whole, and how the node is called on them for all units."""
+        inputs: list[Form] = []
+        for i in node.inputs:
+            form = yield i, ALL
+            inputs.append(self._narrowed(i, form, ALL))
+        return inputs, UNKNOWN.fit(node, ALL, [ALL] * len(inputs), self._facts.shapes(node))
 
-    def _input(self, node_id: int, requested: Units, rule: Rule) -> Form:
+    def _input(self, node_id: int, requested: Units, rule: Rule) -> Asking[Form]:
         """Returns at least the requested units; slices the value when at most half is requested."""
-        form, shape = self._value(node_id, requested), self._graph.nodes[node_id].shape
-        share, least = requested.share(shape), _WORTH_TAKING * form.units.share(shape)
-        narrow = share <= least and not rule.takes
+        form = yield node_id, requested
+        if not requested or rule.takes:
+            return form
+        shape = self._graph.nodes[node_id].shape
+        narrow = requested.share(shape) <= _WORTH_TAKING * form.units.share(shape)
         return self._narrowed(node_id, form, requested) if narrow else form
 
     def _narrowed(self, node_id: int, form: Form, requested: Units) -> Form:
@@ -227,7 +202,7 @@ class SegmentPlanner:
 
     def _part(self, take: Node, form: Form, units: Units) -> Form:
         if isinstance(form, Varying):
-            return self._vary(_Call(take, UNKNOWN, units, [form], (), Fit(units)))
+            return self._vary(Call(take, UNKNOWN, units, [form], (), Fit(units)))
         terms: list[Term] = []
         for term in form.terms:
             terms += self._share(take, [term.value], (), units, term.coefficients).terms
@@ -256,7 +231,7 @@ class SegmentPlanner:
             self._mixed.add(value)
         return Combination((Term(value, coefficients),), units, numel)
 
-    def _combine_weights(self, node: Node, call: _Call) -> Combination | None:
+    def _combine_weights(self, node: Node, call: Call) -> Asking[Combination | None]:
         """Combines one shared value per set of weights, where inputs are constant and weights vary.
 
         None where the value is not linear in the weights, where points are fewer than sets, or
@@ -276,11 +251,12 @@ class SegmentPlanner:
         terms: list[Term] = []
         for group in groups:
             if apart:  # each set of weights looks at its own live inputs only
-                inputs, fit = self._fitted(node, call.rule, call.requested, group.points[:1])
+                own = self._fitted(node, call.rule, call.requested, group.points[:1])
+                inputs, fit = yield from own
             given = self._weights_of(node, fit, linear, group.points[0])
-            called, values = _called(node, fit), _shared_values(inputs)
-            terms += self._share(called, values, given, fit.units, group.coefficients).terms
-        return Combination(tuple(terms), fit.units, _called(node, fit).numel())
+            summand, values = called(node, fit), shared_values(inputs)
+            terms += self._share(summand, values, given, fit.units, group.coefficients).terms
+        return Combination(tuple(terms), fit.units, called(node, fit).numel())
 
     def _weight_sets(
         self, node: Node, fit: Fit, linear: frozenset[int]
@@ -308,13 +284,13 @@ class SegmentPlanner:
             tensors.append(fixed)
         return tensors
 
-    def _read_apart(self, node: Node, call: _Call, groups: Sequence[Group]) -> bool:
+    def _read_apart(self, node: Node, call: Call, groups: Sequence[Group]) -> bool:
         """Whether sets of weights read inputs so disjoint that each is better served by its own.
 
         On a swing of the constructive path the two readouts read disjoint units; taken apart, each
         is the network at its own end of the segment, which the neighbouring segments need as well.
         """
-        shapes = self._shapes(node)
+        shapes = self._facts.shapes(node)
 
         def share(points: Sequence[int]) -> float:
             support = self._weights.support(node, points)
@@ -323,7 +299,7 @@ class SegmentPlanner:
 
         return sum(share(group.points) for group in groups) <= share(self._weights.everyone)
 
-    def _combine_inputs(self, call: _Call, entries: Sequence[Tensor]) -> Combination | None:
+    def _combine_inputs(self, call: Call, entries: Sequence[Tensor]) -> Combination | None:
         """Combines one shared value per term of the inputs, where these are combinations.
 
         None where the value is not linear in them, or where they have different coefficients.
@@ -340,7 +316,7 @@ class SegmentPlanner:
         for form in combinations:
             if form.constant:
                 picked.append([form.terms[0].value] * len(coefficients))
-            elif _has_coefficients(form, coefficients):
+            elif has_coefficients(form, coefficients):
                 picked.append([term.value for term in form.terms])
             else:
                 return None
@@ -350,7 +326,7 @@ class SegmentPlanner:
             terms += self._share(call.node, values, entries, units, each).terms
         return Combination(tuple(terms), units, call.node.numel())
 
-    def _vary(self, call: _Call) -> Varying:
+    def _vary(self, call: Call) -> Varying:
         operands = tuple(self._operand(form) for form in call.inputs)
         numel = call.node.numel()
         likes = [entry if isinstance(entry, Tensor) else entry.like for entry in call.entries]
@@ -376,23 +352,3 @@ class SegmentPlanner:
     def _add_step(self, step: VaryingStep) -> Varying:
         self._segment.steps.append(step)
         return Varying(len(self._segment.steps) - 1, step.units)
-
-
-def _called(node: Node, fit: Fit) -> Node:
-    """The node as it is called on parts of its inputs."""
-    if not fit.arguments and not fit.units:
-        return node
-    arguments = {**node.arguments, **fit.arguments}
-    return replace(node, arguments=arguments, shape=fit.units.shape(node.shape))
-
-
-def _shared_values(forms: Sequence[Form]) -> list[int]:
-    """The shared values of forms that are known to be constant."""
-    return [form.terms[0].value for form in forms if isinstance(form, Combination)]
-
-
-def _has_coefficients(form: Combination, coefficients: Sequence[np.ndarray]) -> bool:
-    pairs = zip(form.terms, coefficients)
-    return len(form.terms) == len(coefficients) and all(
-        np.array_equal(term.coefficients, each) for term, each in pairs
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,16 @@ class Group:
     coefficients: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class _Sum:
+    """Coefficients over a segment's points: whether all are 0, all are 1, or all one number."""
+
+    coefficients: np.ndarray
+    zero: bool
+    one: bool
+    steady: bool
+
+
 class SegmentWeights:
     """A path's parameters and buffers on one segment.
 
@@ -48,6 +59,7 @@ class SegmentWeights:
         self._contents, self._segment, self._tables = contents, segment, tables
         self.everyone = tuple(range(len(segment.active)))
         self._mixed: set[int] = set()  # ids of tensors
+        self._sums: dict[tuple[int, ...], _Sum] = {}
 
     def tensor(self, name: str, k: int, cut: Cut) -> Tensor:
         """The tensor of the k-th active control point."""
@@ -56,10 +68,6 @@ class SegmentWeights:
     def number(self, tensor: Tensor) -> int:
         """A number that stands for the tensor's content."""
         return self._contents.number(tensor)
-
-    def shapes(self, node: Node) -> list[tuple[int, ...]]:
-        """The shapes of a node's parameters and buffers, whole."""
-        return [tuple(self._contents.tensor(name, 0).shape) for name in node.entries]
 
     def combinable(self, node: Node, linear: frozenset[int]) -> bool:
         """Whether a value may be a combination over the control points' weights.
@@ -84,7 +92,7 @@ class SegmentWeights:
         def support(entry: int, axis: int, cut: Cut) -> np.ndarray:
             tensors = [self.tensor(node.entries[entry], k, cut) for k in points]
             masks = [self._contents.support(tensor, axis) for tensor in tensors]
-            live: np.ndarray = np.logical_or.reduce(masks)
+            live: np.ndarray = functools.reduce(np.logical_or, masks)
             return live
 
         return support
@@ -101,9 +109,9 @@ class SegmentWeights:
             return self._contents.unique(torch.zeros_like(tensors[0]))
         different = tuple(group.tensors[0] for group in groups)
         coefficients = tuple(group.coefficients for group in groups)
-        alone = len(groups) == 1 and bool((coefficients[0] == 1.0).all())
-        steady = self._contents.by_content and all(np.ptp(each) == 0 for each in coefficients)
-        if not alone and not steady:
+        sums = [self._summed(tuple(group.points)) for group in groups]
+        alone = len(groups) == 1 and sums[0].one
+        if not alone and not (self._contents.by_content and all(each.steady for each in sums)):
             return Blend(different, coefficients)
         fixed = self._contents.unique(blend(different, [each[0] for each in coefficients]))
         if not alone:
@@ -131,10 +139,19 @@ class SegmentWeights:
                 members.setdefault(key, []).append(k)
         groups = []
         for points in members.values():
-            coefficients = _unrounded(self._segment.coefficients[:, points].sum(1))
-            if coefficients.any():
-                groups.append(Group(points, tuples[points[0]], coefficients))
+            summed = self._summed(tuple(points))
+            if not summed.zero:
+                groups.append(Group(points, tuples[points[0]], summed.coefficients))
         return groups
+
+    def _summed(self, points: tuple[int, ...]) -> _Sum:
+        """The coefficients of some active control points, added up."""
+        found = self._sums.get(points)
+        if found is None:
+            summed = _unrounded(self._segment.coefficients[:, list(points)].sum(1))
+            one, steady = bool((summed == 1.0).all()), bool(np.ptp(summed) == 0)
+            found = self._sums[points] = _Sum(summed, not summed.any(), one, steady)
+        return found
 
 
 def sum_to_one(coefficients: Sequence[np.ndarray]) -> bool:

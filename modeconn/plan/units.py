@@ -174,9 +174,9 @@ def axis_runs(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
     while i < len(before) or j < len(after):
         axes = [i] if i < len(before) else []
         others = [j] if j < len(after) else []
-        while not (axes and others and _count(before, axes) == _count(after, others)):
+        while not (axes and others and counts(before, axes) == counts(after, others)):
             i, j = (axes[-1] + 1 if axes else i), (others[-1] + 1 if others else j)
-            shorter = _count(before, axes) <= _count(after, others)
+            shorter = counts(before, axes) <= counts(after, others)
             if i < len(before) and (shorter or j == len(after)):
                 axes.append(i)
             elif j < len(after):
@@ -188,11 +188,11 @@ def axis_runs(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
     return groups
 
 
-def _count(shape: Shape, axes: Sequence[int]) -> tuple[int, ...]:
-    """How many numbers some axes have together, at each of two numbers of rows."""
+def counts(shape: Shape, axes: Sequence[int]) -> tuple[int, ...]:
+    """Returns how many numbers some axes have together, at each of two numbers of rows."""
     sizes = [shape[axis] for axis in axes]
-    counts = []
+    found = []
     for rows in _ROWS:
         filled = [size.of(rows) if isinstance(size, Size) else size for size in sizes]
-        counts.append(math.prod(filled))
-    return tuple(counts)
+        found.append(math.prod(filled))
+    return tuple(found)

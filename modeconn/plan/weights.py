@@ -2,7 +2,8 @@
 
 The planner asks the same questions of the same tensors for every segment, so the answers are
 remembered here. Equality is decided by content, not by object: two checkpoints that share a layer's
-values share its work.
+values share its work. Most tensors need no pass over their numbers: sixteen of them tell that two
+tensors differ, or that one is not zero, and a few rows that all columns have weights.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from modeconn.parameters.state import State
 
+# How many numbers of a tensor are looked at before all are, and how many of its rows.
+_SAMPLE, _ROWS = 16, 4
+_NUMPY = frozenset((torch.float32, torch.float64, torch.int64, torch.int32, torch.bool))
 # Along each axis of a tensor, the kept indices, or None for all of them.
 Cut = tuple["np.ndarray | None", ...]
 
@@ -59,11 +63,12 @@ class Contents:
         self._cuts: dict[tuple[int, tuple[bytes | None, ...]], Tensor] = {}
         # id of the tensor → its number, and the tensor (kept alive)
         self._numbers: dict[int, tuple[int, Tensor]] = {}
-        # fingerprint → tensors with different contents
+        # sample → tensors with different contents
         self._alike: dict[tuple[object, ...], list[Tensor]] = {}
         self._supports: dict[tuple[int, int], np.ndarray] = {}
         self._zeros: dict[int, bool] = {}
         self._infinite: dict[str, bool] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def tensor(self, name: str, k: int, cut: Cut = ()) -> Tensor:
         """Returns parameter or buffer `name` of control point k, cut down.
@@ -94,6 +99,12 @@ class Contents:
             whole = self._whole(name, 0)
             self._infinite[name] = whole.is_floating_point() and bool(whole.isinf().any())
         return self._infinite[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter or buffer, whole."""
+        if name not in self._shapes:
+            self._shapes[name] = tuple(self._whole(name, 0).shape)
+        return self._shapes[name]
 
     def difference(self, k: int, base: int) -> int:
         """Returns the number of the further control point that is control point k minus another."""
@@ -140,7 +151,7 @@ class Contents:
         if not self.by_content:
             return False
         if id(tensor) not in self._zeros:
-            self._zeros[id(tensor)] = not bool(tensor.any())
+            self._zeros[id(tensor)] = not any(_sample(tensor)) and not bool(tensor.any())
         return self._zeros[id(tensor)]
 
     def support(self, tensor: Tensor, axis: int) -> np.ndarray:
@@ -149,9 +160,7 @@ class Contents:
             return np.ones(tensor.shape[axis], bool)
         key = (id(tensor), axis)
         if key not in self._supports:
-            others = [d for d in range(tensor.dim()) if d != axis]
-            nonzero = tensor != 0
-            self._supports[key] = (nonzero.any(dim=others) if others else nonzero).cpu().numpy()
+            self._supports[key] = _support(tensor, axis)
         return self._supports[key]
 
     def unique(self, tensor: Tensor) -> Tensor:
@@ -161,8 +170,7 @@ class Contents:
         if not self.by_content:
             self._numbers[id(tensor)] = (len(self._numbers), tensor)
             return tensor
-        fingerprint = (tuple(tensor.shape), tensor.dtype, *_fingerprint(tensor))
-        alike = self._alike.setdefault(fingerprint, [])
+        alike = self._alike.setdefault((tensor.shape, tensor.dtype, _sample(tensor)), [])
         for other in alike:
             if torch.equal(tensor, other):
                 return other
@@ -171,10 +179,30 @@ class Contents:
         return tensor
 
 
-def _fingerprint(tensor: Tensor) -> tuple[float, ...]:
-    """A few numbers that are cheap to compute, and equal for equal contents."""
-    flat = tensor.contiguous().view(-1)  # the order of the sum must not depend on strides
-    # Sixteen of the numbers tell apart most tensors whose sums are equal, such as permuted ones.
-    sample = flat[:: max(1, flat.numel() // 16)][:16].double()
-    total = float(flat.sum(dtype=torch.float64)) if tensor.is_floating_point() else 0.0
-    return total, *sample.tolist()
+def _sample(tensor: Tensor) -> tuple[float, ...]:
+    """Sixteen of the numbers, which are equal for equal contents."""
+    step = max(1, tensor.numel() // _SAMPLE)
+    if tensor.device.type == "cpu" and tensor.dtype in _NUMPY:
+        return tuple(tensor.detach().numpy().flat[: step * _SAMPLE : step].tolist())
+    return tuple(tensor.detach().reshape(-1)[: step * _SAMPLE : step].cpu().tolist())
+
+
+def _support(tensor: Tensor, axis: int) -> np.ndarray:
+    """Whether each index along an axis has a number that is not zero."""
+    others = [d for d in range(tensor.dim()) if d != axis]
+    if not others:
+        return (tensor != 0).cpu().numpy()
+    longest = max(others, key=lambda d: tensor.shape[d])
+    # In a dense weight a few rows say it all; where they do not, the columns in question do.
+    live = _nonzero(tensor.narrow(longest, 0, min(_ROWS, tensor.shape[longest])), others)
+    if live.all() or tensor.shape[longest] <= _ROWS:
+        return live
+    rest = np.flatnonzero(~live)
+    index = torch.from_numpy(rest).to(tensor.device)
+    live[rest] = _nonzero(tensor.index_select(axis, index), others)
+    return live
+
+
+def _nonzero(tensor: Tensor, others: list[int]) -> np.ndarray:
+    live: np.ndarray = (tensor != 0).any(dim=others).cpu().numpy()
+    return live

@@ -54,7 +54,7 @@ class FusedSubgraph:
     def run(
         self, point: int, constant: Callable[[int], Tensor], done: Mapping[int, Tensor]
     ) -> Tensor:
-        read: list[Tensor] = []
+        steps = self.subgraph.steps
 
         def given(terms: tuple[Term, ...], step: int | None) -> tuple[list[np.ndarray], np.ndarray]:
             if step is None:
@@ -62,13 +62,13 @@ class FusedSubgraph:
                 columns = [term.coefficients for term in terms]
             else:
                 values, columns = [done[step]], [np.ones(point + 1)]
-            read.extend(values)
-            return [_rows(value, self.dtype) for value in values], np.stack(columns, axis=1)
+            rows = [_rows(value, self.dtype, steps.features_last) for value in values]
+            return rows, np.stack(columns, axis=1)
 
-        steps, at = self.subgraph.steps, slice(point, point + 1)
+        at = slice(point, point + 1)
         terms, columns = given(steps.terms, steps.step)
         shape = self.last.node.shape
-        image = len(shape) == 4
+        image = len(shape) == 4 and not steps.features_last
         features = [static(size) for size in (shape[1:] if image else shape[-1:])]
         out = torch.empty((1, len(terms[0]), int(np.prod(features))), dtype=self.dtype)
         native.extension().chain_outputs(
@@ -81,8 +81,7 @@ class FusedSubgraph:
             threads=torch.get_num_threads(),
             **native.switches(),
         )
-        rows = read[0].shape[: 1 if read[0].dim() == 4 else -1]
-        value = out.reshape(*rows, *features)
+        value = out.reshape(-1, *map(static, shape[1:]))
         return value.contiguous(memory_format=torch.channels_last) if image else value
 
 
@@ -172,7 +171,8 @@ class NativeBackend(ReferenceBackend):
         whole = self._whole.get(segment.index)
         if whole is None or not _SUMS.cover(head) or whole.steps.constant:
             return super().sums(segment, values, targets, head, tick)
-        steps, given = whole.steps, given_values(values, self._dtype)
+        steps = whole.steps
+        given = given_values(values, self._dtype, steps.features_last)
         terms, columns = given(steps.terms, None)
         sums = head.zeros(len(segment.point_indices), targets.device)
         together = _POINTS if steps.layers else _POINTS_OF_OUTPUTS
@@ -195,18 +195,19 @@ class NativeBackend(ReferenceBackend):
         return sums
 
 
-def given_values(values: Values, dtype: torch.dtype) -> Given:
+def given_values(values: Values, dtype: torch.dtype, features_last: bool = False) -> Given:
     """Shared values as the step graph of a whole segment takes them."""
 
     def given(terms: tuple[Term, ...], step: int | None) -> tuple[list[np.ndarray], np.ndarray]:
         columns = np.stack([term.coefficients for term in terms], axis=1)
-        return [_rows(values[term.value], dtype) for term in terms], columns
+        return [_rows(values[term.value], dtype, features_last) for term in terms], columns
 
     return given
 
 
-def _rows(value: Tensor, dtype: torch.dtype) -> np.ndarray:
+def _rows(value: Tensor, dtype: torch.dtype, features_last: bool) -> np.ndarray:
     """A value as the engine takes it: images, or rows of what its last axis holds."""
-    value = value if value.dim() in (2, 4) else value.reshape(-1, value.shape[-1])
+    axes = (2,) if features_last else (2, 4)
+    value = value if value.dim() in axes else value.reshape(-1, value.shape[-1])
     array: np.ndarray = value.to(dtype).contiguous().numpy()
     return array

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,25 +27,56 @@ from modeconn.backends.node_reading import (
 )
 from modeconn.capture.graph import In, Node, Size
 from modeconn.plan.program import Combination, Program, Segment, Varying, VaryingStep
+from modeconn.plan.units import Shape, counts
 
+# Operations over the last axis: a subgraph that begins with one has its features there.
+_OF_FEATURES = frozenset(("linear", "layer_norm"))
+# What else it takes then: what names no axis, or the last one.
+_OF_PIXELS = _OF_FEATURES | set("add sub mul div neg reshape clone alias detach dropout".split())
 Operand = Combination | int
 _VALUES = "values that are images [N, C, H, W] or rows, all of the same samples"
+
+
+class Reads:
+    """How often, and by which step last, the values of a segment's steps are read.
+
+    An output of the segment counts as a read behind all of its steps.
+    """
+
+    def __init__(self, segment: Segment) -> None:
+        self.counts: Counter[int] = Counter()
+        self.last: dict[int, int] = {}
+        for index, step in enumerate(segment.steps):
+            for i in step.inputs:
+                if isinstance(i, int):
+                    self.counts[i] += 1
+                    self.last[i] = index
+        for form in segment.outputs.values():
+            if isinstance(form, Varying):
+                self.counts[form.step] += 1
+                self.last[form.step] = len(segment.steps)
 
 
 class Builder:
     """Turns steps from `start` on into a step graph.
 
     Args:
-        start: the first of the steps.
+        start: the first of the steps; the others are added in their order.
         backend: whose kernels run the graph. Those of "cuda" have fewer activations, and norms
             behind layers alone.
+        reads: those of the segment, where they are known.
 
     Attributes:
         steps: the graph so far.
     """
 
     def __init__(
-        self, program: Program, segment: Segment, start: int = 0, backend: str = "native"
+        self,
+        program: Program,
+        segment: Segment,
+        start: int = 0,
+        backend: str = "native",
+        reads: Reads | None = None,
     ) -> None:
         self.program, self.segment, self.start = program, segment, start
         self.steps = StepGraph()
@@ -58,22 +90,15 @@ class Builder:
         # step → whether only the next step that asks for it reads it
         self._alone: dict[int, bool] = {}
         self._sources: dict[object, int] = {}
-        # the axes that all rows have in front of their features
-        self._shape: tuple[str, ...] | None = None
-        self._reads: Counter[int] = Counter()
-        for step in segment.steps:
-            self._reads.update(i for i in step.inputs if isinstance(i, int))
-        for form in segment.outputs.values():
-            if isinstance(form, Varying):
-                self._reads[form.step] += 1
+        # of rows of features, whatever axes they have
+        self._rows: tuple[int, ...] | None = None
+        self._reads = reads or Reads(segment)
+        # the last step that reads a value of those before the latest one
+        self._open = -1
 
     def ends(self, last: int) -> bool:
-        """Whether the last step is the only output of the steps so far."""
-        inside: Counter[int] = Counter()
-        for step in self.segment.steps[self.start : last + 1]:
-            inside.update(i for i in step.inputs if isinstance(i, int))
-        whole = all(inside[i] == self._reads[i] for i in range(self.start, last))
-        return whole and self._place[last] == len(self.steps.layers) - 1
+        """Whether the step added last is the only output of the steps so far."""
+        return self._open <= last and self._place[last] == len(self.steps.layers) - 1
 
     def add(self, index: int) -> None:
         """Adds a step.
@@ -81,8 +106,16 @@ class Builder:
         Raises:
             Unsupported: the engine does not have it. The builder is then of no use.
         """
+        if index > self.start:
+            self._open = max(self._open, self._reads.last.get(index - 1, -1))
         step = self.segment.steps[index]
-        node = step.node
+        if index == self.start:
+            self.steps.features_last = len(step.node.shape) == 4 and step.node.op in _OF_FEATURES
+        node = self._seen(step.node)
+        if node is not step.node:
+            step = replace(step, node=node)
+            if node.op not in _OF_PIXELS and activation_of(node, self._backend) is None:
+                raise unsupported(node, "layers, sums and products of pixels [N, H, W, C]")
         if not node.batched or not self._fits(node):
             raise unsupported(node, _VALUES)
         if not all(of_dtype(entry, self.program.dtype) for entry in step.entries):
@@ -99,7 +132,7 @@ class Builder:
         place, alone = self._read_alone(step.inputs[0])
         before = self._nodes(step.inputs[0])[0].shape
         activation = activation_of(node, self._backend)
-        if passes_through(node, before):
+        if passes_through(node, before) or self._regroups(node, before):
             self._put(index, place, alone)
         elif node.op == "batch_norm":
             self._put(index, self._add_norm(step, place, alone))
@@ -181,8 +214,14 @@ class Builder:
         places = [self._read(value) for value in step.inputs]
         self._put(index, self._append(Layer(op="concat", inputs=tuple(places))))
 
+    def _regroups(self, node: Node, before: Shape) -> bool:
+        """Whether a view has the same rows of features in other axes: [N, T, C] and [N·T, C]."""
+        axes = max(len(before), len(node.shape))
+        view = node.op in ("reshape", "squeeze", "unsqueeze") and self._backend == "native"
+        return view and axes < 4 and before[-1] == node.shape[-1]
+
     def _put(self, index: int, place: int, alone: bool = True) -> None:
-        self._place[index], self._alone[index] = place, alone and self._reads[index] == 1
+        self._place[index], self._alone[index] = place, alone and self._reads.counts[index] == 1
 
     def _append(self, layer: Layer) -> int:
         self.steps.layers.append(layer)
@@ -191,8 +230,17 @@ class Builder:
     def _nodes(self, value: Operand) -> list[Node]:
         """The nodes that give a value: a step's, or those of shared values that are combined."""
         if isinstance(value, int):
-            return [self.segment.steps[value].node]
-        return [self.program.shared[term.value].node for term in value.terms]
+            return [self._seen(self.segment.steps[value].node)]
+        return [self._seen(self.program.shared[term.value].node) for term in value.terms]
+
+    def _seen(self, node: Node) -> Node:
+        """A node as the engine is told of it: pixels [N, H, W, C] are rows where C comes last."""
+        if not self.steps.features_last or len(node.shape) != 4:
+            return node
+        first, height, width, features = node.shape
+        if isinstance(height, Size) or isinstance(width, Size):
+            return node
+        return replace(node, shape=(first, height * width, features))
 
     def _read(self, value: Operand) -> int:
         """The layer whose value a step reads, -1 for the graph's own terms.
@@ -236,12 +284,12 @@ class Builder:
 
     def _fits(self, node: Node) -> bool:
         """Whether a value is images [N, C, H, W] or rows, and as many as the others."""
-        shape = tuple(map(str, node.shape))
-        if len(shape) < 2 or len(shape) > 4:
+        axes = len(node.shape)
+        if axes < 2 or axes > 4:
             return False
         if any(isinstance(size, Size) or size == 0 for size in node.shape[1:]):
             return False
-        rows = shape[:1] if len(shape) == 4 else shape[:-1]
-        if self._shape is None:
-            self._shape = rows
-        return rows == self._shape
+        rows = counts(node.shape, range(1 if axes == 4 else axes - 1))
+        if self._rows is None:
+            self._rows = rows
+        return rows == self._rows

@@ -108,6 +108,7 @@ class StepGraph:
         activation: of the terms.
         step: the earlier step of the segment whose value it begins with, instead of terms.
         numel: of the values from outside that it reads, per row.
+        features_last: whether values of four axes are no images [N, C, H, W], but rows of features.
     """
 
     terms: tuple[Term, ...] = ()
@@ -115,6 +116,7 @@ class StepGraph:
     layers: list[Layer] = field(default_factory=list)
     step: int | None = None
     numel: float = 0.0
+    features_last: bool = False
 
     @property
     def images(self) -> bool:

@@ -54,6 +54,8 @@ def lower(step: VaryingStep, points: int, before: Shape) -> list[Layer]:
         return [_scale_and_shift(step, points, before)]
     if node.op in ("group_norm", "layer_norm"):
         return [_norm_of_samples(step, points)]
+    if not image and node.op == "addmm" and _is_plain_addmm(node):
+        return [_transposed(step, points)]
     if (node.op == "conv2d" and image) or (node.op == "linear" and not image):
         return [_product(node, [_blend(entry, points) for entry in step.entries])]
     if image and node.op == "slice":
@@ -67,6 +69,20 @@ def lower(step: VaryingStep, points: int, before: Shape) -> list[Layer]:
     if image and node.op in ("max_pool2d", "avg_pool2d"):
         return [Layer(op=node.op, geometry=pooling_geometry(node, ceil=True))]
     raise unsupported(node, "linear layers, convolutions, poolings, norms and activations")
+
+
+def _is_plain_addmm(node: Node) -> bool:
+    """Whether it is bias + value · weight [in, out]."""
+    return list(node.arguments.values()) == [Entry(0), In(0), Entry(1), 1, 1]
+
+
+def _transposed(step: VaryingStep, points: int) -> Layer:
+    """addmm: a linear layer whose weight is [in, out]."""
+    bias, (weights, coefficients) = (_blend(entry, points) for entry in step.entries)
+    if any(array.ndim != 1 for array in bias[0]):
+        raise unsupported(step.node, "addmm with a bias of one number per feature")
+    across = [np.ascontiguousarray(array.T) for array in weights]
+    return _weighted("linear", {}, (across, coefficients), bias)
 
 
 def _over_pixels(node: Node) -> bool:
@@ -187,13 +203,23 @@ def _norm_of_samples(step: VaryingStep, points: int) -> Layer:
 def _product(node: Node, entries: Sequence[tuple[list[np.ndarray], np.ndarray]]) -> Layer:
     """A linear layer or convolution from its weight and bias, as arrays and their coefficients."""
     geometry = convolution_geometry(node) if node.op == "conv2d" else {}
-    (weights, coefficients), *bias = entries
-    biases, bias_coefficients = bias[0] if bias else ([], None)
+    weights, *bias = entries
+    return _weighted(node.op, geometry, weights, bias[0] if bias else ([], None))
+
+
+def _weighted(
+    op: str,
+    geometry: dict[str, Any],
+    weights: tuple[list[np.ndarray], np.ndarray],
+    bias: tuple[list[np.ndarray], np.ndarray | None],
+) -> Layer:
+    """A layer of weights and a bias, each as arrays and their coefficients."""
+    biases, bias_coefficients = bias
     return Layer(
-        op=node.op,
+        op=op,
         geometry=geometry,
-        weights=weights,
-        coefficients=coefficients,
+        weights=weights[0],
+        coefficients=weights[1],
         biases=biases,
         bias_coefficients=bias_coefficients,
     )

@@ -13,7 +13,7 @@ import functools
 from dataclasses import dataclass
 
 from modeconn.backends.base import attempt
-from modeconn.backends.native.builder import Builder
+from modeconn.backends.native.builder import Builder, Reads
 from modeconn.backends.native.layers import StepGraph
 from modeconn.capture.ops import mkl_falls_behind
 from modeconn.errors import Unsupported
@@ -28,6 +28,8 @@ _WORTH = 64.0
 _WORTH_OF_LINEARS = 2048.0
 # Fewer layers with weights, or a smaller share of the segment's arithmetic, do not pay either.
 _LAYERS, _SHARE = 2, 0.05
+# What may become a layer with weights: a norm brings the layer before it along.
+_WEIGHING = frozenset(("linear", "conv2d", "addmm", "batch_norm"))
 
 
 @dataclass
@@ -65,6 +67,8 @@ def whole_subgraph(program: Program, segment: Segment, backend: str = "native") 
     if len(shape) != 2:
         sizes = ", ".join(map(str, shape))
         raise Unsupported(f"the network's output is [{sizes}]: the engine sums [N, classes]")
+    if str(shape[0]) != "N":
+        raise Unsupported(f"the network's output has {shape[0]} rows: the engine sums one a sample")
     form = segment.outputs[output]
     if isinstance(form, Combination):
         return Subgraph(0, -1, StepGraph(form.terms))
@@ -92,27 +96,48 @@ def straight_steps(program: Program, segment: Segment, backend: str) -> StepGrap
 def subgraphs(program: Program, segment: Segment) -> list[Subgraph]:
     """The longest subgraphs of a segment, each with a layer that has weights, in order."""
     found: list[Subgraph] = []
-    start = 0
+    reads, start = Reads(segment), 0
     while start < len(segment.steps):
-        longest = _longest(program, segment, start)
+        longest, stop = _longest(program, segment, start, reads)
         if longest is not None:
             found.append(longest)
-        start = start + 1 if longest is None else longest.last + 1
+            start = longest.last + 1
+        elif _is_barren(program, segment, start, stop, reads):
+            start = stop + 1
+        else:
+            start += 1
     return found
 
 
-def _longest(program: Program, segment: Segment, start: int) -> Subgraph | None:
-    builder = Builder(program, segment, start)
-    ends = []
+def _longest(
+    program: Program, segment: Segment, start: int, reads: Reads
+) -> tuple[Subgraph | None, int]:
+    """The longest subgraph from a step on, and the first step that the engine does not take."""
+    builder, last, stop = Builder(program, segment, start, reads=reads), -1, len(segment.steps)
+    weighted, looked_at = False, 0
     for index in range(start, len(segment.steps)):
         if isinstance(attempt(functools.partial(builder.add, index)), Unsupported):
+            stop = index
             break
-        if builder.ends(index):
-            ends.append(index)
-    for last in reversed(ends):
-        builder = Builder(program, segment, start)
+        layers = builder.steps.layers
+        weighted = weighted or any(layer.weighted for layer in layers[looked_at:])
+        looked_at = len(layers)
+        if weighted and builder.ends(index):
+            last = index
+    if last < 0:
+        return None, stop
+    if last < stop - 1 or stop < len(segment.steps):  # it has more by now than it should
+        builder = Builder(program, segment, start, reads=reads)
         for index in range(start, last + 1):
             builder.add(index)
-        if any(layer.weighted for layer in builder.steps.layers):
-            return Subgraph(start, last, builder.steps)
-    return None
+    return Subgraph(start, last, builder.steps), stop
+
+
+def _is_barren(program: Program, segment: Segment, start: int, stop: int, reads: Reads) -> bool:
+    """Whether no subgraph begins between two steps: no weights there, and none goes beyond."""
+    if any(step.node.op in _WEIGHING for step in segment.steps[start:stop]):
+        return False
+    if stop == len(segment.steps):
+        return True
+    alone = Builder(program, segment, stop, reads=reads)
+    return isinstance(attempt(functools.partial(alone.add, stop)), Unsupported)

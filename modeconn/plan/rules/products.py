@@ -69,6 +69,8 @@ class Product(Rule):
     ) -> list[Units]:
         axis = self.axis(node)
         live = support(self.weight, self.inputs, self._cut(requested.get(axis), None))
+        if live.all():
+            return [Units(self.beside(node, requested))]
         # A layer without any live input still needs an input for its shape: keep one.
         columns = np.flatnonzero(live) if live.any() else np.zeros(1, np.int64)
         return [Units({**self.beside(node, requested), axis: columns})]
