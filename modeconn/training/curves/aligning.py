@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from modeconn.data.inputs import Inputs
-from modeconn.errors import ModeconnError
 from modeconn.parameters.paths import Line, Path
+from modeconn.training.alignment.alignment import align as alignment_of
 
 
 def aligned(
@@ -26,7 +26,7 @@ def aligned(
     if align is False or align is None:
         return line, None
     if align is True:
-        raise ModeconnError("align is True: not available yet; pass align=False")
+        align = alignment_of(model, *line.control_points, samples, seed=seed)
     made = Line(line.control_points[0], align.apply(line.control_points[1]))
     made.names = [line.names[0], f"{line.names[1]}, permuted"]
     return made, align
