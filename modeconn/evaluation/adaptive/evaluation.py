@@ -23,7 +23,10 @@ from modeconn.evaluation.adaptive.convex import break_points, metrics_at_breaks
 from modeconn.evaluation.adaptive.guided import FIRST, GuidedSearch
 from modeconn.evaluation.adaptive.parts import parts_of, samples_of
 from modeconn.evaluation.adaptive.searches import (
+    FURTHER,
+    MOST,
     BreakPoints,
+    Budget,
     Goal,
     Known,
     PartsSearch,
@@ -121,14 +124,28 @@ def adaptive_results(
     segments = request.path.segments if isinstance(request.path, PolyChain) else 1
     graph = _graph(request, runner)
     exact = metrics_at_breaks(request, graph, segments)
+    rest = [metric for metric in request.head.names if metric not in exact]
+    more = FURTHER * max(len(named) * len(rest) - 1, 0) + (segments + 1 if exact else 0)
+    case = _Case(request, evaluate, goal, graph, segments, Budget(MOST + more))
     sets = {}
     for name, data in named.items():
-        rest = [metric for metric in request.head.names if metric not in exact]
         sets[name] = _DataSet({m: [BreakPoints(break_points(segments))] for m in exact})
         if rest:
-            _add_searches(sets[name], request, evaluate, goal, graph, data, segments, rest)
-    _search(request, evaluate, goal, sets, report)
+            _add_searches(sets[name], case, data, rest)
+    _search(case, sets, report)
     return {name: _joined(found, goal) for name, found in sets.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """What all data sets of an evaluation share."""
+
+    request: Request
+    evaluate: Evaluate
+    goal: Goal
+    graph: Graph
+    segments: int
+    budget: Budget
 
 
 def _graph(request: Request, runner: Runner) -> Graph:
@@ -138,19 +155,11 @@ def _graph(request: Request, runner: Runner) -> Graph:
     return capture_for(request.path, runner, moved(inputs, request.dtype, request.where))
 
 
-def _add_searches(
-    found: _DataSet,
-    request: Request,
-    evaluate: Evaluate,
-    goal: Goal,
-    graph: Graph,
-    data: Any,
-    segments: int,
-    metrics: Iterable[str],
-) -> None:
+def _add_searches(found: _DataSet, case: _Case, data: Any, metrics: Iterable[str]) -> None:
     """Evaluate two parts of a data set, if it has any, and make a rule for each metric."""
-    breaks, unit = break_points(segments), unit_of(segments)
-    parts = None if graph.mixes_rows else parts_of(data)
+    request, goal = case.request, case.goal
+    breaks, unit = break_points(case.segments), unit_of(case.segments)
+    parts = None if case.graph.mixes_rows else parts_of(data)
     if parts is None:
         found.searches |= {metric: [GuidedSearch(breaks, goal)] for metric in metrics}
         return
@@ -163,11 +172,11 @@ def _add_searches(
         warnings.simplefilter("ignore")  # what there is to say is said of all data
         for part in parts:
             asked = replace(request, data=part, points=t, **more)
-            curves.append(evaluate(asked, lambda done, total: None)[""])
+            curves.append(case.evaluate(asked, lambda done, total: None)[""])
     found.parts = [samples_of(part) for part in parts]
     for metric in metrics:
         one, other = (curve.values[metric] for curve in curves)
-        found.searches[metric] = [PartsSearch(t, one, other, goal, unit)]
+        found.searches[metric] = [PartsSearch(t, one, other, goal, case.budget, unit)]
 
 
 def _statistics(request: Request, data: Any) -> dict[str, Any]:
@@ -184,34 +193,29 @@ def _statistics(request: Request, data: Any) -> dict[str, Any]:
     return {"recompute_data": training, "recompute_batches": _BATCHES}
 
 
-def _search(
-    request: Request,
-    evaluate: Evaluate,
-    goal: Goal,
-    sets: Mapping[str, _DataSet],
-    report: Progress,
-) -> None:
+def _search(case: _Case, sets: Mapping[str, _DataSet], report: Progress) -> None:
     """Evaluate what the rules ask for, pass by pass, until none asks for more."""
     done = 0
     while True:
         asked: list[float] = []
         for found in sets.values():
             asked += found.proposals()
-        known = next(iter(sets.values())).known(request.head.names[0]).t
+        known = next(iter(sets.values())).known(case.request.head.names[0]).t
         new = _new(np.array(asked), known)
         if not len(new):
             return
         before = done
+        case.budget.asked += len(new)
 
         def passed(more: int, total: int | None, before: int = before) -> None:
             report(before + more, None)
 
-        first = not len(known)
-        for name, result in evaluate(replace(request, points=new), passed).items():
+        results = case.evaluate(replace(case.request, points=new), passed)
+        for name, result in results.items():
             sets[name].results.append(result)
             done += result.samples
-            if first:
-                _add_rises(sets[name], goal)
+            if not len(known):
+                _add_rises(sets[name], case.goal)
 
 
 def _new(asked: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -232,7 +236,7 @@ def _add_rises(found: _DataSet, goal: Goal) -> None:
         slope = abs(float(known.values[-1] - known.values[0]))
         if isinstance(search, BreakPoints) or not slope > goal.least(known.height):
             continue
-        searches.append(replace(search, chord=True, stopped="", _asked=0))  # type: ignore[type-var]
+        searches.append(replace(search, chord=True, stopped=""))  # type: ignore[type-var]
 
 
 def _joined(found: _DataSet, goal: Goal) -> PathResult:

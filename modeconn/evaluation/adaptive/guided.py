@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class GuidedSearch:
     goal: Goal
     chord: bool = False
     stopped: str = ""
-    _asked: int = 0
+    _asked: int = field(default=0, init=False)
 
     def propose(self, known: Known) -> list[float]:
         """Return points to evaluate next, none where the maximum is found."""

@@ -11,8 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-# Points on all data that a rule asks for at most, and how many of them the climb at the end has.
-MOST, CLIMB = 24, 4
+# Points on all data that one rule asks for at most, how many of them the climb at the end has, and
+# those that each further rule adds: rules of one evaluation share their points.
+MOST, CLIMB, FURTHER = 24, 4, 4
 # Points that one pass is asked for by one rule.
 _PER_PASS = 3
 # Standard errors of the parts' mean that a guess may be too low by.
@@ -76,6 +77,14 @@ class Known:
         return line
 
 
+@dataclass
+class Budget:
+    """The points on all data that the rules of one evaluation may ask for together."""
+
+    most: int = MOST
+    asked: int = 0
+
+
 class Search(Protocol):
     """A rule for one curve."""
 
@@ -103,6 +112,7 @@ class PartsSearch:
         one, other: their values, [T].
         goal: how exact the maximum is to be.
         unit: factor of the widths in t.
+        budget: of points, shared with other rules.
         chord: whether the rise above the straight line between the ends is searched for.
     """
 
@@ -110,10 +120,10 @@ class PartsSearch:
     one: np.ndarray
     other: np.ndarray
     goal: Goal
+    budget: Budget
     unit: float = 1.0
     chord: bool = False
     stopped: str = ""
-    _asked: int = 0
     _step: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -138,22 +148,18 @@ class PartsSearch:
         if self.stopped:
             return []
         if not len(known.t):
-            return self._taken(self.first())
+            return self.first()
         if not np.isfinite(known.values).all():
             self.stopped = "a value is not finite"
             return []
-        left = MOST - CLIMB - self._asked
+        left = self.budget.most - CLIMB - self.budget.asked
         promising = self._promising(known)
         if promising and left > 0:
-            return self._taken(promising[:left])
+            return promising[:left]
         found = self._around(known.above_chord() if self.chord else known)
         if not found and promising:  # the cap came first
-            self.stopped = f"after {self._asked} points"
-        return self._taken(found)
-
-    def _taken(self, points: list[float]) -> list[float]:
-        self._asked += len(points)
-        return points
+            self.stopped = f"after {self.budget.asked} points"
+        return found
 
     def _promising(self, known: Known) -> list[float]:
         """Return where the guess and its error may top the best value by what counts."""
@@ -181,7 +187,7 @@ class PartsSearch:
 
     def _around(self, known: Known) -> list[float]:
         """Return the neighbours of the best point, at ever smaller steps, until it is resolved."""
-        while self._asked < MOST:
+        while self.budget.asked < self.budget.most:
             t = float(known.t[known.best])
             inside = [q for q in (t - self._step, t + self._step) if 0 <= q <= 1]
             new = [q for q in inside if known.at(q) is None]
@@ -191,7 +197,7 @@ class PartsSearch:
                 self.stopped = "settled"
                 return []
             self._step /= 2
-        self.stopped = f"after {self._asked} points"
+        self.stopped = f"after {self.budget.asked} points"
         return []
 
     def _resolved(self, known: Known, t: float) -> bool:

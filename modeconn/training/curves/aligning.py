@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from modeconn.data.inputs import Inputs
+from modeconn.errors import ModeconnError
 from modeconn.parameters.paths import Line, Path
+from modeconn.training.alignment.alignment import Alignment
 from modeconn.training.alignment.alignment import align as alignment_of
 
 
@@ -27,8 +29,13 @@ def aligned(
         return line, None
     if align is True:
         align = alignment_of(model, *line.control_points, samples, seed=seed)
+    if not isinstance(align, Alignment):
+        raise ModeconnError(
+            f"align is a {type(align).__name__}: expected True, False or an Alignment"
+        )
     made = Line(line.control_points[0], align.apply(line.control_points[1]))
     made.names = [line.names[0], f"{line.names[1]}, permuted"]
+    made.prefixes = line.prefixes
     return made, align
 
 

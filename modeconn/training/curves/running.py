@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -170,18 +171,18 @@ def _measured(
     model: nn.Module, path: Path, samples: tuple[Inputs, Tensor], recipe: Recipe, norms: bool
 ) -> tuple[PathResult, PathResult | None]:
     """Evaluate a path on the training data, and on test data if there are any."""
-    data = {"train": samples, **({} if recipe.test is None else {"test": recipe.test})}
-    found = evaluate(
+    measured = functools.partial(
+        evaluate,
         model,
         path,
-        data,
-        recipe.points,
+        points=recipe.points,
         loss=recipe.loss,
         buffers="recompute" if norms else "interpolate",
-        recompute_data="train" if norms else None,
+        recompute_data=samples if norms else None,
         progress=recipe.progress if isinstance(recipe.progress, bool) else False,
     )
-    return found["train"], found.get("test")
+    # apart: each has maxima of its own to search for
+    return measured(samples), None if recipe.test is None else measured(recipe.test)
 
 
 def _about(problem: Problem, settings: FitSettings, recipe: Recipe) -> dict[str, str]:
