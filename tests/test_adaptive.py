@@ -59,7 +59,7 @@ def test_finds_the_maxima_of_a_dense_grid(nets, kind):
     }[kind]
     dense = mc.evaluate(a, path, (X, Y), points=601)
     found = mc.evaluate(a, path, (X, Y), points="adaptive")
-    assert len(found.t) <= MOST + 8
+    assert len(found.t) <= MOST + 20
     assert np.all(np.diff(found.t) > 0) and {0.0, 1.0} <= set(found.t)
     exact = mc.evaluate(a, path, (X, Y), points=found.t)
     for name in ("loss", "error"):
@@ -233,7 +233,7 @@ def test_humps_are_found(places, heights, width, noise):
     search = PartsSearch(grid, curve(grid) + wave, curve(grid) - wave, GOAL, Budget())
     truth = curve(np.linspace(0, 1, 4001))
     top, count = largest(search, curve)
-    assert top >= truth.max() - GOAL.least(height(truth)) and count <= MOST + 1
+    assert top >= truth.max() - GOAL.least(height(truth)) and count <= MOST + 8
     assert search.stopped
 
 

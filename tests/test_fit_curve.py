@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import modeconn as mc
+from modeconn.parameters.path_files import metadata_of
 from modeconn.training.curves.drawing import Drawing
 from modeconn.training.curves.loop import Diverged, Samples
 from modeconn.training.curves.settings import rate_at
@@ -272,3 +273,23 @@ def test_batches_go_through_all_whole_batches_of_an_epoch():
         rows = epoch[0] + epoch[1] + epoch[2]
         assert len(rows) == len(set(rows)) == 9
     assert epochs[0] != epochs[1] and samples.batch(0)[1].tolist() == epochs[0][0]
+
+
+# -- alignment -------------------------------------------------------------------------------------
+
+
+def test_b_is_permuted_first_and_the_file_keeps_the_digest(nets, tmp_path):
+    pytest.importorskip("scipy")
+    groups = mc.symmetries(nets[0], X[:8])
+    shuffled = groups.permuted(mc.load(nets[0]), groups.random(seed=1))
+    file = tmp_path / "c.safetensors"
+    found = fit([nets[0], shuffled], align=True, steps=3, checkpoint=file, points=21)
+    assert found.alignment.digest and metadata_of(file)["alignment"] == found.alignment.digest
+    assert_same(found.path.at(1.0), found.alignment.apply(shuffled))
+    # planted: the permuted b is a again, so that the whole curve is good
+    assert found.result.barrier("loss") < 1e-3 and "b is permuted" in str(found)
+    again = fit([nets[0], shuffled], align=found.alignment, steps=3)
+    for one, other in zip(found.path.control_points, again.path.control_points):
+        assert_same(one, other)
+    with pytest.raises(mc.ModeconnError, match="align is a str: expected True, False"):
+        fit(nets, align="weights")

@@ -124,6 +124,7 @@ class PartsSearch:
     unit: float = 1.0
     chord: bool = False
     stopped: str = ""
+    _climbed: int = field(default=0, init=False)
     _step: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -187,11 +188,13 @@ class PartsSearch:
 
     def _around(self, known: Known) -> list[float]:
         """Return the neighbours of the best point, at ever smaller steps, until it is resolved."""
-        while self.budget.asked < self.budget.most:
+        # a rule that others took the points from still has some steps of its own
+        while self.budget.asked < self.budget.most or self._climbed < 2 * CLIMB:
             t = float(known.t[known.best])
             inside = [q for q in (t - self._step, t + self._step) if 0 <= q <= 1]
             new = [q for q in inside if known.at(q) is None]
             if new:
+                self._climbed += len(new)
                 return new
             if self._resolved(known, t) or self._step < _SHORTEST:
                 self.stopped = "settled"
