@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     from modeconn.evaluation.checking import check
 
     found = check(
-        *files,
+        args.a,
+        args.b,
         options.load_data(args) if args.data is not None else None,
         model=_model(args, files),
         ignore=args.ignore,

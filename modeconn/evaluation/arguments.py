@@ -126,7 +126,8 @@ def check_forwards(model: nn.Module, path: Path, ignore: Collection[str]) -> Non
     if any(config is not None for config, _ in folders):
         model = unwrapped(model)
         named = [(config_of(model), f"the model {type(model).__name__}"), *folders]
-        refuse_different_forwards(*map(list, zip(*named)), ignore)
+        configs, names = [config for config, _ in named], [name for _, name in named]
+        refuse_different_forwards(configs, names, ignore)
 
 
 def _pulled_apart(

@@ -163,9 +163,9 @@ def _kind(end: _End) -> str | None:
 
 def _configs(a: _End, b: _End, ignore: Collection[str]) -> list[Finding]:
     if a.config is None or b.config is None:
-        found = [end.title for end in (a, b) if end.folder is not None and end.config is None]
-        text = f"{listed(found)}: no {CONFIG}, so that nothing is known of the forward"
-        return [Finding("config", False, text)] if found else []
+        without = [end.title for end in (a, b) if end.folder is not None and end.config is None]
+        text = f"{listed(without)}: no {CONFIG}, so that nothing is known of the forward"
+        return [Finding("config", False, text)] if without else []
     found = []
     for key, (one, other) in differences(a.config, b.config).items():
         ignored = key in ignore or key.partition(".")[0] in ignore

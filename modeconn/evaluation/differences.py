@@ -66,8 +66,8 @@ class Comparison:
     def __str__(self) -> str:
         width = max(len(each.name) for each in self.findings)
         lines = [f"{'✓' if f.passed else '✗'} {f.name:<{width}}  {f.text}" for f in self.findings]
+        wide = max((len(each.layer) for each in self.layers), default=0)
         if self.layers:
-            wide = max(len(each.layer) for each in self.layers)
             lines += ["", f"{'layer':<{wide}}  distance  relative  equal tensors"]
         for each in self.layers:
             equal = f"{each.equal} of {each.tensors}"

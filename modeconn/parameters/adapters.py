@@ -87,7 +87,7 @@ class Adapter:
 
 
 def _product(b: Tensor, a: Tensor, transposed: bool) -> Tensor:
-    product = torch.tensordot(b.float(), a.float(), dims=1)
+    product: Tensor = torch.tensordot(b.float(), a.float(), dims=1)
     return product.transpose(0, 1) if transposed else product
 
 

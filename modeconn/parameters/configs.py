@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def refuse_different_forwards(
-    configs: list[Mapping[str, Any] | None],
+    configs: Sequence[Mapping[str, Any] | None],
     names: list[str],
     ignore: Collection[str],
 ) -> None:

@@ -17,9 +17,9 @@ from modeconn.errors import ModeconnError
 
 State = Mapping[str, Tensor]
 
-# Bytes of the widest value of a plain pass in float64, and the rows that it may have. A ResNet-20 of
-# width 16 takes 64 rows at a time: 0.056 s of one core a row for all of 56 breakpoints, by 16 rows
-# 0.078 s.
+# Bytes of the widest value of a plain pass in float64, and the rows that it may have. A ResNet-20
+# of width 16 takes 64 rows at a time: 0.056 s of one core a row for all of 56 breakpoints, by 16
+# rows 0.078 s.
 _PLAIN_BUDGET = 8 << 20
 _FEWEST_ROWS, _MOST_ROWS = 16, 4096
 _BYTES_PER_NUMBER = 8

@@ -143,7 +143,8 @@ def _sources(
         if index is new:
             return new
         outer = within.get(part.group)
-        return index[new] if outer is None else index[seen[outer][at], new]
+        taken: np.ndarray = index[new] if outer is None else index[seen[outer][at], new]
+        return taken
 
     return sources(layout, new, new)
 

@@ -271,10 +271,10 @@ def _control_points(
             pairs = [end[name] for end in ends]
             share = k / last
             mean, var = (torch.lerp(a, b, share) for a, b in zip(*pairs))
-            deviations = [(v + eps).sqrt() for _, v in pairs]
+            first, second = [(v + eps).sqrt() for _, v in pairs]
             weight = given[f"{name}.weight"]
             own = {
-                "weight": torch.lerp(*deviations, share),
+                "weight": torch.lerp(first, second, share),
                 "bias": mean,
                 "running_mean": mean,
                 "running_var": var,

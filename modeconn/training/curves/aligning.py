@@ -28,7 +28,8 @@ def aligned(
     if align is False or align is None:
         return line, None
     if align is True:
-        align = alignment_of(model, *line.control_points, samples, seed=seed)
+        first, second = line.control_points
+        align = alignment_of(model, first, second, samples, seed=seed)
     if not isinstance(align, Alignment):
         raise ModeconnError(
             f"align is a {type(align).__name__}: expected True, False or an Alignment"
