@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, out_of_memory
 
 try:
     import triton
@@ -32,6 +33,7 @@ __all__ = [
     "tl",
     "triton",
     "tuned",
+    "why_not_built",
 ]
 
 # Whether kernels run in Triton's interpreter, on the CPU: the environment said so when Triton was
@@ -97,6 +99,29 @@ def launch(
         np.errstate(all="ignore") if INTERPRETED else contextlib.nullcontext(),
     ):
         kernel[grid](*arguments, **options)
+
+
+@triton.jit
+def _one(result):
+    tl.store(result, 1.0)
+
+
+@functools.cache
+def why_not_built(device: torch.device) -> str:
+    """Returns why no kernel can be built and started on a device, in one line; "" where one can.
+
+    Triton compiles the start of each kernel by a C compiler with Python's headers, either of which
+    a machine may lack. That is found here, by the smallest kernel, once for each device.
+    """
+    try:
+        result = torch.zeros(1, device=device)
+        launch(_one, 1, result, result)
+        return "" if float(result) == 1.0 else "a kernel ran and wrote nothing"
+    except Exception as error:  # a compiler, its output or a driver can fail in any way
+        if out_of_memory(error):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
 def blackwell(device: torch.device) -> bool:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from modeconn.evaluation.result import PathResult
     from modeconn.evaluation.sameness import Sameness, same_function
     from modeconn.evaluation.statistics import recomputed
+    from modeconn.metrics import DatasetMetric
     from modeconn.parameters.adapting import lora
     from modeconn.parameters.loading import load_path
     from modeconn.parameters.paths import Bezier, Line, Mixture, Plane, PolyChain
@@ -48,6 +49,7 @@ __all__ = [
     "Comparison",
     "ConditionsTable",
     "Connection",
+    "DatasetMetric",
     "FalseCertificate",
     "Fit",
     "Forward",
@@ -116,6 +118,7 @@ _HOME = {
     "modeconn.evaluation.result": "PathResult",
     "modeconn.evaluation.statistics": "recomputed",
     "modeconn.evaluation.sameness": "Sameness same_function",
+    "modeconn.metrics": "DatasetMetric",
     "modeconn.parameters.loading": "load_path",
     "modeconn.parameters.adapting": "lora",
     "modeconn.parameters.paths": "Bezier Line Mixture Plane PolyChain",

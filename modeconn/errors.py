@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 # Items that one message spells out.
 _LISTED = 4
@@ -16,6 +17,13 @@ class ModeconnError(ValueError):
 
 class SystemFailure(ModeconnError):
     """The system could not do what was asked for: a full disk, say, or a missing permission."""
+
+
+class OutOfMemory(SystemFailure, MemoryError, RuntimeError):
+    """Memory of the host or of a device is used up; the text says by what, and what takes less.
+
+    It is what Python and PyTorch raise, too, so that handlers of those work.
+    """
 
 
 class CannotRun(ModeconnError):
@@ -46,6 +54,27 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error) if isinstance(error, RuntimeError) else ""
     return any(words in text for words in ("allocate memory", "not enough memory"))
+
+
+@contextlib.contextmanager
+def naming_memory(what: str, remedy: str) -> Iterator[None]:
+    """Within, an error of used-up memory says what asked for how much, and what takes less.
+
+    Args:
+        what: was done, "while …".
+        remedy: what takes less, "expected …".
+
+    Raises:
+        OutOfMemory: in place of such an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ModeconnError) or not out_of_memory(error):
+            raise
+        lines = str(error).splitlines() or ["no more to be had"]
+        asked = next((line for line in lines if "allocate" in line), lines[0]).strip()
+        raise OutOfMemory(f"out of memory while {what}: {asked}: {remedy}") from error
 
 
 def listed(items: Sequence[str], of: int | None = None) -> str:

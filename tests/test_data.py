@@ -145,6 +145,7 @@ def test_the_sources_batches_make_no_difference(cuts: list[int], size: int, reus
 # attributes
 
 
+@pytest.mark.filterwarnings("ignore:the DataLoader leaves out the last 3 of 23 samples")
 @pytest.mark.parametrize(
     ("data", "samples"),
     [
@@ -168,6 +169,21 @@ def test_samples_are_known_before_the_pass_where_the_source_tells(
     seen = sum(len(targets) for _, targets in batches)
     assert batches.samples == seen
     assert samples in (None, seen)
+
+
+def test_samples_that_a_loader_drops_are_warned_of():
+    with pytest.warns(UserWarning, match="leaves out the last 3 of 23 samples"):
+        as_batches(DataLoader(Samples(), batch_size=5, drop_last=True), 4)
+
+
+@pytest.mark.parametrize("key", ["labels", "label", "targets", "target"])
+def test_targets_in_a_dict_go_by_their_usual_names(key: str):
+    for data in ({"x": INPUTS, key: TARGETS}, [{"x": INPUTS, key: TARGETS}]):
+        ((inputs, targets),) = as_batches(data, N)
+        assert [*inputs] == ["x"] and targets is not None
+        torch.testing.assert_close(targets, torch.as_tensor(TARGETS))
+    ((inputs, _),) = as_batches({"label": INPUTS, "labels": TARGETS}, N)
+    assert [*inputs] == ["label"]
 
 
 def test_a_pass_counts_when_it_begins():

@@ -22,7 +22,7 @@ from refused import refused
     [
         (INPUTS, ["of type Tensor", "(inputs, targets)"]),
         (INPUTS.numpy(), ["of type ndarray"]),
-        ({"x": INPUTS}, ["of type dict"]),
+        ({"x": INPUTS}, ["has the keys 'x'", "rename the key"]),
         (None, ["of type NoneType"]),
         (7, ["of type int"]),
         ("mnist", ["'mnist'", "mc.datasets.load"]),
@@ -80,7 +80,8 @@ class Unfit(Dataset):
         ([(INPUTS, TARGETS), "x"], ["batch 1 is of type str"]),
         ([(INPUTS,)], ["batch 0 has 1 parts"]),
         ([(INPUTS, TARGETS, TARGETS)], ["batch 0 has 3 parts"]),
-        ([{"input_ids": INPUTS, "targets": TARGETS}], ["batch 0 is of type dict"]),
+        ([{"image": INPUTS, "kind": TARGETS}], ["batch 0", "keys 'image', 'kind'", "'labels'"]),
+        ([{"label": INPUTS, "target": TARGETS}], ["batch 0", "rename the key"]),
         ([({"ids": [1]}, TARGETS)], ["batch 0: inputs['ids'] of type list"]),
         ([((), TARGETS)], ["batch 0: inputs of type tuple", "a tuple or dict of them"]),
         (
@@ -96,7 +97,7 @@ class Unfit(Dataset):
         ([(INPUTS, TARGETS), (INPUTS.to("meta"), TARGETS)], ["on meta", "on cpu"]),
         (Unfit((object(), 1)), ["cannot be joined", "object", "transform"]),
         (Unfit((torch.ones(2), 1), (torch.ones(3), 1)), ["cannot be joined", "equal size"]),
-        (Unfit({"x": torch.ones(2), "y": 1}), ["batch 0 is of type dict"]),
+        (Unfit({"x": torch.ones(2), "y": 1}), ["batch 0: has the keys 'x', 'y'"]),
         (Unfit(torch.ones(2), torch.ones(2)), ["batch 0 is of type Tensor"]),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import modeconn as mc
 from fault_cases import MEMORY, Rows, Survival, contents, failing
@@ -14,6 +15,7 @@ from fuzz.check import described, digest
 from modeconn import cli, resuming
 from modeconn.backends.native import extension as native
 from modeconn.capture import export
+from modeconn.errors import OutOfMemory
 from modeconn.models import build
 from modeconn.parameters import state
 from modeconn.training.train import train
@@ -209,10 +211,31 @@ def test_memory_that_runs_out_in_a_capture_is_not_taken_for_a_model_that_cannot_
     assert result.info["fallback"] == ""
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("buffers", ["interpolate", "recompute"])
+def test_what_asked_for_how_much_memory_is_said(buffers: str):
+    """A network whose forward wants a petabyte, once it has been captured."""
+
+    class Hungry(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > 4 and float(x.sum()) > -1e30:
+                return super().forward(x) + torch.empty(1 << 50).sum()
+            return super().forward(x)
+
+    model = nn.Sequential(Hungry(6, 3), nn.BatchNorm1d(3))
+    path, words = mc.Line(model, mc.load(model)), f"with 24 rows: .*allocate {4 << 50} bytes"
+    with pytest.raises(OutOfMemory, match=words) as caught:
+        mc.evaluate(model, path, (X, Y), 2, batch_size=24, buffers=buffers)
+    # as handlers of Python's, PyTorch's and our own errors expect it
+    assert isinstance(caught.value, mc.ModeconnError) and isinstance(caught.value, MemoryError)
+    assert isinstance(caught.value, RuntimeError) and "\n" not in str(caught.value)
+
+
 def test_the_command_line_says_that_memory_ran_out(checkpoints, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = ["evaluate", *checkpoints[:2], "--data", "digits", "--limit", "40", "--points", "2"]
     with failing("launch", 1) if native.available() else pytest.skip("no C++ extension"):
         assert cli.main(line) == 1
     error = capsys.readouterr().err
-    assert error.startswith("modeconn: error: out of memory (std::bad_alloc): expected less")
+    words = "out of memory while 2 points were evaluated with 40 rows: std::bad_alloc: expected a "
+    assert error.startswith(f"modeconn: error: {words}smaller batch_size (--batch-size)")

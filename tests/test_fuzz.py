@@ -19,6 +19,7 @@ FOUND = {
     111: "a literal, in a plane",
     122: "a constant, in float32",
     136: "an operation that changes the input",
+    1795850524: "a view of a parameter, which has no input",
 }
 
 

@@ -6,14 +6,18 @@ import importlib
 import os
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+import modeconn as mc
 from modeconn.backends.activations import names_of
 from modeconn.backends.native import extension as native
 from modeconn.errors import ModeconnError
 from modeconn.kernels.activations import ACTIVATIONS
+from naive import mlp
+from refused import refused
 
 built = pytest.mark.skipif(not native.available(), reason=f"no C++ extension: {native.reason()}")
 
@@ -71,8 +75,12 @@ def test_an_extension_of_another_version_says_so(monkeypatch):
     ids=["left out", "never built", "broken"],
 )
 def test_a_missing_extension_says_why(raised, note, message, monkeypatch, tmp_path):
-    def fail(name: str) -> None:
-        raise raised
+    import_module = importlib.import_module
+
+    def fail(name: str, *package: str) -> Any:
+        if name == "modeconn._native":
+            raise raised
+        return import_module(name, *package)
 
     if note:
         (tmp_path / "note.txt").write_text(note)
@@ -83,6 +91,12 @@ def test_a_missing_extension_says_why(raised, note, message, monkeypatch, tmp_pa
         assert not native.available()
         with pytest.raises(ModeconnError, match=message):
             native.extension()
+        a, b = mlp(6, 5, 4), mlp(6, 5, 4, seed=1)
+        data = torch.ones(7, 6), torch.arange(7) % 4
+        assert mc.evaluate(a, mc.Line(a, b), data, 3).backend == "reference"
+        reason = message.replace("\\", "").removesuffix("$").rpartition(": ")[2]
+        with refused('backend "native" cannot run this', reason):
+            mc.evaluate(a, mc.Line(a, b), data, 3, backend="native")
     finally:
         native._load.cache_clear()
 

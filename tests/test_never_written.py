@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
-import os
-import random
-import signal
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +20,7 @@ from torch.nn import functional as F
 
 import modeconn as mc
 from fuzz.check import described, digest
+from process_state import of_process
 
 mpl.use("Agg")
 pytestmark = pytest.mark.filterwarnings("ignore:the model runs as it is", "ignore:batch norms")
@@ -66,37 +62,6 @@ class World:
             "data": digest([self.x, self.y]),
             "optimizer": (digest(moments), str(steps.get("param_groups"))),
         } | of_process()
-
-
-def of_process() -> dict[str, object]:
-    """What belongs to the process, and so to everybody in it."""
-    return {
-        "torch's random state": torch.get_rng_state().numpy().tobytes(),
-        "numpy's random state": str(np.random.get_state()),  # noqa: NPY002
-        "random's state": random.getstate(),
-        "default dtype": torch.get_default_dtype(),
-        "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "threads": torch.get_num_threads(),
-        "warning filters": [*warnings.filters],
-        "how warnings are shown": warnings.showwarning,
-        "streams": (sys.stdout, sys.stderr),
-        "numpy's errors": np.geterr(),
-        "numpy's printing": str(np.get_printoptions()),
-        "matplotlib's settings": dict(mpl.rcParams),
-        "log levels": (logging.root.level, logging.root.handlers[:], logging.root.disabled),
-        "environment": dict(os.environ),
-        "folder": Path.cwd(),
-        "import path": sys.path[:],
-        "signals": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)],
-        "umask": _umask(),
-    }
-
-
-def _umask() -> int:
-    mask = os.umask(0o22)
-    os.umask(mask)
-    return mask
 
 
 # -- models that change what they are given, or themselves -----------------------------------------
@@ -210,6 +175,11 @@ def evaluated(w: World, **options: Any) -> mc.PathResult:
     return mc.evaluate(w.model, line(w), w.data, 3, progress=False, **options)
 
 
+def in_place(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A metric of all rows that writes into what it is given."""
+    return outputs.exp_().mean() + targets.zero_().sum()
+
+
 def walked(path: Any) -> None:
     """Everything that a path can be asked."""
     points = path.points([[0.25] * path.dim, [0.5] * path.dim] if path.dim > 1 else 3)
@@ -319,6 +289,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "Comparison": lambda w: str(mc.check(w.a, w.b)),
     "ConditionsTable": table(mc.conditions),
     "Connection": of_connections,
+    "DatasetMetric": lambda w: evaluated(w, metrics=[mc.DatasetMetric(in_place)]),
     "FalseCertificate": lambda w: str(mc.FalseCertificate("false")),
     "Fit": of_fits,
     "Forward": lambda w: mc.Forward(w.model, line(w), w.x[:4])(2, w.x),

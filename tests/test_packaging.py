@@ -226,6 +226,33 @@ def test_without_a_compiler_it_installs_as_pure_python_and_says_so(small: Path):
     assert "/nowhere/c++ does not run" in note
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("missing", "what"),
+    [
+        ("Python.h", "no Python headers (package python3-dev or python3-devel)"),
+        ("pybind11/detail/common.h", "no usable pybind11 headers"),
+        ("optional", "no working C++17 compiler"),
+    ],
+)
+def test_a_missing_header_leaves_the_extension_out(small: Path, missing: str, what: str):
+    """By a compiler that does not find it."""
+    compiler = small / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'for file in "$@"; do\n'
+        f'  case "$file" in *.cpp) if grep -q "#include <{missing}>" "$file"; then\n'
+        f'    echo "$file:1:10: fatal error: {missing}: No such file or directory" >&2; exit 1\n'
+        "  fi;; esac\ndone\n"
+        f'exec {CXX} "$@"\n',
+        encoding="utf-8",
+    )
+    compiler.chmod(0o755)
+    text, made, note = build_extension(small, CXX=str(compiler))
+    assert f"✗ C++ extension modeconn._native: not built: {what}: " in text
+    assert made == [] and note.count("\n") == 1 and f"{missing}: No such file" in note
+
+
 def test_what_must_be_built_and_cannot_is_an_error(small: Path):
     text, made, _ = build_extension(small, expected=1, MODECONN_NATIVE="1", **NO_COMPILER)
     assert "MODECONN_NATIVE=1, but the extension cannot be built: no working C++17 compiler" in text

@@ -17,6 +17,7 @@ def test_public_names():
         "Comparison",
         "ConditionsTable",
         "Connection",
+        "DatasetMetric",
         "FalseCertificate",
         "Fit",
         "Forward",

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from fuzz.check import digest
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -16,11 +20,21 @@ def test_the_first_example_is_on_the_first_screen():
     assert before + BLOCKS[0].count("\n") <= 45
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=[f"block{i}" for i in range(len(BLOCKS))])
-def test_the_code_runs(code, capsys):
+def test_the_code_runs_block_by_block(capsys):
     pytest.importorskip("sklearn")
-    exec(compile(code, "README.md", "exec"), {})
+    first, training = BLOCKS
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(compile(first, "README.md", "exec"), names)
     assert "101 points" in capsys.readouterr().out
+    ends = digest([*names["a"].parameters(), *names["b"].parameters()])
+    middle = digest(names["path"].at(0.5).values())
+    exec(compile(training, "README.md", "exec"), names)
+    trained, on_the_line = map(float, re.findall(r"\d\.\d+", capsys.readouterr().out))
+    assert trained < 0.7 * on_the_line
+    assert digest([*names["a"].parameters(), *names["b"].parameters()]) == ends
+    assert digest(tensor.detach() for tensor in names["middle"].values()) != middle
+    assert all(tensor.is_leaf and tensor.grad is not None for tensor in names["middle"].values())
 
 
 @pytest.mark.slow

@@ -36,6 +36,33 @@ def test_why_it_cannot_run(monkeypatch):
     assert "pip install 'modeconn[gpu]'" in why_not(torch.float32, torch.device("cuda"))
 
 
+def test_kernels_that_cannot_be_built_are_left_out_in_one_line(monkeypatch):
+    from modeconn import backends
+    from modeconn.kernels import launch
+
+    def no_compiler(*args: object, **options: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    a, b = (mlp(6, 5, 4, seed=k) for k in range(2))
+    path, data = mc.Line(a, b), (X, Y)
+    expected = mc.evaluate(a, path, data, 3, backend="reference")
+    assert launch.why_not_built(torch.device("cpu")) == ""
+    launch.why_not_built.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "launch", no_compiler)
+            patch.setattr(backends, "_automatic", lambda *asked: ["triton", "reference"])
+            words = "no kernel can be built", "(RuntimeError: Failed to find C compiler.)"
+            with refused('"triton" cannot run', *words, 'ask for "reference"'):
+                mc.evaluate(a, path, data, 3, backend="triton")
+            with pytest.warns(UserWarning, match="kernels are left out, and PyTorch computes"):
+                got = mc.evaluate(a, path, data, 3)
+    finally:
+        launch.why_not_built.cache_clear()
+    assert got.backend == "reference"
+    np.testing.assert_array_equal(got.loss, expected.loss)
+
+
 def test_nothing_for_a_kernel_to_do():
     class Wave(nn.Module):
         def __init__(self) -> None:

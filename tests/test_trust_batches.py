@@ -163,6 +163,51 @@ def test_a_last_batch_of_one_that_is_squeezed(classes: int, closed: str, backend
     assert loss == pytest.approx(float(want), rel=1e-5)
 
 
+class Part(nn.Module):
+    """Cannot be exported, and squeezes its values; its rows may be on the second axis."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.inner, self.axis = nn.Linear(5, 5), axis
+
+    def forward(self, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        h = self.inner(x) * scale
+        if float(x.sum()) < -1e9:
+            h = h + 1
+        return h.squeeze(self.axis), h.sum(-1)
+
+
+class Around(nn.Module):
+    """A network that can be exported around such a part."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.first, self.part, self.out = nn.Linear(6, 5), Part(axis), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        if self.part.axis:
+            values, total = self.part(h.expand(2, *h.shape), 0.5)
+            return self.out(values.mean(0)) + total.mean(0)[:, None]
+        values, total = self.part(h, 0.5)
+        return self.out(values.reshape(-1, 5)) + total.reshape(-1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:part of the model runs as it is")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_part_that_runs_as_it_is_squeezes_a_lone_row(axis: int):
+    a, b = pair(Around, axis)
+    path = mc.Line(a, b)
+    got = mc.evaluate(a, path, (X[:9], Y[:9]), T, batch_size=4, precision="float64")
+    assert got.info["fallback"].startswith("part (Part)")
+    expected = mc.evaluate(a, path, (X[:9], Y[:9]), T, batch_size=9, precision="float64").loss
+    np.testing.assert_allclose(got.loss, expected, rtol=1e-12)
+    alone = mc.evaluate(a, path, (X[8:9], Y[8:9]), [0.0], precision="float64").loss[0]
+    with torch.no_grad():
+        out = a.double().eval()(X[7:9].double())[1:]
+    assert alone == pytest.approx(float(F.cross_entropy(out, Y[8:9])), rel=1e-12)
+
+
 class Counts(nn.Linear):
     """Asks for the length of a batch in the ways that people do."""
 

@@ -157,3 +157,29 @@ def test_extra_state_is_no_weight():
         ),
         rtol=1e-5,
     )
+
+
+class ByPosition(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class OneDict(nn.Linear):
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(batch["image"])
+
+
+class ByName(nn.Linear):
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image)
+
+
+@pytest.mark.parametrize("kind", [ByPosition, OneDict, ByName])
+def test_one_input_of_a_dict_goes_by_name_whole_or_by_position(kind: type[nn.Linear]):
+    a, b = pair(lambda: kind(6, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = mc.evaluate(a, mc.Line(a, b), {"image": X, "label": Y}, T, progress=False)
+    plain = nn.Linear(6, 3)
+    expected = mc.evaluate(plain, mc.Line(a.state_dict(), b.state_dict()), (X, Y), T)
+    np.testing.assert_allclose(got.loss, expected.loss, rtol=1e-6)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modeconn.backends.base import Backend, Request, Tick, Values
 from modeconn.backends.reference import ReferenceBackend
-from modeconn.capture.graph import In, Node
+from modeconn.capture.graph import Entry, In, Node
 from modeconn.data.inputs import Inputs
 from modeconn.metrics import Head
 from modeconn.plan.program import Combination, Form, Program, Segment, needed
@@ -128,19 +128,24 @@ def _gains(program: Program, wanted: set[int]) -> dict[int, float]:
         step = program.shared[number]
         if step.node.op == "input":
             gains[number] = 1.0
-        elif _is_linear(step.node) and step.inputs[0] in gains:
+        elif _is_bounded(step.node) and step.inputs[0] in gains:
             weights = sum(float(entry.abs().sum(dtype=torch.float64)) for entry in step.entries)
             gains[number] = gains[step.inputs[0]] * max(weights, 1.0)
     return gains
 
 
-def _is_linear(node: Node) -> bool:
-    """Whether a node moves an input's numbers, or adds them up with weights of the network's."""
-    if node.op in _MOVED:
-        return len(node.inputs) == 1
-    if node.op not in _WEIGHTED:
+def _is_bounded(node: Node) -> bool:
+    """Whether a value is bounded by its only input and the entries that multiply or shift it."""
+    if len(node.inputs) != 1:  # such as a view of a parameter, which has none
         return False
-    return len(node.inputs) == 1 and isinstance(node["input"], In) and len(node.entries) > 0
+    if node.op in _MOVED:
+        return True
+    return (
+        node.op in _WEIGHTED
+        and node["input"] == In(0)
+        and isinstance(node["weight"], Entry)
+        and not isinstance(node["bias"], In)
+    )
 
 
 def _largest(value: Any) -> float:

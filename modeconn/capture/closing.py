@@ -167,7 +167,15 @@ def _closed(
         if None in sizes:
             return None
         shapes.append((a.dtype, sizes))
-    return Opaque(module, path, reason_of(failure), given[0][0], returned[0][0], shapes)
+    rows = [_varying_axis(x, y) for x, y in zip(given[0][1], given[1][1])]
+    arguments, output = given[0][0], returned[0][0]
+    return Opaque(module, path, reason_of(failure), arguments, output, shapes, rows)
+
+
+def _varying_axis(one: Tensor, other: Tensor) -> int | None:
+    """The only axis on which two tensors differ in size; None where there is none, or another."""
+    axes = [i for i, (m, n) in enumerate(zip(one.shape, other.shape)) if m != n]
+    return axes[0] if len(axes) == 1 else None
 
 
 def _alike(values: Sequence[tuple[Structure, list[Tensor]]]) -> bool:

@@ -81,7 +81,18 @@ def _tried(runner: Runner, sample: Inputs) -> Graph:
             return _graph(runner, sample)
         except ModeconnError:
             runner.takes = 0
-    raise ModeconnError(f"{failure}{_hint(str(failure), rows(x), rows(sample))}") from failure
+    hint = _hint_of_kind(sample) or _hint(str(failure), rows(x), rows(sample))
+    raise ModeconnError(f"{failure}{hint}") from failure
+
+
+def _hint_of_kind(sample: Inputs) -> str:
+    """Say what whole numbers may have been meant as, where a model does not run on them."""
+    first = leaves(sample)[0]
+    if first.is_floating_point() or first.is_complex():
+        return ""
+    if first.dim() == 1:
+        return " (are inputs and targets swapped? expected (inputs, targets))"
+    return " (where it expects numbers and no tokens, give inputs as floating point: x.float())"
 
 
 def _hint(text: str, few: int, whole: int) -> str:

@@ -97,6 +97,8 @@ class Opaque:
             on as it is.
         shapes: per tensor of the output its dtype and sizes; those that follow from the rows as
             (tensor, axis, factor).
+        rows: per tensor of the arguments the axis whose size follows from the rows, if there is
+            one; empty for the network itself.
         names: of its parameters and buffers: its entries.
         fresh: makes a copy for each call, which is loaded before `eval()`: for a module whose
             `eval()` or forward changes more than it returns.
@@ -108,6 +110,7 @@ class Opaque:
     arguments: Structure
     output: Structure | None = None
     shapes: list[tuple[torch.dtype, list[Any]]] = field(default_factory=list)
+    rows: list[int | None] = field(default_factory=list)
     fresh: Callable[[], nn.Module] | None = None
 
     def __post_init__(self) -> None:
@@ -119,8 +122,30 @@ class Opaque:
         return f"{self.path or 'the model'} ({type(self.module).__name__}): {self.reason}"
 
     def __call__(self, tensors: Sequence[Tensor], entries: Sequence[Tensor]) -> Any:
-        out = self._run(tensors, dict(zip(self.names, entries)))
-        return out if self.output is None else tensors_of(out)
+        state = dict(zip(self.names, entries))
+        out = self._run(tensors, state)
+        return out if self.output is None else self._shaped(tensors_of(out), tensors, state)
+
+    def _shaped(
+        self, found: list[Tensor], tensors: Sequence[Tensor], state: dict[str, Tensor]
+    ) -> list[Tensor]:
+        """The outputs of a part, where a lone row that it squeezed has its axis again."""
+        if self._fit(found, tensors) or not any(axis is not None for axis in self.rows):
+            return found
+        pairs = zip(tensors, self.rows)
+        twice = [x if axis is None else torch.cat([x] * 2, axis) for x, axis in pairs]
+        doubled = tensors_of(self._run(twice, state))
+        if not self._fit(doubled, twice):
+            return found
+        for number, (_, shape) in enumerate(self.shapes):
+            for axis, size in enumerate(sizes(shape, tensors)):
+                doubled[number] = doubled[number].narrow(axis, 0, size)
+        return doubled
+
+    def _fit(self, outputs: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+        """Whether outputs have the shapes that follow from those of the arguments."""
+        wanted = [sizes(shape, tensors) for _, shape in self.shapes]
+        return [list(output.shape) for output in outputs] == wanted
 
     def _run(self, tensors: Sequence[Tensor], state: dict[str, Tensor]) -> Any:
         # The module may change what it is given, and parameters that are swapped in as well.
@@ -178,6 +203,11 @@ class Opaque:
                     norm.momentum = momentum
         names = itertools.chain.from_iterable(self.statistics())
         return [*tensors_of(out), *(state[name] for name in names)]
+
+
+def sizes(shape: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    """The sizes of a part's output; those that follow from the rows may be symbolic."""
+    return [s if isinstance(s, int) else tensors[s[0]].shape[s[1]] * s[2] for s in shape]
 
 
 def _has_row(output: Any) -> bool:

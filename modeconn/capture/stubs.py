@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeconn.capture.opaque import Opaque, Structure
+from modeconn.capture.opaque import Opaque, Structure, sizes
 
 # The parts that the operation's number stands for, during an export.
 _CLOSED: list[Opaque] = []
@@ -34,16 +34,11 @@ def operation() -> Any:
     @op.register_fake
     def _(tensors: list[Tensor], entries: list[Tensor], number: int) -> list[Tensor]:
         return [
-            tensors[0].new_empty(_filled(shape, tensors), dtype=dtype)
+            tensors[0].new_empty(sizes(shape, tensors), dtype=dtype)
             for dtype, shape in _CLOSED[number].shapes
         ]
 
     return torch.ops.modeconn.module.default
-
-
-def _filled(shape: list[Any], tensors: list[Tensor]) -> list[Any]:
-    """The sizes of an output's tensor; those that follow from the rows are symbolic."""
-    return [s if isinstance(s, int) else tensors[s[0]].shape[s[1]] * s[2] for s in shape]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,9 @@ from torch.utils import _pytree as pytree
 
 from modeconn.capture.fixed import in_batches
 from modeconn.capture.guard import Guard
+from modeconn.capture.noise import undrawn
 from modeconn.capture.opaque import line_of, tensors_of
+from modeconn.capture.quiet import quietly
 from modeconn.capture.spectral import has_spectral_norm, renew
 from modeconn.data.inputs import Inputs, apply, call, describe
 from modeconn.errors import ModeconnError, out_of_memory
@@ -54,7 +56,7 @@ class Runner:
         self.model, self.dtype, self.device = unwrapped(model), dtype, device
         self.takes = 0
         self._names: tuple[str, ...] = ()
-        self._one_dict = False
+        self._how = "by name"
 
     def copy(self) -> nn.Module:
         """A copy in the user's own modes, converted.
@@ -68,16 +70,24 @@ class Runner:
         if self.takes:
             vars(made)["forward"] = in_batches(made, self.takes)
         if self._names:
-            vars(made)["forward"] = _by_names(made.forward, self._names, self._one_dict)
+            vars(made)["forward"] = _by_names(made.forward, self._names, self._how)
         return made.to(device=self.device, dtype=self.dtype)
 
     def expect(self, x: Inputs) -> None:
-        """Learns from a batch of inputs how the module takes a dict: by its names, or whole."""
-        if isinstance(x, Mapping):
-            signature = inspect.signature(self.model.forward)
-            self._one_dict = not _binds(signature, **x) and _binds(signature, x)
-            gathered = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-            self._names = tuple(x) if self._one_dict or gathered else ()
+        """Learns from a batch of inputs how the module takes a dict: by its names, or whole.
+
+        A dict of one tensor under a name that forward does not have is also tried as that tensor.
+        """
+        if not isinstance(x, Mapping):
+            return
+        signature = inspect.signature(self.model.forward)
+        gathered = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        self._names, self._how = tuple(x) if gathered else (), "by name"
+        if not _binds(signature, **x) and _binds(signature, x):
+            alone = self.copy().eval() if len(x) == 1 else None
+            self._names, self._how = tuple(x), "whole"
+            if alone is not None and _runs(alone, next(iter(x.values()))):
+                self._how = "by position"
 
     def state(self) -> dict[str, Tensor]:
         """The user's parameters and buffers, converted; those that fit are the user's own."""
@@ -105,13 +115,17 @@ def duplicate(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _by_names(
-    forward: Callable[..., Any], names: Sequence[str], one_dict: bool
-) -> Callable[..., Any]:
-    """A forward that takes its inputs by these names, where it gathers them or takes one dict."""
+def _by_names(forward: Callable[..., Any], names: Sequence[str], how: str) -> Callable[..., Any]:
+    """A forward that takes its inputs by these names, and passes them on otherwise.
+
+    Args:
+        how: "by name" to one that gathers them, "whole" in one dict, or "by position".
+    """
 
     def named(**inputs: Any) -> Any:
-        return forward(inputs) if one_dict else forward(**inputs)
+        if how == "by name":
+            return forward(**inputs)
+        return forward(inputs) if how == "whole" else forward(*inputs.values())
 
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
     vars(named)["__signature__"] = inspect.Signature(parameters)
@@ -124,6 +138,18 @@ def _binds(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
         signature.bind(*args, **kwargs)
     except TypeError:
         return False
+    return True
+
+
+def _runs(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module runs on a tensor; random states are as before."""
+    with torch.no_grad(), quietly(), undrawn(x.device):
+        try:
+            module(x.clone())
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            return False
     return True
 
 

@@ -115,8 +115,8 @@ class Connection:
             ax: matplotlib axes to draw on; a new figure if None.
             line: the straight line between the two networks, from `modeconn.evaluate`, for
                 comparison.
-            result: from `evaluate`. Without it the loss of a swing is drawn as its chord, an upper
-                bound.
+            result: from `evaluate`. Without it the loss of a swing is drawn as its chord, and the
+                error of a segment as its largest: upper bounds.
 
         Raises:
             ModeconnError: where matplotlib is not installed.

@@ -149,7 +149,9 @@ def _draw_error(
 ) -> list[Line2D]:
     """Draws the error on the right axes; returns handles for the legend."""
     at, error = _error_curve(certificate, result)
-    label = f"error on the path, ≤ {100 * certificate.error_bound:.3g} %"
+    known = result is not None and "error" in result.values
+    what = "error on the path" if known else "largest error of each segment"
+    label = f"{what}, ≤ {100 * certificate.error_bound:.3g} %"
     style: dict[str, Any] = {"color": ERROR_COLOURS[0], "linewidth": 1.2, "alpha": 0.9}
     handles = ax.plot(at, 100 * error, label=label, zorder=3, **style)
     if line is not None and "error" in line.values:
@@ -166,13 +168,12 @@ def _draw_error(
 def _error_curve(
     certificate: Certificate, result: PathResult | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns t and error: as evaluated, else at breakpoints and each segment's maximum."""
+    """Returns t and error: as evaluated, else steps at each segment's largest error.
+
+    A line from breakpoint to breakpoint would lie below the error in between.
+    """
     if result is not None and "error" in result.values:
-        at, error = result.t, result.values["error"]
-    else:
-        segments = certificate.segments
-        maxima = [segment.max_error_at for segment in segments]
-        at = np.concatenate([_breakpoints(certificate), maxima])
-        error = np.concatenate([certificate.errors, [segment.max_error for segment in segments]])
-    order = np.argsort(at, kind="stable")
-    return at[order], error[order]
+        order = np.argsort(result.t, kind="stable")
+        return result.t[order], result.values["error"][order]
+    at = np.repeat(_breakpoints(certificate), 2)[1:-1]
+    return at, np.repeat([segment.max_error for segment in certificate.segments], 2)

@@ -17,17 +17,20 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from modeconn.data.datasets import Images
 from modeconn.data.inputs import apply, join, take
 from modeconn.data.tensors import as_inputs, as_tensor, check_lengths, each, row_kind, slice_rows
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, warn
 
 # `Inputs` [B, ...], a tensor or several as a tuple or dict, and targets [B, ...].
 Batch = tuple[Any, Tensor]
 
 _ACCEPTED = (
     "(inputs, targets) as tensors or arrays, a torch Dataset or DataLoader, "
-    "or an iterable of (inputs, targets) batches"
+    "or an iterable of (inputs, targets) batches; texts that are their own labels are given twice, "
+    "(texts, texts)"
 )
-# The key of the targets where inputs and targets come in one dict.
+# The key of the targets where inputs and targets come in one dict; where it is missing, the one of
+# these that is there.
 TARGETS = "labels"
+_OTHER_TARGETS = ("label", "targets", "target")
 
 
 class Batches:
@@ -114,7 +117,8 @@ def as_batches(data: Any, batch_size: int) -> Batches:
             default_collate; a DataLoader or any other iterable of (inputs, targets) batches. An
             iterator (a generator, say) serves for one pass. `Batches` are returned as they are,
             whatever `batch_size` says. Where a network takes several inputs they are a tuple or a
-            dict; inputs and targets may also be one dict, with the targets as "labels".
+            dict; inputs and targets may also be one dict, with the targets as "labels" ("label",
+            "targets" or "target" where there is no such key).
         batch_size: Rows in each batch, at least 1.
 
     Raises:
@@ -127,8 +131,8 @@ def as_batches(data: Any, batch_size: int) -> Batches:
         data = data.tensors
     if isinstance(data, Images):
         return Batches(partial(_slices, data.slice, len(data), size), size, samples=len(data))
-    if isinstance(data, Mapping) and TARGETS in data:
-        data = _pair(data)
+    if is_batch(data):
+        data = _pair(data, "data")
     if isinstance(data, (tuple, list)) and data:
         arrays = [isinstance(part, (Tensor, np.ndarray)) for part in data]
         if all(arrays) or (len(data) == 2 and any(arrays)):
@@ -141,8 +145,10 @@ def as_batches(data: Any, batch_size: int) -> Batches:
         raise ModeconnError(
             f"data: got the name {str(data)!r}; load it first: mc.datasets.load(name, root=...)"
         )
+    if isinstance(data, Mapping):
+        raise without_targets(data, "data")
     readable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
-    if isinstance(data, (Mapping, Tensor, np.ndarray)) or not readable:
+    if isinstance(data, (Tensor, np.ndarray)) or not readable:
         raise ModeconnError(f"data: of type {type(data).__name__}; expected {_ACCEPTED}")
     if isinstance(data, (tuple, list)) and not data:
         raise _empty()
@@ -165,9 +171,36 @@ def _from_arrays(parts: Sequence[Any], size: int) -> Batches:
     )
 
 
-def _pair(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+def is_batch(data: Any) -> bool:
+    """Whether data are one dict of inputs and targets, and not several data sets by name."""
+    key = _targets_key(data) if isinstance(data, Mapping) else None
+    return key == TARGETS or (key is not None and isinstance(data[key], (Tensor, np.ndarray)))
+
+
+def _targets_key(batch: Mapping[str, Any]) -> str | None:
+    """Return the key of the targets in one dict; None where none, or more than one, could be it."""
+    if TARGETS in batch:
+        return TARGETS
+    found = [key for key in _OTHER_TARGETS if key in batch]
+    return found[0] if len(found) == 1 else None
+
+
+def without_targets(batch: Mapping[Any, Any], where: str) -> ModeconnError:
+    """Return the error for a dict in which no key, or more than one, could be that of targets."""
+    keys, others = (", ".join(map(repr, each)) for each in (batch, _OTHER_TARGETS))
+    return ModeconnError(
+        f"{where}: has the keys {keys}; targets are expected as "
+        f"{TARGETS!r}, or as one of {others}, and all other keys are inputs of forward: rename the "
+        "key, or give (inputs, targets)"
+    )
+
+
+def _pair(batch: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Any]:
     """Split one dict into inputs and targets."""
-    return {key: value for key, value in batch.items() if key != TARGETS}, batch[TARGETS]
+    targets = _targets_key(batch)
+    if targets is None:
+        raise without_targets(batch, where)
+    return {key: value for key, value in batch.items() if key != targets}, batch[targets]
 
 
 def _slices(rows: Callable[[int, int], Batch], total: int, size: int) -> Iterator[Batch]:
@@ -213,7 +246,15 @@ def _loader_samples(loader: DataLoader[Any]) -> int | None:
         total = len(loader.sampler)  # type: ignore[arg-type]
     except TypeError:
         return None
-    return total - total % loader.batch_size if loader.drop_last else total
+    if not loader.drop_last:
+        return total
+    left_out = total % loader.batch_size
+    if 0 < left_out < total:
+        warn(
+            f"the DataLoader leaves out the last {left_out:,} of {total:,} samples "
+            "(drop_last=True), and results are means over the others: give one with drop_last=False"
+        )
+    return total - left_out
 
 
 def _first_row(part: Any) -> Any:
@@ -225,8 +266,8 @@ def _checked(batches: Iterable[Any]) -> Iterator[Batch]:
     expected: tuple[str, ...] | None = None
     for number, batch in enumerate(batches):
         where = f"data: batch {number}"
-        if isinstance(batch, Mapping) and TARGETS in batch:
-            batch = _pair(batch)
+        if isinstance(batch, Mapping):
+            batch = _pair(batch, where)
         if not isinstance(batch, (tuple, list)):
             raise ModeconnError(
                 f"{where} is of type {type(batch).__name__}; expected (inputs, targets)"

@@ -42,8 +42,11 @@ def device_of(device: str | torch.device | None, path: Path) -> torch.device:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
+        # PyTorch goes on to list all that it could have been built with
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise ModeconnError(
-            f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}"
+            f"device {str(device)!r} cannot be used: {reason}: expected one that this PyTorch has, "
+            "such as cpu"
         ) from None
     return where
 

@@ -32,7 +32,7 @@ def outputs_at_points(program: Program, engine: Backend, inputs: Inputs, budget:
     parts = [_outputs(program, engine, take(inputs, i, i + most)) for i in starts]
     if len(parts) == 1:
         return parts[0]
-    return _by_leaf(partial(torch.cat, dim=1), parts)
+    return by_leaf(partial(torch.cat, dim=1), parts)
 
 
 def _outputs(program: Program, engine: Backend, x: Inputs) -> Any:
@@ -52,10 +52,10 @@ def _outputs(program: Program, engine: Backend, x: Inputs) -> Any:
             result[row, block] = output
     if result is not None:
         return result
-    return _by_leaf(torch.stack, [_by_leaf(torch.cat, blocks) for blocks in points])
+    return by_leaf(torch.stack, [by_leaf(torch.cat, blocks) for blocks in points])
 
 
-def _by_leaf(join: Callable[..., Tensor], parts: list[Any]) -> Any:
+def by_leaf(join: Callable[..., Tensor], parts: list[Any]) -> Any:
     """Join tensors of equal structures, one by one; what else they hold is that of the first."""
     flat = [pytree.tree_flatten(part) for part in parts]
     columns = zip(*(leaves for leaves, _ in flat))

@@ -27,7 +27,7 @@ from modeconn.evaluation.result import PathResult
 from modeconn.evaluation.resume import Unfinished, fingerprint
 from modeconn.evaluation.statistics import placeholders
 from modeconn.files.writing import locked
-from modeconn.metrics import PerSample
+from modeconn.metrics import Metric, PerSample
 from modeconn.parameters.paths import Path
 from modeconn.parameters.points import Points
 from modeconn.plan.planner import make_program
@@ -42,7 +42,7 @@ def evaluate(
     points: Points = 101,
     *,
     loss: str | PerSample = "cross_entropy",
-    metrics: Sequence[str | PerSample] | None = None,
+    metrics: Sequence[Metric] | None = None,
     buffers: str = "interpolate",
     backend: str = "auto",
     device: str | torch.device | None = None,
@@ -69,7 +69,7 @@ def evaluate(
     points: Points = 101,
     *,
     loss: str | PerSample = "cross_entropy",
-    metrics: Sequence[str | PerSample] | None = None,
+    metrics: Sequence[Metric] | None = None,
     buffers: str = "interpolate",
     backend: str = "auto",
     device: str | torch.device | None = None,
@@ -96,7 +96,7 @@ def evaluate(
     points: Points = 101,
     *,
     loss: str | PerSample = "cross_entropy",
-    metrics: Sequence[str | PerSample] | None = None,
+    metrics: Sequence[Metric] | None = None,
     buffers: str = "interpolate",
     backend: str = "auto",
     device: str | torch.device | None = None,
@@ -127,14 +127,15 @@ def evaluate(
             name: {"train": …, "test": …}.
         points: how many points, evenly spaced, or the t values, in any order, repeated or not; or
             "adaptive", for a path in one parameter: as few as find the largest value of every
-            metric, and of its rise above the straight line between the ends.
+            mean over samples, and of its rise above the straight line between the ends.
         loss: "cross_entropy" (integer labels of samples, tokens or pixels), "next_token" (texts
             that are their own labels), "mse", "bce" (logits), one of PyTorch's with the mean of its
             own (`nn.CrossEntropyLoss(weight=w)`), or a callable (outputs, targets) → losses [N],
             each of its row alone, which receives whatever the model returns.
         metrics: what to return: "loss", "error" (fraction of wrong classes), "top5_error",
-            "perplexity", callables (outputs, targets) → [N]. By default the loss, and the error
-            where the loss is one of classes.
+            "perplexity", callables (outputs, targets) → [N], and `DatasetMetric` for numbers of all
+            samples together (calibration errors, F1). By default the loss, and the error where the
+            loss is one of classes.
         buffers: "interpolate" the norms' running statistics with the weights, keep those of the
             path's "start", or "recompute" them for all points: as PyTorch does at each point after
             `reset_running_stats()` with `momentum=None` and a pass in training mode, dropout off.

@@ -16,6 +16,13 @@ from modeconn.errors import warn
 from modeconn.metrics import Head
 from modeconn.plan.program import Program
 
+# Last operations of networks that are trained with another loss, by the loss that expects logits.
+_NO_LOGITS = (
+    ("softmax", "cross_entropy"),
+    ("softmax", "next_token"),
+    ("softmax", "soft_cross_entropy"),
+    ("sigmoid", "bce"),
+)
 # Points that one warning names.
 _LISTED = 5
 
@@ -51,6 +58,16 @@ def warn_of_capture(graph: Graph, batch: str, noise_seed: int | None = None) -> 
         )
 
 
+def warn_of_probabilities(graph: Graph, head: Head) -> None:
+    """Warn of a network that ends in what the loss does itself: probabilities are no logits."""
+    last = None if graph.tensor_output is None else graph.nodes[graph.tensor_output].op
+    if (last, head.loss) in _NO_LOGITS:
+        warn(
+            f'the network ends in {last}, and loss="{head.loss}" expects logits, whose {last} it '
+            f"takes itself: leave that out, or give the loss of probabilities as a callable"
+        )
+
+
 def warn_of_stale_statistics(program: Program) -> None:
     """Warn of norms whose interpolated running statistics are not those of their inputs."""
     stale: set[int] = set()
@@ -65,9 +82,9 @@ def warn_of_stale_statistics(program: Program) -> None:
         return
     more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
     warn(
-        f"batch norms ({norms[0]}{more}) have interpolated running statistics, which are not those "
-        'of the networks between the control points; buffers="recompute" estimates them from the '
-        "training data for all points, in one more pass"
+        f"batch norms ({norms[0]}{more}) have the control points' or interpolated running "
+        'statistics, which are not those of the networks at other points; buffers="recompute" '
+        "estimates them from the training data for all points, in one more pass"
     )
 
 

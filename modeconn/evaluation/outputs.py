@@ -17,8 +17,8 @@ from modeconn.backends.blocking import MEMORY_BUDGET
 from modeconn.backends.precision import products, without_autocast
 from modeconn.capture.export import prepare
 from modeconn.capture.graph import Graph, Size
-from modeconn.data.inputs import Inputs, describe, leaves, moved
-from modeconn.errors import ModeconnError
+from modeconn.data.inputs import Inputs, describe, leaves, moved, rows
+from modeconn.errors import ModeconnError, naming_memory
 from modeconn.evaluation.arguments import (
     check_fit,
     device_of,
@@ -137,6 +137,10 @@ class PlannedForward:
         with (
             torch.set_grad_enabled(differentiable),
             products(self._precision, self._device),
+            naming_memory(
+                f"outputs of {len(self.t):,} points for {rows(inputs):,} rows were computed",
+                "expected fewer rows or points at a time, or a larger machine",
+            ),
         ):
             distinct: Tensor = outputs_at_points(self.plan.program, engine, inputs, self._budget)
         inverse = self.plan.program.inverse

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +23,14 @@ from modeconn.capture.trial import Runner
 from modeconn.data.batches import Batch, Batches
 from modeconn.data.inputs import moved, rows, take
 from modeconn.data.prefetch import on_device
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, naming_memory
 from modeconn.evaluation.ends import capture_for
+from modeconn.evaluation.gathering import Gathering
 from modeconn.evaluation.notices import (
     LabelNotices,
     warn_of_capture,
     warn_of_non_finite,
+    warn_of_probabilities,
     warn_of_stale_statistics,
 )
 from modeconn.evaluation.progress import Meter
@@ -90,6 +94,7 @@ class _Prepared:
     Attributes:
         graph: the captured network that the program is for.
         network: digest of the network and its statistics, where sums are kept.
+        samples: of the data, where that is known before the pass.
         most_rows: the most rows that the engine takes at a time.
         statistics: of the program's norms.
     """
@@ -99,6 +104,7 @@ class _Prepared:
     batches: Iterator[Batch]
     graph: Graph
     network: str
+    samples: int | None
     most_rows: int
     statistics: Recomputed
 
@@ -116,11 +122,13 @@ class _Sums:
         totals: at the distinct points, float64 [T, metrics].
         counts: samples, or tokens with a label, by metric.
         samples: of the data.
+        whole: metrics of the whole data set at the distinct points, float64 [T], by name.
     """
 
     totals: Tensor
     counts: Tensor
     samples: int = 0
+    whole: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def _recomputed(run: Run, training: Batches | None) -> Recomputed:
@@ -129,7 +137,8 @@ def _recomputed(run: Run, training: Batches | None) -> Recomputed:
         return Recomputed({}, "")
     request = run.request
     first, batches = _begun(training)
-    graph = capture_for(request.path, run.model, moved(first[0], request.dtype, request.where))
+    with _naming_memory("the network was captured", len(first[1])):
+        graph = capture_for(request.path, run.model, moved(first[0], request.dtype, request.where))
     norms = NormStatistics(
         graph,
         request.path,
@@ -140,7 +149,11 @@ def _recomputed(run: Run, training: Batches | None) -> Recomputed:
         request.noise_seed,
     )
     norms.by_samples = request.recompute_average == "samples"
-    with run.unfinished.stage("statistics", _network(request, graph)) as stage:
+    what = "norms' statistics were recomputed"
+    with (
+        _naming_memory(what, len(first[1])),
+        run.unfinished.stage("statistics", _network(request, graph)) as stage,
+    ):
         return norms.recompute(batches, stage, request.recompute_batches, run.meter.recomputed)
 
 
@@ -155,13 +168,16 @@ def _prepare(
     # The pass begins here: the data themselves give the shape that the model is captured with.
     first, batches = _begun(source)
     x = moved(first[0], request.dtype, request.where)
-    graph = capture_for(request.path, run.model, x)
+    with _naming_memory("the network was captured", rows(x)):
+        graph = capture_for(request.path, run.model, x)
     if before is not None and graph is before.graph:
-        return replace(before, batches=batches)
+        return replace(before, batches=batches, samples=source.samples)
     size = request.batch_size or "chosen by the memory budget"
     warn_of_capture(graph, f"batch_size, here {size}", request.noise_seed)
+    ending = ending_at(graph, request)
+    warn_of_probabilities(ending, request.head)
     program = make_program(
-        ending_at(graph, request),
+        ending,
         request.path,
         request.t,
         dtype=request.dtype,
@@ -173,12 +189,14 @@ def _prepare(
     if request.buffers == "interpolate":
         warn_of_stale_statistics(program)
     backend = request.backend_of(graph)
-    engine = make_backend(backend, program, request.dtype, request.where, request.precision)
+    needs = "outputs" if request.head.whole else "sums"
+    engine = make_backend(backend, program, request.dtype, request.where, request.precision, needs)
     most_rows = engine.most_rows(request.budget)
     if request.resume is not None:
         most_rows = min(most_rows, _rows_of_a_part(program))
     network = _network(request, program.graph, statistics)
-    return _Prepared(program, engine, batches, graph, network, most_rows, statistics)
+    samples = source.samples
+    return _Prepared(program, engine, batches, graph, network, samples, most_rows, statistics)
 
 
 def _network(request: Request, graph: Graph, statistics: Recomputed | None = None) -> str:
@@ -196,6 +214,8 @@ def _sums(run: Run, prepared: _Prepared, stage_name: str) -> _Sums:
     # they travel.
     indices = [torch.from_numpy(segment.point_indices).to(where) for segment in program.segments]
     fit, said = functools.partial(head.fit, prepared.example), LabelNotices()
+    gathering = Gathering(engine, program, head, prepared.samples) if head.whole else None
+    summing = gathering or engine
     with run.unfinished.stage(stage_name, prepared.network) as stage:
         sums = _Sums(head.zeros(len(program.points), where), head.zeros(1, torch.device("cpu")))
         if stage.sums:
@@ -212,11 +232,14 @@ def _sums(run: Run, prepared: _Prepared, stage_name: str) -> _Sums:
                     continue
                 tick = run.meter.part(len(y), len(program.points))
                 program.noise.row = sums.samples - len(y)
-                values = engine.shared(x)
-                for segment, places in zip(program.segments, indices):
-                    sums.totals[places] += engine.sums(segment, values, y, head, tick)
+                with _naming_memory(f"{len(program.points)} points were evaluated", len(y)):
+                    values = engine.shared(x)
+                    for segment, places in zip(program.segments, indices):
+                        sums.totals[places] += summing.sums(segment, values, y, head, tick)
                 sums.counts += head.counts(given[part]).cpu()
                 stage.done({"sums": sums.totals, "counts": sums.counts})
+        if gathering is not None:
+            sums.whole = gathering.values()
     return sums
 
 
@@ -242,7 +265,8 @@ def _result(run: Run, prepared: _Prepared, sums: _Sums, name: str, seconds: floa
         )
     request, program, statistics = run.request, prepared.program, prepared.statistics
     means = (sums.totals.cpu() / sums.counts).numpy()[program.inverse]
-    values = request.head.finish(means)
+    whole = {metric: column[program.inverse] for metric, column in sums.whole.items()}
+    values = request.head.finish(means, whole)
     of = f" of {name!r}" if name else ""
     warn_of_non_finite({metric + of: value for metric, value in values.items()}, request.t)
     info: dict[str, str | int | float] = {
@@ -264,6 +288,14 @@ def _result(run: Run, prepared: _Prepared, sums: _Sums, name: str, seconds: floa
         backend=prepared.engine.name,
         seconds=seconds,
         info=info,
+    )
+
+
+def _naming_memory(what: str, count: int) -> contextlib.AbstractContextManager[None]:
+    """Within, used-up memory is an error that names what was done with how many rows."""
+    return naming_memory(
+        f"{what} with {count:,} rows",
+        "expected a smaller batch_size (--batch-size) or memory_budget, or a larger machine",
     )
 
 

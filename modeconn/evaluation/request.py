@@ -16,7 +16,7 @@ from modeconn.backends import check_name
 from modeconn.backends.blocking import MEMORY_BUDGET
 from modeconn.capture.graph import Graph
 from modeconn.capture.noise import is_random
-from modeconn.data.batches import TARGETS, Batches, as_batches
+from modeconn.data.batches import TARGETS, Batches, as_batches, is_batch, without_targets
 from modeconn.data.prefetch import resident
 from modeconn.errors import ModeconnError, listed
 from modeconn.evaluation.arguments import (
@@ -29,7 +29,7 @@ from modeconn.evaluation.arguments import (
 )
 from modeconn.evaluation.statistics import BATCH_SIZE
 from modeconn.files.fingerprints import digest_of
-from modeconn.metrics import Head, PerSample
+from modeconn.metrics import DatasetMetric, Head, Metric, PerSample
 from modeconn.parameters.paths import Path
 from modeconn.parameters.points import Points
 
@@ -61,7 +61,7 @@ class Request:
     data: Any
     points: Points
     loss: str | PerSample
-    metrics: Sequence[str | PerSample] | None
+    metrics: Sequence[Metric] | None
     buffers: str
     backend: str
     device: str | torch.device | None
@@ -93,6 +93,11 @@ class Request:
         positive("batch_size", self.batch_size)
         self.budget = positive("memory_budget", self.memory_budget) or MEMORY_BUDGET
         self._check_recompute()
+        if self.head.whole and self.resume is not None:
+            raise ModeconnError(
+                f"resume keeps sums, and metric {next(iter(self.head.whole))!r} needs all outputs: "
+                "expected resume=None, or such metrics in a call of their own"
+            )
         if self.noise_seed is not None and type(self.noise_seed) is not int:
             raise ModeconnError(f"noise_seed is {self.noise_seed!r}: expected a whole number")
 
@@ -122,7 +127,7 @@ class Request:
     @property
     def has_names(self) -> bool:
         """Whether the data are several data sets by name, and no batch with its labels."""
-        return isinstance(self.data, Mapping) and TARGETS not in self.data
+        return isinstance(self.data, Mapping) and not is_batch(self.data)
 
     def sources(self) -> tuple[dict[str, Batches], Batches | None]:
         """Return the data sets to evaluate on, and the one to recompute statistics from, if any.
@@ -130,6 +135,9 @@ class Request:
         Data that have no name stand under "".
         """
         given = dict(self.data) if self.has_names else {"": self.data}
+        arrays = [isinstance(part, (torch.Tensor, np.ndarray)) for part in given.values()]
+        if self.has_names and arrays and all(arrays):
+            raise without_targets(given, "data")
         if not given or (self.has_names and not all(isinstance(n, str) and n for n in given)):
             raise ModeconnError(
                 f"data: a dict with the keys {[*given]}; expected data sets by name, such as "
@@ -188,7 +196,9 @@ class Request:
         loss = self.loss
         if not isinstance(loss, str):
             loss = getattr(loss, "__qualname__", type(loss).__qualname__)
-        metrics = self.metrics
+        metrics: Any = self.metrics
+        if isinstance(metrics, (str, DatasetMetric)) or callable(metrics):
+            metrics = [metrics]
         more: dict[str, Any] = {}  # files of before say nothing of these
         if self.recompute_average != AVERAGES[0]:
             more["recompute_average"] = self.recompute_average

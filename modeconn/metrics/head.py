@@ -14,6 +14,7 @@ from modeconn.metrics import classes
 from modeconn.metrics.numbers import bce, fit_numbers, mse, soft_cross_entropy
 from modeconn.metrics.per_row import PerSample, check_rows, values_of
 from modeconn.metrics.torch_losses import TorchLoss, understood
+from modeconn.metrics.whole import DatasetMetric
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], dict[str, Tensor]]] = {
     "cross_entropy": classes.cross_entropy,
@@ -26,6 +27,7 @@ METRICS = ("loss", "error", "top5_error", "perplexity")
 _LABELLED = ("cross_entropy", "next_token")
 _OF_NUMBERS = ("mse", "soft_cross_entropy")  # without a metric of right and wrong
 _ERRORS = ("error", "top5_error")
+Metric = str | PerSample | DatasetMetric
 
 
 class Head:
@@ -39,16 +41,17 @@ class Head:
             [N, classes]), a loss of PyTorch's as a module or function, whose mean is that
             of the data set, or a callable (outputs, targets) → losses [N].
         metrics: "loss", "error", "top5_error", "perplexity" (exp of the mean loss), or callables
-            (outputs, targets) → [N], which go before ours of the same name; None for loss and,
-            where the loss has one, error.
+            (outputs, targets) → [N], which go before ours of the same name, or a `DatasetMetric`;
+            None for loss and, where the loss has one, error.
 
     Attributes:
         names: of the sums, in order.
+        whole: metrics of the whole data set by name, which are no sums.
         leaves_out: whether some sample of data with one label each has none that counts.
         of_classes: whether targets are class labels.
     """
 
-    def __init__(self, loss: str | PerSample, metrics: Sequence[str | PerSample] | None) -> None:
+    def __init__(self, loss: str | PerSample, metrics: Sequence[Metric] | None) -> None:
         if not callable(loss) and loss not in LOSSES:
             raise ModeconnError(
                 f"loss is {loss!r}: expected one of {', '.join(LOSSES)}, or a callable"
@@ -59,22 +62,28 @@ class Head:
         )
         if metrics is None:
             metrics = ("loss", "error") if self.of_classes or self.loss == "bce" else ("loss",)
-        if isinstance(metrics, str) or callable(metrics):
+        if isinstance(metrics, (str, DatasetMetric)) or callable(metrics):
             metrics = (metrics,)
-        self.names: list[str] = []
+        self.whole: dict[str, DatasetMetric] = {}
         self._custom: dict[str, PerSample] = {}
+        order: list[str] = []
         for metric in metrics:
-            if callable(metric):
+            if isinstance(metric, DatasetMetric):
+                name: str = metric.name
+                self.whole[name] = metric
+            elif callable(metric):
                 name = getattr(metric, "__name__", type(metric).__name__)
                 self._custom[name] = _called(metric)
             else:
                 name = metric
                 self._check_metric(name)
-            if name in self.names:
+            if name in order:
                 raise ModeconnError(f"metrics has {name!r} twice: expected each once")
-            self.names.append(name)
-        if not self.names:
+            order.append(name)
+        if not order:
             raise ModeconnError("metrics is empty: expected at least one")
+        self.names = [name for name in order if name not in self.whole]
+        self._order = order
         self._own = [name for name in self.names if name not in self._custom]
         self._errors = [name for name in self._own if name in _ERRORS]
         self._row_by_row: set[str] = set()  # callables that were found to be
@@ -83,8 +92,10 @@ class Head:
     def _check_metric(self, metric: str) -> None:
         """Raise a ModeconnError for a metric that is unknown, or that the loss does not go with."""
         if metric not in METRICS:
+            hint = ' ("error" is 1 - accuracy)' if "acc" in str(metric) else ""
             raise ModeconnError(
-                f"metric {metric!r} is unknown: expected one of {', '.join(METRICS)}, or a callable"
+                f"metric {metric!r} is unknown: expected one of {', '.join(METRICS)}{hint}, a "
+                "callable of outputs and targets, or mc.DatasetMetric for all samples together"
             )
         of_torch = isinstance(self.loss, TorchLoss) and not self.of_classes
         numbers = of_torch or self.loss in _OF_NUMBERS
@@ -107,7 +118,7 @@ class Head:
 
     def requests_only(self, losses: Collection[str], metrics: Collection[str]) -> bool:
         """Whether the loss and all metrics are among these names: no callable, nothing else."""
-        named = not self._custom and self.loss in losses
+        named = not self._custom and not self.whole and self.loss in losses
         return named and all(name in metrics for name in self.names)
 
     def is_own(self, name: str) -> bool:
@@ -234,13 +245,19 @@ class Head:
             counts.append(samples if name in self._custom else own)
         return torch.tensor(counts, dtype=torch.float64, device=targets.device)
 
-    def finish(self, means: np.ndarray) -> dict[str, np.ndarray]:
-        """The results by name, from the means [points, len(names)]."""
+    def finish(self, means: np.ndarray, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The results by name, in the order that they were requested in.
+
+        Args:
+            means: of the sums, [points, len(names)].
+            whole: metrics of the whole data set, [points], by name.
+        """
         values = {name: means[:, i].copy() for i, name in enumerate(self.names)}
         if "perplexity" in self._own:
             with np.errstate(over="ignore"):
                 values["perplexity"] = np.exp(values["perplexity"])
-        return values
+        values |= whole
+        return {name: values[name] for name in self._order}
 
     def sums(self, outputs: Any, targets: Tensor) -> Tensor:
         """Sums over the samples of every metric, float64 [len(names)].

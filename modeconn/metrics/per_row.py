@@ -81,8 +81,7 @@ def check_rows(
         f"{name} gives row {row} the number {float(together[row]):.6g} among {count} rows and "
         f"{apart:.6g} among fewer: the value of a row depends on other rows, and expected is one "
         "number per row, of that row alone; look for shapes that broadcast ([N, 1] with [N]) or "
-        "means over axis 0, and compute numbers of a whole data set from the outputs that "
-        "mc.forward returns"
+        "means over axis 0; a metric of the whole data set is given as mc.DatasetMetric(…)"
     )
 
 

@@ -28,7 +28,7 @@ from modeconn.backends.triton.schedule import Chunk, ChunkSchedule
 from modeconn.backends.triton.segment import Epilogue, SegmentSteps, find_epilogue
 from modeconn.backends.triton.values import as_read, at, materialized
 from modeconn.data.inputs import Inputs
-from modeconn.errors import Unsupported
+from modeconn.errors import Unsupported, warn
 from modeconn.kernels.blended import Blended
 from modeconn.metrics import IGNORED, Head
 from modeconn.plan.program import Combination, Segment, Term, Varying
@@ -82,10 +82,19 @@ class TritonBackend:
 
     @classmethod
     def supports(cls, request: Request) -> None:
-        """Checks the dtype, the device, and that Triton is installed."""
+        """Checks the dtype, the device, and that Triton is installed and can build a kernel."""
         reason = why_not(request.dtype, request.device)
         if reason:
             raise Unsupported(reason)
+        from modeconn.kernels.launch import why_not_built
+
+        failure = why_not_built(request.device)
+        if not failure:
+            return
+        reason = f"no kernel can be built here, by the C compiler of the environment ({failure})"
+        if not request.named:
+            warn(f"the GPU kernels are left out, and PyTorch computes instead: {reason}")
+        raise Unsupported(reason)
 
     @classmethod
     def create(cls, request: Request) -> TritonBackend:

@@ -120,6 +120,11 @@ def adaptive_results(
         runner: of the model.
         report: receives the progress, without a total: how many points it takes is not known.
     """
+    if not request.head.names:
+        raise ModeconnError(
+            f'points="{ADAPTIVE}" searches for the largest means over samples, and metrics has none: '
+            'expected "loss", say, among them'
+        )
     named = dict(request.data) if request.has_names else {"": request.data}
     segments = request.path.segments if isinstance(request.path, PolyChain) else 1
     graph = _graph(request, runner)
