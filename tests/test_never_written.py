@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 import pytest
 import sklearn.datasets  # noqa: F401  # its import sets variables of the environment and draws numbers
 import torch

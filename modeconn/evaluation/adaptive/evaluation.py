@@ -122,8 +122,8 @@ def adaptive_results(
     """
     if not request.head.names:
         raise ModeconnError(
-            f'points="{ADAPTIVE}" searches for the largest means over samples, and metrics has none: '
-            'expected "loss", say, among them'
+            f'points="{ADAPTIVE}" searches for the largest means over samples, and metrics has '
+            'none: expected "loss", say, among them'
         )
     named = dict(request.data) if request.has_names else {"": request.data}
     segments = request.path.segments if isinstance(request.path, PolyChain) else 1
