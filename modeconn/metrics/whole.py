@@ -37,7 +37,7 @@ class DatasetMetric:
                 "and targets"
             )
         self.function = function
-        self.name: str = name or getattr(function, "__name__", type(function).__name__)
+        self.name = str(name or getattr(function, "__name__", type(function).__name__))
 
     def __repr__(self) -> str:
         return f"DatasetMetric({self.name})"
