@@ -82,9 +82,9 @@ def warn_of_stale_statistics(program: Program) -> None:
         return
     more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
     warn(
-        f"batch norms ({norms[0]}{more}) have the control points' or interpolated running "
-        'statistics, which are not those of the networks at other points; buffers="recompute" '
-        "estimates them from the training data for all points, in one more pass"
+        f"batch norms ({norms[0]}{more}) have interpolated running statistics, or those of "
+        "control points, which are not those of the networks in between; "
+        'buffers="recompute" estimates them from the training data for all points, in one more pass'
     )
 
 
