@@ -21,8 +21,8 @@ linux = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs Lin
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(16) % 3
 CALLS = 1000
-# Bytes per call that allocators may keep: they give back pages, not every piece.
-RESIDENT = 1024
+# Bytes that allocators may keep: they take a megabyte, in 1,000 calls as in 3,000.
+RESIDENT = 2 << 20
 
 
 def objects() -> tuple[int, int]:
@@ -59,7 +59,7 @@ def test_memory_and_descriptors_are_flat_over_many_calls(tmp_path: Path):
     now = objects()
     assert now[0] - before[0] < CALLS // 10, "objects stay"
     assert now[1] == before[1], "files stay open"
-    assert resident() - memory <= CALLS * RESIDENT
+    assert resident() - memory <= RESIDENT
 
 
 def test_graphs_go_with_their_models():
