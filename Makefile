@@ -18,7 +18,7 @@ COMPILER := $(if $(filter default,$(origin CXX)),CXX=$(CURDIR)/tests/compiled.py
 SOURCES  := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench peers fuzz sweep kernel-report dev sanitize clean
+.PHONY: help demo test check lint bench peers fuzz sweep proofs kernel-report dev sanitize clean
 
 help: ## this list
 	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+): .*## /  make \1\t/' | expand -t 24
@@ -38,6 +38,9 @@ lint: $(STAMP) ## ruff and mypy
 
 bench: $(STAMP) ## the side-by-side table: this library against a pass per point and other peers
 	$(BIN)/python bench/run.py
+
+proofs: $(STAMP) ## the tests that take minutes
+	$(BIN)/pytest -q -m proof
 
 kernel-report: $(STAMP) ## compile the GPU kernels, without a GPU; what they take of one goes into docs/kernels.md
 	env -u TRITON_INTERPRET $(BIN)/python bench/kernel_report.py --write docs/kernels.md

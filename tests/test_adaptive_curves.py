@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import modeconn as mc
 from modeconn import models
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.proof]
 
 # Points of the truth, and the share of a maximum's height that may be missed.
 DENSE, MISS, FLOOR = 201, 0.01, 1e-4

@@ -170,7 +170,7 @@ def test_statistics_weighted_by_samples(line, backend, limit):
         ("a dict with the keys []", {}, {}),
         ("a dict with the keys [1]", {1: TRAIN}, {}),
         ("data 'test': got the name 'digits'", {"train": TRAIN, "test": "digits"}, {}),
-        ("data 'x': of type Tensor", {"x": TRAIN[0], "y": TRAIN[1]}, {}),
+        ("data: has the keys 'x', 'y'; targets are expected", {"x": TRAIN[0], "y": TRAIN[1]}, {}),
         (
             "needs recompute_data beside several data sets: expected one of their names, 'a'; 'b'",
             {"a": TRAIN, "b": TEST},

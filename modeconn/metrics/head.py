@@ -245,18 +245,20 @@ class Head:
             counts.append(samples if name in self._custom else own)
         return torch.tensor(counts, dtype=torch.float64, device=targets.device)
 
-    def finish(self, means: np.ndarray, whole: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def finish(
+        self, means: np.ndarray, whole: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
         """The results by name, in the order that they were requested in.
 
         Args:
             means: of the sums, [points, len(names)].
-            whole: metrics of the whole data set, [points], by name.
+            whole: metrics of the whole data set, [points], by name, if there are any.
         """
         values = {name: means[:, i].copy() for i, name in enumerate(self.names)}
         if "perplexity" in self._own:
             with np.errstate(over="ignore"):
                 values["perplexity"] = np.exp(values["perplexity"])
-        values |= whole
+        values |= whole or {}
         return {name: values[name] for name in self._order}
 
     def sums(self, outputs: Any, targets: Tensor) -> Tensor:
