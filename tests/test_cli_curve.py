@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import cli_cases
 import modeconn as mc
-from cli_cases import LIMIT, run
+from cli_cases import LIMIT, images, plain_loss, run
+from modeconn import models
 from modeconn.parameters import state
 
 # Fixtures.
@@ -18,6 +20,7 @@ folder = cli_cases.folder
 here = cli_cases.here
 
 DIGITS = ("--data", "digits", "--limit", LIMIT)
+CONNECT = ("connect", "--target", "9", "--out", "c", *DIGITS, "a.safetensors", "b.safetensors")
 CURVE = ("curve", "a.safetensors", "b.safetensors", *DIGITS, "--no-align")
 
 
@@ -83,6 +86,11 @@ def test_a_curve_of_several_bends_goes_on_after_an_interruption(here: Path, caps
             + ("--path", "plane", "--points", "adaptive"),
             "--points adaptive is for curves",
         ),
+        ((*CONNECT, "--curve-steps", "5"), "--curve-steps is for --compare curve"),
+        (
+            (*CONNECT, "c.safetensors", "--compare", "curve"),
+            "--compare curve is for two networks, got 3",
+        ),
         (
             ("explain", "a.safetensors", "b.safetensors", *DIGITS, "--points", "adaptive"),
             "a plan is for points that are given",
@@ -105,3 +113,25 @@ def test_a_curve_file_stands_alone_and_is_of_its_model(here: Path, capsys):
         assert run("evaluate", *arguments, *DIGITS) == 2
         assert message in capsys.readouterr().err
     assert run("evaluate", "curve.safetensors", *DIGITS, "--at", "0,0.5,1", "-q") == 0
+
+
+def test_a_trained_curve_beside_the_certified_path(here: Path, capsys):
+    pytest.importorskip("scipy")  # aligns
+    steps = ("--curve-steps", "30", "--seed", "3")
+    assert run(*CONNECT, "--compare", "curve", *steps, "--json", "c.json", "--plot", "c.png") == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if " proved " in line or " measured " in line]
+    assert [" ".join(row.split()[:2]) for row in rows] == ["certified path", "trained curve"]
+    content = json.loads(Path("c.json").read_text())
+    path, curve = content["compared"]
+    assert path["proved"] and path["loss"] == content["certificate"]["bound"]
+    ends = [state.load(f"{name}.safetensors") for name in "ab"]
+    assert min(path["loss"], curve["loss"]) >= max(map(plain_loss, ends)) - 1e-6
+
+    # the curve is that of fit_curve, and its length that of a polygon of its points
+    fit = mc.fit_curve(models.build(cli_cases.SPEC), *ends, images(), steps=30, seed=3)
+    assert not curve["proved"] and curve["loss"] == fit.result.highest("loss")[1]
+    assert curve["error"] == fit.result.highest("error")[1]
+    points = [fit.path.at(t) for t in np.linspace(0, 1, 201)]
+    flat = torch.stack([torch.cat([v.flatten().double() for v in p.values()]) for p in points])
+    assert curve["length"] == pytest.approx(float(flat.diff(dim=0).norm(dim=1).sum()), rel=1e-3)

@@ -50,13 +50,7 @@ def add(commands: options.Commands) -> None:
         default="activations",
         help="match what units do on the data, or weights alone (default: activations)",
     )
-    parser.add_argument(
-        "--samples",
-        metavar="N",
-        type=options.count,
-        default=10_000,
-        help="compare units on the first N samples (default: 10000)",
-    )
+    options.add_count(parser, "--samples", "compare units on the first N samples", 10_000)
     options.add_seed(parser, "the order in which weights are matched")
     options.add_batch_size(parser)
     options.add_data(parser)

@@ -75,7 +75,7 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def fitted(args: argparse.Namespace, model: nn.Module, data: Any, test: Any) -> Fit:
+def fitted(args: argparse.Namespace, model: nn.Module, data: Any) -> Fit:
     """Trains the curve."""
     from modeconn.training.curves.fit import fit_curve
 
@@ -86,8 +86,7 @@ def fitted(args: argparse.Namespace, model: nn.Module, data: Any, test: Any) -> 
         data,
         steps=args.curve_steps or STEPS,
         seed=args.seed,
-        test=test,
-        progress=output.on_terminal() and not args.quiet,
+        progress=output.on_terminal() and not args.quiet and args.json != "-",
     )
 
 

@@ -51,10 +51,7 @@ def add(commands: options.Commands) -> None:
     options.add_data(parser, split=False)
     _add_construction(parser)
     compare.add(parser)
-    results = parser.add_argument_group("results")
-    options.add_plot(results, "loss and error along the path")
-    options.add_json(results, "the result")
-    options.add_quiet(results)
+    options.add_results(parser, "loss and error along the path", "the result")
     parser.set_defaults(run=run)
 
 
@@ -98,8 +95,7 @@ def run(args: argparse.Namespace) -> None:
     # Both are there after a kill between saving and cleaning up: the search is read once more.
     if out.exists() and not unfinished.exists():
         raise ModeconnError(f"--out {args.out} exists: expected the name of a new folder")
-    if not 0 <= args.seed < 2**31:
-        raise ModeconnError(f"--seed is {args.seed}: expected at least 0 and below 2**31")
+    options.check_seed(args.seed)
 
     from modeconn.connection.connection import Connection
     from modeconn.connection.pipeline import connect
@@ -128,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     found.save(out)
     remove_folder(unfinished)
     seconds = time.perf_counter() - began
-    fit = None if args.compare is None else compare.fitted(args, model, data, test)
+    fit = None if args.compare is None else compare.fitted(args, model, data)
     rows = compare.rows(model, found, seconds, fit) if fit and isinstance(found, Connection) else []
     if args.plot is not None:
         _plot(found, model, data, args.plot, fit)

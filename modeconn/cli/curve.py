@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from modeconn.cli import options, output
-from modeconn.errors import ModeconnError
+from modeconn.training.curves.drawing import DRAWS
+from modeconn.training.curves.settings import KINDS
 
 if TYPE_CHECKING:
     from modeconn.training.curves.result import Fit
@@ -19,8 +20,6 @@ EXAMPLE = "modeconn curve a.safetensors b.safetensors --data digits --steps 200 
 AFTER = """\
 Then modeconn evaluate c.safetensors --data digits --points adaptive. Ctrl-C keeps the steps that
 are done in c.safetensors.training; --resume continues from there, to the same curve."""
-KINDS = ("bezier", "polychain")
-DRAWS = ("importance", "uniform")
 
 
 def add(commands: options.Commands) -> None:
@@ -39,10 +38,7 @@ def add(commands: options.Commands) -> None:
     )
     options.add_data(parser, split=False)
     _add_fit(parser)
-    results = parser.add_argument_group("results")
-    options.add_plot(results, "loss and error along the curve")
-    options.add_json(results, "the result")
-    options.add_quiet(results)
+    options.add_results(parser, "loss and error along the curve", "the result")
     parser.set_defaults(run=run)
 
 
@@ -56,13 +52,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kind", choices=KINDS, default=KINDS[0], help=f"of curve (default: {KINDS[0]})"
     )
-    group.add_argument(
-        "--bends",
-        metavar="N",
-        type=options.count,
-        default=1,
-        help="control points between the networks (default: 1)",
-    )
+    options.add_count(group, "--bends", "control points between the networks", 1)
     group.add_argument(
         "--no-align", action="store_true", help="leave the second network's units in their order"
     )
@@ -73,23 +63,9 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         help="how a step's t is drawn: more often where the loss is high, or evenly "
         f"(default: {DRAWS[0]})",
     )
-    group.add_argument(
-        "--lr", metavar="X", type=float, default=1e-3, help="learning rate (default: 0.001)"
-    )
-    group.add_argument(
-        "--weight-decay",
-        metavar="X",
-        type=float,
-        default=0.0,
-        help="weight decay of the network at t (default: 0)",
-    )
-    group.add_argument(
-        "--batch-size",
-        metavar="N",
-        type=options.count,
-        default=128,
-        help="samples per step (default: 128)",
-    )
+    options.add_number(group, "--lr", "learning rate", 1e-3)
+    options.add_number(group, "--weight-decay", "weight decay of the network at t", 0.0)
+    options.add_count(group, "--batch-size", "samples per step", 128)
     group.add_argument(
         "--points",
         metavar="N",
@@ -98,9 +74,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         help="points to evaluate the curve at: a number, or adaptive (default: adaptive)",
     )
     options.add_seed(group, "t and the order of samples")
-    group.add_argument(
-        "--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)"
-    )
+    options.add_device(group)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -111,8 +85,7 @@ def run(args: argparse.Namespace) -> None:
         {"--out": args.out, "--plot": args.plot, "--json": args.json}, args.checkpoints
     )
     options.check_plot(args.plot)
-    if not 0 <= args.seed < 2**31:
-        raise ModeconnError(f"--seed is {args.seed}: expected at least 0 and below 2**31")
+    options.check_seed(args.seed)
 
     from modeconn.training.curves.fit import fit_curve
 

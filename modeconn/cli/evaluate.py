@@ -123,7 +123,7 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
         help="entries of config.json in which folders may differ, separated by commas",
     )
     options.add_batch_size(group)
-    group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cpu)")
+    options.add_device(group, None)
 
 
 def add_results(parser: argparse.ArgumentParser, plot: bool = True) -> None:

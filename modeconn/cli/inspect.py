@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from modeconn.cli import options, output
+from modeconn.parameters.reading import text_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         "numbers": _total(entries, "numbers"),
         "bytes": _total(entries, "bytes"),
         "not_finite": _total(entries, "not_finite"),
-        "metadata": options.checkpoint_metadata(args.checkpoint),
+        "metadata": text_beside(args.checkpoint),
     }
     if args.json is not None:
         output.write_json(content, args.json)

@@ -15,6 +15,7 @@ from modeconn.data import datasets
 from modeconn.errors import ModeconnError, SystemFailure
 from modeconn.files.writing import is_special, locked, sweep
 from modeconn.parameters.folders import is_checkpoint
+from modeconn.parameters.reading import text_beside
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,6 +152,30 @@ def add_seed(group: argparse._ActionsContainer, decides: str, default: int = 0) 
     )
 
 
+def check_seed(seed: int) -> None:
+    """Raises ModeconnError for a --seed that generators do not take."""
+    if not 0 <= seed < 2**31:
+        raise ModeconnError(f"--seed is {seed}: expected at least 0 and below 2**31")
+
+
+def add_count(group: argparse._ActionsContainer, name: str, meaning: str, default: int) -> None:
+    """Declares an option that is a whole number of at least one."""
+    text = f"{meaning} (default: {default})"
+    group.add_argument(name, metavar="N", type=count, default=default, help=text)
+
+
+def add_number(group: argparse._ActionsContainer, name: str, meaning: str, default: float) -> None:
+    """Declares an option that is a number."""
+    text = f"{meaning} (default: {default:g})"
+    group.add_argument(name, metavar="X", type=float, default=default, help=text)
+
+
+def add_device(group: argparse._ActionsContainer, default: str | None = "cpu") -> None:
+    """Declares --device; None leaves it to what is called, where it is the CPU as well."""
+    text = "cpu, cuda, cuda:1, … (default: cpu)"
+    group.add_argument("--device", metavar="NAME", default=default, help=text)
+
+
 def add_batch_size(group: argparse._ActionsContainer) -> None:
     """Declares --batch-size of an evaluation."""
     group.add_argument(
@@ -178,6 +203,14 @@ def add_json(group: argparse._ActionsContainer, content: str) -> None:
 def add_quiet(group: argparse._ActionsContainer) -> None:
     """Declares --quiet."""
     group.add_argument("--quiet", "-q", action="store_true", help="print nothing, show no progress")
+
+
+def add_results(parser: argparse.ArgumentParser, drawn: str, content: str) -> None:
+    """Declares --plot, --json and --quiet, as a group of their own."""
+    group = parser.add_argument_group("results")
+    add_plot(group, drawn)
+    add_json(group, content)
+    add_quiet(group)
 
 
 # ----------------------------------------------------------------------------------------
@@ -212,7 +245,7 @@ def load_model(args: argparse.Namespace, files: Iterable[str]) -> tuple[str, nn.
     spec = args.model
     if spec is None:
         first = next(iter(files))
-        spec = checkpoint_metadata(first).get("model", "")
+        spec = text_beside(first).get("model", "")
         if (Path(first) / "config.json").is_file():
             spec = f"hf:{first}"  # a class of transformers, whose code is no more the file's own
         # A file must not decide which code is imported, so only built-in models are taken from it.
@@ -266,17 +299,6 @@ def _check_shapes(spec: str, files: Iterable[str]) -> None:
                 raise ModeconnError(
                     f"{file} does not fit {spec}: {name!r} is {found[name]}, expected {shape}"
                 )
-
-
-def checkpoint_metadata(file: str | os.PathLike[str]) -> dict[str, str]:
-    """Reads the text that a safetensors file carries beside its tensors; empty for other files."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as archive:
-            return dict(archive.metadata() or {})
-    except (SafetensorError, OSError):
-        return {}  # of another format, or a folder
 
 
 # ----------------------------------------------------------------------------------------

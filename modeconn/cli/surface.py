@@ -50,7 +50,7 @@ def add(commands: options.Commands) -> None:
         "--batch_size", metavar="N", type=options.count, help="samples read at a time"
     )
     where = group.add_mutually_exclusive_group()
-    where.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, … (default: cpu)")
+    options.add_device(where, None)
     where.add_argument(
         "--cuda", "-c", dest="device", action="store_const", const="cuda", help="--device cuda"
     )

@@ -44,34 +44,15 @@ def add(commands: options.Commands) -> None:
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     options.add_seed(group, "the initial weights and the order of samples")
-    rates = {
-        "lr": (0.003, "learning rate"),
-        "momentum": (0.95, "Nesterov momentum"),
-        "weight-decay": (0.0, "weight decay"),
-    }
-    for name, (rate, meaning) in rates.items():
-        group.add_argument(
-            f"--{name}",
-            metavar="X",
-            type=float,
-            default=rate,
-            help=f"{meaning} (default: {rate:g})",
-        )
-    counts = {"batch-size": (100, "samples per step"), "epochs": (200, "largest number of epochs")}
-    for name, (count, meaning) in counts.items():
-        group.add_argument(
-            f"--{name}",
-            metavar="N",
-            type=options.count,
-            default=count,
-            help=f"{meaning} (default: {count})",
-        )
+    options.add_number(group, "--lr", "learning rate", 0.003)
+    options.add_number(group, "--momentum", "Nesterov momentum", 0.95)
+    options.add_number(group, "--weight-decay", "weight decay", 0.0)
+    options.add_count(group, "--batch-size", "samples per step", 100)
+    options.add_count(group, "--epochs", "largest number of epochs", 200)
     group.add_argument(
         "--to-the-end", action="store_true", help="do not stop at zero training error"
     )
-    group.add_argument(
-        "--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)"
-    )
+    options.add_device(group)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -63,10 +63,7 @@ def add(commands: options.Commands) -> None:
     )
     options.add_data(parser)
     options.add_batch_size(parser)
-    results = parser.add_argument_group("results")
-    options.add_plot(results, "loss and error along the path")
-    options.add_json(results, "the certificate")
-    options.add_quiet(results)
+    options.add_results(parser, "loss and error along the path", "the certificate")
     parser.set_defaults(run=run)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch.utils import _pytree as pytree
 from modeconn.backends.base import Backend, Tick, Values
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.collecting import by_leaf
+from modeconn.files.memory import main_memory
 from modeconn.metrics import Head
 from modeconn.metrics.head import logits_of
 from modeconn.plan.program import Program, Segment
@@ -83,7 +83,7 @@ class Gathering:
         )
 
     def _check_memory(self, of_a_point: int) -> None:
-        needed, there = of_a_point * len(self._program.points), _memory()
+        needed, there = of_a_point * len(self._program.points), main_memory()
         if there and needed > there:
             raise ModeconnError(
                 f"metric {self._name!r} needs the outputs of {self._samples:,} samples at "
@@ -95,11 +95,3 @@ class Gathering:
     @property
     def _name(self) -> str:
         return next(iter(self._head.whole))
-
-
-def _memory() -> int:
-    """Bytes of main memory; 0 where the system does not say."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 0

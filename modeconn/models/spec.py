@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from modeconn.errors import ModeconnError
+from modeconn.files.memory import main_memory
 
 # Beyond what fits a machine, so that a slip of typing fails here and not in the allocator.
 MOST_PARAMETERS = 10**10
@@ -25,11 +25,8 @@ def check_size(spec: str, parameters: int) -> None:
         raise ModeconnError(
             f"model {spec!r} has {parameters:,} parameters: expected at most {MOST_PARAMETERS:,}"
         )
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return
-    if parameters * _BYTES > memory:
+    memory = main_memory()
+    if memory and parameters * _BYTES > memory:
         raise ModeconnError(
             f"model {spec!r} has {parameters:,} parameters, {parameters * _BYTES:,} bytes in "
             f"float32: expected at most this machine's memory, {memory:,} bytes"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modeconn.errors import ModeconnError
 from modeconn.files.fingerprints import digest_of
 from modeconn.parameters import state as states
+from modeconn.parameters.reading import text_beside
 from modeconn.parameters.wrappers import unwrapped
 
 if TYPE_CHECKING:
@@ -87,13 +88,7 @@ def digest_of_architecture(model: nn.Module) -> str:
 
 def metadata_of(file: str | os.PathLike[str]) -> dict[str, str]:
     """Return the text in a file of a path; empty for any other file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as archive:
-            about = dict(archive.metadata() or {})
-    except (SafetensorError, OSError, ValueError):
-        return {}
+    about = text_beside(file)
     return about if about.get("format") == FORMAT else {}
 
 

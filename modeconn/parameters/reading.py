@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 import zipfile
@@ -170,3 +171,14 @@ def _foreign(head: bytes) -> str:
     if head.lstrip()[:1] == b"<":
         return "is a web page (a download that failed?)"
     return f"starts with {head[:12]!r}"
+
+
+def text_beside(file: str | os.PathLike[str]) -> dict[str, str]:
+    """Read the text that a safetensors file has beside its tensors; empty for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as archive:
+            return dict(archive.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return {}  # of another format, damaged, or a folder

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from modeconn.parameters.paths import Path
 
 # Bins of [0, 1] with a moving mean of the losses each, the weight of a new loss in it, the share of
 # the overall mean that every bin gets, and the steps before the means are used.
@@ -39,6 +45,11 @@ class Drawing:
         weights = self.means + _SHARE * self.means.mean()
         index = draws.choice(_BINS, p=weights / weights.sum())
         return float((index + draws.random()) / _BINS)
+
+    def on(self, path: Path, step: int) -> tuple[Tensor, float]:
+        """Return the coefficients of a path's control points at the t of a step, and that t."""
+        t = self.at(step)
+        return path.coefficients([t])[0], t
 
     def add(self, t: float, loss: float) -> None:
         """Take note of the loss at a t; one below 0, which some losses have, counts as 0."""

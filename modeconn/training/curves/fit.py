@@ -22,8 +22,9 @@ from modeconn.training.curves.drawing import Drawing
 from modeconn.training.curves.preparing import in_memory
 from modeconn.training.curves.result import Fit
 from modeconn.training.curves.running import Problem, Recipe, fitted
+from modeconn.training.curves.settings import KINDS
 
-KINDS: dict[str, type[Bezier | PolyChain]] = {"bezier": Bezier, "polychain": PolyChain}
+_PATHS: dict[str, type[Bezier | PolyChain]] = dict(zip(KINDS, (Bezier, PolyChain)))
 
 
 @without_autocast
@@ -97,35 +98,18 @@ def fit_curve(
             where a loss is not finite, with the step and its t.
         KeyboardInterrupt: with a message that says what was saved.
     """
+    recipe = Recipe.of(locals())
     _check_kind(kind, bends)
-    recipe = Recipe(
-        steps=steps,
-        epochs=epochs,
-        loss=loss,
-        lr=lr,
-        batch_size=batch_size,
-        t=t,
-        augment=augment,
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        seed=seed,
-        test=test,
-        points=points,
-        checkpoint=checkpoint,
-        resume=resume,
-        metadata=metadata,
-        progress=progress,
-    )
     samples = in_memory(data)
     settings = recipe.settings(kind, bends, len(samples[1]))
     line, alignment = aligned(model, Line(a, b), samples, align, seed)
-    path, drawing = _bent(line, KINDS[kind], bends), Drawing(t, seed)
+    path, drawing = _bent(line, _PATHS[kind], bends), Drawing(t, seed)
     problem = Problem(
         model=model,
         path=path,
         samples=samples,
         free=slice(1, -1),
-        draw=functools.partial(_drawn, path, drawing),
+        draw=functools.partial(drawing.on, path),
         seen=drawing.add,
         moving={"means": drawing.means},
         alignment=alignment,
@@ -135,7 +119,8 @@ def fit_curve(
 
 def _check_kind(kind: str, bends: int) -> None:
     if kind not in KINDS:
-        raise ModeconnError(f'kind is {kind!r}: expected "bezier" or "polychain"')
+        expected = " or ".join(f'"{name}"' for name in KINDS)
+        raise ModeconnError(f"kind is {kind!r}: expected {expected}")
     if isinstance(bends, bool) or not isinstance(bends, int) or bends < 1:
         raise ModeconnError(f"bends is {bends!r}: expected a whole number, at least 1")
 
@@ -148,8 +133,3 @@ def _bent(line: Path, kind: type[Path], bends: int) -> Path:
     path.names, path.prefixes, path.modules = names, line.prefixes, [None] * len(names)
     path.modules[0], path.modules[-1] = line.modules
     return path
-
-
-def _drawn(path: Path, drawing: Drawing, step: int) -> tuple[Tensor, float]:
-    t = drawing.at(step)
-    return path.coefficients([t])[0], t

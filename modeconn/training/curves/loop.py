@@ -44,7 +44,7 @@ class Diverged(ModeconnError):
 
 @dataclass
 class Samples:
-    """All data in memory, with the order of a seed."""
+    """All data in memory, with the order of a seed; a batch is no larger than they are."""
 
     inputs: Inputs
     labels: Tensor
@@ -54,7 +54,6 @@ class Samples:
     _order: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def __post_init__(self) -> None:
-        self.batch_size = min(self.batch_size, len(self.labels))
         self.per_epoch = len(self.labels) // self.batch_size
 
     def batch(self, step: int) -> tuple[Inputs, Tensor]:

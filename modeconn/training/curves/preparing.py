@@ -64,8 +64,7 @@ def steps_of(steps: int | None, epochs: int | None, samples: int, batch_size: in
     name, value = ("steps", steps) if epochs is None else ("epochs", epochs)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ModeconnError(f"{name} is {value!r}: expected a whole number, at least 1")
-    size = max(1, min(batch_size, samples))
-    return value if epochs is None else value * max(1, samples // size)
+    return value if epochs is None else value * (samples // min(batch_size, samples))
 
 
 def in_memory(data: Any) -> tuple[Inputs, Tensor]:

@@ -6,7 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from modeconn.training.curves.settings import FitSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The arguments that every fit has, under their names in `fit_curve`."""
+    """The arguments that every fit has, under their names in `fit_curve`, which describes them."""
 
     steps: int | None
     epochs: int | None
@@ -51,6 +51,11 @@ class Recipe:
     resume: bool
     metadata: Mapping[str, str] | None
     progress: bool | Progress | None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Recipe:
+        """Take what is a fit's from all arguments of a function, its `locals()`; none may lack."""
+        return cls(**{entry.name: arguments[entry.name] for entry in fields(cls)})
 
     def settings(self, kind: str, bends: int, samples: int, weight: float = 0.0) -> FitSettings:
         """Return the settings of a fit, checked.

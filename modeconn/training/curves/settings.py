@@ -10,6 +10,9 @@ from typing import Any
 from modeconn.errors import ModeconnError
 from modeconn.training.curves.drawing import DRAWS
 
+# Curves between two networks.
+KINDS = ("bezier", "polychain")
+
 
 @dataclass(frozen=True)
 class FitSettings:
@@ -28,14 +31,15 @@ class FitSettings:
     digests: Mapping[str, str] | None = None
 
     def check(self) -> None:
-        """Raise a ModeconnError for a setting outside its range."""
-        for name in ("bends", "steps", "batch_size", "seed"):
+        """Raise a ModeconnError for a setting outside its range.
+
+        Kind, bends and steps have been checked by what made them.
+        """
+        for name in ("batch_size", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ModeconnError(f"{name} is {value!r}: expected a whole number")
         ranges: list[tuple[str, float, bool, str]] = [
-            ("bends", self.bends, self.bends >= 0, "at least 1"),
-            ("steps", self.steps, self.steps >= 1, "at least 1"),
             ("lr", self.lr, math.isfinite(self.lr) and self.lr > 0, "a positive number"),
             ("batch_size", self.batch_size, self.batch_size >= 1, "at least 1"),
             ("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0"),

@@ -62,24 +62,13 @@ def fit_line(
     Args:
         model: the architecture; it is left as it was.
         a, b: the ends to begin with: untrained networks, or trained ones.
-        data: as for `fit_curve`, which has the arguments that are not described here as well.
+        data: as for `fit_curve`.
         beta: weight of the squared cosine.
-        steps: how many steps; or
-        epochs: how many times over the data.
-        loss: as for `evaluate`.
-        lr: the learning rate of Adam.
-        batch_size: samples of a step.
-        t: "uniform" or "importance".
-        augment: (inputs of a batch) → inputs.
-        optimizer: makes another optimizer, of a list with one tensor, the ends [2, parameters].
-        weight_decay: of the network at t.
-        seed: of all that is drawn.
-        test: other data to evaluate the line on.
-        points: of these evaluations.
-        checkpoint: a file for the line.
-        resume: continue an unfinished fit.
-        metadata: text added to the checkpoint's metadata.
-        progress: as for `evaluate`; of the steps.
+        steps, epochs, loss, lr, batch_size, augment, weight_decay, seed, test, checkpoint, resume,
+            metadata, progress: as for `fit_curve`.
+        t: how that of a step is drawn, "uniform" or "importance".
+        optimizer: as for `fit_curve`, of the ends [2, parameters].
+        points: of the evaluations.
 
     Returns:
         The line between the trained ends, and loss and error along it.
@@ -87,37 +76,15 @@ def fit_line(
     Raises:
         ModeconnError: as for `fit_curve`.
     """
+    recipe = Recipe.of(locals())
     _check_weight("beta", beta)
-    recipe = Recipe(
-        steps=steps,
-        epochs=epochs,
-        loss=loss,
-        lr=lr,
-        batch_size=batch_size,
-        t=t,
-        augment=augment,
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        seed=seed,
-        test=test,
-        points=points,
-        checkpoint=checkpoint,
-        resume=resume,
-        metadata=metadata,
-        progress=progress,
-    )
     samples, path, drawing = in_memory(data), Line(a, b), Drawing(t, seed)
-
-    def draw(step: int) -> tuple[Tensor, float]:
-        at = drawing.at(step)
-        return path.coefficients([at])[0], at
-
     problem = Problem(
         model=model,
         path=path,
         samples=samples,
         free=slice(0, 2),
-        draw=draw,
+        draw=functools.partial(drawing.on, path),
         seen=drawing.add,
         extra=functools.partial(_cosine, beta) if beta else None,
         moving={"means": drawing.means},
@@ -158,24 +125,13 @@ def fit_simplex(
     Args:
         model: the architecture; it is left as it was.
         vertices: one trained network or more, which stay as they are.
-        data: as for `fit_curve`, which has the arguments that are not described here as well.
+        data: as for `fit_curve`.
         volume: weight of the logarithm of the volume.
-        steps: how many steps; or
-        epochs: how many times over the data.
-        loss: as for `evaluate`.
-        lr: the learning rate of Adam.
-        batch_size: samples of a step.
-        augment: (inputs of a batch) → inputs.
-        optimizer: makes another optimizer, of a list with one tensor, the new vertex.
-        weight_decay: of the network that is drawn.
-        seed: of all that is drawn.
-        test: other data to evaluate the simplex on.
-        points: of these evaluations: a count of random points, beside the vertices and the centre;
-            or coefficients.
-        checkpoint: a file for the simplex.
-        resume: continue an unfinished fit.
-        metadata: text added to the checkpoint's metadata.
-        progress: as for `evaluate`; of the steps.
+        steps, epochs, loss, lr, batch_size, augment, weight_decay, seed, test, checkpoint, resume,
+            metadata, progress: as for `fit_curve`.
+        optimizer: as for `fit_curve`, of the new vertex [1, parameters].
+        points: of the evaluations: a count of random points, beside the vertices and the centre; or
+            coefficients.
 
     Returns:
         The simplex as a `Mixture`, whose last control point is the new vertex.
@@ -187,24 +143,7 @@ def fit_simplex(
     path = _with_vertex(vertices, seed)
     if is_count(points):
         points = _points_within(path.dim, points, seed)
-    recipe = Recipe(
-        steps=steps,
-        epochs=epochs,
-        loss=loss,
-        lr=lr,
-        batch_size=batch_size,
-        t="uniform",
-        augment=augment,
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        seed=seed,
-        test=test,
-        points=points,
-        checkpoint=checkpoint,
-        resume=resume,
-        metadata=metadata,
-        progress=progress,
-    )
+    recipe = Recipe.of(locals() | {"t": "uniform"})
     samples = in_memory(data)
     problem = Problem(
         model=model,
