@@ -84,6 +84,11 @@ def listed(items: Sequence[str], of: int | None = None) -> str:
     return count + "; ".join(items[:_LISTED]) + more
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn, and name as the place the line outside this package that led here."""
     frame, level = sys._getframe(1), 2

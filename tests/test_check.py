@@ -74,6 +74,9 @@ def test_padding_counts_for_heads_that_look_for_it():
         {"architectures": ["TinyForSequenceClassification"], "pad_token_id": i} for i in (0, 1)
     ]
     assert differences(*configs) == {"pad_token_id": (0, 1)}
+    for key in ("output_stride", "output_logit_soft_cap"):  # of MobileNet, of xLSTM
+        assert differences({key: 8}, {key: 16}) == {key: (8, 16)}
+    assert not differences({"output_attentions": True}, {"output_attentions": False})
     nested = [{"text_config": {"rope_theta": i, "dtype": str(i)}} for i in (1, 2)]
     assert differences(*nested) == {"text_config.rope_theta": (1, 2)}
 
@@ -92,6 +95,18 @@ def test_names_shapes_and_values(tmp_path: Path):
     assert "b is not finite in 'inner.bias'" in text
     (text,) = failed(mc.check(a, state_of(0)))
     assert "equal in every tensor" in text
+
+
+def test_masks_and_large_values_are_what_a_path_takes():
+    mask = torch.full((3, 3), -torch.inf).triu(1)
+    large = torch.full((4,), 3e38)  # finite, and their sum is not
+    states = [{**state_of(i), "mask": mask.clone(), "large": large * (i + 0.1)} for i in (0, 1)]
+    states[1]["large"] = large
+    assert mc.check(*states).passed, failed(mc.check(*states))
+    mc.Line(*states)
+    states[1]["mask"] = mask.triu(2)
+    (text,) = [text for text in failed(mc.check(*states)) if "values: a" in text]
+    assert text.endswith("a is not finite in 'mask'")
 
 
 def test_dtypes_and_ties_are_said(tmp_path: Path):
@@ -146,5 +161,7 @@ def test_bad_input(tmp_path: Path, capsys):
         mc.check(state_of(0), state_of(1), (IDS, IDS))
     with refused("ignore is 'norm_eps'"):
         mc.evaluate(tiny(0), mc.Line(tiny(0), tiny(1)), (IDS, IDS), 2, ignore="norm_eps")
+    with refused("ignore is 'norm_eps'"):
+        mc.check(state_of(0), state_of(1), ignore="norm_eps")
     assert cli.main(["check", "none", "none"]) == 2
     assert "none: no such file" in capsys.readouterr().err

@@ -43,6 +43,19 @@ def test_a_line_between_folders(form: str, dtype: torch.dtype, tmp_path: Path, r
     assert not recwarn.list
 
 
+def test_names_that_one_file_leaves_out_are_asked_for_before_they_are_written(tmp_path: Path):
+    state = {key: value.clone() for key, value in completed(state_of(0)).items()}
+    whole = folder(tmp_path / "a", state)
+    path, file = mc.Line(whole, folder(tmp_path / "b", state_of(1))), tmp_path / "line.safetensors"
+    for call in (lambda: path.at(0.5), lambda: path.save(file)):
+        with refused("'out.weight'", "evaluate on the module fills in tied names"):
+            call()
+    assert not file.exists()
+    losses(tiny(2), path, [0.0])
+    path.save(file)
+    assert_same(mc.load_path(file).at(1.0), path.at(1.0))
+
+
 def test_two_tensors_under_tied_names_make_an_untied_line(tmp_path: Path):
     states = [state_of(0, tied=False), completed(state_of(1))]
     files = [folder(tmp_path / "a", states[0]), folder(tmp_path / "b", state_of(1))]

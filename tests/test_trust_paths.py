@@ -117,38 +117,85 @@ class Pair(nn.Module):
         return self.again(torch.tanh(self.first(x)))
 
 
-@pytest.mark.parametrize("where", ["first", "second", "direction"])
-@pytest.mark.parametrize("kind", [Attention, Pair])
+TIED = {Attention: ("words.weight", "out.weight"), Pair: ("first.weight", "again.weight")}
+TOLD = {
+    Attention: "all are evaluated with tensors of their own",
+    Pair: "one module under two names: all are evaluated with the second of each",
+}
+
+
+def ends_of(model: nn.Module) -> list[dict[str, Tensor]]:
+    moved = {k: v + 1 if v.is_floating_point() else v for k, v in saved(model).items()}
+    return [saved(model), moved]
+
+
+def inputs_of(kind: type[nn.Module]) -> Tensor:
+    return torch.arange(10).view(2, 5) % 9 if kind is Attention else torch.randn(2, 4)
+
+
+@pytest.mark.filterwarnings("ignore:batch norms")
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("kind", TIED)
 def test_two_values_of_one_tensor(kind, where):
-    """Ends may come apart, said so; directions may not."""
+    """Ends may come apart, said so: each is then what PyTorch makes of its state, untied."""
     model = made(kind)
-    one, other = (
-        ("words.weight", "out.weight")
-        if kind is Attention
-        else (
-            "first.weight",
-            "again.weight",
-        )
-    )
-    ends = [
-        saved(model),
-        {k: v + 1 if v.is_floating_point() else v for k, v in saved(model).items()},
-    ]
-    if where == "direction":
-        path = mc.Plane(ends[0], {one: torch.randn_like(ends[0][one])}, ends[1])
-    else:
-        ends[where == "second"][other] = torch.randn_like(ends[0][other])
-        path = mc.Line(*ends)
-    x = torch.zeros(2, 5, dtype=torch.long) if kind is Attention else torch.randn(2, 4)
-    names = f"'{one}'.*'{other}'"
-    if where == "direction":
-        with pytest.raises(mc.ModeconnError, match=names):
-            mc.forward(model, path, 1, x)
-        with pytest.raises(mc.ModeconnError, match=names):
-            mc.evaluate(model, path, (x, torch.zeros(2)), 2, progress=False)
-        return
-    with pytest.warns(UserWarning, match=f"{names}.*all are evaluated with tensors of their own"):
-        mc.forward(model, path, 3, x)
+    ends, (one, other) = ends_of(model), TIED[kind]
+    ends[where][other] = torch.randn_like(ends[0][other])
+    x, path = inputs_of(kind), mc.Line(*ends)
+    exact = copy.deepcopy(model).double()
+    wide = x.double() if x.is_floating_point() else x
+
+    def right(state: dict[str, Tensor]) -> Tensor:
+        state = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+        call = torch.func.functional_call
+        return call(exact, state, (wide,), tie_weights=False).detach()
+
+    with pytest.warns(UserWarning, match=f"'{one}'.*'{other}'.*{TOLD[kind]}"):
+        got = mc.forward(model, path, 3, x)
+    data, loss = ((x, x), "next_token") if kind is Attention else ((x, 0 * x), "mse")
+    with pytest.warns(UserWarning, match=TOLD[kind]):
+        found = mc.evaluate(model, path, data, 3, loss=loss)
+    for k, state in ((0, ends[0]), (-1, ends[1])):
+        expected = right(state)
+        size = float(expected.abs().max())
+        assert float((got[k].double() - expected).abs().max()) <= 2e-6 * size
+        if kind is Attention:
+            logits, words = expected[:, :-1].flatten(0, 1), x[:, 1:].flatten()
+            measured = float(F.cross_entropy(logits, words))
+        else:
+            measured = float(expected.square().mean())
+        np.testing.assert_allclose(found.loss[k], measured, rtol=1e-5)
+    tied = right({**ends[where], other: ends[where][one]})  # what one tensor would have given
+    assert float((got[-where].double() - tied).abs().max()) > 1e-2
+    assert torch.equal(model.get_parameter(one), model.get_parameter(other))
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_directions_do_not_pull_one_tensor_apart(kind):
+    model, x = made(kind), inputs_of(kind)
+    one, other = TIED[kind]
+    a, b = ends_of(model)
+    path = mc.Plane(a, {one: torch.randn_like(a[one])}, b)
+    with pytest.raises(mc.ModeconnError, match=f"'{one}'.*'{other}'"):
+        mc.forward(model, path, 1, x)
+    with pytest.raises(mc.ModeconnError, match=f"'{one}'.*'{other}'"):
+        mc.evaluate(model, path, (x, torch.zeros(2)), 2, progress=False)
+
+
+def test_what_keeps_the_module_as_it_is_refuses_two_values():
+    """A fit trains, repair changes and map calls the module itself, which has one tensor."""
+    model = made(Pair)
+    ends, x = ends_of(model), torch.randn(8, 4)
+    ends[1]["again.weight"] = torch.randn(4, 4)
+    line, labels = mc.Line(*ends), torch.arange(8) % 4
+    for call in (
+        lambda: mc.fit_curve(model, *ends, (x, labels), steps=1, align=False, progress=False),
+        lambda: mc.repair(model, line, (x, labels)),
+        lambda: mc.map(lambda network: 0.0, model, line, 2),
+        lambda: mc.certify(model, mc.PolyChain(ends), (x, labels)),
+    ):
+        with pytest.raises(mc.ModeconnError, match=r"'first\.weight' and 'again\.weight', which"):
+            call()
 
 
 def test_equal_values_of_one_tensor_need_not_share_memory():

@@ -12,7 +12,7 @@ from modeconn.capture.trial import duplicate
 from modeconn.errors import ModeconnError, listed, warn
 from modeconn.parameters import state as states
 from modeconn.parameters.comparison import same_memory, tied
-from modeconn.parameters.configs import config_of, refuse_different_forwards
+from modeconn.parameters.configs import check_ignore, config_of, refuse_different_forwards
 from modeconn.parameters.fitting import fit_path
 from modeconn.parameters.paths import Path
 from modeconn.parameters.wrappers import unwrapped
@@ -72,7 +72,22 @@ def frozen_entries(buffers: str, path: Path, data: bool = True) -> frozenset[str
     }
 
 
-def check_fit(model: nn.Module, path: Path, untie: bool = True) -> nn.Module:
+def check_fit(model: nn.Module, path: Path) -> None:
+    """Fit a path to a model that is used as it is: what it ties has one value everywhere.
+
+    Args:
+        model: the architecture.
+        path: names of files become the model's.
+
+    Raises:
+        ModeconnError: the model has no memory, or the path has other parameters and buffers, or two
+            values for what the model ties.
+    """
+    for one, other, name in _pulled_apart(model, path):
+        raise _two_values(model, one, other, name)
+
+
+def fitted(model: nn.Module, path: Path) -> nn.Module:
     """Fit a path to a model, and return the module to evaluate it with.
 
     That is the model, or a copy with tensors of their own where networks of the path have different
@@ -81,13 +96,29 @@ def check_fit(model: nn.Module, path: Path, untie: bool = True) -> nn.Module:
     Args:
         model: the architecture.
         path: names of files become the model's.
-        untie: whether such a copy will do; if not, such networks are refused.
 
     Raises:
         ModeconnError: the model has no memory, or the path has other parameters and buffers; its
             directions pull apart what the model ties.
     """
-    whole, model = model, unwrapped(model)
+    apart = _pulled_apart(model, path)
+    if not apart:
+        return model
+    if path.directions:
+        raise _two_values(model, *apart[0])
+    model = unwrapped(model)
+    pairs = [(one, other) for one, other, _ in apart]
+    _warn_of_untied(model, pairs)
+    return untied(model, pairs)
+
+
+def _pulled_apart(model: nn.Module, path: Path) -> list[tuple[str, str, str]]:
+    """Give a path the model's names; return names of one tensor that have two values in it.
+
+    Returns:
+        Both names, and that of the first control point in which they differ.
+    """
+    model = unwrapped(model)
     state = model.state_dict()
     own = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     named = [*model.named_parameters(), *model.named_buffers()]
@@ -105,8 +136,49 @@ def check_fit(model: nn.Module, path: Path, untie: bool = True) -> nn.Module:
         devices=False,
         dtypes=False,
     )
-    apart = _pulled_apart(model, own, path, untie)
-    return untied(model, apart) if apart else whole
+    apart = []
+    for one, other in tied(own):
+        for point, name in zip(path.control_points, path.names):
+            a, b = point[one], point[other]
+            if not same_memory(a, b) and not torch.equal(a, b):
+                apart.append((one, other, name))
+                break
+    return apart
+
+
+def _two_values(model: nn.Module, one: str, other: str, name: str) -> ModeconnError:
+    return ModeconnError(
+        f"{name} has different values for '{one}' and '{other}', which are one tensor "
+        f"in the model {type(unwrapped(model)).__name__}: give both names one value (Plane.random "
+        "does so where it is given the module), or untie them in the model"
+    )
+
+
+def _warn_of_untied(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
+    """Warn that values of their own are used for names that the model ties.
+
+    A module that stands under two names has one value: the last, as by load_state_dict.
+    """
+    what = f"which the model {type(model).__name__} ties"
+    shared = [pair for pair in pairs if _in_one_module(model, *pair)]
+    texts = [f"'{one}' and '{other}'" for one, other in pairs if (one, other) not in shared]
+    if texts:
+        warn(
+            f"networks of the path have different values for {listed(texts)}, {what}: all are "
+            "evaluated with tensors of their own for them, as the files have it"
+        )
+    if shared:
+        texts = [f"'{one}' and '{other}'" for one, other in shared]
+        warn(
+            f"networks of the path have different values for {listed(texts)}, {what}, one module "
+            "under two names: all are evaluated with the second of each, as load_state_dict does; "
+            "expected one value, or a model with two modules"
+        )
+
+
+def _in_one_module(model: nn.Module, one: str, other: str) -> bool:
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in (one, other)]
+    return owners[0] is owners[1] and one.rpartition(".")[2] == other.rpartition(".")[2]
 
 
 def check_forwards(model: nn.Module, path: Path, ignore: Collection[str]) -> None:
@@ -119,8 +191,7 @@ def check_forwards(model: nn.Module, path: Path, ignore: Collection[str]) -> Non
         path: the path.
         ignore: entries that may differ.
     """
-    if isinstance(ignore, str):
-        raise ModeconnError(f"ignore is {ignore!r}: expected names of entries, ({ignore!r},)")
+    check_ignore(ignore)
     folders = [
         (config, name)
         for config, name, is_file in zip(path.configs, path.names, path.files)
@@ -131,38 +202,6 @@ def check_forwards(model: nn.Module, path: Path, ignore: Collection[str]) -> Non
         named = [(config_of(model), f"the model {type(model).__name__}"), *folders]
         configs, names = [config for config, _ in named], [name for _, name in named]
         refuse_different_forwards(configs, names, ignore)
-
-
-def _pulled_apart(
-    model: nn.Module, own: states.State, path: Path, untie: bool
-) -> list[tuple[str, str]]:
-    """The names of one tensor of the model that have two values in a control point.
-
-    Raises:
-        ModeconnError: there are some, and they are not meant: directions move tied weights apart.
-    """
-    apart = []
-    for one, other in tied(own):
-        for point, name in zip(path.control_points, path.names):
-            a, b = point[one], point[other]
-            if same_memory(a, b) or torch.equal(a, b):
-                continue
-            if not untie or path.directions:
-                raise ModeconnError(
-                    f"{name} has different values for '{one}' and '{other}', which are one tensor "
-                    f"in the model {type(model).__name__}: give both names one value (Plane.random "
-                    "does so where it is given the module), or untie them in the model"
-                )
-            apart.append((one, other))
-            break
-    if apart:
-        pairs = listed([f"'{one}' and '{other}'" for one, other in apart])
-        warn(
-            f"networks of the path have different values for {pairs}, which the model "
-            f"{type(model).__name__} ties: all are evaluated with tensors of their own for them, "
-            "as the files have it"
-        )
-    return apart
 
 
 def untied(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modeconn.capture.trial import Runner, loaded
 from modeconn.errors import ModeconnError, listed
-from modeconn.evaluation.arguments import check_fit
+from modeconn.evaluation.arguments import fitted
 from modeconn.evaluation.differences import (
     Comparison,
     Finding,
     LayerDistance,
     distances_of,
+    wide,
 )
 from modeconn.evaluation.sameness import same_function
 from modeconn.models.pretrained import PREFIX, build_pretrained, load_pretrained
 from modeconn.parameters import state as states
-from modeconn.parameters.comparison import tied
-from modeconn.parameters.configs import Config, config_of, differences
+from modeconn.parameters.comparison import is_mask, tied
+from modeconn.parameters.configs import (
+    Config,
+    FileState,
+    check_ignore,
+    config_of,
+    differences,
+    is_from_file,
+    is_ignored,
+)
 from modeconn.parameters.fitting import Names
 from modeconn.parameters.folders import CONFIG
 from modeconn.parameters.paths import Line
@@ -63,6 +72,12 @@ class _End:
             self.refused = str(error)
         self.config = config_of(self.source)
 
+    def network(self) -> Any:
+        """Return what a path takes, of a file what was read of it already."""
+        if self.state is not None and is_from_file(self.source):
+            return FileState(self.state, self.config)
+        return self.source
+
 
 def check(
     a: Any,
@@ -94,6 +109,7 @@ def check(
     Raises:
         ModeconnError: a network that cannot be read, or data that do not fit.
     """
+    check_ignore(ignore)
     ends = _End(a, "a"), _End(b, "b")
     if data is not None and model is None:
         model = _architecture(ends)
@@ -109,8 +125,8 @@ def check(
     one, other = (end.state for end in ends)
     layers: tuple[LayerDistance, ...] = ()
     if one is not None and other is not None:
-        names = _names(*ends, one, other)
-        findings += [*names, *_values(*ends), _ties(*ends, one, other)]
+        names = _names(one, other)
+        findings += [*names, *_values(one, other), _ties(one, other)]
         if all(each.passed for each in names):
             layers = distances_of(one, other)
             findings.append(_weights(layers))
@@ -121,7 +137,7 @@ def check(
 
 def _fit(end: _End, model: nn.Module) -> None:
     """Give a file's entries the model's names, where they can be."""
-    if end.state is not None and not isinstance(end.source, (nn.Module, Mapping)):
+    if end.state is not None and is_from_file(end.source):
         try:
             names = Names(model)
             end.state = names.fitted(end.state, end.title, end.removed, end.config)[0]
@@ -168,7 +184,7 @@ def _configs(a: _End, b: _End, ignore: Collection[str]) -> list[Finding]:
         return [Finding("config", False, text)] if without else []
     found = []
     for key, (one, other) in differences(a.config, b.config).items():
-        ignored = key in ignore or key.partition(".")[0] in ignore
+        ignored = is_ignored(key, ignore)
         text = f"{key} is {one!r} in a and {other!r} in b"
         found.append(Finding("config", ignored, text + (" (ignored)" if ignored else "")))
     return found or [Finding("config", True, "all entries that the forward reads are equal")]
@@ -187,7 +203,7 @@ def _quantisation(a: _End, b: _End) -> list[Finding]:
     return [Finding("quantised", False, end.refused) for end in (a, b) if end.refused]
 
 
-def _names(a: _End, b: _End, one: State, other: State) -> list[Finding]:
+def _names(one: State, other: State) -> list[Finding]:
     texts = []
     for mine, its, where in ((one, other, "a"), (other, one, "b")):
         alone = [f"'{key}' {list(mine[key].shape)}" for key in mine if key not in its]
@@ -215,20 +231,23 @@ def _dtypes(state: State) -> str:
     return ", ".join(sorted(found)) or "no floating point"
 
 
-def _values(a: _End, b: _End) -> list[Finding]:
+def _values(one: State, other: State) -> list[Finding]:
     found = []
-    for end, where in ((a, "a"), (b, "b")):
-        bad = [
-            f"'{key}'"
-            for key, value in (end.state or {}).items()
-            if value.is_floating_point() and not bool(value.float().sum().isfinite())
-        ]
+    for mine, its, where in ((one, other, "a"), (other, one, "b")):
+        bad = [f"'{key}'" for key, value in mine.items() if not _is_weight(value, its.get(key))]
         if bad:
             found.append(Finding("values", False, f"{where} is not finite in {listed(bad)}"))
     return found
 
 
-def _ties(a: _End, b: _End, one: State, other: State) -> Finding:
+def _is_weight(value: Tensor, other: Tensor | None) -> bool:
+    """Whether the values can be on a path: finite, or those of a mask, alike at both ends."""
+    if states.is_finite(wide(value)):
+        return True
+    return other is not None and value.dtype == other.dtype and is_mask([value, other])
+
+
+def _ties(one: State, other: State) -> Finding:
     pairs = [_tied(state) for state in (one, other)]
     texts = []
     for mine, its, where, there in ((*pairs, "a", other), (*pairs[::-1], "b", one)):
@@ -275,12 +294,12 @@ def _outputs(
     ends: tuple[_End, _End], model: nn.Module, data: Any, batch_size: int | None
 ) -> list[Finding]:
     """Each end as its own model, beside the end of the line."""
-    line = Line(ends[0].source, ends[1].source)
-    used = check_fit(model, line)
+    line = Line(*(end.network() for end in ends))
+    line.names = [end.title for end in ends]
+    runner = Runner(fitted(model, line))
     found = []
     for end, t in zip(ends, (0.0, 1.0)):
         own = _own_model(end)
-        runner = Runner(used)
         made = loaded(runner.copy(), line.at(t))
         if own is None:
             text = f"{end.title} has no model of its own to compare with"

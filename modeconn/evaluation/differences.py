@@ -98,8 +98,8 @@ def distances_of(one: State, other: State) -> tuple[LayerDistance, ...]:
         row[2] += equal
         row[3] += 1
         if a.is_floating_point():
-            row[0] += 0.0 if equal else _square(_wide(a) - _wide(b))
-            row[1] += _square(_wide(a))
+            row[0] += 0.0 if equal else _square(wide(a) - wide(b))
+            row[1] += _square(wide(a))
     return tuple(
         LayerDistance(
             layer,
@@ -116,7 +116,8 @@ def _square(tensor: Tensor) -> float:
     return float(tensor.square().sum(dtype=torch.float64))
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor of half precision or less in float32, and any other as it is."""
     return tensor.float() if tensor.element_size() < 4 else tensor
 
 

@@ -18,7 +18,7 @@ from modeconn.capture.trial import Runner
 from modeconn.data.inputs import moved
 from modeconn.data.tensors import as_inputs
 from modeconn.evaluation.adaptive.evaluation import ENDS, adaptive_results, goal_of
-from modeconn.evaluation.arguments import check_fit, device_of, dtype_of, frozen_entries
+from modeconn.evaluation.arguments import device_of, dtype_of, fitted, frozen_entries
 from modeconn.evaluation.ends import capture_for
 from modeconn.evaluation.passes import Run, results_of
 from modeconn.evaluation.progress import Meter, Progress, reporting
@@ -260,7 +260,7 @@ def explain(
     """
     t = path.points(points)
     dtype, where = dtype_of(precision), device_of(device, path)
-    model = check_fit(model, path)
+    model = fitted(model, path)
     frozen = frozen_entries(buffers, path)
     runner = prepare(model, dtype, where)
     graph = capture_for(path, runner, moved(as_inputs(sample, "sample"), dtype, where))

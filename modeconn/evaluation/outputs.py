@@ -20,9 +20,9 @@ from modeconn.capture.graph import Graph, Size
 from modeconn.data.inputs import Inputs, describe, leaves, moved, rows
 from modeconn.errors import ModeconnError, naming_memory
 from modeconn.evaluation.arguments import (
-    check_fit,
     device_of,
     dtype_of,
+    fitted,
     frozen_entries,
     positive,
 )
@@ -95,7 +95,7 @@ class PlannedForward:
         check_name(backend, precision, self._device)
         self._backend = backend
         self._budget = positive("memory_budget", memory_budget) or MEMORY_BUDGET
-        model = check_fit(model, path)
+        model = fitted(model, path)
         frozen = frozen_entries(buffers, path, data=False)
         x = self._input(sample)
         self._row = describe(x)

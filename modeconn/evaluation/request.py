@@ -20,10 +20,10 @@ from modeconn.data.batches import TARGETS, Batches, as_batches, is_batch, withou
 from modeconn.data.prefetch import resident
 from modeconn.errors import ModeconnError, listed
 from modeconn.evaluation.arguments import (
-    check_fit,
     check_forwards,
     device_of,
     dtype_of,
+    fitted,
     frozen_entries,
     positive,
 )
@@ -88,7 +88,7 @@ class Request:
         self.where = device_of(self.device, self.path)
         check_name(self.backend, self.precision, self.where)
         check_forwards(self.model, self.path, self.ignore)
-        self.model = check_fit(self.model, self.path)
+        self.model = fitted(self.model, self.path)
         self.frozen = frozen_entries(self.buffers, self.path)
         positive("batch_size", self.batch_size)
         self.budget = positive("memory_budget", self.memory_budget) or MEMORY_BUDGET

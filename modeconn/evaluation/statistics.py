@@ -27,7 +27,7 @@ from modeconn.capture.training_mode import training_graph
 from modeconn.data.batches import Batch, as_batches
 from modeconn.data.inputs import Inputs, moved, rows
 from modeconn.errors import ModeconnError
-from modeconn.evaluation.arguments import check_fit, device_of, dtype_of, positive
+from modeconn.evaluation.arguments import device_of, dtype_of, fitted, positive
 from modeconn.evaluation.ends import capture_for
 from modeconn.evaluation.resume import Stage, Unfinished
 from modeconn.parameters.paths import Path
@@ -239,7 +239,7 @@ def recomputed(
     """
     if data is None:
         raise ModeconnError("data is None: expected the data to recompute the statistics from")
-    model = check_fit(model, path)
+    model = fitted(model, path)
     size, most = positive("batch_size", batch_size), positive("batches", batches)
     return network_at(model, path, t, data, batch_size=size, batches=most, precision=precision)
 

@@ -5,13 +5,15 @@ Nothing is fetched, and code that lies in a folder runs only where the user says
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from modeconn.errors import ModeconnError, listed, out_of_memory
+from modeconn.errors import ModeconnError, first_line, listed, out_of_memory
 from modeconn.parameters.folders import CONFIG, read_config
 from modeconn.parameters.quantised import refuse_quantised_config
 
@@ -30,6 +32,44 @@ def build_pretrained(spec: str, trust_remote_code: bool = False) -> nn.Module:
         ModeconnError: no such folder, or none with a config; transformers is not installed, or does
             not know the model; its code would have to run.
     """
+    kind, config = _kind_and_config(spec, trust_remote_code)
+    with _building(spec), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _ready(kind(config))
+
+
+def load_pretrained(folder: Path) -> nn.Module:
+    """Load a folder's own network as transformers does, in float32; no code in it runs.
+
+    Raises:
+        ModeconnError: see `build_pretrained`; transformers cannot load it, or leaves weights new.
+    """
+    spec = f"{PREFIX}{folder}"
+    kind, _ = _kind_and_config(spec)
+    bars = _transformers(spec).utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        model, about = kind.from_pretrained(
+            str(folder), local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise ModeconnError(
+            f"{folder}: transformers does not load it: {first_line(error)}"
+        ) from error
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+    missing = sorted(about["missing_keys"])
+    if missing:
+        raise ModeconnError(f"{folder}: lacks {listed([repr(key) for key in missing])}")
+    return _ready(model)
+
+
+def _kind_and_config(spec: str, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Return the class of a folder's model and its config, see `build_pretrained`."""
     folder = Path(spec.removeprefix(PREFIX)).expanduser()
     raw = _config_in(folder, spec)
     name = _architecture(raw, spec)
@@ -43,51 +83,25 @@ def build_pretrained(spec: str, trust_remote_code: bool = False) -> nn.Module:
             f"model {spec!r} is a {name}, which transformers {transformers.__version__} does not "
             f"have; {own or 'expected the name of one of its models as architectures'}"
         )
-    try:
+    with _building(spec):
         config = transformers.AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=not is_known
         )
-        kind = known if is_known else _class_in(folder, raw, name, spec)
-        return _made(kind, config)
+        return known if is_known else _class_in(folder, raw, name, spec), config
+
+
+@contextlib.contextmanager
+def _building(spec: str) -> Iterator[None]:
+    """Within, what transformers raises becomes an error that names the model."""
+    try:
+        yield
     except ModeconnError:
         raise
     except Exception as error:  # a config can make a constructor raise anything
         if out_of_memory(error):
             raise
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModeconnError(f"model {spec!r} cannot be built from its {CONFIG}: {line}") from error
-
-
-def load_pretrained(folder: Path) -> nn.Module:
-    """Load a folder's own network as transformers does, in float32; no code in it runs.
-
-    Raises:
-        ModeconnError: see `build_pretrained`; transformers cannot load it, or leaves weights new.
-    """
-    kind = type(build_pretrained(f"{PREFIX}{folder}"))
-    transformers = _transformers(f"{PREFIX}{folder}")
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        model, about = kind.from_pretrained(  # type: ignore[attr-defined]
-            str(folder), local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModeconnError(f"{folder}: transformers does not load it: {line}") from error
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-    missing = sorted(about["missing_keys"])
-    if missing:
-        raise ModeconnError(f"{folder}: lacks {listed([repr(key) for key in missing])}")
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False
-    found: nn.Module = model.float()
-    return found
+        reason = f"cannot be built from its {CONFIG}: {first_line(error)}"
+        raise ModeconnError(f"model {spec!r} {reason}") from error
 
 
 def _config_in(folder: Path, spec: str) -> dict[str, Any]:
@@ -140,11 +154,9 @@ def _class_in(folder: Path, config: dict[str, Any], name: str, spec: str) -> Any
     return get_class_from_dynamic_module(named[0], str(folder), local_files_only=True)
 
 
-def _made(kind: Any, config: Any) -> nn.Module:
+def _ready(model: Any) -> nn.Module:
     # a cache is of use in generating alone, and is no output that a loss reads
-    if hasattr(config, "use_cache"):
-        config.use_cache = False
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: nn.Module = kind(config)
-    return model.float()
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    found: nn.Module = model.float()
+    return found

@@ -113,16 +113,18 @@ def check_points(points: Sequence[State], names: Sequence[str], directions: bool
 def _infinite_alike(points: Sequence[State], directions: bool) -> frozenset[str]:
     """The names of entries that are infinite somewhere, without NaN, and alike in all points."""
 
-    def is_mask(key: str) -> bool:
-        first = points[0][key]
-        if not first.is_floating_point() or not bool(first.isinf().any()) or first.isnan().any():
-            return False
-        others = [point[key] for point in points[1:]]
-        return all(
-            torch.equal(first, other) or (directions and not other.any()) for other in others
-        )
+    def values(key: str) -> list[Tensor]:
+        return [point[key] for point in points]
 
-    return frozenset(key for key in points[0] if is_mask(key))
+    return frozenset(key for key in points[0] if is_mask(values(key), directions))
+
+
+def is_mask(values: Sequence[Tensor], directions: bool = False) -> bool:
+    """Whether an entry is infinite somewhere, without NaN, and alike in all points."""
+    first, *others = values
+    if not first.is_floating_point() or not bool(first.isinf().any()) or first.isnan().any():
+        return False
+    return all(torch.equal(first, other) or (directions and not other.any()) for other in others)
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:

@@ -37,10 +37,11 @@ def is_from_file(source: Any) -> bool:
 # generation and training do, names of classes, and what else is returned.
 _HARMLESS = re.compile(
     r"_.*|architectures|auto_map|transformers_version|.*torch_?dtype|dtype|torchscript|model_name"
-    r"|name_or_path|use_cache|gradient_checkpointing|use_return_dict|return_dict|output_.*"
+    r"|name_or_path|use_cache|gradient_checkpointing|use_return_dict|return_dict"
+    r"|output_(attentions|hidden_states|(router_|auxiliary_)?logits|scores|past)"
     r"|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|prefix"
     r"|.*dropout.*|.*_pdrop|.*drop_path.*|layerdrop|.*_layerdrop|initializer_.*|.*_init_.*|init_.*"
-    r"|classifier_dropout|chunk_size_feed_forward|pretraining_tp|mlp_bias_dropout|loss_.*"
+    r"|chunk_size_feed_forward|pretraining_tp|loss_.*"
     r"|.*_loss_coef|.*_loss_weight|aux_loss.*|router_.*_loss.*|use_mems_train|label_smoothing"
     r"|bos_token_id|eos_token_id|sep_token_id|cls_token_id|decoder_start_token_id|.*_bos_token_id"
     r"|forced_.*|suppress_tokens|begin_suppress_tokens|bad_words_ids|max_length|min_length"
@@ -128,6 +129,17 @@ def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config
 
 
+def check_ignore(ignore: Collection[str]) -> None:
+    """Raise a ModeconnError for one name in place of several: parts of it would count, too."""
+    if isinstance(ignore, str):
+        raise ModeconnError(f"ignore is {ignore!r}: expected names of entries, ({ignore!r},)")
+
+
+def is_ignored(key: str, ignore: Collection[str]) -> bool:
+    """Whether an entry, or the nested config that it is in, is among those that may differ."""
+    return key in ignore or key.partition(".")[0] in ignore
+
+
 def refuse_different_forwards(
     configs: Sequence[Mapping[str, Any] | None],
     names: list[str],
@@ -145,7 +157,7 @@ def refuse_different_forwards(
         found = {
             key: pair
             for key, pair in differences(known[0][0], config).items()
-            if key not in ignore and key.partition(".")[0] not in ignore
+            if not is_ignored(key, ignore)
         }
         if found:
             texts = [f"{key} is {pair[0]!r} and {pair[1]!r}" for key, pair in found.items()]

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeconn.errors import ModeconnError, listed, out_of_memory
+from modeconn.errors import ModeconnError, first_line, listed, out_of_memory
 
-_METADATA = ".metadata"
+METADATA = ".metadata"
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",
@@ -81,7 +81,7 @@ def read_distributed(folder: Path) -> dict[str, Any]:
         places = _places(metadata, tensors)
         paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
     except (AttributeError, TypeError) as error:
-        raise _damaged(folder / _METADATA, str(error)) from None
+        raise _damaged(folder / METADATA, str(error)) from None
     chunks = itertools.chain.from_iterable(places.values())
     files = sorted({str(chunk.relative_path) for chunk in chunks})
     missing = [f for f in files if Path(f).name != f or not (folder / f).is_file()]
@@ -109,7 +109,7 @@ def _innermost(nested: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(folder: Path) -> Any:
-    file = folder / _METADATA
+    file = folder / METADATA
     try:
         with file.open("rb") as stream:
             found = _Reader(stream).load()
@@ -156,7 +156,7 @@ def _assembled(
         whole[tuple(slice(first, end) for first, end in zip(offset, ends))] = chunk
         filled += chunk.numel()
     if whole is None or filled != whole.numel():
-        raise _damaged(folder / _METADATA, f"{filled:,} numbers of '{name}' {list(size)} are there")
+        raise _damaged(folder / METADATA, f"{filled:,} numbers of '{name}' {list(size)} are there")
     return whole
 
 
@@ -176,8 +176,7 @@ def _chunk(folder: Path, name: str, place: Any) -> Tensor:
     except Exception as error:  # what is cut off makes torch.load raise nearly anything
         if out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _damaged(file, f"'{name}': {reason}") from error
+        raise _damaged(file, f"'{name}': {first_line(error)}") from error
     if not isinstance(found, Tensor):
         raise _damaged(file, f"'{name}' is a {type(found).__name__}")
     return found.detach()

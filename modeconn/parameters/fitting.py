@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from modeconn.parameters import state as states
 from modeconn.parameters.comparison import tied
-from modeconn.parameters.configs import config_of
+from modeconn.parameters.configs import FileState, config_of, is_from_file
 from modeconn.parameters.paths import Path
 from modeconn.parameters.state import State
 from modeconn.parameters.wrappers import unwrapped
@@ -182,9 +182,10 @@ def load_for(model: nn.Module, source: Any) -> State:
         ModeconnError: it cannot be read, or its names do not fit the model's.
     """
     state, removed = states.load_with_prefix(source)
-    if isinstance(source, (nn.Module, Mapping)):
+    if not is_from_file(source):
         return state
-    return Names(model).fitted(state, str(source), removed, config_of(source))[0]
+    name = "the network" if isinstance(source, FileState) else str(source)
+    return Names(model).fitted(state, name, removed, config_of(source))[0]
 
 
 def _declared_ties(model: nn.Module, own: Collection[str]) -> dict[str, str]:

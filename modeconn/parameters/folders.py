@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from modeconn.errors import ModeconnError, listed
+from modeconn.parameters.distributed import METADATA, read_distributed
 from modeconn.parameters.quantised import refuse_quantised_config
 from modeconn.parameters.reading import read
 
-CONFIG, ADAPTER, METADATA = "config.json", "adapter_config.json", ".metadata"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 # As transformers looks for them, in its order: safetensors first, and one file before shards.
 _WEIGHTS = (
     "model.safetensors",
@@ -51,8 +52,6 @@ def read_folder(path: Path) -> Mapping[str, Any]:
         if (path / f"{name}{_INDEX}").is_file():
             return _read_shards(path / f"{name}{_INDEX}")
     if (path / METADATA).is_file():
-        from modeconn.parameters.distributed import read_distributed
-
         return read_distributed(path)
     raise ModeconnError(f"{path}: {_found_instead(path)}")
 

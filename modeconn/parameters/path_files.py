@@ -33,6 +33,7 @@ class PathFile:
     """Reading and writing of a path; mixed into those of one parameter."""
 
     control_points: list[State]
+    unmatched: ModeconnError | None
 
     def save(self, file: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write the path as a safetensors file, whole or not at all.
@@ -42,8 +43,11 @@ class PathFile:
             metadata: text to keep beside the control points: what "model" it is of, for instance.
 
         Raises:
-            ModeconnError: the file cannot be written.
+            ModeconnError: the file cannot be written; files of the control points leave out names
+                that others have.
         """
+        if self.unmatched is not None:
+            raise ModeconnError(f"{self.unmatched}: evaluate on the module fills in tied names")
         tensors: State = {}
         for number, point in enumerate(self.control_points):
             tensors |= {f"{number}/{name}": value for name, value in point.items()}

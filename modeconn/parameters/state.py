@@ -173,11 +173,7 @@ def check(state: Mapping[str, Tensor], name: str, infinite: frozenset[str] = fro
     _check_dtypes(state, name)
     bad = []
     for key, tensor in state.items():
-        if not tensor.is_floating_point() or not tensor.numel() or key in infinite:
-            continue
-        # NaN and inf show in the extremes: one pass, where isfinite() would take the tensor's
-        # memory again.
-        if not all(map(torch.isfinite, tensor.aminmax())):
+        if key not in infinite and not is_finite(tensor):
             nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
             bad.append(f"'{key}' has {nan:,} NaN and {inf:,} infinite of {tensor.numel():,} values")
     if bad:
@@ -185,6 +181,16 @@ def check(state: Mapping[str, Tensor], name: str, infinite: frozenset[str] = fro
             f"{name}: weights must be finite: {listed(bad, of=len(state))}"
             " (masks may be infinite, without NaN and alike in all control points)"
         )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity, which show in its extremes.
+
+    That is one pass, where isfinite() would take the tensor's memory again.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(map(torch.isfinite, tensor.aminmax()))
 
 
 def save(

@@ -105,7 +105,7 @@ def map(  # noqa: A001
     if not callable(fn):
         raise ModeconnError(f"fn is of type {type(fn).__name__}: expected a function of the model")
     own, t = unwrapped(model), path.points(points)
-    check_fit(own, path, untie=False)
+    check_fit(own, path)
     frozen = frozen_entries(buffers, path, data=False)
     first = next(own.parameters(), torch.empty(0))
     check_name(backend, "float64" if first.dtype == torch.float64 else "float32", first.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modeconn.data.inputs import Inputs, call, take
-from modeconn.errors import ModeconnError
+from modeconn.errors import ModeconnError, first_line
 from modeconn.metrics import Head, PerSample
 from modeconn.metrics.head import logits_of
 
@@ -36,8 +36,9 @@ def objective_of(
     try:
         outputs = call(model, take(inputs, 0, _ROWS))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModeconnError(f"the model does not take the data's inputs: {reason}") from error
+        raise ModeconnError(
+            f"the model does not take the data's inputs: {first_line(error)}"
+        ) from error
     labels = head.fit(outputs, targets)
     # PyTorch's own mean, where it is the same: one call less
     if head.loss == "cross_entropy" and labels.dim() == 1 and not head.leaves_out:
