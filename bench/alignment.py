@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -31,7 +31,6 @@ class Pair:
         data: the data set.
         train, test: samples that are evaluated.
         samples: that units are compared on.
-        norms: whether the network has batch norms.
     """
 
     spec: str
@@ -40,7 +39,6 @@ class Pair:
     train: int
     test: int
     samples: int
-    norms: bool = False
 
 
 PAIRS = {
@@ -51,7 +49,7 @@ PAIRS = {
         "vgg11:width=16", "cifar10-vgg11-w16-seed{}.safetensors", "cifar10", 1500, 1000, 2000
     ),
     "resnet": Pair(
-        "resnet20:width=16", "resnet20-w16-seed{}.safetensors", "cifar10", 1000, 1000, 1000, True
+        "resnet20:width=16", "resnet20-w16-seed{}.safetensors", "cifar10", 1000, 1000, 1000
     ),
 }
 # Rows of a batch whose statistics are one estimate.
@@ -60,7 +58,14 @@ BATCH = 500
 
 @dataclass
 class Row:
-    """The middle of a line."""
+    """The middle of a line.
+
+    Attributes:
+        align_cpu: seconds of all threads that the alignment took.
+        loss, error: on training data.
+        test_error: in the middle.
+        ends: the test error of both ends.
+    """
 
     pair: str
     method: str
@@ -68,7 +73,6 @@ class Row:
     align_cpu: float
     loss: float
     error: float
-    max_loss: float
     test_error: float
     ends: tuple[float, float]
 
@@ -79,9 +83,15 @@ def main() -> None:
     parser.add_argument("--checkpoints", required=True, type=Path)
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--methods", default="none,activations,weights")
+    parser.add_argument(
+        "--rows", type=int, help="use so many rows at most of each set: for a trial"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     pair = PAIRS[args.pair]
+    if args.rows is not None:
+        sizes = {name: min(getattr(pair, name), args.rows) for name in ("train", "test", "samples")}
+        pair = replace(pair, **sizes)
     model = models.build(pair.spec).eval()
     a, b = (mc.load(args.checkpoints / pair.files.format(seed)) for seed in (1, 2))
     a, b = (named(model, state) for state in (a, b))
@@ -93,13 +103,12 @@ def main() -> None:
         aligned = b
         if method != "none":
             x = train.slice(0, 8)[0]
-            data = train if method == "activations" else None
-            found = mc.align(model, a, b, data, samples=pair.samples, sample=x)
+            found = mc.align(model, a, b, train, method=method, samples=pair.samples, sample=x)
             print(found, flush=True)
             aligned = found.apply(b)
         seconds = time.process_time() - start
         for repaired in (False, True):
-            row = measured(args.pair, pair, model, (a, aligned), (train, test), repaired)
+            row = measured(pair, model, (a, aligned), (train, test), repaired)
             rows.append(Row(args.pair, method, repaired, seconds, *row))
             print(line(rows[-1]), flush=True)
     if args.json is not None:
@@ -113,26 +122,24 @@ def named(model: nn.Module, state: State) -> State:
 
 
 def measured(
-    name: str,
     pair: Pair,
     model: nn.Module,
     ends: tuple[State, State],
     data: tuple[mc.datasets.Images, mc.datasets.Images],
     repaired: bool,
-) -> tuple[float, float, float, float, tuple[float, float]]:
-    """Evaluate a line at its middle and its ends."""
+) -> tuple[float, float, float, tuple[float, float]]:
+    """Evaluate a line: its middle's loss, error and test error, and its ends' test errors."""
     train, test = data[0].slice(0, pair.train), data[1].slice(0, pair.test)
     path = mc.Line(*ends)
     options = {}
     if repaired:
-        model, path = mc.repair(model, path, data[0], samples=2000)
+        model, path = mc.repair(model, path, data[0], samples=min(2000, pair.samples))
         options = {"buffers": "recompute", "recompute_data": "train", "batch_size": BATCH}
     found = mc.evaluate(model, path, {"train": train, "test": test}, [0.0, 0.5, 1.0], **options)
     on_train, on_test = found["train"], found["test"]
     return (
         float(on_train.loss[1]),
         float(on_train.error[1]),
-        float(on_train.loss.max()),
         float(on_test.error[1]),
         (float(on_test.error[0]), float(on_test.error[2])),
     )

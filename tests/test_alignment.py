@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import modeconn as mc
-from alignment_cases import CASES, ROW, Encoder, randomized
+from alignment_cases import CASES, ROW, randomized
+from alignment_networks import Encoder
 from modeconn.cli import main
 from modeconn.training.alignment.groups import Group, Groups
 from modeconn.training.alignment.layouts import Layout
+from modeconn.training.alignment.proof import apart
 
 QUICK = [name for name, case in CASES.items() if case.quick]
 SLOW = [name for name, case in CASES.items() if not case.quick]
@@ -69,7 +71,7 @@ def test_more_networks(name: str):
 
 
 def test_there_are_enough_networks():
-    assert len(CASES) >= 25
+    assert len(CASES) > 30
 
 
 # -- groups ----------------------------------------------------------------------------------------
@@ -214,6 +216,25 @@ def test_batches_and_samples_make_no_other_sums():
     assert parts.digest == whole.digest
     assert parts.objective_after == pytest.approx(whole.objective_after, rel=1e-12)
     assert mc.align(model, model, b, data, samples=20, batch_size=7).samples == 20
+
+
+def test_groups_of_another_network_are_noticed():
+    class Known(Unknown):
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    groups = mc.symmetries(randomized(Known), ROW.double())
+    model, b = randomized(Unknown), randomized(Unknown, 1)
+    with pytest.raises(mc.ModeconnError, match=r"b is another function.*are groups those"):
+        mc.align(model, model, b, (ROW.double(), torch.zeros(64)), groups=groups)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_an_output_that_is_nan_is_no_small_difference(order: tuple[int, int]):
+    one = [torch.ones(2), torch.ones(3)]
+    other = [torch.ones(2), torch.full((3,), torch.nan)]
+    found = apart([one[i] for i in order], [other[i] for i in order])
+    assert not found <= 1.0
 
 
 def test_inverse_undoes_it():

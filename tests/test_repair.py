@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import modeconn as mc
-from alignment_cases import IMAGE, ROW, Encoder, randomized
+from alignment_cases import IMAGE, ROW, randomized
+from alignment_networks import Encoder
 
 
 class Convs(nn.Module):
@@ -92,6 +93,23 @@ def test_units_have_the_ends_statistics():
     assert torch.allclose(middle.std(0, correction=0), spread, rtol=0.05)
 
 
+def test_both_ends_statistics_take_one_pass():
+    class Counted(torch.utils.data.Dataset):
+        read = 0
+
+        def __len__(self):
+            return len(data[0])
+
+        def __getitem__(self, i):
+            self.read += 1
+            return data[0][i], data[1][i]
+
+    model, ends, data = given("mlp")
+    counted = Counted()
+    mc.repair(model, mc.Line(*ends), counted)
+    assert counted.read < 3 * len(counted)  # the first rows, which are all of these, and all
+
+
 def test_chains_are_between_their_ends():
     model, (a, b), data = given("mlp")
     middle = randomized(MLP, 7).state_dict()
@@ -130,6 +148,9 @@ def test_what_is_refused():
     model, _, data = given("mlp")
     with pytest.raises(mc.ModeconnError, match="path is a Plane: expected a Line, PolyChain"):
         mc.repair(model, mc.Plane.random(model), data)
+    ends = mc.Line(model, randomized(MLP, 1))
+    with pytest.raises(mc.ModeconnError, match="data is an iterator, which serves for one pass"):
+        mc.repair(model, ends, iter([data]))
     single = nn.Linear(10, 3).double()
     line = mc.Line(single, nn.Linear(10, 3).double())
     with pytest.raises(mc.ModeconnError, match="no linear or convolutional layer before"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,9 +59,20 @@ def values_of(
     graph: Graph, state: Mapping[str, Tensor], x: Inputs, requested: Iterable[int]
 ) -> dict[int, Any]:
     """Interprets a graph up to the last of some nodes, and returns the values of these."""
-    kept = set(requested)
+    return dict(each_value(graph, state, x, requested))
+
+
+def each_value(
+    graph: Graph, state: Mapping[str, Tensor], x: Inputs, requested: Iterable[int]
+) -> Iterator[tuple[int, Any]]:
+    """Interprets a graph up to the last of some nodes, and yields each of these and its value.
+
+    No value is held after its last use.
+    """
+    wanted = set(requested)
     values: dict[int, Any] = dict(enumerate(graph.given(x)))
-    nodes = graph.nodes[: max(kept, default=0) + 1]
+    yield from ((i, value) for i, value in values.items() if i in wanted)
+    nodes = graph.nodes[: max(wanted, default=0) + 1]
     last: dict[int, int] = {}
     for node in nodes:
         last |= dict.fromkeys(node.inputs, node.id)
@@ -71,10 +82,11 @@ def values_of(
             for name in node.entries
         ]
         values[node.id] = node.run([values[i] for i in node.inputs], tensors, rows(x))
-        for i in node.inputs:
-            if last[i] == node.id and i not in kept:
+        if node.id in wanted:
+            yield node.id, values[node.id]
+        for i in (*node.inputs, node.id):
+            if last.get(i, node.id) == node.id:
                 values.pop(i, None)
-    return {node: values[node] for node in kept}
 
 
 def same(one: Any, other: Any) -> bool:

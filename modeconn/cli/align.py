@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from modeconn.cli import options, output
@@ -95,16 +96,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _content(found: Alignment, args: argparse.Namespace) -> dict[str, object]:
-    groups = [
-        {
-            "name": group.name,
-            "size": group.size,
-            "within": group.within,
-            "copies": group.copies,
-            "places": list(map(list, group.places)),
-        }
-        for group in found.groups
-    ]
     frozen = [[each.entry, each.axis, each.operation] for each in found.groups.frozen]
     return {
         "a": args.a,
@@ -116,17 +107,12 @@ def _content(found: Alignment, args: argparse.Namespace) -> dict[str, object]:
         "note": found.note,
         "permutations": found.digest,
         "log10_permutations": found.groups.log10,
-        "groups": groups,
+        "groups": list(map(asdict, found.groups)),
         "frozen": frozen,
     }
 
 
 def _print(found: Alignment) -> None:
-    lines = str(found.groups).split("\n")
-    count = len(found.groups)
-    shown = lines[: 1 + min(count, SHOWN)]
-    if count > SHOWN:
-        shown.append(f"  and {count - SHOWN} more groups")
-    print("\n".join([*shown, *lines[1 + count :]]))
+    print(found.groups.described(SHOWN))
     print()
     print(found)

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from modeconn.data.datasets import Images
-from modeconn.data.inputs import apply, join, take
+from modeconn.data.inputs import Inputs, apply, join, take
+from modeconn.data.inputs import rows as rows_of
 from modeconn.data.tensors import as_inputs, as_tensor, check_lengths, each, row_kind, slice_rows
 from modeconn.errors import ModeconnError, warn
 
@@ -153,6 +154,25 @@ def as_batches(data: Any, batch_size: int) -> Batches:
     if isinstance(data, (tuple, list)) and not data:
         raise _empty()
     return Batches(partial(iter, data), size, once=isinstance(data, Iterator))
+
+
+def first_rows(data: Any, most: int, batch_size: int) -> Iterator[Inputs]:
+    """Yield the inputs of the first `most` rows of data that are read again, batch by batch.
+
+    Raises:
+        ModeconnError: the data are an iterator; else as for `Batches`.
+    """
+    if isinstance(data, Iterator):
+        raise ModeconnError(
+            "data is an iterator, which serves for one pass: expected data that can be read again: "
+            "a list, a DataLoader, or (inputs, targets)"
+        )
+    for inputs, _ in as_batches(data, batch_size):
+        x = take(inputs, 0, most)
+        yield x
+        most -= rows_of(x)
+        if most <= 0:
+            return
 
 
 def _from_arrays(parts: Sequence[Any], size: int) -> Batches:

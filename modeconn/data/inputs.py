@@ -52,6 +52,12 @@ def moved(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Inputs:
     return apply(move, inputs)
 
 
+def moved_like(inputs: Inputs, state: Mapping[str, Tensor]) -> Inputs:
+    """Return inputs on the device and in the dtype of a network's floating-point tensors."""
+    first = next((value for value in state.values() if value.is_floating_point()), None)
+    return inputs if first is None else moved(inputs, first.dtype, first.device)
+
+
 def take(inputs: Inputs, start: int, stop: int) -> Inputs:
     """Return samples start to stop."""
     return apply(lambda tensor: tensor[start:stop], inputs)

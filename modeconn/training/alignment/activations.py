@@ -9,15 +9,15 @@ nothing reads it any more, and what remains of it are sums in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from modeconn.backends.activations import OPERATIONS
-from modeconn.capture.graph import Graph, Node
+from modeconn.capture.mixing import each_value
 from modeconn.data.inputs import Inputs, rows
 from modeconn.training.alignment.assignment import matched
 from modeconn.training.alignment.groups import Group, Groups
@@ -37,43 +37,37 @@ _CONSTANT = 1e-12
 _DECIDES = 1e-6
 
 
-@dataclass
 class _Sums:
     """Sums over samples of the units of two networks, for their correlation [n, n]."""
 
-    count: int = 0
-    first: list[Tensor] = field(default_factory=list)
-    second: list[Tensor] = field(default_factory=list)
-    products: Tensor | None = None
+    def __init__(self) -> None:
+        self._count = 0
+        # of both networks' values and of their squares, and of the products
+        self._totals: list[Tensor] = []
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Add values [samples, n] of both networks."""
         a, b = a.double(), b.double()
-        one, two = ([x.sum(0), x.square().sum(0)] for x in (a, b))
-        self.count += len(a)
-        products = a.T @ b
-        if self.products is None:
-            self.first, self.second, self.products = one, two, products
-            return
-        self.first = [total + new for total, new in zip(self.first, one)]
-        self.second = [total + new for total, new in zip(self.second, two)]
-        self.products = self.products + products
+        new = [a.sum(0), a.square().sum(0), b.sum(0), b.square().sum(0), a.T @ b]
+        old = self._totals or map(torch.zeros_like, new)
+        self._totals = [total + more for total, more in zip(old, new)]
+        self._count += len(a)
 
     def correlation(self) -> np.ndarray:
         """The correlations, [n, n]; zero with a unit that is constant."""
-        assert self.products is not None
-        mean_a, spread_a = self._spread(self.first)
-        mean_b, spread_b = self._spread(self.second)
-        covariance = self.products / self.count - mean_a[:, None] * mean_b
+        *sums, products = (total / self._count for total in self._totals)
+        mean_a, spread_a = _mean_and_spread(*sums[:2])
+        mean_b, spread_b = _mean_and_spread(*sums[2:])
+        covariance = products - mean_a[:, None] * mean_b
         found: np.ndarray = (covariance * spread_a[:, None] * spread_b).cpu().numpy()
         return found
 
-    def _spread(self, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The means, and the inverse standard deviations; zero for constant units."""
-        mean, square = (total / self.count for total in sums)
-        variance = square - mean.square()
-        varies = variance > _CONSTANT * square.max().clamp_min(torch.finfo(torch.float64).tiny)
-        return mean, torch.where(varies, variance.clamp_min(0), torch.inf).rsqrt()
+
+def _mean_and_spread(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """The means, and the inverse standard deviations; zero for constant units."""
+    variance = square - mean.square()
+    varies = variance > _CONSTANT * square.max().clamp_min(torch.finfo(torch.float64).tiny)
+    return mean, torch.where(varies, variance.clamp_min(0), torch.inf).rsqrt()
 
 
 class Correlations:
@@ -114,7 +108,7 @@ class Correlations:
     def add(self, x: Inputs) -> None:
         """Add a batch."""
         self.samples += rows(x)
-        streams = [_values(self._graph, state, x, set(self._read)) for state in self._states]
+        streams = [each_value(self._graph, state, x, self._read) for state in self._states]
         for (node, one), (_, other) in zip(*streams):
             axes = self._groups.values[node]
             parts = zip(exposed(one, axes), exposed(other, axes))
@@ -134,7 +128,7 @@ class Correlations:
     def _around(self, name: str, names: Sequence[str]) -> list[int]:
         """The axes of a group's units, with those that they are within, among the axes of a value.
 
-        None where other units are beside them, which would be samples in another order.
+        No axes where other units are beside them, which would be samples in another order.
         """
         group = self._by_name.get(name)
         if group is None:
@@ -153,9 +147,7 @@ class Correlations:
         tables: dict[str, np.ndarray] = {}
         for (name, *_), sums in self._sums.items():
             tables[name] = tables.get(name, 0.0) + sums.correlation()
-        counts: dict[str, int] = {}
-        for name, *_ in self._sums:
-            counts[name] = counts.get(name, 0) + 1
+        counts = Counter(name for name, *_ in self._sums)
         permutations = self._groups.identity()
         clusters = self._groups.clusters()
         shown: dict[str, dict[str, np.ndarray]] = {}
@@ -166,14 +158,14 @@ class Correlations:
                 for name in names
                 if name in tables
             }
-            permutations |= _matched(outer, inner, shown[outer], permutations)
+            permutations |= matched(outer, inner, shown[outer], outer in permutations)
         for outer, inner in (*clusters.items(), *clusters.items()):
             both = weights.tables(outer, permutations)
             for name, table in both.items():
                 table *= _DECIDES / max(float(np.abs(table).max()), 1e-300)
                 if name in shown[outer]:
                     table += shown[outer][name]
-            permutations |= _matched(outer, inner, shown[outer] | both, permutations)
+            permutations |= matched(outer, inner, shown[outer] | both, outer in permutations)
         before = self._mean(tables, counts, self._groups.identity())
         return permutations, before, self._mean(tables, counts, permutations)
 
@@ -190,13 +182,6 @@ class Correlations:
             total += float(table[np.arange(len(index)), index].sum())
             units += len(index) * counts[name]
         return total / max(units, 1.0)
-
-
-def _matched(
-    outer: str, inner: list[Group], tables: Mapping[str, np.ndarray], known: Permutations
-) -> Permutations:
-    free = outer in known
-    return matched(outer, inner, tables.get(outer) if free else None, tables, free)
 
 
 def _extent(layout: Layout) -> int:
@@ -219,25 +204,3 @@ def _units_last(x: Tensor, axes: Sequence[int]) -> Tensor:
     """Values [samples, units], of units along some axes together."""
     moved = x.movedim(list(axes), list(range(-len(axes), 0)))
     return moved.flatten(-len(axes)).flatten(0, -2)
-
-
-def _values(
-    graph: Graph, state: Mapping[str, Tensor], x: Inputs, wanted: set[int]
-) -> Iterator[tuple[int, Tensor]]:
-    """Run a network on a batch, and yield some nodes' values; each is kept to its last use."""
-    values: dict[int, object] = dict(enumerate(graph.given(x)))
-    nodes: Sequence[Node] = graph.nodes[: max(wanted, default=-1) + 1]
-    last: dict[int, int] = {}
-    for node in nodes:
-        last |= dict.fromkeys(node.inputs, node.id)
-    for node in nodes:
-        if node.op != "input":
-            entries = [state[n] if n in state else graph.constants[n] for n in node.entries]
-            inputs: list[Tensor] = [values[i] for i in node.inputs]  # type: ignore[misc]
-            values[node.id] = node.run(inputs, entries, rows(x))
-        value = values[node.id]
-        if node.id in wanted and isinstance(value, Tensor):
-            yield node.id, value
-        for i in (*node.inputs, node.id):
-            if last.get(i, node.id) == node.id:
-                values.pop(i, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from modeconn.backends.precision import without_autocast
 from modeconn.capture.trial import Runner
-from modeconn.data.batches import as_batches
-from modeconn.data.inputs import Inputs, moved, rows, take
+from modeconn.data.batches import first_rows
+from modeconn.data.inputs import Inputs, moved_like, take
 from modeconn.data.tensors import as_inputs
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import positive
 from modeconn.parameters import state as states
+from modeconn.parameters.comparison import check_points
 from modeconn.parameters.state import State
 from modeconn.parameters.wrappers import unwrapped
 from modeconn.training.alignment import storage
@@ -220,7 +221,9 @@ def align(
         before, after = search.similarity(found.identity()), search.similarity(permutations)
         result = Alignment("weights", permutations, found, before, after, 0, ALONE)
     else:
-        result = _by_activations(model, pair, data, found, most, size)
+        if found.graph is None:
+            found = symmetries(model, first)
+        result = _by_activations(pair, found, first_rows(data, most, size))
     if first is not None:
         _check_same(model, result, pair[1], first)
     return result
@@ -234,15 +237,10 @@ def _matching(model: nn.Module, a: Any, b: Any) -> tuple[State, State]:
     """
     own = states.load(unwrapped(model))
     found = states.load(a), states.load(b)
-    for state, name in zip(found, ("a", "b")):
-        states.match([own, state], ["the model", name], devices=False, dtypes=False)
-        states.check(state, name, frozenset(k for k, v in own.items() if not _is_finite(v)))
+    states.match([own, *found], ["the model", "a", "b"], devices=False, dtypes=False)
     states.match(found, ["a", "b"])
+    check_points(found, ["a", "b"], directions=False)
     return found
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _first_rows(data: Any, sample: Any, groups: Groups | None, size: int) -> Inputs | None:
@@ -256,33 +254,17 @@ def _first_rows(data: Any, sample: Any, groups: Groups | None, size: int) -> Inp
                 "what the model computes"
             )
         return None
-    if isinstance(data, Iterator):
-        raise ModeconnError(
-            "data is an iterator, which serves for one pass: expected data that can be read again, "
-            "or a few rows of it as sample"
-        )
-    return take(next(iter(as_batches(data, size)))[0], 0, size)
+    return next(first_rows(data, size, size))
 
 
 def _by_activations(
-    model: nn.Module,
-    pair: tuple[State, State],
-    data: Any,
-    groups: Groups,
-    most: int,
-    size: int,
+    pair: tuple[State, State], groups: Groups, batches: Iterable[Inputs]
 ) -> Alignment:
     """Match units by their correlations over the data, in one pass for all of them."""
-    if groups.graph is None:
-        groups = symmetries(model, _first_rows(data, None, None, size))
-    first = next(v for v in pair[0].values() if v.is_floating_point())
     correlations = Correlations(groups, *pair)
     with torch.no_grad():
-        for inputs, _ in as_batches(data, size):
-            x = take(inputs, 0, min(rows(inputs), most - correlations.samples))
-            correlations.add(moved(x, first.dtype, first.device))
-            if correlations.samples >= most:
-                break
+        for x in batches:
+            correlations.add(moved_like(x, pair[0]))
     permutations, before, after = correlations.matched(WeightMatching(groups, *pair))
     return Alignment("activations", permutations, groups, before, after, correlations.samples)
 

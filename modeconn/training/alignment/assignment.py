@@ -36,7 +36,6 @@ def best(similarity: np.ndarray) -> tuple[np.ndarray, float]:
 def matched(
     outer: str,
     inner: list[Group],
-    own: np.ndarray | None,
     similarities: Mapping[str, np.ndarray],
     outer_is_free: bool,
 ) -> Permutations:
@@ -45,10 +44,11 @@ def matched(
     Args:
         outer: the group, or an axis that stays as it is.
         inner: the groups within it.
-        own: similarity of its own units, [n, n]; None where nothing is known of them alone.
-        similarities: by inner group, of the units within each pair of outer ones, [n, n, m, m].
+        similarities: by group, of the outer units [n, n], and of those within each pair of them
+            [n, n, m, m]; nothing of groups of which nothing is known.
         outer_is_free: whether the outer units are permuted.
     """
+    own = similarities.get(outer)
     if not inner:
         return {} if own is None else {outer: best(own)[0]}
     known = [group for group in inner if group.name in similarities]

@@ -148,9 +148,15 @@ class Groups:
         )
 
     def __str__(self) -> str:
+        return self.described()
+
+    def described(self, most: int | None = None) -> str:
+        """Return what is printed, with some of the groups at most, and all that is frozen."""
         units = sum(group.size * group.copies for group in self.groups)
         head = f"{len(self.groups)} groups, {units:,} units, 10^{self.log10:.1f} permutations"
-        lines = [head, *map(_line, self.groups)]
+        lines = [head, *map(_line, self.groups[:most])]
+        if most is not None and len(self.groups) > most:
+            lines.append(f"  and {len(self.groups) - most} more groups")
         reasons: dict[str, list[str]] = {}
         for each in self.frozen:
             reasons.setdefault(each.operation, []).append(f"{each.entry}[{each.axis}]")

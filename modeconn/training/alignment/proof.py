@@ -10,8 +10,9 @@ from torch import Tensor
 from modeconn.capture.noise import seeded
 from modeconn.capture.opaque import tensors_of
 from modeconn.capture.trial import Runner, loaded, output_of, saved_tensors
-from modeconn.data.inputs import Inputs, leaves, moved, take
+from modeconn.data.inputs import Inputs, leaves, moved_like, take
 from modeconn.errors import ModeconnError
+from modeconn.parameters.comparison import tied
 from modeconn.training.alignment.groups import Groups
 from modeconn.training.alignment.layouts import Permutations
 
@@ -41,18 +42,38 @@ def difference(
     Returns:
         The difference as a share of the largest output.
     """
-    device = next(iter(state.values())).device
-    x = moved(inputs, torch.float64, device)
-    runner.expect(x)
-    exact = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
     outputs = []
-    for each in (exact, groups.permuted(exact, permutations)):
-        with torch.no_grad(), seeded(0, leaves(x)[0].device):
-            found = output_of(loaded(runner.copy(), each), x)
-        outputs.append([t.double() for t in tensors_of(found) if t.is_floating_point()])
-    largest = max((float(t.abs().max()) for t in outputs[0] if t.numel()), default=0.0)
-    apart = [float((a - b).abs().max()) for a, b in zip(*outputs) if a.numel()]
-    return max(apart, default=0.0) / max(largest, torch.finfo(torch.float64).tiny)
+    for each in (state, groups.permuted(state, permutations)):
+        found = exact_outputs(runner, each, inputs)
+        outputs.append([t for t in found if t.is_floating_point()])
+    return apart(*outputs)
+
+
+def exact_outputs(runner: Runner, state: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
+    """Return the tensors that a network gives in float64.
+
+    Args:
+        runner: of the architecture, in float64.
+        state: of the network, in any dtype.
+        inputs: to run it on.
+    """
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+    x = moved_like(inputs, exact)
+    runner.expect(x)
+    with torch.no_grad(), seeded(0, leaves(x)[0].device):
+        found = output_of(loaded(runner.copy(), exact), x)
+    return tensors_of(found)
+
+
+def apart(one: list[Tensor], other: list[Tensor]) -> float:
+    """Return the largest difference of two networks' outputs, as a share of the first's largest.
+
+    It is NaN where one is: Python's `max` would pass over that.
+    """
+    pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True) if a.numel()]
+    largest = max((float(a.abs().max()) for a, _ in pairs), default=0.0)
+    between = torch.tensor([0.0, *((a - b).abs().max() for a, b in pairs)], dtype=torch.float64)
+    return float(between.max()) / max(largest, torch.finfo(torch.float64).tiny)
 
 
 def proved(runner: Runner, groups: Groups, inputs: Inputs) -> Groups:
@@ -88,16 +109,13 @@ def _jittered(runner: Runner) -> dict[str, Tensor]:
     """The network's state, with each parameter moved at random; tied ones stay tied."""
     generator = torch.Generator().manual_seed(0)
     parameters = {name for name, _ in runner.model.named_parameters(remove_duplicate=False)}
-    moved_by: dict[tuple[object, ...], Tensor] = {}
-    found = {}
-    for name, value in saved_tensors(runner.model).items():
-        found[name] = value.detach()
-        if name not in parameters or not value.is_floating_point() or not value.numel():
-            continue
-        place = value.data_ptr(), value.shape, value.stride()
-        if place not in moved_by:
+    found = {name: value.detach() for name, value in saved_tensors(runner.model).items()}
+    first = {other: one for one, other in tied(found)}
+    for name, value in found.items():
+        if name in first:
+            found[name] = found[first[name]]
+        elif name in parameters and value.is_floating_point() and value.numel():
             noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            size = max(float(value.detach().abs().mean()), _JITTER)
-            moved_by[place] = value.detach().double() + _JITTER * size * noise.to(value.device)
-        found[name] = moved_by[place]
+            size = max(float(value.abs().mean()), _JITTER)
+            found[name] = value.double() + _JITTER * size * noise.to(value.device)
     return found

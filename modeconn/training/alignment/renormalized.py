@@ -7,33 +7,35 @@ ends, restores them once its running statistics are recomputed (Jordan et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modeconn.backends.precision import without_autocast
-from modeconn.capture.opaque import tensors_of
 from modeconn.capture.trial import Runner, duplicate, loaded, output_of
-from modeconn.data.batches import as_batches
-from modeconn.data.inputs import Inputs, moved, rows, take
+from modeconn.data.batches import first_rows
+from modeconn.data.inputs import Inputs, moved_like, take
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import check_fit, positive
 from modeconn.evaluation.statistics import recomputed
 from modeconn.parameters.paths import Bezier, Line, Path, PolyChain
 from modeconn.parameters.state import State
 from modeconn.parameters.wrappers import unwrapped
+from modeconn.training.alignment.proof import apart, exact_outputs
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Modules that read the weights of their layers, and do not always call them.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _BATCH = 250
-# The most that norms may change the outputs at an end, of the largest, in float64.
-_TOLERANCE = 1e-9
+# By layer, the means and variances of its channels.
+Statistics = dict[str, tuple[Tensor, Tensor]]
+_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 class ChannelNorm(_BatchNorm):
@@ -156,7 +158,7 @@ def repair(
         return Repaired(duplicate(unwrapped(model)), path, (), path, data)
     runner = Runner(model)
     ends = path.control_points[0], path.control_points[-1]
-    x = take(next(iter(as_batches(data, size)))[0], 0, size)
+    x = next(first_rows(data, size, size))
     runner.expect(x)
     with torch.no_grad():
         layers = _layers(runner, ends[0], x)
@@ -165,12 +167,12 @@ def repair(
                 f"the model {type(unwrapped(model)).__name__} has no linear or convolutional layer "
                 "before its last one that is called once: there is nothing to repair"
             )
-        statistics = [_statistics(runner, end, layers, data, most, size) for end in ends]
+        statistics = _statistics(runner, ends, layers, first_rows(data, most, size))
         changed = _with_norms(duplicate(unwrapped(model)), layers)
         points = _control_points(path, layers, statistics)
         again = Line(*points) if isinstance(path, Line) else type(path)(points)
         for given, point in zip(ends, (points[0], points[-1])):
-            _check_end(runner, Runner(changed), given, point, x)
+            _check_end((model, given), (changed, point), take(x, 0, 8))
     return Repaired(changed, again, tuple(layers), path, data)
 
 
@@ -184,7 +186,7 @@ def _layers(runner: Runner, state: State, x: Inputs) -> dict[str, int]:
     calls: list[nn.Module] = []
     for each in names:
         each.register_forward_hook(lambda module, *_: calls.append(module))
-    output_of(module, _as(x, state))
+    output_of(module, moved_like(x, state))
     found = {}
     for each in calls[:-1]:
         owner = module.get_submodule(names[each][0].rpartition(".")[0])
@@ -203,47 +205,43 @@ def _folds(layer: nn.Module) -> bool:
 
 def _statistics(
     runner: Runner,
-    state: State,
-    layers: Mapping[str, int],
-    data: Any,
-    most: int,
-    size: int,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Means and variances of the layers' channels over the data, float64."""
-    module = loaded(runner.copy(), state)
-    sums: dict[str, list[Tensor]] = {}
-    counts = dict.fromkeys(layers, 0)
-
-    def hook(name: str) -> Any:
-        def add(layer: nn.Module, _: Any, value: Tensor) -> None:
-            axis = value.dim() - 1 if isinstance(layer, nn.Linear) else 1
-            flat = value.double().movedim(axis, -1).flatten(0, -2)
-            new = [flat.sum(0), flat.square().sum(0)]
-            old = sums.get(name)
-            sums[name] = new if old is None else [a + b for a, b in zip(old, new)]
-            counts[name] += len(flat)
-
-        return add
-
-    for name in layers:
-        module.get_submodule(name).register_forward_hook(hook(name))
-    seen = 0
-    for inputs, _ in as_batches(data, size):
-        x = take(inputs, 0, min(rows(inputs), most - seen))
-        output_of(module, _as(x, state))
-        seen += rows(x)
-        if seen >= most:
-            break
-    found = {}
-    for name, (total, square) in sums.items():
-        mean = total / counts[name]
-        found[name] = mean, (square / counts[name] - mean.square()).clamp_min(0)
-    return found
+    ends: Sequence[State],
+    layers: Iterable[str],
+    batches: Iterable[Inputs],
+) -> list[Statistics]:
+    """Means and variances of the layers' channels at each end, in one pass over the data."""
+    watched = [_Watched(loaded(runner.copy(), end), layers) for end in ends]
+    for x in batches:
+        for each, end in zip(watched, ends):
+            output_of(each.module, moved_like(x, end))
+    return [each.statistics() for each in watched]
 
 
-def _as(x: Inputs, state: State) -> Inputs:
-    first = next(v for v in state.values() if v.is_floating_point())
-    return moved(x, first.dtype, first.device)
+class _Watched:
+    """A network, of some of whose layers the values are summed up, in float64."""
+
+    def __init__(self, module: nn.Module, layers: Iterable[str]) -> None:
+        self.module = module
+        self._counts: Counter[str] = Counter()
+        self._sums: dict[str, list[Tensor]] = {}
+        for name in layers:
+            module.get_submodule(name).register_forward_hook(partial(self._add, name))
+
+    def _add(self, name: str, layer: nn.Module, _: Any, value: Tensor) -> None:
+        axis = value.dim() - 1 if isinstance(layer, nn.Linear) else 1
+        flat = value.double().movedim(axis, -1).flatten(0, -2)
+        new = [flat.sum(0), flat.square().sum(0)]
+        old = self._sums.get(name) or map(torch.zeros_like, new)
+        self._sums[name] = [total + more for total, more in zip(old, new)]
+        self._counts[name] += len(flat)
+
+    def statistics(self) -> Statistics:
+        """Means and variances of what the network ran on."""
+        found = {}
+        for name, sums in self._sums.items():
+            mean, square = (total / self._counts[name] for total in sums)
+            found[name] = mean, (square - mean.square()).clamp_min(0)
+        return found
 
 
 def _with_norms(model: nn.Module, layers: Mapping[str, int]) -> nn.Module:
@@ -259,7 +257,7 @@ def _with_norms(model: nn.Module, layers: Mapping[str, int]) -> nn.Module:
 
 
 def _control_points(
-    path: Path, layers: Mapping[str, int], ends: list[dict[str, tuple[Tensor, Tensor]]]
+    path: Path, layers: Mapping[str, int], ends: Sequence[Statistics]
 ) -> list[State]:
     """The path's control points with norms, whose statistics are interpolated between the ends'."""
     last = len(path.control_points) - 1
@@ -299,24 +297,19 @@ def _plain_name(name: str, layers: tuple[str, ...]) -> str | None:
     return name
 
 
-def _check_end(runner: Runner, changed: Runner, given: State, point: State, x: Inputs) -> None:
-    """Raise a ModeconnError unless norms leave an end of the path as it was."""
-    outputs = []
-    for each, state in ((runner, given), (changed, point)):
-        exact = Runner(each.model, torch.float64)
-        exact.expect(x)
-        double = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
-        found = output_of(loaded(exact.copy(), double), _as(take(x, 0, 8), double))
-        outputs.append([tensor.double() for tensor in tensors_of(found)])
-    for one, other in zip(*outputs):
-        # the scale is rounded to the dtype of the weights
-        eps = float(np.sqrt(torch.finfo(next(iter(point.values())).dtype).eps))
-        allowed = max(_TOLERANCE, eps) * float(one.abs().max())
-        if not bool(((one - other).abs() <= allowed).all()):
-            raise ModeconnError(
-                f"the model {type(runner.model).__name__} is another function with norms behind "
-                "its layers: expected one that calls its layers, and does not read their weights"
-            )
+def _check_end(given: tuple[nn.Module, State], changed: tuple[nn.Module, State], x: Inputs) -> None:
+    """Raise a ModeconnError unless norms leave an end of the path as it was, in float64."""
+    outputs = [
+        exact_outputs(Runner(model, torch.float64), state, x) for model, state in (given, changed)
+    ]
+    # the norms' scales are rounded to the dtype of the weights
+    dtype = next(v.dtype for v in changed[1].values() if v.is_floating_point())
+    allowed = torch.finfo(dtype).eps ** 0.5
+    if not all(apart([one], [other]) <= allowed for one, other in zip(*outputs)):
+        raise ModeconnError(
+            f"the model {type(unwrapped(given[0])).__name__} is another function with norms behind "
+            "its layers: expected one that calls its layers, and does not read their weights"
+        )
 
 
 def _fold(name: str, module: Renormalized, state: State, found: State) -> None:
@@ -334,6 +327,3 @@ def _fold(name: str, module: Renormalized, state: State, found: State) -> None:
     found[f"{name}.weight"] = (weight.double() * scale.view(shape)).to(weight.dtype)
     shifted = (bias.double() - norm["running_mean"]) * scale + norm["bias"]
     found[f"{name}.bias"] = shifted.to(bias.dtype)
-
-
-_NORM = ("weight", "bias", "running_mean", "running_var")

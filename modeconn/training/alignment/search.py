@@ -9,6 +9,7 @@ of all of them have to leave the network's function as it is, in float64 (proof.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from modeconn.data.inputs import moved
 from modeconn.data.tensors import as_inputs
 from modeconn.errors import Unsupported
 from modeconn.parameters.comparison import tied
+from modeconn.parameters.wrappers import unwrapped
 from modeconn.plan.rules.axes import (
     Atom,
     Axis,
@@ -61,7 +63,7 @@ def symmetries(model: nn.Module, sample: Any) -> Groups:
         ModeconnError: the model does not run on the sample.
     """
     inputs = as_inputs(sample, "sample")
-    state = saved_tensors(Runner(model).model)
+    state = saved_tensors(unwrapped(model))
     first = next((v for v in state.values() if v.is_floating_point()), torch.zeros(1))
     with torch.no_grad():
         runner = prepare(model, first.dtype, first.device)
@@ -201,16 +203,12 @@ class _Tied:
         """Names of free atoms, and of others that permutations depend on, after their entries."""
         needed = dict.fromkeys([*self._atoms(), *outer.values()])
         names: dict[Atom, str] = {}
-        taken: set[str] = set()
         for entry, axes in self.entries.items():
             for place, axis in enumerate(axes):
-                found = atoms(axis)
-                for i, atom in enumerate(found):
-                    if atom not in needed or atom in names:
-                        continue
-                    name = entry + (f"[{place}]" if place else "") + (f":{i}" if i else "")
-                    names[atom] = name
-                    taken.add(name)
+                for i, atom in enumerate(atoms(axis)):
+                    if atom in needed and atom not in names:
+                        suffix = (f"[{place}]" if place else "") + (f":{i}" if i else "")
+                        names[atom] = entry + suffix
         return {atom: names[atom] for atom in needed if atom in names}
 
     def frozen(self) -> Iterator[Frozen]:
@@ -243,9 +241,7 @@ def _flat(value: Any) -> list[Axis]:
 def _terms(axes: Sequence[Axis]) -> list[list[list[Atom]]] | None:
     """A tensor's parts, one of each sum among its axes: for each axis its atoms."""
     choices = [_choices(axis) for axis in axes]
-    count = 1
-    for each in choices:
-        count *= len(each)
+    count = math.prod(map(len, choices))
     return [list(term) for term in itertools.product(*choices)] if count <= _MOST_TERMS else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from modeconn.errors import ModeconnError
+from modeconn.files.fingerprints import digest_of_tensors
 from modeconn.files.writing import atomic_write
 from modeconn.training.alignment.groups import Group, Groups
 from modeconn.training.alignment.layouts import (
@@ -29,12 +30,8 @@ _HEADER = "permutations"
 
 def digest(permutations: Permutations) -> str:
     """Return a name for permutations, equal for equal ones."""
-    found = hashlib.sha256()
-    for name in sorted(permutations):
-        index = np.ascontiguousarray(permutations[name], np.int64)
-        found.update(f"{name}{list(index.shape)}".encode())
-        found.update(index.astype("<i8").tobytes())
-    return found.hexdigest()[:16]
+    tensors = {k: torch.from_numpy(v.astype(np.int64)) for k, v in permutations.items()}
+    return digest_of_tensors(tensors)[:16]
 
 
 def save(

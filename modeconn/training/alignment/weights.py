@@ -7,12 +7,14 @@ on and compares only what is settled by then, so that a permuted copy is found a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from modeconn.parameters.comparison import tied
 from modeconn.training.alignment.assignment import matched
 from modeconn.training.alignment.groups import Group, Groups
 from modeconn.training.alignment.layouts import Permutations, exposed, names_of, permuted
@@ -34,17 +36,16 @@ class WeightMatching:
 
     def __init__(self, groups: Groups, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
         self._groups, self._within = groups, groups.within
-        self._a: dict[str, Tensor] = {}
-        self._b: dict[str, Tensor] = {}
-        seen: set[tuple[object, ...]] = set()
-        for name in groups.layouts:
-            value = a.get(name)
-            if value is None or not value.is_floating_point() or name.endswith(_STATISTICS):
-                continue
-            place = value.data_ptr(), value.shape, value.stride()
-            if place not in seen:  # a tied weight counts once
-                seen.add(place)
-                self._a[name], self._b[name] = value.double(), b[name].double()
+        self._free = {group.name: group for group in groups}
+        known = {name: a[name] for name in groups.layouts if name in a}
+        again = {name for _, name in tied(known)}  # a tied weight counts once
+        names = [
+            name
+            for name, value in known.items()
+            if value.is_floating_point() and not name.endswith(_STATISTICS) and name not in again
+        ]
+        self._a = {name: a[name].double() for name in names}
+        self._b = {name: b[name].double() for name in names}
         self._clusters = groups.clusters()
         self._touched = {outer: self._entries_of(outer) for outer in self._clusters}
 
@@ -57,23 +58,19 @@ class WeightMatching:
     def _members(self, outer: str) -> frozenset[str]:
         return frozenset([outer, *(group.name for group in self._clusters[outer])])
 
-    def similarity(self, permutations: Permutations, entries: Iterable[str] | None = None) -> float:
-        """The inner product of a's weights and b's permuted ones, over the product of their norms.
+    def similarity(self, permutations: Permutations) -> float:
+        """The cosine between a's weights and b's permuted ones."""
+        norms = math.sqrt(_square(self._a) * _square(self._b))
+        return self._product(permutations, self._a) / max(norms, 1e-300)
 
-        Args:
-            permutations: of b.
-            entries: those to add up, without norms; by default all.
-        """
-        names = self._a if entries is None else entries
-        total = norm_a = norm_b = 0.0
-        for name in names:
+    def _product(self, permutations: Permutations, entries: Iterable[str]) -> float:
+        """The inner product of some of a's weights and b's permuted ones."""
+        total = 0.0
+        for name in entries:
             axes = self._groups.layouts[name]
-            a, b = self._a[name], permuted(self._b[name], axes, permutations, self._within)
-            total += float((a * b).sum())
-            if entries is None:
-                norm_a += float(a.square().sum())
-                norm_b += float(b.square().sum())
-        return total if entries is not None else total / max((norm_a * norm_b) ** 0.5, 1e-300)
+            b = permuted(self._b[name], axes, permutations, self._within)
+            total += float((self._a[name] * b).sum())
+        return total
 
     def search(self, seed: int = 0) -> Permutations:
         """Search for the permutations of b that raise the inner product the most."""
@@ -101,14 +98,13 @@ class WeightMatching:
             settled: the groups whose permutations count; None for all of them.
         """
         tables = self.tables(outer, permutations, settled)
-        own, inner = tables.pop(outer, None), self._clusters[outer]
-        found = matched(outer, inner, own, tables, outer in permutations)
+        found = matched(outer, self._clusters[outer], tables, outer in permutations)
         if not found:
             return False
         better = permutations | found
         if settled is None:
-            before = self.similarity(permutations, self._touched[outer])
-            after = self.similarity(better, self._touched[outer])
+            before = self._product(permutations, self._touched[outer])
+            after = self._product(better, self._touched[outer])
             if after - before <= _LEAST_GAIN * max(abs(before), abs(after)):
                 return False
         permutations.update(better)
@@ -145,7 +141,7 @@ class WeightMatching:
     ) -> None:
         """Add what an entry says of a group's units to the tables of similarities."""
         axes = self._groups.layouts[entry]
-        free = {group.name: group for group in self._groups}
+        free = self._free
         for place, axis in enumerate(axes):
             if not members & set(axis.names()):
                 continue
@@ -180,3 +176,8 @@ class WeightMatching:
             table = torch.einsum("imx,jnx->ijmn", one, other)
         found = table.cpu().numpy()
         tables[group.name] = found + tables.get(group.name, 0.0)
+
+
+def _square(state: Mapping[str, Tensor]) -> float:
+    """The square of the norm of all weights together."""
+    return sum(float(value.square().sum()) for value in state.values())
