@@ -63,7 +63,7 @@ class Careful:
         """The shared values of a batch that the segments read."""
         inputs = self._request.program.graph.given(x)
         values: Values = {}
-        largest = max(map(_largest, inputs))
+        largest = max(map(_largest, inputs), default=0.0)
         if largest <= self._limit:
             values = self._backend.shared(x)
             looked_at = {i for i in self._combined if not self._is_small(i, largest)}
