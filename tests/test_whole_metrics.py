@@ -148,7 +148,7 @@ def test_what_is_refused(nets, tmp_path, monkeypatch):  # noqa: F811
         mc.DatasetMetric("ece")
     with refused("metrics has 'mine' twice"):
         mc.evaluate(nets[0], path, (X, Y), 3, metrics=[mc.DatasetMetric(ece, "mine")] * 2)
-    monkeypatch.setattr(gathering, "_memory", lambda: 10_000)
+    monkeypatch.setattr(gathering, "main_memory", lambda: 10_000)
     with refused("metric 'mine' needs the outputs of 130 samples at 3 points", "fewer points"):
         asked(ece)
 
