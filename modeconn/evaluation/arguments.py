@@ -151,6 +151,12 @@ def _pulled_apart(
                 )
             apart.append((one, other))
             break
+        else:
+            if path.blocks is not None and path.blocks.of.get(one) != path.blocks.of.get(other):
+                raise ModeconnError(
+                    f"groups: '{one}' and '{other}' are one tensor in the model "
+                    f"{type(model).__name__}, and would move apart: expected both in one group"
+                )
     if apart:
         pairs = listed([f"'{one}' and '{other}'" for one, other in apart])
         warn(

@@ -21,6 +21,7 @@ from modeconn.parameters.wrappers import unwrapped
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from modeconn.parameters.groups import Blocks
     from modeconn.parameters.state import State
 
 FORMAT = "modeconn.curve/1"
@@ -32,6 +33,7 @@ class PathFile:
     """Reading and writing of a path; mixed into those of one parameter."""
 
     control_points: list[State]
+    blocks: Blocks | None
 
     def save(self, file: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write the path as a safetensors file, whole or not at all.
@@ -41,8 +43,14 @@ class PathFile:
             metadata: text to keep beside the control points: what "model" it is of, for instance.
 
         Raises:
-            ModeconnError: the file cannot be written.
+            ModeconnError: the file cannot be written, or the path has groups, which a file does not
+                keep.
         """
+        if self.blocks is not None:
+            raise ModeconnError(
+                f"{self!r} has groups, which a file does not keep: save the path without them, and "
+                "name the groups when it is loaded"
+            )
         tensors: State = {}
         for number, point in enumerate(self.control_points):
             tensors |= {f"{number}/{name}": value for name, value in point.items()}

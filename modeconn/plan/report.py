@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from modeconn.capture.graph import Node
 from modeconn.capture.opaque import Opaque
+from modeconn.plan.parting import Branch
 from modeconn.plan.program import Combination, Form, Program, Segment
 from modeconn.plan.rules.base import UNKNOWN
 from modeconn.plan.rules.table import rule_for
 from modeconn.plan.units import Units
+
+# What tells apart the texts of branches that are alike otherwise.
+_SEGMENT = re.compile(r", segment \d+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +64,7 @@ class Plan:
                 "per_point": self.point_flops,
             },
             "segments": [self._segment(segment) for segment in program.segments],
+            "trees": [_tree(tree) for tree in program.trees],
         }
 
     def _segment(self, segment: Segment) -> dict[str, Any]:
@@ -125,6 +131,8 @@ class Plan:
             lines.append(
                 f"  runs as it is, once per point, since it could not be captured: {reason}"
             )
+        for tree in program.trees:
+            lines += ["where points part that share what is below:", *_branch(tree, 1)]
         alike: dict[str, list[Segment]] = {}
         for segment in program.segments:
             alike.setdefault("\n".join(_table(self.nodes(segment))), []).append(segment)
@@ -133,6 +141,33 @@ class Plan:
             count = sum(len(segment.point_indices) for segment in equal)
             lines += [f"segment{'s' if len(equal) > 1 else ''} {names} ({count} points)", table]
         return "\n".join(lines)
+
+
+def _tree(branch: Branch) -> dict[str, Any]:
+    return {
+        "source": branch.source,
+        "points": branch.points,
+        "segment": branch.segment,
+        "own": len(branch.own),
+        "parts": [_tree(part) for part in branch.parts],
+    }
+
+
+def _branch(branch: Branch, depth: int) -> list[str]:
+    """A branch as lines: branches that read alike are told once, with their number."""
+    indent = "  " * depth
+    lines = []
+    if len(branch.own):
+        where = f"from {branch.source} on" if branch.source else "nowhere apart"
+        lines.append(f"{indent}{_of(len(branch.own), 'point')}: {where}, segment {branch.segment}")
+    alike: dict[str, list[list[str]]] = {}
+    for part in branch.parts:
+        text = _branch(part, depth + 1)
+        alike.setdefault(_SEGMENT.sub("", "\n".join(text)), []).append(text)
+    for equal in alike.values():
+        more = f" ({len(equal)} times alike)" if len(equal) > 1 else ""
+        lines += [f"{indent}go on together at {branch.source}{more}:", *equal[0]]
+    return lines
 
 
 def _class(forms: list[Form]) -> str:
