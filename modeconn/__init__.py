@@ -16,27 +16,34 @@ if TYPE_CHECKING:
     from modeconn.evaluation.checking import check
     from modeconn.evaluation.differences import Comparison
     from modeconn.evaluation.evaluator import evaluate, explain
+    from modeconn.evaluation.layer_table import LayerTable
+    from modeconn.evaluation.layers import layerwise
     from modeconn.evaluation.losses import LossFunction, loss_function
     from modeconn.evaluation.outputs import Forward, forward
+    from modeconn.evaluation.predictions import Ensemble, Predictions, ensemble, predict
     from modeconn.evaluation.replay.mapping import MapResult, map  # noqa: A004
     from modeconn.evaluation.result import PathResult
     from modeconn.evaluation.sameness import Sameness, same_function
+    from modeconn.evaluation.searches import search
     from modeconn.evaluation.statistics import recomputed
     from modeconn.metrics import DatasetMetric
     from modeconn.parameters.adapting import lora
     from modeconn.parameters.loading import load_path
-    from modeconn.parameters.paths import Bezier, Line, Mixture, Plane, PolyChain
+    from modeconn.parameters.paths import Bezier, Line, Mixture, PolyChain
+    from modeconn.parameters.planes import Plane
+    from modeconn.parameters.spherical import Slerp
     from modeconn.parameters.state import load
     from modeconn.parameters.subspace import Subspace
+    from modeconn.parameters.unrelated import States
     from modeconn.plan.report import Plan
     from modeconn.stability.criteria import ConditionsTable, conditions
     from modeconn.stability.dropout import dropout_stability
     from modeconn.stability.subnetworks import subnetwork_stability
     from modeconn.stability.table import StabilityTable
     from modeconn.training.alignment.alignment import Alignment, align
+    from modeconn.training.alignment.discovery import symmetries
     from modeconn.training.alignment.groups import Groups
     from modeconn.training.alignment.renormalized import repair
-    from modeconn.training.alignment.search import symmetries
     from modeconn.training.curves.fit import fit_curve
     from modeconn.training.curves.result import Fit
     from modeconn.training.curves.subspaces import fit_line, fit_simplex
@@ -50,10 +57,12 @@ __all__ = [
     "ConditionsTable",
     "Connection",
     "DatasetMetric",
+    "Ensemble",
     "FalseCertificate",
     "Fit",
     "Forward",
     "Groups",
+    "LayerTable",
     "Line",
     "LossFunction",
     "MapResult",
@@ -63,10 +72,13 @@ __all__ = [
     "Plan",
     "Plane",
     "PolyChain",
+    "Predictions",
     "Sameness",
     "Separation",
+    "Slerp",
     "StabilityTable",
     "Star",
+    "States",
     "Subspace",
     "Trajectory",
     "align",
@@ -76,21 +88,25 @@ __all__ = [
     "connect",
     "datasets",
     "dropout_stability",
+    "ensemble",
     "evaluate",
     "explain",
     "fit_curve",
     "fit_line",
     "fit_simplex",
     "forward",
+    "layerwise",
     "linear_separability",
     "load",
     "load_path",
     "lora",
     "loss_function",
     "map",
+    "predict",
     "recomputed",
     "repair",
     "same_function",
+    "search",
     "subnetwork_stability",
     "symmetries",
     "verify",
@@ -113,17 +129,24 @@ _HOME = {
     "modeconn.evaluation.checking": "check",
     "modeconn.evaluation.differences": "Comparison",
     "modeconn.evaluation.evaluator": "evaluate explain",
+    "modeconn.evaluation.layer_table": "LayerTable",
+    "modeconn.evaluation.layers": "layerwise",
     "modeconn.evaluation.losses": "LossFunction loss_function",
     "modeconn.evaluation.outputs": "Forward forward",
+    "modeconn.evaluation.predictions": "Ensemble Predictions ensemble predict",
+    "modeconn.evaluation.searches": "search",
     "modeconn.evaluation.result": "PathResult",
     "modeconn.evaluation.statistics": "recomputed",
     "modeconn.evaluation.sameness": "Sameness same_function",
     "modeconn.metrics": "DatasetMetric",
     "modeconn.parameters.loading": "load_path",
     "modeconn.parameters.adapting": "lora",
-    "modeconn.parameters.paths": "Bezier Line Mixture Plane PolyChain",
+    "modeconn.parameters.paths": "Bezier Line Mixture PolyChain",
+    "modeconn.parameters.planes": "Plane",
+    "modeconn.parameters.spherical": "Slerp",
     "modeconn.parameters.state": "load",
     "modeconn.parameters.subspace": "Subspace",
+    "modeconn.parameters.unrelated": "States",
     "modeconn.plan.report": "Plan",
     "modeconn.evaluation.replay.mapping": "MapResult map",
     "modeconn.stability.criteria": "ConditionsTable conditions",
@@ -133,7 +156,7 @@ _HOME = {
     "modeconn.training.alignment.alignment": "Alignment align",
     "modeconn.training.alignment.groups": "Groups",
     "modeconn.training.alignment.renormalized": "repair",
-    "modeconn.training.alignment.search": "symmetries",
+    "modeconn.training.alignment.discovery": "symmetries",
     "modeconn.training.curves.fit": "fit_curve",
     "modeconn.training.curves.result": "Fit",
     "modeconn.training.curves.subspaces": "fit_line fit_simplex",

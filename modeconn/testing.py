@@ -148,7 +148,7 @@ def _numbers(runner: Runner, x: Inputs, y: Tensor, loss: str | PerSample) -> lis
     worst = 0.0
     for t, got in zip(_POINTS, result.loss.tolist()):
         outputs = output_of(loaded(runner.copy(), line.at(t)), x)
-        labels = head.fit(outputs, y)
+        labels = head.fit(outputs, head.counted(x, y))
         exact = float(head.sums(outputs, labels)[0] / head.counts(labels)[0])
         worst = max(worst, abs(got - exact) / max(abs(exact), 1e-12))
     ends = all(torch.equal(line.at(0.0)[name], value) for name, value in start.items())

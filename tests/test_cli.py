@@ -14,7 +14,7 @@ from cli_cases import DATA, LINE, SPEC, run, started
 from modeconn import models
 from modeconn.backends import NAMES as BACKENDS
 from modeconn.cli import COMMANDS, demo, output
-from modeconn.connection.search import METHODS
+from modeconn.connection.rounds import METHODS
 from modeconn.data import datasets
 from modeconn.evaluation.arguments import BUFFERS, PRECISIONS
 from modeconn.evaluation.result import PathResult

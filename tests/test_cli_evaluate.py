@@ -15,7 +15,8 @@ from modeconn import models
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.evaluation.result import PathResult
 from modeconn.parameters import state
-from modeconn.parameters.paths import Bezier, Line, Plane, PolyChain
+from modeconn.parameters.paths import Bezier, Line, PolyChain
+from modeconn.parameters.planes import Plane
 
 # Fixtures.
 folder = cli_cases.folder

@@ -13,7 +13,7 @@ from torch import nn
 
 import modeconn as mc
 from modeconn.connection import memorising_layers as layers
-from modeconn.connection import search
+from modeconn.connection import rounds as search
 from modeconn.connection.kept import activity, drawn_units
 from modeconn.connection.layer_chain import LayerChain
 from naive import mlp

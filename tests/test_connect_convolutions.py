@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import modeconn as mc
-from modeconn.connection import search
+from modeconn.connection import rounds as search
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.rounding import chain_rounding
 from modeconn.connection.segment_kinds import Evidence

@@ -198,7 +198,7 @@ def test_two_threads_find_the_same_and_come_back(monkeypatch: pytest.MonkeyPatch
         def interrupted(futures: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("modeconn.connection.residual.search.wait", interrupted)
+        monkeypatch.setattr("modeconn.connection.residual.rounds.wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mc.connect(model, trained(1), trained(2), data(), target=0.3)
         assert torch.get_num_threads() == 2

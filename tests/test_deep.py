@@ -17,7 +17,11 @@ from modeconn.backends import make_backend
 from modeconn.capture.export import capture
 from modeconn.capture.graph import Graph, In, Node
 from modeconn.metrics import Head
+from modeconn.plan.parting import Branch, Parting
 from modeconn.plan.planner import make_program
+from modeconn.plan.program import Segment
+from modeconn.plan.trees import tree_lines
+from modeconn.plan.weights import Contents
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(6) % 8
@@ -112,6 +116,23 @@ def _plain(piece: nn.Module, state: dict[str, Tensor], count: int) -> float:
     return nn.functional.cross_entropy(x, Y).item()
 
 
+def parted_at_every_layer(layers: int) -> tuple[Branch | None, list[Segment]]:
+    """The tree and the segments of points that part at each layer of a chain."""
+    graph, count = repeated(Layer(PIECES["plain"]).eval(), 2 * layers)
+    names = [name for node in graph.nodes for name in node.entries]
+    ends = [{name: torch.full((8,), float(k)) for name in names} for k in range(2)]
+    path = mc.Line(*ends, groups=[str(number) for number in range(count)])
+    contents = Contents(
+        path.control_points, {}, torch.float32, torch.device("cpu"), blocks=path.blocks
+    )
+    # at each point all layers up to one move
+    coefficients = path.coefficients(np.tri(count) / 2).numpy()
+    active = tuple(range(2 * count))
+    whole = Segment(0, np.arange(count), active, coefficients, blocks=count)
+    segments, tree = Parting(graph, contents).parted(whole, {})
+    return tree, segments
+
+
 def from_below(frames: int, call: Callable[[], Any]) -> Any:
     """Calls a function from so many frames down."""
     return call() if frames == 0 else from_below(frames - 1, call)
@@ -130,6 +151,14 @@ def test_chains_of_any_length_are_planned_and_run(kind: str, backend: str) -> No
 def test_chains_of_5000_nodes_are_planned_and_run(kind: str, backend: str) -> None:
     ours, right = from_below(200, lambda: chain_of(kind, 5000, backend))
     np.testing.assert_allclose(ours, right, rtol=3e-4)
+
+
+def test_points_that_part_at_every_layer_of_a_deep_chain() -> None:
+    tree, segments = from_below(200, lambda: parted_at_every_layer(500))
+    assert tree is not None
+    assert sorted(np.concatenate([segment.point_indices for segment in segments])) == [*range(500)]
+    assert sum(1 for _ in tree.all()) > 450
+    assert len(from_below(200, lambda: tree_lines(tree))) > 900
 
 
 def test_a_network_of_201_layers_is_evaluated() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from modeconn.backends import NAMES as BACKENDS
 from modeconn.cli import COMMANDS, _parser
-from modeconn.connection.search import METHODS
+from modeconn.connection.rounds import METHODS
 from modeconn.data.datasets import SOURCES
 from modeconn.evaluation.arguments import BUFFERS, PRECISIONS
 from modeconn.experiments.settings import NAMES as EXPERIMENTS

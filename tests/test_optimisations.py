@@ -91,6 +91,11 @@ def program(name: str) -> Program:
 def seen(name: str) -> object:
     """What an optimisation changes, as far as it can be counted."""
     place = WHERE.get(name, "rows")
+    if name == "parting":
+        model, path = MADE["overlapping"]
+        line = mc.Line(*path.control_points, groups=[["first", "norm", "second"], "*"])
+        points = [[s, t] for s in (0.0, 0.5) for t in CHAIN]
+        return mc.explain(model, line, ROWS, points).flops
     plan = program(place)
     if name == "dead":
         return [step.numel for step in plan.shared if step.node.op == "linear"]

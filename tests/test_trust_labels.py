@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -111,17 +113,49 @@ def test_padding_and_batch_size_change_nothing(loss):
         np.testing.assert_allclose(result, results[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "next_token"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_labels_of_padding_are_warned_of(loss, side):
-    inputs, labels = padded(side, loss)
-    head = Head(loss, None)
+def test_labels_of_padding_are_warned_of(side):
+    inputs, labels = padded(side, "cross_entropy")
+    head = Head("cross_entropy", None)
     outputs = torch.zeros(2, 12, 9)
     assert not head.labels_padding(inputs, head.fit(outputs, labels))
     texts = torch.where(labels == -100, inputs["input_ids"], labels)
     assert head.labels_padding(inputs, head.fit(outputs, texts))
     assert not head.labels_padding(inputs["input_ids"], head.fit(outputs, texts))
-    if loss == "next_token":
-        model = Masked()
-        with pytest.warns(UserWarning, match="padding has labels that count"):
-            mc.evaluate(model, mc.Line(model, model), (inputs, texts), 2, loss=loss, batch_size=4)
+    model = Masked()
+    with pytest.warns(UserWarning, match="padding has labels that count"):
+        mc.evaluate(model, mc.Line(model, model), (inputs, texts), 2, batch_size=4)
+
+
+def token_losses(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[float]:
+    """The loss of each token that follows another one of its text, one text at a time."""
+    losses: list[float] = []
+    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"]):
+        text = ids[mask == 1][None]
+        with torch.no_grad():
+            logits = model.double()(text, torch.ones_like(text))[0]
+        losses += nn.functional.cross_entropy(logits[:-1], text[0, 1:], reduction="none").tolist()
+    return losses
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_of_texts_does_not_count(side):
+    torch.manual_seed(0)
+    model = Masked()
+    inputs, _ = padded(side, "next_token")
+    expected = np.mean(token_losses(copy.deepcopy(model), inputs))
+    texts = torch.where(inputs["attention_mask"] == 1, inputs["input_ids"], 99)  # no token
+    for size in (1, 7, 19):
+        got = mc.evaluate(
+            model,
+            mc.States([model.state_dict()]),
+            (inputs, texts),
+            loss="next_token",
+            metrics=("loss", "perplexity"),
+            batch_size=size,
+            precision="float64",
+        )
+        assert got.loss[0] == pytest.approx(expected, rel=1e-12)
+        assert got.perplexity[0] == pytest.approx(np.exp(expected), rel=1e-12)
+    whole = mc.loss_function(model, (inputs, texts), loss="next_token", batch_size=5)
+    assert float(whole(dict(model.state_dict()))) == pytest.approx(expected, rel=1e-6)

@@ -69,6 +69,13 @@ class ReferenceBackend:
         self._block = block_rows(program, dtype, device) if block is None else block
         self._item = torch.finfo(dtype).bits // 8
         self._orders: dict[int, _Order] = {}
+        last: dict[int, int] = {}
+        for number in program.order:
+            last |= dict.fromkeys(program.shared[number].inputs, number)
+        self._drops: dict[int, list[int]] = {}  # by shared value those that nothing reads after it
+        for i, number in last.items():
+            if i not in self.kept:
+                self._drops.setdefault(number, []).append(i)
 
     @classmethod
     def supports(cls, request: Request) -> None:
@@ -116,6 +123,9 @@ class ReferenceBackend:
             taken = [values[i] for i in step.inputs]
             with self.program.noise.of(self.program.graph, step.node, start, inputs[0].device):
                 values[number] = step.node.run(taken, step.entries, len(inputs[0]))
+            del taken
+            for i in self._drops.get(number, ()):
+                del values[i]
         return values
 
     def _joined(self, number: int, parts: list[Any]) -> Any:

@@ -28,6 +28,7 @@ class Optimisations:
         winograd: 3 × 3 convolutions in the engine take 16 products for four pixels.
         reuse: a captured graph is taken up again; off: every call captures anew.
         sharing: segments share equal values; off: each segment has its own.
+        parting: points that have a prefix of the network in common share it.
     """
 
     dead: bool = True
@@ -38,6 +39,7 @@ class Optimisations:
     winograd: bool = True
     reuse: bool = True
     sharing: bool = True
+    parting: bool = True
 
 
 NAMES = tuple(each.name for each in fields(Optimisations))

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modeconn.backends import NAMES as BACKENDS
 from modeconn.cli import options, output
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import nn
 
+    from modeconn.evaluation.layer_table import LayerTable
+    from modeconn.evaluation.predictions import Ensemble
     from modeconn.evaluation.result import PathResult
     from modeconn.parameters import paths
 
@@ -43,6 +46,12 @@ def add(commands: options.Commands) -> None:
         ),
     )
     add_path(parser)
+    parser.add_argument(
+        "--ensemble",
+        action="store_true",
+        help="also the ensemble of all points: the mean of their probabilities, its calibration, "
+        "and how often they disagree, in one more pass",
+    )
     options.add_data(parser)
     add_computing(parser)
     add_results(parser)
@@ -126,7 +135,9 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
     options.add_device(group, None)
 
 
-def add_results(parser: argparse.ArgumentParser, plot: bool = True) -> None:
+def add_results(
+    parser: argparse.ArgumentParser, plot: bool = True, suffixes: tuple[str, ...] = RESULT_SUFFIXES
+) -> None:
     """Declares the options for where results go."""
     group = parser.add_argument_group("results")
     if plot:
@@ -134,8 +145,9 @@ def add_results(parser: argparse.ArgumentParser, plot: bool = True) -> None:
     group.add_argument(
         "--save",
         metavar="FILE",
-        help=f"keep the result for mc.PathResult.load: {options.listed(RESULT_SUFFIXES)}; "
-        "after an interruption the same command continues (but for --points adaptive)",
+        help=f"keep the result for {'mc.PathResult' if len(suffixes) > 1 else 'mc.LayerTable'}"
+        f".load: {options.listed(suffixes)}; after an interruption the same command continues "
+        "(but for --points adaptive)",
     )
     options.add_json(group, "the result")
     options.add_quiet(group)
@@ -169,13 +181,13 @@ def check_path(args: argparse.Namespace) -> str:
 
 def make_path(kind: str, files: list[str], model: nn.Module | None = None) -> paths.Path:
     """Makes the path through checkpoint files, or reads the file of one, which is of the model."""
-    from modeconn.parameters import paths
+    from modeconn.parameters import paths, planes
     from modeconn.parameters.loading import load_path
 
     if kind == CURVE:
         return load_path(files[0], model=model)
     if kind == "plane":
-        return paths.Plane.through(*files)
+        return planes.Plane.through(*files)
     if kind == "line":
         return paths.Line(*files)
     return (paths.PolyChain if kind == "polychain" else paths.Bezier)(files)
@@ -196,25 +208,62 @@ def run(args: argparse.Namespace) -> None:
     """Checks everything, evaluates, prints and writes."""
     kind = check_path(args)
     check_results(args)
+    if args.ensemble and (args.buffers == "recompute" or args.loss != "cross_entropy"):
+        raise ModeconnError(
+            "--ensemble is for class labels, --loss cross_entropy, and statistics that are those "
+            "of checkpoints: expected --buffers interpolate or start"
+        )
     spec, model = options.load_model(args, args.checkpoints)
     path = make_path(kind, args.checkpoints, model)
     result = evaluated(args, spec, model, path, points_of(args, kind))
+    together = None
+    if args.ensemble:
+        together = _ensemble(args, model, path, result)
+        result.info |= {
+            "ensemble_loss": together.loss,
+            "ensemble_error": together.error,
+            "ensemble_ece": together.ece,
+        }
     report(result, args)
+    if together is not None and not args.quiet and args.json != "-":
+        print(together)
 
 
-def check_results(args: argparse.Namespace, **more: str | None) -> None:
+def _ensemble(
+    args: argparse.Namespace, model: nn.Module, path: paths.Path, result: PathResult
+) -> Ensemble:
+    """Evaluates the ensemble of the points of a result."""
+    from modeconn.evaluation.predictions import ensemble
+
+    return ensemble(
+        model,
+        path,
+        options.load_data(args),
+        result.t,
+        buffers=args.buffers,
+        backend=args.backend,
+        device=args.device,
+        batch_size=args.batch_size,
+        precision=args.precision,
+    )
+
+
+def check_results(
+    args: argparse.Namespace, suffixes: tuple[str, ...] = RESULT_SUFFIXES, **more: str | None
+) -> None:
     """Checks the options of `add_results` before anything is computed.
 
     Args:
         args: the parsed options.
+        suffixes: of the file of --save.
         **more: other files to write, by option.
     """
     plot = getattr(args, "plot", None)
     outputs = {"--plot": plot, "--save": args.save, "--json": args.json, **more}
     options.check_outputs(outputs, args.checkpoints)
     options.check_plot(plot)
-    if args.save is not None and not args.save.lower().endswith(RESULT_SUFFIXES):
-        expected = options.listed(RESULT_SUFFIXES)
+    if args.save is not None and not args.save.lower().endswith(suffixes):
+        expected = options.listed(suffixes)
         raise ModeconnError(f"--save {args.save}: the name must end in {expected}")
 
 
@@ -222,10 +271,11 @@ def evaluated(
     args: argparse.Namespace,
     spec: str,
     model: nn.Module,
-    path: paths.Path,
+    path: paths.Path | None,
     points: int | str | np.ndarray,
     resume: bool = True,
-) -> PathResult:
+    by: Callable[..., Any] | None = None,
+) -> Any:
     """Evaluates as the options ask, and notes in the result what was evaluated.
 
     Args:
@@ -235,15 +285,20 @@ def evaluated(
         path: the path.
         points: where on it.
         resume: continue an unfinished evaluation beside the file of --save, and keep one there.
+        by: what evaluates instead of `mc.evaluate`, with the same arguments.
+
+    Returns:
+        A `PathResult`, or what `by` returns.
     """
     from modeconn.evaluation.evaluator import evaluate
 
     data = options.load_data(args)
     estimated = args.buffers == "recompute" and args.split != "train"
+    run_by: Callable[..., Any] = by or evaluate
     keeps = args.save is not None and resume and not isinstance(points, str)
     unfinished = f"{args.save}.unfinished" if keeps else None
     with output.kept(unfinished, unfinished):
-        result = evaluate(
+        result = run_by(
             model,
             path,
             data,
@@ -269,7 +324,7 @@ def evaluated(
     return result
 
 
-def write(result: PathResult, args: argparse.Namespace) -> None:
+def write(result: PathResult | LayerTable, args: argparse.Namespace) -> None:
     """Writes the files of --save and --json, and removes what was kept of the unfinished one."""
     if args.save is not None:
         result.save(args.save)

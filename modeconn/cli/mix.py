@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modeconn.cli import evaluate, options, output
 from modeconn.errors import ModeconnError
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Sums that the table of the best shows.
 SHOWN = 5
+# As modeconn.parameters.searching has them, which costs the import of torch.
+STRATEGIES, BUDGET = ("random", "grid", "greedy", "cma"), 100
 DESCRIPTION = """\
 Evaluate many weighted sums of checkpoints in one pass over the data, and write the best.
 If no option chooses the sums, they are the means of all subsets."""
@@ -45,7 +47,14 @@ def add(commands: options.Commands) -> None:
         "--base", metavar="CHECKPOINT", help="the network that the others were trained from"
     )
     _add_sums(parser)
-    options.add_seed(parser, "--random")
+    parser.add_argument(
+        "--budget",
+        metavar="N",
+        type=options.count,
+        default=BUDGET,
+        help=f"sums that --search evaluates in all (default: {BUDGET})",
+    )
+    options.add_seed(parser, "--random and --search")
     parser.add_argument(
         "--by",
         metavar="METRIC",
@@ -80,6 +89,12 @@ def _add_sums(parser: argparse.ArgumentParser) -> None:
         help="greedy soup: the next best network joins the mean if that helps; one pass a step",
     )
     group.add_argument(
+        "--search",
+        choices=STRATEGIES,
+        help="search for the best weights that add up to 1, --budget sums in all; cma: CMA-ES, "
+        "many sums a pass (needs the package cmaes)",
+    )
+    group.add_argument(
         "--scales",
         metavar="X,X,…",
         type=options.numbers,
@@ -102,7 +117,10 @@ def run(args: argparse.Namespace) -> None:
 
     files = files_of(args)
     path = Mixture(files)
-    result = evaluate.evaluated(args, spec, model, path, weights_of(args, spec, model, path))
+    if args.search is None:
+        result = evaluate.evaluated(args, spec, model, path, weights_of(args, spec, model, path))
+    else:
+        result = _searched(args, spec, model, path)
     by = args.by or list(result.values)[-1]
     best = ranking.best(result.metric(by), f"{by} of the sums")
     result.info |= {
@@ -116,6 +134,28 @@ def run(args: argparse.Namespace) -> None:
     if not args.quiet and args.json != "-":
         _print(result, by, [Path(file).stem for file in files])
         output.print_written(args.out, args.save, args.json)
+
+
+def _searched(args: argparse.Namespace, spec: str, model: nn.Module, path: Mixture) -> PathResult:
+    """Searches for the best sum as the options ask."""
+    from modeconn.evaluation.searches import search
+    from modeconn.metrics import Head
+
+    def by(_: Any, __: Any, data: Any, points: int, **given: Any) -> PathResult:
+        return search(
+            model,
+            path,
+            data,
+            points,
+            strategy=args.search,
+            seed=args.seed,
+            metric=metric,
+            **given,
+        )
+
+    metric = args.by or Head(args.loss, args.metrics).names[-1]
+    result: PathResult = evaluate.evaluated(args, spec, model, path, args.budget, by=by)
+    return result
 
 
 def files_of(args: argparse.Namespace) -> list[str]:
@@ -156,7 +196,8 @@ def weights_of(args: argparse.Namespace, spec: str, model: nn.Module, path: Mixt
 
     def score(coefficients: np.ndarray) -> np.ndarray:
         result = evaluate.evaluated(args, spec, model, path, coefficients, resume=False)
-        return result.metric(args.by or list(result.values)[-1])
+        column: np.ndarray = result.metric(args.by or list(result.values)[-1])
+        return column
 
     return mixtures.greedy_soup(count, score)
 

@@ -17,6 +17,7 @@ from modeconn.errors import SystemFailure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from modeconn.evaluation.layer_table import LayerTable
     from modeconn.evaluation.result import PathResult
     from modeconn.training.loop import Epoch
 
@@ -185,10 +186,11 @@ def print_result(result: PathResult) -> None:
     print_effort(result)
 
 
-def print_effort(result: PathResult) -> None:
+def print_effort(result: PathResult | LayerTable) -> None:
     """Prints the size of an evaluation, its time, and the backend."""
+    points = next(iter(result.values.values())).size
     print(
-        f"{counted(result.samples, 'sample')}, {counted(len(result.t), 'point')}, "
+        f"{counted(result.samples, 'sample')}, {counted(points, 'point')}, "
         f"{counted(result.passes, 'pass')} over the data in {seconds_text(result.seconds)}"
     )
     if "rule" in result.info:

@@ -11,7 +11,7 @@ from modeconn.errors import ModeconnError
 if TYPE_CHECKING:
     from torch import nn
 
-    from modeconn.parameters.paths import Plane
+    from modeconn.parameters.planes import Plane
 
 POINTS = 25
 DESCRIPTION = """\
@@ -111,7 +111,7 @@ def check(args: argparse.Namespace) -> None:
 
 def make_plane(args: argparse.Namespace, model: nn.Module) -> Plane:
     """Makes the plane that the options describe."""
-    from modeconn.parameters.paths import Plane
+    from modeconn.parameters.planes import Plane
 
     if args.trajectory:
         plane = Plane.trajectory(args.checkpoints)

@@ -19,8 +19,8 @@ from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.loss_bounds import CertifiedLoss
 from modeconn.connection.memorising import memorised, memorises, memorising_subnetworks
 from modeconn.connection.positions import fits_below
-from modeconn.connection.search import METHODS as SEARCHES
-from modeconn.connection.search import Search, SearchProblem
+from modeconn.connection.rounds import METHODS as SEARCHES
+from modeconn.connection.rounds import Search, SearchProblem
 from modeconn.connection.separable import separable_subnetworks
 from modeconn.connection.subnetworks import Subnetwork
 from modeconn.connection.targets import Targets

@@ -20,7 +20,8 @@ from modeconn.errors import ModeconnError, listed
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.files.writing import atomic_write
 from modeconn.parameters.length import Lengths
-from modeconn.parameters.paths import Bezier, Path, Plane, PolyChain
+from modeconn.parameters.paths import Bezier, Path, PolyChain
+from modeconn.parameters.planes import Plane
 from modeconn.parameters.state import State, load
 from modeconn.parameters.wrappers import unwrapped
 

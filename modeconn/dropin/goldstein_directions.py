@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modeconn.dropin import surface_file as files
 from modeconn.errors import ModeconnError
-from modeconn.parameters.paths import Plane
+from modeconn.parameters.planes import Plane
 from modeconn.parameters.state import State, load
 from modeconn.parameters.subspace import Subspace
 from modeconn.parameters.wrappers import unwrapped

@@ -60,7 +60,8 @@ class MeanLoss:
                     if isinstance(x, dict)
                     else model(*(x if isinstance(x, tuple) else (x,)))
                 )
-            labels = self._head.fit(outputs, targets.to(like.device))
+            labels = self._head.counted(inputs, targets).to(like.device)
+            labels = self._head.fit(outputs, labels)
             total += float(self._head.sums(outputs, labels)[0])
             count += float(self._head.counts(labels)[0])
         return total / count

@@ -143,7 +143,18 @@ def _pulled_apart(model: nn.Module, path: Path) -> list[tuple[str, str, str]]:
             if not same_memory(a, b) and not torch.equal(a, b):
                 apart.append((one, other, name))
                 break
+        else:
+            _check_blocks(model, path, one, other)
     return apart
+
+
+def _check_blocks(model: nn.Module, path: Path, one: str, other: str) -> None:
+    """Raise where two names of one tensor would move apart."""
+    if path.blocks is not None and path.blocks.of.get(one) != path.blocks.of.get(other):
+        raise ModeconnError(
+            f"groups: '{one}' and '{other}' are one tensor in the model "
+            f"{type(model).__name__}, and would move apart: expected both in one group"
+        )
 
 
 def _two_values(model: nn.Module, one: str, other: str, name: str) -> ModeconnError:

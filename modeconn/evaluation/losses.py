@@ -67,7 +67,7 @@ class LossFunction:
             args, kwargs = arguments(apply(Tensor.clone, inputs))
             given = {name: value.clone() for name, value in params.items()}
             outputs = functional_call(self.model, given, args, kwargs, tie_weights=False)
-            labels = self._head.fit(outputs, targets)
+            labels = self._head.fit(outputs, self._head.counted(inputs, targets))
             sums = self._head.sums(outputs, labels)[0]
             total = sums if total is None else total + sums
             count += float(self._head.counts(labels)[0])

@@ -110,9 +110,8 @@ class LabelNotices:
         if not self._padding and head.labels_padding(inputs, labels):
             self._padding = True
             warn(
-                "padding has labels that count: attention_mask is 0 at tokens (or, for next_token, "
-                "before them) whose label is not -100, and results depend on the padding; set such "
-                "labels to -100"
+                "padding has labels that count: attention_mask is 0 at tokens whose label is not "
+                "-100, and results depend on the padding; set such labels to -100"
             )
 
 

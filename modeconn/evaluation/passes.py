@@ -220,7 +220,8 @@ def _sums(run: Run, prepared: _Prepared, stage_name: str) -> _Sums:
         sums = _Sums(head.zeros(len(program.points), where), head.zeros(1, torch.device("cpu")))
         if stage.sums:
             sums = _Sums(stage.sums["sums"].to(where), stage.sums["counts"])
-        for inputs, labels, given in on_device(prepared.batches, fit, request.dtype, where):
+        batches = ((x, head.counted(x, y)) for x, y in prepared.batches)
+        for inputs, labels, given in on_device(batches, fit, request.dtype, where):
             said.warn(head, prepared.example, inputs, given)
             step = _step(program.graph, rows(inputs), prepared.most_rows)
             for start in range(0, rows(inputs), step):

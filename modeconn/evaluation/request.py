@@ -170,7 +170,7 @@ class Request:
 
     def _batches(self, name: str, data: Any) -> Batches:
         try:
-            return as_batches(data, self.batch_size or _rows_within(self.budget, data))
+            return as_batches(data, self.batch_size or rows_within(self.budget, data))
         except ModeconnError as error:
             if not name:
                 raise
@@ -226,8 +226,8 @@ class Request:
         return [] if self.resume is None else [digest_of(value)]
 
 
-def _rows_within(budget: int, data: Any) -> int:
-    """Rows to read at a time, so that inputs of float32 take up half of the budget."""
+def rows_within(budget: int, data: Any) -> int:
+    """Return the rows to read at a time, so that inputs of float32 take up half of the budget."""
     if isinstance(data, (tuple, list)) and len(data) == 2:
         inputs = data[0]
     else:

@@ -180,6 +180,8 @@ def fingerprint(path: Path, t: np.ndarray) -> dict[str, str]:
     weights = hashlib.sha256(type(path).__name__.encode())
     for point in path.control_points:
         weights.update(digest_of_tensors(point).encode())
+    if path.blocks is not None:
+        weights.update(repr(sorted(path.blocks.of.items())).encode())
     points = hashlib.sha256(t.tobytes() + path.coefficients(t).numpy().tobytes())
     return {"path": weights.hexdigest(), "points": points.hexdigest()}
 

@@ -150,18 +150,27 @@ def top5_error(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.topk(5, dim=1).indices != labels[:, None]).all(1)
 
 
-def labels_of_padding(mask: Tensor, labels: Tensor, shifted: bool) -> bool:
+def labels_of_padding(mask: Tensor, labels: Tensor) -> bool:
     """Return whether a token that an attention mask leaves out has a label that counts.
 
     Args:
         mask: [N, length], 0 for padding.
-        labels: as `fit_labels` returned them, or `fit_next`.
-        shifted: whether the labels are those of the tokens after each; one that follows padding has
-            nothing to be told from.
+        labels: as `fit_labels` returned them.
     """
-    if mask.dim() != 2 or labels.dim() != 2:
+    if mask.dim() != 2 or labels.dim() != 2 or mask.shape != labels.shape:
         return False
-    padded = mask.to(labels.device) == 0
-    if shifted:
-        padded = padded[:, 1:] | padded[:, :-1]
-    return padded.shape == labels.shape and bool((padded & (labels != IGNORED)).any())
+    return bool(((mask.to(labels.device) == 0) & (labels != IGNORED)).any())
+
+
+def without_padding(mask: Tensor, texts: Tensor) -> Tensor:
+    """Return texts in which padding does not count as a token to predict.
+
+    Nor does the first token behind padding on the left, which there is nothing to predict from.
+
+    Args:
+        mask: [N, length], 0 for padding.
+        texts: token numbers [N, length].
+    """
+    padded = mask.to(texts.device) == 0
+    padded[:, 1:] |= padded[:, :-1].clone()
+    return texts.masked_fill(padded, IGNORED)

@@ -36,7 +36,8 @@ class Head:
     Args:
         loss: "cross_entropy" (class labels, per sample or per token or pixel; those that are -100
             are left out, as in PyTorch), "next_token" (cross-entropy for texts [N, length] whose
-            labels are the texts themselves: the outputs at each place are for the token after it),
+            labels are the texts themselves: the outputs at each place are for the token after it;
+            what is padding by the inputs' attention_mask does not count),
             "mse", "bce" (logits), "soft_cross_entropy" (targets are weights of the classes
             [N, classes]), a loss of PyTorch's as a module or function, whose mean is that
             of the data set, or a callable (outputs, targets) → losses [N].
@@ -214,10 +215,20 @@ class Head:
         Args:
             labels: as `fit` returned them.
         """
-        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        if not self.of_classes or not isinstance(mask, Tensor):
+        mask = _mask_of(inputs)
+        if not self.of_classes or self.loss == "next_token" or mask is None:
             return False
-        return classes.labels_of_padding(mask, labels, self.loss == "next_token")
+        return classes.labels_of_padding(mask, labels)
+
+    def counted(self, inputs: Any, targets: Tensor) -> Tensor:
+        """The targets, of texts without those that are padding by the inputs' attention_mask.
+
+        So "next_token" is the same number whatever texts are padded to, and on which side.
+        """
+        mask = _mask_of(inputs)
+        if self.loss != "next_token" or mask is None or mask.shape != targets.shape:
+            return targets
+        return classes.without_padding(mask, targets)
 
     def zeros(self, points: int, device: torch.device) -> Tensor:
         """Sums to add to, float64 [points, len(names)]."""
@@ -312,6 +323,11 @@ def _called(metric: PerSample) -> PerSample:
     """A user's metric as it is called: PyTorch's own with weights in the outputs' dtype."""
     made = understood(metric)
     return made if callable(made) else metric
+
+
+def _mask_of(inputs: Any) -> Tensor | None:
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def logits_of(outputs: Any) -> Any:

@@ -171,6 +171,9 @@ def fit_path(path: Path, model: nn.Module) -> None:
     path.control_points = points
     path.prefixes = set()
     path.fixed = frozenset(map(renamings[0], path.fixed))
+    if path.blocks is not None:
+        path.blocks = path.blocks.renamed(renamings[0], points[0])
+        path.fixed |= points[0].keys() - path.blocks.of.keys()
     if path.unmatched is not None:
         path.settle()
 

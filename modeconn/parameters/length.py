@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from modeconn.errors import ModeconnError
 from modeconn.parameters.paths import Path
 from modeconn.parameters.points import Points
 
@@ -24,6 +25,11 @@ class Lengths:
     """
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
+        if path.blocks is not None:
+            raise ModeconnError(
+                f"{path!r} has coefficients of its own for each group or tensor: lengths are those "
+                "of paths that move as one"
+            )
         self._path = path
         # θ(t) = s p_0 + Σ_{k>0} c_k (p_k - p_0) with s = Σ_k c_k: near points lose no digits
         self._products = np.stack([_products(path, name) for name in names])

@@ -22,6 +22,7 @@ from modeconn.parameters.wrappers import unwrapped
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from modeconn.parameters.groups import Blocks
     from modeconn.parameters.state import State
 
 FORMAT = "modeconn.curve/1"
@@ -34,6 +35,7 @@ class PathFile:
 
     control_points: list[State]
     unmatched: ModeconnError | None
+    blocks: Blocks | None
 
     def save(self, file: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write the path as a safetensors file, whole or not at all.
@@ -44,10 +46,15 @@ class PathFile:
 
         Raises:
             ModeconnError: the file cannot be written; files of the control points leave out names
-                that others have.
+                that others have; or the path has groups, which a file does not keep.
         """
         if self.unmatched is not None:
             raise ModeconnError(f"{self.unmatched}: evaluate on the module fills in tied names")
+        if self.blocks is not None:
+            raise ModeconnError(
+                f"{self!r} has groups, which a file does not keep: save the path without them, and "
+                "name the groups when it is loaded"
+            )
         tensors: State = {}
         for number, point in enumerate(self.control_points):
             tensors |= {f"{number}/{name}": value for name, value in point.items()}

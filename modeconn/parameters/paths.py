@@ -7,7 +7,6 @@ on those two.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,10 +20,10 @@ from modeconn.parameters import state as states
 from modeconn.parameters.blending import SNAP, blend
 from modeconn.parameters.comparison import checked
 from modeconn.parameters.configs import config_of, is_from_file
-from modeconn.parameters.directions import RandomDirections, principal_plane
 from modeconn.parameters.forking import check_fork
+from modeconn.parameters.groups import Blocks, Groups, Patterns
 from modeconn.parameters.path_files import PathFile
-from modeconn.parameters.points import Points, grid_over, is_count, t_values
+from modeconn.parameters.points import Points, is_count, t_values
 from modeconn.parameters.state import State
 from modeconn.parameters.wrappers import name_of, unwrapped
 
@@ -46,6 +45,8 @@ class Path:
         unmatched: why control points do not match yet, where a module may tie the names that some
             files leave out; None where they match.
         tracked: per control point the tensors of a state dict that require gradients.
+        groups: of parameters that have a t of their own each; None where all move together.
+        blocks: entries that share their coefficients, where not all do; None otherwise.
 
     The tensors of modules and state dicts are not copied: a path follows a model that is trained
     further. Tensors that are not floating point (counters such as `num_batches_tracked`) are not
@@ -62,6 +63,8 @@ class Path:
     """
 
     dim = 1
+    groups: Groups | None = None
+    blocks: Blocks | None = None
     _in_turn = False  # whether it goes from one control point to the next
 
     def __init__(
@@ -89,7 +92,7 @@ class Path:
         self.control_points: list[State] = [states.widened(state) for state, _ in loaded]
         self.prefixes = {prefix for _, prefix in loaded}
         self.names, self.directions = list(names), directions
-        self.modules = [_module(source) for source in control_points]
+        self.modules = [module_of(source) for source in control_points]
         self.files = list(map(is_from_file, control_points))
         self.configs = [config_of(source) for source in control_points]
         self.tracked = [states.tracked(source) for source in control_points]
@@ -135,12 +138,48 @@ class Path:
         if is_count(points):
             if points < 1:
                 raise ModeconnError(f"points is {points}: at least one point is needed")
-            return self.grid(int(points))
+            grid = self.grid(int(points))
+            return grid if self.groups is None else self.groups.together(grid)
+        if self.groups is not None:
+            points = self.groups.flat(points)
         return t_values(points, self.dim, type(self).__name__)
 
     def coefficients(self, t: Points) -> Tensor:
-        """Return the coefficients c_k(t) of the control points, float64 [T, K]."""
-        return torch.from_numpy(self._basis(self.points(t)))
+        """Return the coefficients c_k(t) of the control points, float64 [T, K].
+
+        Where entries move apart they are those of each of the B blocks, [T, B · K].
+        """
+        return torch.from_numpy(self._coefficients(self.points(t)))
+
+    def _coefficients(self, t: np.ndarray) -> np.ndarray:
+        if self.groups is None:
+            return self._basis(t)
+        return np.concatenate([self._basis(each) for each in self.groups.split(t)], axis=1)
+
+    def segments_at(self, t: np.ndarray) -> np.ndarray:
+        """Return the segment on which each t lies, of all groups together, int [T]."""
+        if self.groups is None:
+            return self.segment_of(t)
+        found = np.stack([self.segment_of(each) for each in self.groups.split(t)], axis=1)
+        segments: np.ndarray = np.unique(found, axis=0, return_inverse=True)[1].reshape(-1)
+        return segments
+
+    def check_names(self) -> None:
+        """Raise where names of the control points do not match before the module is known."""
+        if self.unmatched is not None:
+            raise ModeconnError(
+                f"{self.unmatched}: to move parts of it apart, save both with the same names first"
+            )
+
+    def move_apart(self, groups: Patterns | None) -> None:
+        """Let groups of entries have a t of their own; all others stay at the first point."""
+        if groups is None:
+            return
+        self.check_names()
+        self.groups = Groups.read(groups, self.control_points[0], self.dim)
+        self.dim *= len(self.groups.names)
+        self.blocks = Blocks(self.groups.of, len(self.control_points))
+        self.fixed |= self.control_points[0].keys() - self.groups.of.keys()
 
     def at(self, t: Points) -> State:
         """Return the parameters and buffers at one t, in the control points' dtype.
@@ -153,12 +192,13 @@ class Path:
             raise ModeconnError(f"{self.unmatched}: evaluate on the module fills in tied names")
         if len(values) != 1:
             raise ModeconnError(f"at() takes one t, got {len(values)}")
-        row = self._basis(values)[0]
+        row = self._coefficients(values)[0]
         state = {}
         for key, first in self.control_points[0].items():
             tensors = [point[key] for point in self.control_points]
             moves = first.is_floating_point() and key not in self.fixed
-            state[key] = blend(tensors, row) if moves else first
+            own = row if self.blocks is None or not moves else row[self.blocks.columns(key)]
+            state[key] = blend(tensors, own) if moves else first
         return state
 
     def info(self) -> dict[str, str]:
@@ -168,14 +208,24 @@ class Path:
     def __repr__(self) -> str:
         count = sum(v.numel() for v in self.control_points[0].values() if v.is_floating_point())
         points = f"{len(self.control_points)} control points"
-        return f"{type(self).__name__}({points}, {count:,} numbers each)"
+        groups = "" if self.groups is None else f", {len(self.groups.names)} groups"
+        return f"{type(self).__name__}({points}, {count:,} numbers each{groups})"
 
 
 class Line(PathFile, Path):
-    """The straight line (1 - t) a + t b; t outside [0, 1] extrapolates."""
+    """The straight line (1 - t) a + t b; t outside [0, 1] extrapolates.
 
-    def __init__(self, a: Source, b: Source) -> None:
+    Args:
+        a, b: the networks at t = 0 and at t = 1.
+        groups: patterns of entries that have a t of their own each, so that points are [T, G]:
+            a list, or a dict by name, of prefixes of modules ("layers.0"), regular expressions
+            (r".*\\.bias") or lists of them. "*" takes what no other group has; entries of no group
+            are those of a. `points=count` moves all groups together.
+    """
+
+    def __init__(self, a: Source, b: Source, *, groups: Patterns | None = None) -> None:
         super().__init__([a, b])
+        self.move_apart(groups)
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
         return np.stack([1.0 - t, t], axis=1)
@@ -185,9 +235,24 @@ class PolyChain(PathFile, Path):
     """Line segments through p_0 … p_n, of equal length in t.
 
     t outside [0, 1] extends the first or the last segment.
+
+    Args:
+        control_points: two or more networks.
+        names: what messages call them; by default the file names.
+        groups: patterns of entries with a t of their own each, as for `Line`.
     """
 
     _in_turn = True
+
+    def __init__(
+        self,
+        control_points: Sequence[Source],
+        names: Sequence[str] | None = None,
+        *,
+        groups: Patterns | None = None,
+    ) -> None:
+        super().__init__(control_points, names)
+        self.move_apart(groups)
 
     @property
     def segments(self) -> int:
@@ -218,9 +283,24 @@ class Bezier(PathFile, Path):
     """The Bézier curve Σ_k binomial(n, k) (1 - t)^(n-k) t^k p_k (Garipov et al. 2018, eq. 5).
 
     t outside [0, 1] extrapolates.
+
+    Args:
+        control_points: two or more networks.
+        names: what messages call them; by default the file names.
+        groups: patterns of entries with a t of their own each, as for `Line`.
     """
 
     _in_turn = True
+
+    def __init__(
+        self,
+        control_points: Sequence[Source],
+        names: Sequence[str] | None = None,
+        *,
+        groups: Patterns | None = None,
+    ) -> None:
+        super().__init__(control_points, names)
+        self.move_apart(groups)
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
         n = len(self.control_points) - 1
@@ -228,156 +308,22 @@ class Bezier(PathFile, Path):
         return np.stack(columns, axis=1)
 
 
-class Plane(Path):
-    """The plane origin + x u + y v, with t = (x, y).
-
-    u and v are directions: state dicts of origin's shapes; tensors that they leave out are zero.
-    Axes have ranges and counts of their own: `plane.extent = ((-1, 1), (0, 2))`, and
-    `points=plane.grid((51, 31))`.
-    `Plane.through`, `Plane.random` and `Plane.trajectory` build the planes most often drawn.
-
-    Attributes:
-        extent: the range that `points=count` covers on each axis, ((x, x), (y, y)); set it to
-            evaluate another part.
-        marks: the t of the networks that the plane was made of, [n, 2], which plots show.
-        explained: for a trajectory's plane, the share of the squared distances that each axis
-            explains.
-    """
-
-    dim = 2
-    extent: tuple[tuple[float, float], tuple[float, float]] = ((0.0, 1.0), (0.0, 1.0))
-    explained: tuple[float, float] | None = None
-
-    def __init__(self, origin: Source, u: Source, v: Source) -> None:
-        base = states.load(origin)
-        zeros = {key: torch.zeros_like(value) for key, value in base.items()}
-        super().__init__(
-            [base, zeros | states.load(u), zeros | states.load(v)],
-            names=["origin", "u", "v"],
-            directions=True,
-        )
-        self.modules[0] = _module(origin)
-        self._through = False
-        self.marks: np.ndarray = np.zeros((1, 2))
-
-    @classmethod
-    def through(cls, a: Source, b: Source, c: Source) -> Plane:
-        """Return the plane a + x (b - a) + y (c - a).
-
-        a is at (0, 0), b at (1, 0) and c at (0, 1), each bitwise.
-        """
-        plane = cls.__new__(cls)
-        Path.__init__(plane, [a, b, c])
-        plane._through = True
-        plane.marks = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-        return plane
-
-    @classmethod
-    def random(
-        cls,
-        model: Source,
-        *,
-        seed: int = 0,
-        norm: str | None = "filter",
-        biases: bool = False,
-        module: nn.Module | None = None,
-    ) -> Plane:
-        """Return the plane through a model along two random Gaussian directions.
-
-        Of a module its parameters move, and none of its buffers. A state dict or a file does not
-        say which is which: without `module` all but norms' running statistics move. Names that
-        share memory (tied weights) move together.
-
-        Args:
-            model: the centre, at t = (0, 0); `points=n` covers [-1, 1]².
-            seed: both directions follow from it.
-            norm: "filter" scales each filter (row of the first dimension) of a direction to the
-                norm of the model's filter, "layer" each tensor to the norm of the model's tensor
-                (Li et al. 2018, section 4), None neither.
-            biases: whether vectors (biases, norms' scales and shifts) move too; by default they do
-                not, nor do norms' running statistics ever.
-            module: the architecture, where `model` is a state dict or a file; it says which
-                entries are parameters, and which of them are tied.
-        """
-        if norm not in ("filter", "layer", None):
-            raise ModeconnError(f'norm is {norm!r}: expected "filter", "layer" or None')
-        base = states.load(model)
-        generator = torch.Generator().manual_seed(seed)
-        if isinstance(model, nn.Module):
-            module = model
-        directions = RandomDirections(base, norm, biases, module)
-        plane = cls(base, *(directions.draw(generator) for _ in range(2)))
-        plane.extent = ((-1.0, 1.0), (-1.0, 1.0))
-        plane.modules[0] = _module(model)
-        return plane
-
-    @classmethod
-    def trajectory(
-        cls, checkpoints: Sequence[Source], *, centre: int = -1, margin: float = 0.2
-    ) -> Plane:
-        """Return the plane of a training: its checkpoints' first two principal components.
-
-        It passes through one of the checkpoints. Coordinates are distances in parameter space.
-        `marks` are the checkpoints, projected onto the plane, and `explained` is the share of their
-        spread that the plane shows.
-
-        Args:
-            checkpoints: three or more, in the order of the training.
-            centre: which of them is the origin, by default the last.
-            margin: room around the marks that `points=n` covers, too, as a share of their extent.
-
-        Raises:
-            ModeconnError: there are fewer than three checkpoints, or they lie on one line.
-        """
-        path = Path(checkpoints, least=3)
-        if not -len(checkpoints) <= centre < len(checkpoints):
-            raise ModeconnError(
-                f"centre is {centre}: expected one of the {len(checkpoints)} checkpoints"
-            )
-        centre %= len(checkpoints)
-        u, v, places, explained = principal_plane(path.control_points, centre, path.fixed)
-        plane = cls(path.control_points[centre], u, v)
-        plane.modules[0] = path.modules[centre]
-        plane.marks, plane.explained = places, (float(explained[0]), float(explained[1]))
-        low, high = places.min(0), places.max(0)
-        room = margin * np.maximum(high - low, 1e-3 * np.ptp(places))
-        plane.extent = tuple(zip((low - room).tolist(), (high + room).tolist()))  # type: ignore[assignment]
-        return plane
-
-    def grid(self, count: int | Sequence[int]) -> np.ndarray:
-        """Return the t of a grid over the extent, y changing fastest; `points=n` is that of n.
-
-        Args:
-            count: how many points on each axis, n for n × n or (nx, ny). Values of a result there
-                are those of the grid by `values.reshape(nx, ny)`.
-        """
-        return grid_over(self.extent, count)
-
-    def info(self) -> dict[str, str]:
-        """Return what a result records of the plane, as text by name: its marks, too."""
-        marks = {"control_points": json.dumps(self.marks.tolist())}
-        if self.explained is None:
-            return super().info() | marks
-        shares = " and ".join(f"{share:.4f}" for share in self.explained)
-        return (
-            super().info() | marks | {"trajectory": f"{shares} of the squared distances explained"}
-        )
-
-    def _basis(self, t: np.ndarray) -> np.ndarray:
-        x, y = t[:, 0], t[:, 1]
-        return np.stack([1.0 - x - y if self._through else np.ones_like(x), x, y], axis=1)
-
-
 class Mixture(PathFile, Path):
     """Free coefficients: t = (c_0, …, c_n), θ(t) = Σ_k c_k p_k.
 
     For model soups and task arithmetic; with one-hot t, for networks that have nothing to do with
-    each other.
+    each other (`States`).
+
+    Args:
+        control_points: one network or more.
+        groups: patterns of entries with coefficients of their own each, as for `Line`; points are
+            [T, G, K] then, or [T, G · K].
     """
 
-    def __init__(self, control_points: Sequence[Source]) -> None:
+    def __init__(self, control_points: Sequence[Source], *, groups: Patterns | None = None) -> None:
         super().__init__(control_points, least=1)
         self.dim = len(self.control_points)
+        self.move_apart(groups)
 
     def points(self, points: Points) -> np.ndarray:
         """Check coefficients [T, K]; a count of points is refused, as there is no default grid.
@@ -393,8 +339,9 @@ class Mixture(PathFile, Path):
         return super().points(points)
 
     def _basis(self, t: np.ndarray) -> np.ndarray:
-        return np.array(t, np.float64).reshape(len(t), self.dim)
+        return np.array(t, np.float64).reshape(len(t), len(self.control_points))
 
 
-def _module(source: Source) -> nn.Module | None:
+def module_of(source: Source) -> nn.Module | None:
+    """Return the module that a control point is given as, without wrappers; None for others."""
     return unwrapped(source) if isinstance(source, nn.Module) else None

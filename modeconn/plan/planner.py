@@ -24,9 +24,10 @@ from modeconn.plan.calls import SharedSteps
 from modeconn.plan.cost import flops
 from modeconn.plan.facts import Facts
 from modeconn.plan.merging import Merging
+from modeconn.plan.parting import Branch, Parting
 from modeconn.plan.program import Program, Segment
 from modeconn.plan.segment import SegmentPlanner
-from modeconn.plan.segment_weights import SegmentWeights
+from modeconn.plan.segment_weights import SegmentWeights, sum_to_one
 from modeconn.plan.weights import Contents
 
 
@@ -56,16 +57,19 @@ def make_program(
         noise: what the network draws at random; by default anew at each point.
     """
     points_of_path = path.control_points
-    contents = Contents(points_of_path, graph.constants, dtype, device, frozen, by_content)
+    contents = Contents(
+        points_of_path, graph.constants, dtype, device, frozen, by_content, path.blocks
+    )
     shared = SharedSteps(graph)
     distinct, inverse = np.unique(points, axis=0, return_inverse=True)
     coefficients = path.coefficients(distinct).numpy()
     facts = Facts(graph, contents)
+    pieces = _empty_segments(path.segments_at(distinct), coefficients, contents)
+    empty, trees = _parted(Parting(graph, contents), [*pieces], tables or {})
     segments = []
-    for empty in _empty_segments(path.segment_of(distinct), coefficients, contents):
-        chosen = empty.point_indices
-        here = {name: _rows_of(table, chosen) for name, table in (tables or {}).items()}
-        segments.append(_planned(facts, empty, contents, here, shared))
+    for segment in empty:
+        here = _rows_of(tables or {}, segment.point_indices)
+        segments.append(_planned(facts, segment, contents, here, shared))
     noise = noise or Noise()
     program = Program(
         graph,
@@ -76,6 +80,7 @@ def make_program(
         _naive_flops(graph, contents),
         dtype,
         noise=noise,
+        trees=trees,
     ).pruned()
     if not by_content:
         return program
@@ -85,27 +90,49 @@ def make_program(
 
 def _without_shortcuts(graph: Graph, path: Path, points: np.ndarray, **given: Any) -> Program:
     """The program in which every value is computed whole at every point."""
-    with without("dead", "constant", "combination", "merging", "sharing"):
+    with without("dead", "constant", "combination", "merging", "sharing", "parting"):
         return make_program(graph, path, points, **given)
 
 
-def _rows_of(table: Tensor, chosen: np.ndarray) -> Tensor:
-    return table[torch.from_numpy(chosen).to(table.device)]
+def _rows_of(tables: Mapping[str, Tensor], chosen: np.ndarray) -> dict[str, Tensor]:
+    rows = torch.from_numpy(chosen)
+    return {name: table[rows.to(table.device)] for name, table in tables.items()}
+
+
+def _parted(
+    parting: Parting, pieces: list[Segment], tables: Mapping[str, Tensor]
+) -> tuple[list[Segment], list[Branch]]:
+    """The segments that each piece of the path is divided into, numbered, and their trees."""
+    segments: list[Segment] = []
+    trees: list[Branch] = []
+    number = 1 + max(piece.index for piece in pieces)
+    for piece in pieces:
+        parts, tree = parting.parted(piece, _rows_of(tables, piece.point_indices))
+        for place, part in enumerate(parts):
+            segments.append(replace(part, index=number) if place else part)
+            number += place > 0
+        if tree is not None:
+            trees.append(tree)
+            own = [branch for branch in tree.all() if len(branch.own)]
+            for branch, segment in zip(own, segments[-len(parts) :]):
+                branch.segment = segment.index
+    return segments, trees
 
 
 def _empty_segments(
     segment_of: np.ndarray, coefficients: np.ndarray, contents: Contents
 ) -> Iterator[Segment]:
     """The path's segments, and for each one more if some of its points are far out."""
-    far = is_far(coefficients)
+    far = _is_far(coefficients, contents)
     for index in np.unique(segment_of):
         near = np.flatnonzero((segment_of == index) & ~far)
         if len(near):
-            yield _empty_segment(int(index), near, coefficients[near])
+            yield _empty_segment(int(index), near, coefficients[near], contents.blocks)
     beyond = int(segment_of.max()) + 1
     for index in np.unique(segment_of[far]):
         chosen = np.flatnonzero((segment_of == index) & far)
-        empty = _empty_segment(beyond + int(index), chosen, coefficients[chosen])
+        number = beyond + int(index)
+        empty = _empty_segment(number, chosen, coefficients[chosen], contents.blocks)
         yield _from_first(empty, contents) if contents.by_content else replace(empty, far=True)
 
 
@@ -115,18 +142,36 @@ def _from_first(segment: Segment, contents: Contents) -> Segment:
     Σ c_k p_k cancels where coefficients are large and sum to 1: a weight at t = 1000 has lost three
     digits. p_0 + Σ c_k (p_k - p_0) is the same and has not.
     """
-    base, *others = segment.active
-    active = (base, *(contents.difference(k, base) for k in others))
-    coefficients = segment.coefficients.copy()
-    coefficients[:, 0] = 1.0
-    return replace(segment, active=active, coefficients=coefficients, far=True)
+    active, coefficients = list(segment.active), segment.coefficients.copy()
+    blocks: dict[int, list[int]] = {}
+    for place, k in enumerate(segment.active):
+        blocks.setdefault(contents.block_of(k), []).append(place)
+    for places in blocks.values():
+        if not sum_to_one(list(coefficients[:, places].T)):
+            continue
+        base, *others = places
+        coefficients[:, base] = 1.0
+        for place in others:
+            active[place] = contents.difference(active[place], active[base])
+    return replace(segment, active=tuple(active), coefficients=coefficients, far=True)
 
 
-def _empty_segment(index: int, point_indices: np.ndarray, coefficients: np.ndarray) -> Segment:
+def _is_far(coefficients: np.ndarray, contents: Contents) -> np.ndarray:
+    """Whether each point is far out, in some block of entries that share their coefficients."""
+    of_blocks = np.split(coefficients, contents.blocks, axis=1)
+    far: np.ndarray = np.any([is_far(each) for each in of_blocks], axis=0)
+    return far
+
+
+def _empty_segment(
+    index: int, point_indices: np.ndarray, coefficients: np.ndarray, blocks: int
+) -> Segment:
     active = np.flatnonzero((coefficients != 0).any(0))
     # All coefficients zero is a legal point of a mixture: the network with all weights zero.
     active = active if len(active) else np.zeros(1, np.int64)
-    return Segment(index, point_indices, tuple(active.tolist()), coefficients[:, active])
+    return Segment(
+        index, point_indices, tuple(active.tolist()), coefficients[:, active], blocks=blocks
+    )
 
 
 def _planned(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,6 +164,7 @@ class Segment:
         active: indices of the active control points, of the path or of differences of two of its.
         coefficients: float64 [T, K] over the active control points.
         far: whether the points lie so far out that values are not to be combined over networks.
+        blocks: of entries that have coefficients of their own.
         steps: what is done for each point.
         outputs: the form of every node that the output is made of.
         forms: the forms of every node that the output takes, for `explain`.
@@ -179,12 +181,13 @@ class Segment:
     forms: dict[int, list[Form]] = field(default_factory=dict)
     stale: set[int] = field(default_factory=set)
     far: bool = False
+    blocks: int = 1
 
     @property
     def between(self) -> np.ndarray:
         """Whether each of the points is none of the control points, bool [T]."""
         ones, others = (self.coefficients == 1).sum(1), (self.coefficients != 0).sum(1)
-        between: np.ndarray = (ones != 1) | (others != 1)
+        between: np.ndarray = (ones != self.blocks) | (others != self.blocks)
         return between
 
     @property
@@ -228,6 +231,7 @@ class Program:
         order: the shared values that are needed, in execution order.
         noise: what the network draws at random.
         plain: plans the same without shortcuts: nothing is dead, constant, combined or shared.
+        trees: where points part that have a prefix of the network in common.
     """
 
     graph: Graph
@@ -240,6 +244,7 @@ class Program:
     order: list[int] = field(default_factory=list)
     noise: Noise = field(default_factory=Noise)
     plain: Callable[[], Program] | None = None
+    trees: Sequence[Any] = ()
 
     @property
     def shared_flops(self) -> float:

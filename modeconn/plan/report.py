@@ -11,6 +11,7 @@ from modeconn.capture.opaque import Opaque
 from modeconn.plan.program import Combination, Form, Program, Segment
 from modeconn.plan.rules.base import UNKNOWN
 from modeconn.plan.rules.table import rule_for
+from modeconn.plan.trees import tree_lines, tree_rows
 from modeconn.plan.units import Units
 
 
@@ -59,6 +60,7 @@ class Plan:
                 "per_point": self.point_flops,
             },
             "segments": [self._segment(segment) for segment in program.segments],
+            "trees": [tree_rows(tree) for tree in program.trees],
         }
 
     def _segment(self, segment: Segment) -> dict[str, Any]:
@@ -125,6 +127,8 @@ class Plan:
             lines.append(
                 f"  runs as it is, once per point, since it could not be captured: {reason}"
             )
+        for tree in program.trees:
+            lines += ["where points part that share what is below:", *tree_lines(tree)]
         alike: dict[str, list[Segment]] = {}
         for segment in program.segments:
             alike.setdefault("\n".join(_table(self.nodes(segment))), []).append(segment)

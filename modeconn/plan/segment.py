@@ -100,7 +100,8 @@ class SegmentPlanner:
         if node.op == "input":
             return Combination((Term(node.id, self._ones),), ALL, node.numel())
         rule = self._facts.rule(node)
-        inputs, fit = yield from self._fitted(node, rule, requested, self._weights.everyone)
+        moving = self._weights.moving(node.entries)
+        inputs, fit = yield from self._fitted(node, rule, requested, moving)
         entries = [self._weights.value(name, cut) for name, cut in zip(node.entries, fit.cuts)]
         call = Call(called(node, fit), rule, requested, inputs, entries, fit)
         if node.op == "batch_norm" and self._is_stale(call):
@@ -243,7 +244,8 @@ class SegmentPlanner:
         moving = {i for i, entry in enumerate(call.entries) if not isinstance(entry, Tensor)}
         if not moving <= linear or not self._weights.combinable(node, linear):
             return None
-        groups = self._weights.groups(self._weight_sets(node, call.fit, linear))
+        everyone = self._weights.moving(node.entries)
+        groups = self._weights.groups(everyone, self._weight_sets(node, call.fit, linear))
         if len(groups) > len(self._segment.point_indices):
             return None
         apart = self._read_apart(node, call, groups)
@@ -267,7 +269,7 @@ class SegmentPlanner:
         def tensors(k: int) -> tuple[Tensor, ...]:
             return tuple(self._weights.tensor(name, k, cut) for name, cut in cuts)
 
-        return [tensors(k) for k in self._weights.everyone]
+        return [tensors(k) for k in self._weights.moving(node.entries)]
 
     def _weights_of(self, node: Node, fit: Fit, linear: frozenset[int], k: int) -> list[Tensor]:
         """A node's weights with those of one control point, where the value is linear in them.
@@ -290,14 +292,14 @@ class SegmentPlanner:
         On a swing of the constructive path the two readouts read disjoint units; taken apart, each
         is the network at its own end of the segment, which the neighbouring segments need as well.
         """
-        shapes = self._facts.shapes(node)
+        shapes, moving = self._facts.shapes(node), self._weights.moving(node.entries)
 
         def share(points: Sequence[int]) -> float:
             support = self._weights.support(node, points)
             requests = call.rule.requests(node, call.requested, shapes, support)
             return sum(units.share(shape) for units, shape in zip(requests, shapes.inputs))
 
-        return sum(share(group.points) for group in groups) <= share(self._weights.everyone)
+        return sum(share(group.points) for group in groups) <= share(moving)
 
     def _combine_inputs(self, call: Call, entries: Sequence[Tensor]) -> Combination | None:
         """Combines one shared value per term of the inputs, where these are combinations.

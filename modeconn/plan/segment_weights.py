@@ -65,6 +65,16 @@ class SegmentWeights:
         """The tensor of the k-th active control point."""
         return self._contents.tensor(name, self._segment.active[k], cut)
 
+    def moving(self, names: Sequence[str]) -> tuple[int, ...]:
+        """The active control points that some entries are made of, by their places."""
+        if not self._contents.apart:
+            return self.everyone
+        moves_with, active = self._contents.moves_with, self._segment.active
+        found: set[int] = set()
+        for name in names:
+            found |= {k for k in self.everyone if moves_with(name, active[k])}
+        return tuple(sorted(found)) or self.everyone[:1]
+
     def number(self, tensor: Tensor) -> int:
         """A number that stands for the tensor's content."""
         return self._contents.number(tensor)
@@ -80,7 +90,8 @@ class SegmentWeights:
             return False
         if not any(self._contents.is_fixed(node.entries[i]) for i in linear):
             return True
-        return sum_to_one(list(self._segment.coefficients.T))
+        columns = list(self.moving(node.entries))
+        return sum_to_one(list(self._segment.coefficients[:, columns].T))
 
     def is_mixed(self, tensor: Tensor) -> bool:
         """Whether a tensor is fixed on the segment and yet that of no control point."""
@@ -103,8 +114,9 @@ class SegmentWeights:
             return self._tabulated(self._tables[name], cut)
         if self._contents.is_fixed(name):
             return self._contents.tensor(name, 0, cut)
-        tensors = [self.tensor(name, k, cut) for k in self.everyone]
-        groups = self.groups([(tensor,) for tensor in tensors])
+        everyone = self.moving([name])
+        tensors = [self.tensor(name, k, cut) for k in everyone]
+        groups = self.groups(everyone, [(tensor,) for tensor in tensors])
         if not groups:
             return self._contents.unique(torch.zeros_like(tensors[0]))
         different = tuple(group.tensors[0] for group in groups)
@@ -126,14 +138,16 @@ class SegmentWeights:
             return self._contents.unique(table[0].clone())
         return PerPoint(table)
 
-    def groups(self, tuples: Sequence[tuple[Tensor, ...]]) -> list[Group]:
-        """Groups the active control points by their tensors; leaves out those that are all zero.
+    def groups(self, everyone: Sequence[int], tuples: Sequence[tuple[Tensor, ...]]) -> list[Group]:
+        """Groups active control points by their tensors; leaves out those that are all zero.
 
         Args:
-            tuples: the tensors of each active control point.
+            everyone: the places of the control points.
+            tuples: the tensors of each of them.
         """
         members: dict[tuple[int, ...], list[int]] = {}
-        for k, tensors in enumerate(tuples):
+        given = dict(zip(everyone, tuples))
+        for k, tensors in given.items():
             if not all(self._contents.is_zero(tensor) for tensor in tensors):
                 key = tuple(self._contents.number(tensor) for tensor in tensors)
                 members.setdefault(key, []).append(k)
@@ -141,7 +155,7 @@ class SegmentWeights:
         for points in members.values():
             summed = self._summed(tuple(points))
             if not summed.zero:
-                groups.append(Group(points, tuples[points[0]], summed.coefficients))
+                groups.append(Group(points, given[points[0]], summed.coefficients))
         return groups
 
     def _summed(self, points: tuple[int, ...]) -> _Sum:

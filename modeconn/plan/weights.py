@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeconn.parameters.groups import Blocks
 from modeconn.parameters.state import State
 
 # How many numbers of a tensor are looked at before all are, and how many of its rows.
@@ -39,6 +40,9 @@ class Contents:
         by_content: False for tensors that are to be differentiated, or to change while the plan is
             in use: then a weight that is zero still counts, and only one and the same tensor is
             equal.
+        blocks: of entries with coefficients of their own, if the path has such. The control points
+            here are then those of each block alone, with zeros for all other entries: number
+            b · K + k is block b of control point k.
     """
 
     def __init__(
@@ -49,8 +53,10 @@ class Contents:
         device: torch.device,
         frozen: frozenset[str] = frozenset(),
         by_content: bool = True,
+        blocks: Blocks | None = None,
     ) -> None:
-        self.by_content = by_content
+        self.by_content, self._blocks = by_content, blocks
+        self._zero: dict[tuple[int, ...], Tensor] = {}  # by shape
         self._points = control_points
         self._constants, self._frozen = constants, frozen
         self._dtype, self._device = dtype, device
@@ -93,6 +99,26 @@ class Contents:
             return True
         return not self._points[0][name].is_floating_point()
 
+    @property
+    def apart(self) -> bool:
+        """Whether entries have coefficients of their own."""
+        return self._blocks is not None
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of entries have coefficients of their own."""
+        return 1 if self._blocks is None else 1 + max(self._blocks.of.values())
+
+    def block_of(self, k: int) -> int:
+        """Return the block that a control point, or a difference of two, belongs to."""
+        return self._differences.get(k, (k, k))[0] // len(self._points)
+
+    def moves_with(self, name: str, k: int) -> bool:
+        """Whether control point k is one of those that an entry is made of."""
+        if self._blocks is None:
+            return True
+        return not self.is_fixed(name) and self._blocks.of[name] == self.block_of(k)
+
     def is_infinite(self, name: str) -> bool:
         """Whether a fixed entry has infinite numbers."""
         if name not in self._infinite:
@@ -110,7 +136,7 @@ class Contents:
         """Returns the number of the further control point that is control point k minus another."""
         key = (k, base)
         if key not in self._numbers_of:
-            number = len(self._points) + len(self._differences)
+            number = self.blocks * len(self._points) + len(self._differences)
             self._numbers_of[key], self._differences[number] = number, key
         return self._numbers_of[key]
 
@@ -119,17 +145,27 @@ class Contents:
             return self._difference(name, k)
         if name in self._constants:
             source, dtype = self._constants[name], self._constants[name].dtype
+        elif not self.is_fixed(name) and not self.moves_with(name, k):
+            return self._zeros_of(tuple(self._points[0][name].shape))
         else:
-            source = self._points[0 if self.is_fixed(name) else k][name]
+            source = self._points[0 if self.is_fixed(name) else k % len(self._points)][name]
             dtype = self._dtype if source.is_floating_point() else source.dtype
         if id(source) not in self._converted:
             given = source.detach() if self.by_content else source
             self._converted[id(source)] = (source, self.unique(given.to(self._device, dtype)))
         return self._converted[id(source)][1]
 
+    def _zeros_of(self, shape: tuple[int, ...]) -> Tensor:
+        if shape not in self._zero:
+            zero = torch.zeros((), dtype=self._dtype, device=self._device)
+            self._zero[shape] = self.unique(zero.expand(shape))
+        return self._zero[shape]
+
     def _difference(self, name: str, number: int) -> Tensor:
+        if not self.moves_with(name, number):
+            return self._zeros_of(tuple(self._points[0][name].shape))
         if (name, number) not in self._subtracted:
-            k, base = self._differences[number]
+            k, base = (each % len(self._points) for each in self._differences[number])
             # In float64, which holds the difference of two float32 numbers but for rare ones.
             difference = self._points[k][name].detach().double() - self._points[base][name].double()
             whole = self.unique(difference.to(self._device, self._dtype))

@@ -8,7 +8,7 @@ from torch import nn
 
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import positive
-from modeconn.parameters.paths import Plane
+from modeconn.parameters.planes import Plane
 from modeconn.parameters.state import State, load
 
 

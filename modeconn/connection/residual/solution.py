@@ -17,7 +17,7 @@ from modeconn.connection.measurement import DataDigest
 from modeconn.connection.residual.construct import residual_breakpoints
 from modeconn.connection.residual.entries import Halves
 from modeconn.connection.residual.network import ResidualNetwork
-from modeconn.connection.residual.search import ResidualProblem, ResidualSearch
+from modeconn.connection.residual.rounds import ResidualProblem, ResidualSearch
 from modeconn.connection.residual.training import FoundSubnetwork
 from modeconn.connection.residual.values import output_of
 from modeconn.connection.solution import (

@@ -25,10 +25,10 @@ from modeconn.parameters.wrappers import unwrapped
 from modeconn.training.alignment import storage
 from modeconn.training.alignment.activations import Correlations
 from modeconn.training.alignment.assignment import solver
+from modeconn.training.alignment.discovery import symmetries
 from modeconn.training.alignment.groups import Groups
 from modeconn.training.alignment.layouts import Permutations
 from modeconn.training.alignment.proof import TOLERANCE, difference
-from modeconn.training.alignment.search import symmetries
 from modeconn.training.alignment.weights import WeightMatching
 
 METHODS = ("auto", "activations", "weights")

@@ -39,7 +39,7 @@ def objective_of(
         raise ModeconnError(
             f"the model does not take the data's inputs: {first_line(error)}"
         ) from error
-    labels = head.fit(outputs, targets)
+    labels = head.fit(outputs, head.counted(inputs, targets))
     # PyTorch's own mean, where it is the same: one call less
     if head.loss == "cross_entropy" and labels.dim() == 1 and not head.leaves_out:
         return _cross_entropy, labels
