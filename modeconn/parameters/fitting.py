@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from modeconn.parameters import state as states
 from modeconn.parameters.comparison import tied
 from modeconn.parameters.configs import FileState, config_of, is_from_file
+from modeconn.parameters.conversions import saved_names
 from modeconn.parameters.paths import Path
 from modeconn.parameters.state import State
 from modeconn.parameters.wrappers import unwrapped
@@ -38,6 +39,7 @@ class Names:
 
     def __init__(self, model: nn.Module) -> None:
         model = unwrapped(model)
+        self._model = model
         self._title = f"the model {type(model).__name__}"
         self._own = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
         self._ties: dict[str, set[str]] = {}
@@ -108,6 +110,9 @@ class Names:
             for own in self._own:
                 if own.endswith(f".{first}"):
                     yield _chained(before, _adding(own.removesuffix(first)))
+        converted = saved_names(self._model)
+        if converted:
+            yield lambda key: converted.get(key, key)
 
     def _is_ignored(self, key: str) -> bool:
         return any(pattern.search(key) for pattern in self._ignored)
