@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.backends.blocking import MEMORY_BUDGET
+from modeconn.data.randomness import has_drawn, restorer, torch_states
 from modeconn.dropin.loss_landscapes import contract
 from modeconn.dropin.loss_landscapes.metrics import Loss
 from modeconn.dropin.loss_landscapes.wrappers import module_of, parameters_of, view_of
@@ -26,7 +27,6 @@ from modeconn.errors import ModeconnError
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.evaluation.replay.mapping import map as mapped
 from modeconn.evaluation.replay.passes import Passes, Setting
-from modeconn.evaluation.replay.randomness import has_drawn, restorer, torch_states
 from modeconn.evaluation.replay.schedule import worth
 from modeconn.metrics.torch_losses import TorchLoss, understood
 from modeconn.parameters.paths import Mixture, Path

@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 
 from modeconn.capture.opaque import line_of
 from modeconn.data.inputs import Inputs
+from modeconn.data.randomness import untouched_randomness
 from modeconn.errors import ModeconnError, Unsupported
 from modeconn.evaluation.replay.calls import Call, agree
 from modeconn.evaluation.replay.passes import Passes
-from modeconn.evaluation.replay.randomness import untouched_randomness
 from modeconn.evaluation.replay.stand_in import Answers
 
 # Points that run before the scan gives up looking for calls that repeat: the first may warm up.

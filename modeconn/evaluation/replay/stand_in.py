@@ -24,9 +24,9 @@ from torch.utils import _pytree as pytree
 from modeconn.capture.spectral import has_spectral_norm, renew
 from modeconn.capture.trial import duplicate
 from modeconn.data.inputs import Inputs, apply, leaves
+from modeconn.data.randomness import has_drawn, torch_states
 from modeconn.evaluation.replay.answers import lazily
 from modeconn.evaluation.replay.calls import Call, detached, inputs_of, same_inputs, same_tensor
-from modeconn.evaluation.replay.randomness import has_drawn, torch_states
 
 # Attributes of a module that are looked at by themselves.
 _APART = frozenset("_parameters _buffers _modules training".split())
