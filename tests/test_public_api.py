@@ -93,6 +93,7 @@ def test_evaluate_signature():
         "tolerance",
         "floor",
         "ignore",
+        "distributed",
     ]
 
 
