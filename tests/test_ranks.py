@@ -202,3 +202,20 @@ def test_what_cannot_be_shared_is_refused(ends):
         lambda rank: mc.evaluate(a, mc.Line(a, b), (X, Y), 3, distributed=False) if rank else None
     )
     assert found[0] is None and bits(found[1]) == bits(alone)
+
+
+def test_drop_ins_and_connections_are_for_one_process(ends):
+    """One rank may call them while the others do something else."""
+    from modeconn.dropin.landscaper import MeanLoss, compute_loss_landscape
+
+    a, _ = ends
+    directions = [[torch.randn_like(p) for p in a.parameters()] for _ in range(2)]
+
+    def work(rank: int) -> Any:
+        if rank == 0:
+            options = {"steps": 3, "distance": 0.5, "dim": 2}
+            return compute_loss_landscape(a, [(X, Y)], directions, MeanLoss(), **options)
+        return None
+
+    found = Group(2).run(work)
+    assert found[0][0].shape == (3, 3), found

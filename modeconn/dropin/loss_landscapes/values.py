@@ -242,6 +242,7 @@ def _evaluated(
                 buffers="start",
                 progress=False,
                 precision="float64" if double else "float32",
+                distributed=False,
             )
     except ModeconnError:
         return None
