@@ -27,25 +27,27 @@ def mlp() -> tuple[nn.Module, torch.Tensor]:
 
 
 def conv_norm() -> tuple[nn.Module, torch.Tensor]:
-    model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 32, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(32, 10),
-    )
+    widths = [(3, 16, 1), (16, 32, 2), (32, 32, 2)]
+    return _with_norms(widths), torch.randn(100, 3, 32, 32)
+
+
+def small_conv_norm() -> tuple[nn.Module, torch.Tensor]:
+    return _with_norms([(1, 8, 1), (8, 16, 2)]), torch.randn(100, 1, 16, 16)
+
+
+def _with_norms(widths: list[tuple[int, int, int]]) -> nn.Module:
+    """A chain of convolutions: channels before and after, and the stride."""
+    layers: list[nn.Module] = []
+    for before, after, stride in widths:
+        layers.append(nn.Conv2d(before, after, 3, stride, padding=1, bias=False))
+        layers += [nn.BatchNorm2d(after), nn.ReLU()]
+    tail = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1][1], 10)]
+    model = nn.Sequential(*layers, *tail)
     with torch.no_grad():  # a shift of zeros raises ZeroDivisionError in the package
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.bias.normal_(0.0, 0.1)
-    return model.eval(), torch.randn(100, 3, 32, 32)
+    return model.eval()
 
 
 def smallest() -> tuple[nn.Module, torch.Tensor]:
@@ -55,7 +57,8 @@ def smallest() -> tuple[nn.Module, torch.Tensor]:
 # By name: the network and its inputs, classes, steps along each axis of the plane.
 CASES: dict[str, tuple[Callable[[], tuple[nn.Module, torch.Tensor]], int, int]] = {
     "MLP 784-128-128-10, 2,000 samples": (mlp, 10, 20),
-    "conv net with batch norms, 100 images": (conv_norm, 10, 20),
+    "conv net with norms, 100 images 3×32×32": (conv_norm, 10, 20),
+    "conv net with norms, 100 images 1×16×16": (small_conv_norm, 10, 20),
     "MLP 8-16-4, 64 samples": (smallest, 4, 10),
 }
 

@@ -142,7 +142,14 @@ def _numbers(runner: Runner, x: Inputs, y: Tensor, loss: str | PerSample) -> lis
     end = {name: _changed(value, generator) for name, value in start.items()}
     line = Line(start, end)
     result = evaluate(
-        runner.model, line, (x, y), _POINTS, loss=loss, precision="float64", progress=False
+        runner.model,
+        line,
+        (x, y),
+        _POINTS,
+        loss=loss,
+        precision="float64",
+        progress=False,
+        distributed=False,
     )
     head = Head(loss, ("loss",))
     worst = 0.0

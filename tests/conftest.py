@@ -17,6 +17,7 @@ os.environ.setdefault(
 )
 
 import contextlib
+import gc
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,9 @@ except ModuleNotFoundError:
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# What is imported stays: looking through it again and again for garbage takes a tenth of the suite.
+gc.disable()
+
 # Helpers that assert: a failure there shows the values, as one in a test does.
 pytest.register_assert_rewrite(*(file.stem for file in (ROOT / "tests").glob("*_cases.py")))
 
@@ -56,6 +60,13 @@ if hypothesis is not None:  # the tests of kernels do without it
     hypothesis.settings.register_profile("local", **_profile)
     hypothesis.settings.register_profile("always-the-same", derandomize=True, **_profile)
     hypothesis.settings.load_profile("always-the-same" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_finish() -> None:
+    """Leave all that is there to the end, and look for garbage less often than by default."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

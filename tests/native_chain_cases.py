@@ -1,5 +1,6 @@
 """Chains of layers for the engine, and the same in plain PyTorch."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -56,6 +57,13 @@ def reference(case, dtype):
             x = ACTIVATIONS[layer["activation"]](F.linear(x, w, b))
         outputs.append(x)
     return torch.stack(outputs)
+
+
+@functools.lru_cache(maxsize=1)
+def known(dtype, rows, widths, points, **options):
+    """A case, and its outputs in the case's precision and in float64: for all instruction sets."""
+    case = make(rows, widths, points, DTYPES[dtype], **options)
+    return case, reference(case, PLAIN[dtype]), reference(case, torch.float64)
 
 
 def unaligned(a, pad):

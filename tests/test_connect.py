@@ -59,7 +59,7 @@ def test_the_bound_holds_at_random_points(pair, connection) -> None:
         assert all(
             torch.equal(connection.path.control_points[end][key], weights[key]) for key in weights
         )
-    t = np.random.default_rng(0).random(3000)
+    t = np.random.default_rng(0).random(600)
     for data, proved in ((digits(), certificate), (digits("test"), connection.test_certificate)):
         result = mc.evaluate(pair[0], connection.path, data, points=t)
         assert result.loss.max() <= proved.bound * (1 + 1e-5)

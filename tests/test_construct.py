@@ -114,7 +114,7 @@ def expected(
     """What the network computes at the break points that end a swing."""
     return {
         f"S_{sub.entry} of {name}": outputs(
-            chain, sub, chain.run(states[name], x, 0, sub.entry) if sub.entry else chain.input(x)
+            chain, sub, chain.run(states[name], x, 0, sub.entry)
         )
         for name in states
         for sub in subs[name]

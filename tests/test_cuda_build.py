@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 import cuda_cases
+from compiled import CACHE
 from cuda_cases import CSRC, CXX, agrees, compile_source, link_and_load, problem
 from modeconn.backends import cuda
 
@@ -108,6 +111,29 @@ def test_the_sanitizer_finds_nothing(objects, tmp_path):
 # What nvcc makes of it.
 
 
+def compiled_by_nvcc(name: str) -> tuple[Path, str]:
+    """The object file of a source and what ptxas says of it, kept until a source or nvcc changes."""
+    command = [NVCC, "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
+    about = subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256(about + repr((command, name)).encode())
+    for file in sorted(path for path in CSRC.parent.rglob("*") if path.is_file()):
+        key.update(hashlib.sha256(file.read_bytes()).digest())
+    made = CACHE / f"{key.hexdigest()}.nvcc.o"
+    said = made.with_suffix(".log")
+    if not (made.exists() and said.exists()):
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = made.with_suffix(f".{os.getpid()}")
+        done = subprocess.run(
+            [str(part) for part in (*command, "-c", CSRC / name, "-o", partial)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said.write_text(done.stderr, encoding="utf-8")
+        partial.replace(made)  # last: what is there has its words beside it
+    return made, said.read_text(encoding="utf-8")
+
+
 def disassembler() -> str | None:
     found = shutil.which("cuobjdump")
     spec = importlib.util.find_spec("triton")
@@ -120,18 +146,11 @@ def disassembler() -> str | None:
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 @pytest.mark.parametrize("name, products", [("tf32", {"HMMA", "HGMMA"}), ("float32", {"HMMA"})])
-def test_no_kernel_spills_and_all_use_the_tensor_cores(tmp_path, name, products):
-    target = tmp_path / "kernels.o"
-    command = [NVCC, "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
-    done = subprocess.run(
-        [str(part) for part in (*command, "-c", CSRC / f"mlp_{name}.cu", "-o", target)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(spills) == 2 * len(products) and set(spills) == {("0", "0")}, done.stderr
-    assert "serialized" not in done.stderr, "ptxas waits for every wgmma"
+def test_no_kernel_spills_and_all_use_the_tensor_cores(name, products):
+    target, said = compiled_by_nvcc(f"mlp_{name}.cu")
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert len(spills) == 2 * len(products) and set(spills) == {("0", "0")}, said
+    assert "serialized" not in said, "ptxas waits for every wgmma"
     tool = disassembler()
     if tool is None:
         pytest.skip("no cuobjdump: the instructions are not read")

@@ -52,7 +52,7 @@ def masked_logits(
 ) -> Tensor:
     """Run the model with the values of units that are not kept set to 0 behind each layer."""
     state = model.state_dict()
-    h = chain.input(x)
+    h = chain.input(x, state)
     for layer in chain.layers:
         h = layer.finish(chain.affine(state, layer.index, h), state)
         if layer.index in kept:

@@ -255,8 +255,8 @@ PEAK = """
     from torch import nn
     torch.set_num_threads(1)
     a, b = (nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)) for _ in range(2))
-    for argument in sys.argv[2:]:
-        if sys.argv[1] == "points":
+    for argument in sys.argv[1:]:
+        if argument.isdecimal():
             x, y = torch.randn(500, 64), torch.arange(500) % 10
             mc.evaluate(a, mc.Line(a, b), (x, y), int(argument), progress=False)
         else:
@@ -270,25 +270,25 @@ PEAK = """
 """
 
 
-def peaks(kind: str, *arguments: object) -> list[tuple[int, int]]:
-    """Evaluate one after the other; per evaluation the largest memory so far, and its own now."""
-    code = [sys.executable, "-c", textwrap.dedent(PEAK), kind, *map(str, arguments)]
+def peaks(*arguments: object) -> list[tuple[int, int]]:
+    """Evaluate one after the other; per evaluation the largest memory so far, and its own now.
+
+    Args:
+        arguments: numbers of points, or files of data.
+    """
+    code = [sys.executable, "-c", textwrap.dedent(PEAK), *map(str, arguments)]
     lines = subprocess.run(code, check=True, capture_output=True, text=True).stdout.splitlines()
     return [(int(most), int(own)) for most, own in map(str.split, lines)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_does_not_grow_with_the_number_of_points():
-    (few, _), (many, _) = peaks("points", 11, 10_001)
-    assert many <= 1.05 * few
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_memory_map_larger_than_the_budget_streams(tmp_path):
+def test_memory_grows_neither_with_points_nor_with_a_memory_map(tmp_path):
     rows = {"small": 1 << 14, "large": 1 << 19}  # 4 MiB and 128 MiB, under a budget of 4 MiB
     for name, count in rows.items():
         np.memmap(tmp_path / name, np.float32, "w+", shape=(count, 64)).flush()
-    (_, small), (_, large) = peaks("mapped", *(tmp_path / name for name in rows))
+    found = peaks(11, 10_001, *(tmp_path / name for name in rows))
+    (few, _), (many, _), (_, small), (_, large) = found
+    assert many <= 1.05 * few
     assert large < small + 48 * 1024, "kilobytes that the process holds itself"
 
 

@@ -91,6 +91,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Tensor]] = {
     "bert": (bert, {"input_ids": TOKENS, "attention_mask": MASK}, torch.arange(7) % 3),
 }
 DTYPES = torch.float32, torch.float64
+POINTS = 9  # the ends, the breakpoint of the chain, and some within each of its segments
 NORMS = ("vgg11_bn", "resnet20")
 
 
@@ -134,7 +135,7 @@ def test_loss_and_error(name):
         path = make_path(networks)
         plain = exact = None
         for backend in ("reference", "native") if native.available() else ("reference",):
-            got = mc.evaluate(networks[0], path, (x, y), 21, backend=backend)
+            got = mc.evaluate(networks[0], path, (x, y), POINTS, backend=backend)
             assert (got.passes, got.samples, got.backend) == (1, len(y), backend) and not got.info[
                 "fallback"
             ]
@@ -159,7 +160,7 @@ def test_loss_and_error_with_recomputed_statistics(name):
     )
     for kind, make_path in PATHS.items():
         path = make_path(networks)
-        t = np.linspace(0, 1, 21)
+        t = np.linspace(0, 1, POINTS)
         plain = {
             dtype: re_estimated(networks[0], path, x, y, t, dtype, batch_size=8) for dtype in DTYPES
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import sys
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,29 @@ def test_gradients_and_returns(networks):
             return np.zeros(6), 1.5, self.left == 0, {}
 
     assert loss_landscapes.point(a, metrics.ExpectedReturnMetric(Environment(), 2)) == 3.0
+
+
+def test_an_exception_names_its_point(networks):
+    a, b = networks
+    calls = [0]
+
+    def fails(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyError("no such class")
+        return F.cross_entropy(outputs, targets)
+
+    with pytest.raises(KeyError, match="no such class") as info:
+        loss_landscapes.linear_interpolation(a, b, loss(fails), 5)
+    calls[0] = 0
+    cross_entropy = nn.CrossEntropyLoss()
+    cross_entropy.register_forward_pre_hook(lambda module, args: (fails(*args), None)[1])
+    with pytest.raises(KeyError, match="no such class") as known:
+        loss_landscapes.linear_interpolation(a, b, loss(cross_entropy), 5)
+    for each in (info, known):
+        error = each.value
+        said = error.__notes__[0] if sys.version_info >= (3, 11) else str(error.__cause__)
+        assert said == "raised at point 3, t = 0.8, by the function"
 
 
 def test_what_is_refused(networks, monkeypatch):

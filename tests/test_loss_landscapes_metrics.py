@@ -71,7 +71,14 @@ def counted(monkeypatch) -> dict[str, int]:
             counts[key] += result.info[key]
         return result
 
+    value = values._Moved.value
+
+    def moved(*args: Any) -> Any:
+        counts["run"] += 1
+        return value(*args)
+
     monkeypatch.setattr(values, "mapped", mapped)
+    monkeypatch.setattr(values._Moved, "value", moved)
     return counts
 
 

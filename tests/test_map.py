@@ -63,14 +63,8 @@ def loss(model: nn.Module) -> float:
 def test_calls_that_repeat_are_answered(ends):
     a, b = ends
     got = check(loss, a, mc.Line(a, b), answered=7)
-    assert got.info == {
-        "points": 9,
-        "forwards": 9,
-        "answered": 7,
-        "run": 2,
-        "changed": 0,
-        "reason": "",
-    }
+    counts = {"points": 9, "forwards": 9, "answered": 7, "run": 2, "changed": 0}
+    assert got.info == {**counts, "reason": ""}
     assert got.t.tolist() == T.tolist()
     assert len(got) == 9 and got[-1] == got.values[8]
     assert repr(got) == "MapResult(9 points, 9 forwards, 7 of them answered)"
@@ -184,6 +178,39 @@ def test_a_changed_model_runs_as_it_is(ends, how: str):
     assert (got.info["answered"], got.info["run"]) == (7, 11)
 
 
+def double(model: nn.Module) -> None:
+    model.double()
+
+
+def other_memory(model: nn.Module) -> None:
+    model[0].weight.data = torch.zeros_like(model[0].weight)
+
+
+def hook_around(model: nn.Module) -> None:
+    model.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def hook_within(model: nn.Module) -> None:
+    model[1].register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def freeze(model: nn.Module) -> None:
+    model[0].weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("leave", [double, other_memory, hook_around, hook_within, freeze])
+@pytest.mark.filterwarnings("ignore:the function changes")
+def test_nothing_is_left_at_the_next_point(ends, leave):
+    a, b = ends
+
+    def fn(model: nn.Module) -> list[float]:
+        before = [loss(model), *(float(p.requires_grad) for p in model.parameters())]
+        leave(model)
+        return [*before, model(X.to(model[0].weight.dtype)).mean().item()]
+
+    check(fn, a, mc.Line(a, b))
+
+
 def test_functional_calls_and_copies_run(ends):
     a, b = ends
 
@@ -293,8 +320,8 @@ def test_values_keep_what_they_were(ends):
         out.detach().zero_()  # what a function does to an output is its own affair
         return result
 
-    for i, (t, value) in enumerate(zip(T, mc.map(kept, a, path, T, replay=True))):
-        assert torch.equal(value["weight"], path.at(t)["0.weight"]), i
+    for t, value in zip(T, mc.map(kept, a, path, T, replay=True)):
+        assert torch.equal(value["weight"], path.at(t)["0.weight"]), t
         assert torch.equal(value["view"], path.at(t)["0.weight"][0])
         assert not value["out"].any() and value["copy"].any()
 

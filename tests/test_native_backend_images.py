@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import modeconn as mc
+from modeconn.backends.base import Request
 from modeconn.backends.native import extension as native
+from modeconn.backends.native.backend import NativeBackend
 from modeconn.backends.native.partition import straight_steps, whole_subgraph
+from modeconn.backends.reference import ReferenceBackend
 from modeconn.errors import Unsupported
 from modeconn.models import build
+from modeconn.plan.program import SHARED
 from naive import clone, pass_per_point
 from native_backend_cases import Y, agrees
+from policy import assert_within_policy
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason=f"no C++ extension: {native.reason()}"
@@ -305,3 +310,23 @@ def test_norms_that_cannot_be_folded(start, length):
                 layer.reset_parameters()
         net(3 * x + 1)
     agrees(nets[0], mc.Line(*nets), x, Y[:40], 5)
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_convolutions_that_are_constant_run_in_the_engine_in_float64(precision):
+    """At the breakpoints of a chain all is constant: PyTorch has no kernels of float64 for it."""
+    model, dtype = build("resnet20:width=4"), getattr(torch, precision)
+    torch.manual_seed(0)
+    a = clone(model)
+    b = {key: v + 0.1 * torch.rand_like(v) if v.dim() == 4 else v for key, v in a.items()}
+    b = {**b, "layer1.0.conv1.weight": a["layer1.0.conv1.weight"]}
+    a["layer2.1.conv2.weight"][:, 2:] = 0
+    path, x = mc.PolyChain([a, b, a]), torch.randn(19, 3, 32, 32, dtype=dtype)
+    program = mc.explain(model, path, x, 3, precision=precision).program
+    cpu = torch.device("cpu")
+    engine = NativeBackend(Request(program, dtype, cpu))
+    assert bool(engine._fused.get(SHARED)) == (precision == "float64")
+    got, plain = (each.shared(x) for each in (engine, ReferenceBackend(program, dtype, cpu)))
+    assert set(got) == set(plain) == set(program.kept())
+    for number, value in plain.items():
+        assert_within_policy(f"value {number}", got[number], value, value, dtype)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from native_cases import engine
-from native_chain_cases import DTYPES, ISAS, PLAIN, make, outputs, reference, sums
+from native_chain_cases import DTYPES, ISAS, PLAIN, known, make, outputs, reference, sums
 from policy import assert_within_policy
 
 
@@ -16,9 +16,8 @@ from policy import assert_within_policy
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 def test_sums(isa, dtype, layers, classes, loss):
     rows, points = 777, 5
-    case = make(rows, [classes] * (layers + 1), points, DTYPES[dtype], terms=3, pad=1)
+    case, plain, exact = known(dtype, rows, (classes,) * (layers + 1), points, terms=3, pad=1)
     rng = np.random.default_rng(1)
-    plain, exact = (reference(case, precision) for precision in (PLAIN[dtype], torch.float64))
     if loss == "mse":
         targets = rng.standard_normal((rows, classes)).astype(DTYPES[dtype])
         got = sums(case, targets, isa, loss="mse")

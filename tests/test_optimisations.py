@@ -79,6 +79,8 @@ def image_net() -> tuple[nn.Module, mc.Line]:
 
 
 MADE = {"rows": rows_net(), "overlapping": overlapping_net(), "images": image_net()}
+# Those that change no plan have tests of their own.
+APART = ("winograd", "direct", "reuse")
 # Where each optimisation has something to do.
 WHERE = {"merging": "overlapping", "folding": "images", "winograd": "images"}
 
@@ -113,7 +115,7 @@ def seen(name: str) -> object:
     return len(plan.order)  # sharing
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("winograd", "reuse")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in APART])
 def test_each_switch_changes_the_plan(name: str):
     on = seen(name)
     with without(name):
@@ -154,6 +156,24 @@ def test_without_winograd_the_engine_sums_in_another_order():
     with without("winograd"):
         off = bits()
     assert bits() == on != off
+
+
+def test_without_the_direct_way_torch_export_captures(
+    monkeypatch: pytest.MonkeyPatch, fresh_graphs: None
+):
+    exported, exports = export._export, []
+    monkeypatch.setattr(export, "_export", lambda *args: exports.append(1) or exported(*args))
+
+    def captured() -> list[str]:
+        monkeypatch.setattr(cache, "_GRAPHS", WeakKeyDictionary())
+        model, _ = MADE["rows"]
+        return [node.op for node in export.capture(model, ROWS).nodes]
+
+    on = captured()
+    assert not exports
+    with without("direct"):
+        off = captured()
+    assert exports and on == off
 
 
 def test_without_reuse_every_call_captures(monkeypatch: pytest.MonkeyPatch):

@@ -102,6 +102,7 @@ def test_evaluate_signature():
         "tolerance",
         "floor",
         "ignore",
+        "distributed",
     ]
 
 

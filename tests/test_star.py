@@ -56,7 +56,7 @@ def star(networks, passes) -> mc.Star:
         return certify(model, chain, path, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modeconn.connection.hub.certify", counted)
+        patch.setattr("modeconn.connection.certifying.certificate_of", counted)
         return mc.connect(networks[0], networks, train=digits(), target=0.3)
 
 

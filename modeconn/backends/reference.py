@@ -20,7 +20,14 @@ from modeconn.backends.blocking import block_rows
 from modeconn.data.inputs import Inputs
 from modeconn.metrics import Head
 from modeconn.parameters.blending import blend
-from modeconn.plan.program import Combination, Moving, Program, Segment, Varying
+from modeconn.plan.program import (
+    Combination,
+    Moving,
+    Program,
+    Segment,
+    Varying,
+    shared_steps,
+)
 
 
 class FusedSteps(Protocol):
@@ -34,7 +41,7 @@ class FusedSteps(Protocol):
         """The last step's value, from shared values, by number, and earlier steps' values."""
 
 
-# By the segment's index, then by the last of the steps.
+# By the segment's index, then by the last of the steps; shared steps are a segment, too.
 Fused = Mapping[int, Mapping[int, FusedSteps]]
 
 
@@ -65,17 +72,11 @@ class ReferenceBackend:
     ) -> None:
         self.program = program
         self.kept = frozenset(program.kept()).union(kept)
+        self._shared = shared_steps(program, self.kept)
         self._fused, self._device = fused or {}, device
         self._block = block_rows(program, dtype, device) if block is None else block
         self._item = torch.finfo(dtype).bits // 8
         self._orders: dict[int, _Order] = {}
-        last: dict[int, int] = {}
-        for number in program.order:
-            last |= dict.fromkeys(program.shared[number].inputs, number)
-        self._drops: dict[int, list[int]] = {}  # by shared value those that nothing reads after it
-        for i, number in last.items():
-            if i not in self.kept:
-                self._drops.setdefault(number, []).append(i)
 
     @classmethod
     def supports(cls, request: Request) -> None:
@@ -106,27 +107,14 @@ class ReferenceBackend:
     def shared(self, x: Inputs) -> Values:
         """The shared values of a batch that the segments read."""
         inputs = [_channels_last(tensor) for tensor in self.program.graph.given(x)]
+        given, rows = dict(enumerate(inputs)), len(inputs[0])
+        steps, order = self._shared, self._order_of(self._shared)
+        run = _AtPoint(self.program, steps, 0, order, given, rows, self._device)
         parts: dict[int, list[Any]] = {}
-        for block in self._blocks(len(inputs[0])):
-            values = self._shared_of_block([tensor[block] for tensor in inputs], block.start)
-            for number, value in values.items():
-                if number in self.kept:
-                    parts.setdefault(number, []).append(value)
+        for block in self._blocks(rows):
+            for number, value in run.values(block).items():
+                parts.setdefault(number, []).append(value)
         return {number: self._joined(number, part) for number, part in parts.items()}
-
-    def _shared_of_block(self, inputs: list[Tensor], start: int) -> Values:
-        values: Values = dict(enumerate(inputs))
-        for number in self.program.order:
-            if number < len(inputs):
-                continue
-            step = self.program.shared[number]
-            taken = [values[i] for i in step.inputs]
-            with self.program.noise.of(self.program.graph, step.node, start, inputs[0].device):
-                values[number] = step.node.run(taken, step.entries, len(inputs[0]))
-            del taken
-            for i in self._drops.get(number, ()):
-                del values[i]
-        return values
 
     def _joined(self, number: int, parts: list[Any]) -> Any:
         """A shared value from those of the blocks, which are equal where they have no rows."""
@@ -166,13 +154,16 @@ class ReferenceBackend:
         self, segment: Segment, point: int, values: Values, rows: int
     ) -> Iterator[tuple[slice, Any]]:
         """The network's output at one point, a block of rows at a time."""
-        order = self._orders.get(segment.index)
-        if order is None:
-            order = _Order(segment, self._fused.get(segment.index, {}))
-            self._orders[segment.index] = order
+        order = self._order_of(segment)
         at_point = _AtPoint(self.program, segment, point, order, values, rows, self._device)
         for block in self._blocks(rows):
             yield block, at_point.output(block)
+
+    def _order_of(self, segment: Segment) -> _Order:
+        if segment.index not in self._orders:
+            fused = self._fused.get(segment.index, {})
+            self._orders[segment.index] = _Order(segment, fused)
+        return self._orders[segment.index]
 
     def _blocks(self, rows: int) -> Iterator[slice]:
         step = rows if self.program.graph.mixes_rows else self._block
@@ -228,6 +219,10 @@ class _AtPoint:
 
     def output(self, block: slice) -> Any:
         """The network's output for a block of rows."""
+        return self._program.graph.fill_output(self.values(block))
+
+    def values(self, block: slice) -> dict[int, Any]:
+        """The values of the segment's outputs for a block of rows."""
         done: dict[int, Any] = dict(self._unbatched)
         for index, read in self._order.done:
             if index in done:
@@ -244,7 +239,7 @@ class _AtPoint:
                 outputs[node] = done[form.step]
             else:
                 outputs[node] = self._combined(form, block)
-        return self._program.graph.fill_output(outputs)
+        return outputs
 
     def _value(self, index: int, block: slice, done: dict[int, Any]) -> Any:
         step = self._segment.steps[index]

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modeconn.capture.opaque import Call, Opaque, Structure, reason_of, tensors_of
+from modeconn.capture.quiet import silence_export
 from modeconn.capture.stubs import stubs
 from modeconn.errors import out_of_memory
 
@@ -128,6 +129,7 @@ def _failure(
     module: nn.Module, calls: Sequence[Call], closed: Sequence[Opaque]
 ) -> Exception | None:
     """Exports a submodule on its own, for any number of rows; returns the error if it fails."""
+    silence_export()
     from torch.export import Dim, export
 
     (arguments, tensors), (_, others) = (Structure.of(call.arguments) for call in calls[:2])

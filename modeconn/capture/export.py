@@ -22,19 +22,21 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from modeconn.capture import ops
-from modeconn.capture.cache import graph_for
+from modeconn.capture.cache import graph_for, is_known
 from modeconn.capture.closing import parts_of
 from modeconn.capture.decompose import decomposed
+from modeconn.capture.direct import direct_graph
 from modeconn.capture.graph import Entry, Graph, In, Node, Size
 from modeconn.capture.mixing import mixes, run, same
 from modeconn.capture.noise import seeded, undrawn
 from modeconn.capture.opaque import reason_of, tensors_of, whole
-from modeconn.capture.quiet import quietly
+from modeconn.capture.optimisations import current
+from modeconn.capture.quiet import quietly, silence_export
 from modeconn.capture.stubs import stubs
 from modeconn.capture.translate import graph_of
-from modeconn.capture.trial import Runner, on_trial, output_of, saved_tensors
+from modeconn.capture.trial import Runner, Trial, on_trial, output_of, saved_tensors
 from modeconn.data.inputs import Inputs, arguments, join, keys, leaves, rows, take
-from modeconn.errors import ModeconnError, out_of_memory
+from modeconn.errors import ModeconnError, Unsupported, out_of_memory
 
 # Rows of the sample that the network is traced and checked with: enough to tell rows apart, and few
 # enough to cost nothing.
@@ -65,11 +67,48 @@ def capture(model: Runner | nn.Module, sample: Inputs) -> Graph:
         return graph_for(runner, sample, lambda: _tried(runner, sample), mixes)
 
 
+def is_at_hand(model: Runner, sample: Inputs) -> bool:
+    """Whether a model was captured before, or is now: without torch.export, in milliseconds.
+
+    Args:
+        model, sample: as for `capture`.
+    """
+    model.expect(sample)
+    if is_known(model, sample):
+        return True
+    if not current().direct:
+        return False
+    with contextlib.suppress(ModeconnError, Unsupported), torch.no_grad():
+        graph_for(model, sample, lambda: _directly(model, sample), mixes)
+        return True
+    return False
+
+
+def _directly(runner: Runner, sample: Inputs) -> Graph:
+    """Captures a module without torch.export; raises Unsupported where that cannot be."""
+    x = _few(sample)
+    with undrawn(leaves(x)[0].device):
+        trial = on_trial(runner, x)
+        made = None if trial.impure else direct_graph(trial.module, x)
+        if made is None:
+            raise Unsupported("the model calls what is not known without torch.export")
+        return _described(_checked(made, trial.module, x, trial.expected), trial)
+
+
+def _few(sample: Inputs) -> Inputs:
+    """Rows to trace and check a network with."""
+    x = take(sample, 0, _SAMPLE_ROWS)
+    return x if rows(x) > 1 else join([x, x])  # export takes a batch of one for a constant
+
+
+def _described(graph: Graph, trial: Trial) -> Graph:
+    example = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), trial.expected)
+    return replace(graph, example=example, random=trial.random)
+
+
 def _tried(runner: Runner, sample: Inputs) -> Graph:
     """Captures a module that no graph is known of."""
-    x = take(sample, 0, _SAMPLE_ROWS)
-    if rows(x) < 2:  # export takes a batch of one for a constant
-        x = join([x, x])
+    x = _few(sample)
     with quietly(), undrawn(leaves(x)[0].device):
         try:
             return _graph(runner, x)
@@ -115,8 +154,7 @@ def _graph(runner: Runner, x: Inputs) -> Graph:
         graph = replace(_opaque(trial.module, x, trial.expected, reason), takes=runner.takes)
     else:
         graph = _captured(trial.module, x, trial.expected)
-    example = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), trial.expected)
-    return replace(graph, example=example, random=trial.random)
+    return _described(graph, trial)
 
 
 def _captured(model: nn.Module, x: Inputs, expected: Any) -> Graph:
@@ -125,6 +163,10 @@ def _captured(model: nn.Module, x: Inputs, expected: Any) -> Graph:
     Args:
         model: a copy in eval mode.
     """
+    made = direct_graph(model, x) if current().direct else None
+    if made is not None:
+        with _stumbling():
+            return _checked(made, model, x, expected)
     try:
         return _checked(_export(model, x), model, x, expected)
     except Exception as error:  # whatever export stumbles over, the module itself still runs
@@ -203,6 +245,7 @@ def _halved(model: nn.Module) -> Iterator[None]:
 
 
 def _export(model: nn.Module, x: Inputs, strict: bool = False) -> Graph:
+    silence_export()
     from torch.export import Dim, export
 
     batch = {0: Dim("batch", min=1)}

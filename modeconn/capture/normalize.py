@@ -16,7 +16,7 @@ import torch
 from modeconn.capture import ops
 from modeconn.capture.graph import Dim, In, Node, Size
 from modeconn.capture.signature import named
-from modeconn.capture.stubs import closed_part, operation
+from modeconn.capture.stubs import closed_part, is_stub
 
 _VIEWS = ("view", "_unsafe_view", "reshape")
 _ATEN = torch.ops.aten
@@ -47,7 +47,7 @@ def normalize(
         inputs: ids of the nodes that it takes.
         shape: of its value.
     """
-    if function is operation():
+    if is_stub(function):
         part = closed_part(arguments.pop("number"))
         return Call("module", part, arguments, inputs)
     call = _named(function, arguments, inputs, shape)

@@ -26,6 +26,7 @@ class Optimisations:
         merging: overlapping requests for a value become one.
         folding: norms become part of the layer before them, in the engine and in kernels.
         winograd: 3 × 3 convolutions in the engine take 16 products for four pixels.
+        direct: networks of common layers are captured without torch.export.
         reuse: a captured graph is taken up again; off: every call captures anew.
         sharing: segments share equal values; off: each segment has its own.
         parting: points that have a prefix of the network in common share it.
@@ -37,6 +38,7 @@ class Optimisations:
     merging: bool = True
     folding: bool = True
     winograd: bool = True
+    direct: bool = True
     reuse: bool = True
     sharing: bool = True
     parting: bool = True

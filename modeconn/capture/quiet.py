@@ -25,7 +25,6 @@ _THREAD = threading.local()
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Within, this thread's exports say nothing; other threads wait with theirs."""
-    _install()
     with _ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = getattr(_THREAD, "quiet", False)
@@ -49,8 +48,11 @@ def _print(*values: Any, **options: Any) -> None:
 
 
 @functools.cache
-def _install() -> None:
-    """Teaches the two modules that print, and the handlers that log, to ask who is speaking."""
+def silence_export() -> None:
+    """Teach the two modules that print, and the handlers that log, to ask who is speaking.
+
+    It loads torch.export, which takes seconds: it is called where something is exported.
+    """
     import torch.export._trace
     import torch.fx.graph_module
 

@@ -41,6 +41,11 @@ def operation() -> Any:
     return torch.ops.modeconn.module.default
 
 
+def is_stub(function: Any) -> bool:
+    """Whether a function is that operation: outside of exports with closed parts there is none."""
+    return bool(_CLOSED) and function is operation()
+
+
 @contextlib.contextmanager
 def stubs(closed: Sequence[Opaque]) -> Iterator[None]:
     """Replaces closed parts by the operation, their hooks included."""

@@ -23,6 +23,7 @@ from modeconn.cli import (
     evaluate,
     explain,
     inspect,
+    launched,
     layerwise,
     mix,
     plane,
@@ -100,8 +101,9 @@ def _run(argv: Sequence[str] | None) -> int:
     if "run" not in args:
         parser.print_help()
         return 0
-    code: int | None = args.run(args)
-    sys.stdout.flush()
+    with launched.joined(args):
+        code: int | None = args.run(args)
+        sys.stdout.flush()
     return code or 0
 
 

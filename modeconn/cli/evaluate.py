@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeconn.backends import NAMES as BACKENDS
-from modeconn.cli import options, output
+from modeconn.cli import launched, options, output
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import BUFFERS, PRECISIONS
 from modeconn.metrics import LOSSES, METRICS
@@ -295,7 +295,8 @@ def evaluated(
     data = options.load_data(args)
     estimated = args.buffers == "recompute" and args.split != "train"
     run_by: Callable[..., Any] = by or evaluate
-    keeps = args.save is not None and resume and not isinstance(points, str)
+    alone = resume and not launched.is_shared()
+    keeps = args.save is not None and alone and not isinstance(points, str)
     unfinished = f"{args.save}.unfinished" if keeps else None
     with output.kept(unfinished, unfinished):
         result = run_by(

@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from modeconn.connection.connection import Connection
     from modeconn.connection.star import Star, is_star
     from modeconn.connection.verification import verify
+    from modeconn.evaluation.progress import reporting
 
     if is_star(args.folder):
         star = Star.load(args.folder)
@@ -85,17 +86,19 @@ def run(args: argparse.Namespace) -> int:
     model = _model(args, connection)
     data = options.load_data(args)
     started = time.perf_counter()
-    found = verify(
-        model,
-        connection,
-        data,
-        args.batch_size,
-        a=args.a,
-        b=args.b,
-        test=_test_data(args, connection),
-        target=args.target,
-        require_same_data=args.require_same_data,
-    )
+    with reporting(output.on_terminal() and not args.quiet, what="verify") as report:
+        found = verify(
+            model,
+            connection,
+            data,
+            args.batch_size,
+            report,
+            a=args.a,
+            b=args.b,
+            test=_test_data(args, connection),
+            target=args.target,
+            require_same_data=args.require_same_data,
+        )
     seconds = time.perf_counter() - started
     if args.plot is not None:
         _plot(connection, model, data, found, args.plot)

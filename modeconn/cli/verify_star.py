@@ -25,21 +25,24 @@ def run(args: argparse.Namespace, star: Star, model: nn.Module) -> bool:
         whether the data are those of the certificates.
     """
     from modeconn.connection.hub import verify_star
+    from modeconn.evaluation.progress import reporting
 
     data = options.load_data(args)
     ends = {name: file for name, file in (("a", args.a), ("b", args.b)) if file is not None}
     started = time.perf_counter()
     tested = all(each.test_certificate is not None for each in star.descents.values())
-    found = verify_star(
-        model,
-        star,
-        data,
-        ends,
-        batch_size=args.batch_size,
-        test=options.load_data(args, "test") if tested and args.split == "train" else None,
-        target=args.target,
-        require_same_data=args.require_same_data,
-    )
+    with reporting(output.on_terminal() and not args.quiet, what="verify") as report:
+        found = verify_star(
+            model,
+            star,
+            data,
+            ends,
+            batch_size=args.batch_size,
+            progress=report,
+            test=options.load_data(args, "test") if tested and args.split == "train" else None,
+            target=args.target,
+            require_same_data=args.require_same_data,
+        )
     seconds = time.perf_counter() - started
     if args.plot is not None:
         output.write_figure(star.plot, args.plot)

@@ -88,7 +88,7 @@ class Rounding:
 
         lines = f"rounding adds at most {added(self.loss_float64, self.error_float64)} in float64"
         if self.loss_float32 >= _USELESS:
-            return f"{lines}; nothing useful is known of float32 (verify looks closer)"
+            return f"{lines}; nothing useful is known of float32"
         return f"{lines}, {added(self.loss_float32, self.error_float32)} in float32"
 
 

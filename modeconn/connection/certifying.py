@@ -1,20 +1,24 @@
-"""Certifies a path of one's own, through any network whose operations are known."""
+"""Certifies paths: one's own, through any network whose operations are known, and those made."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from modeconn.backends.precision import without_autocast
+from modeconn.connection.certificate import Certificate
 from modeconn.connection.connection import Connection
-from modeconn.connection.structure import structure_of
+from modeconn.connection.layer_chain import LayerChain
+from modeconn.connection.structure import Structure, structure_of
 from modeconn.connection.verification import Claims
 from modeconn.connection.verification import certify as certificate_of
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
-from modeconn.evaluation.progress import Progress
+from modeconn.evaluation.progress import Progress, told
 from modeconn.metrics.convexity import Loss
 from modeconn.parameters.paths import PolyChain
 
@@ -80,3 +84,36 @@ def certify(
     ]
     kinds = [segment.kind for segment in made[0].segments]
     return Connection(path, tuple(kinds), made[0], (*made, None)[1], spec)
+
+
+def certify_made(
+    model: nn.Module,
+    structure: Structure | LayerChain,
+    path: PolyChain,
+    data: tuple[Any, Any],
+    claims: Claims,
+    say: Callable[[str], None],
+    folder: str | os.PathLike[str] | None,
+    name: str = "certificate",
+) -> tuple[Certificate, Certificate | None]:
+    """Certifies a path that was made, for the training data and perhaps test data.
+
+    Args:
+        model: the architecture. structure: of it.
+        path: with what is claimed of it.
+        data: for training and for tests, or None.
+        say: called with a line of text now and then.
+        folder: keeps the sums so far, from which the same call goes on after an interruption.
+        name: of the certificate: of the files, and in what is said.
+    """
+    found = []
+    for each, what in zip(data, (name, f"{name} of test data")):
+        if each is None:
+            continue
+        say(what)
+        file = None if folder is None else Path(folder) / f"{what.replace(' ', '-')}.safetensors"
+        progress = told(say, what)
+        found.append(
+            certificate_of(model, structure, path, each, claims, progress=progress, file=file)
+        )
+    return found[0], (*found, None)[1]

@@ -32,6 +32,8 @@ _T_TOLERANCE = 1e-12
 # Certificates of the first format were made in float32, which moves a few samples whose two largest
 # logits tie to rounding.
 _EARLIER_ERRORS = 1e-4  # fraction of the samples
+# Their losses are off by less, whatever the bound on rounding is.
+_EARLIER_LOSS = 1e-3
 # Where nothing is known of rounding, float64 sums of other machines may differ by this much.
 _UNBOUNDED = 1e-9
 # Bounds on rounding are computed themselves: in float32, and in another order elsewhere.
@@ -123,8 +125,11 @@ def check_numbers(stored: Certificate, found: Certificate, measured: MeasuredPat
 
 def _allowed_loss(stored: Certificate, measured: MeasuredPath, k: int) -> float:
     """Returns how far a stored loss may be off: rounding of its computation, and of this one."""
-    slack = measured.tallied.loss_slack(k, float32=stored.rounding is None)
-    return _UNBOUNDED if slack is None else 2 * slack
+    earlier = stored.rounding is None
+    slack = measured.tallied.loss_slack(k, float32=earlier)
+    if slack is None:
+        return _UNBOUNDED
+    return min(2 * slack, _EARLIER_LOSS) if earlier else 2 * slack
 
 
 def _within(earlier: bool, said: float, limits: tuple[float, float]) -> bool:

@@ -120,9 +120,11 @@ def _values(
         h, at = rows, 0
         try:
             for entry in requested:
-                h = chain.input(h) if entry == 0 else chain.run(state, h, at, entry)
-                at = entry
-                blocks[entry].append(restrict(chain, entry, h, kept[entry]) if entry in kept else h)
+                if entry:
+                    h, at = chain.run(state, h, at, entry), entry
+                value = h if entry else chain.input(h, state)
+                own = restrict(chain, entry, value, kept[entry]) if entry in kept else value
+                blocks[entry].append(own)
         except RuntimeError as error:
             if out_of_memory(error):
                 raise

@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from modeconn.connection.certificate import Certificate, FalseCertificate
+from modeconn.connection.certifying import certify_made
 from modeconn.connection.connection import Connection
 from modeconn.connection.construct import Breakpoint, descents
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.segment_kinds import REWRITE, State, classify_segment
 from modeconn.connection.solution import Log, Settings, Solution, solve
 from modeconn.connection.star import Join, Pair, Star
-from modeconn.connection.verification import Claims, certify, verify
+from modeconn.connection.verification import Claims, verify
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.parameters.paths import PolyChain
@@ -61,8 +62,7 @@ def connect_star(
     walks = descents(solution.chain, solution.ends, subnetworks)
     rays = {}
     for name, walk in zip(solution.ends, walks):
-        say(f"certificate of {name}")
-        rays[name] = _certified(model, solution.chain, walk, (train, test), settings, spec)
+        rays[name] = _certified(model, solution.chain, walk, (train, test), settings, spec, say)
     hubs = {name: walk[-1].state for name, walk in zip(solution.ends, walks)}
     return Star(rays, _joins(solution.chain, hubs), spec), solution
 
@@ -74,6 +74,7 @@ def _certified(
     data: tuple[Any, Any],
     settings: Settings,
     spec: str | None,
+    say: Log,
 ) -> Connection:
     """Certifies one descent as a connection from a network to the hub."""
     path = PolyChain([point.state for point in walk])
@@ -82,10 +83,9 @@ def _certified(
     name = walk[0].label
     labels = ["a", *(point.label.replace(f" of {name}", " of a") for point in walk[1:])]
     claims = Claims(kinds, labels, settings.target, settings.loss)
-    train, test = data
-    first = certify(model, chain, path, train, claims)
-    other = None if test is None else certify(model, chain, path, test, claims)
-    return Connection(path, kinds, first, other, spec)
+    what = f"certificate of {name}"
+    both = certify_made(model, chain, path, data, claims, say, settings.folder, what)
+    return Connection(path, kinds, *both, spec)
 
 
 def _joins(chain: LayerChain, hubs: Mapping[str, State]) -> dict[Pair, Join]:

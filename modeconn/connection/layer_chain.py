@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from modeconn.capture.export import capture, prepare
 from modeconn.capture.graph import Node, Size
+from modeconn.connection.fixed_inputs import FixedInputs, is_fixed_step
 from modeconn.errors import ModeconnError
 
 State = Mapping[str, Tensor]
@@ -152,14 +153,14 @@ class LayerChain:
         layers: layers 1 … L.
         widths: n_0 … n_L.
         name: of the model's class, for messages.
-        flattened: whether inputs are flattened to [N, n_0] first.
+        fixed: what is done to the inputs first; it does not move.
         others: keys of the parameters and buffers that are no layer's: constructions leave them.
     """
 
     layers: tuple[AffineLayer, ...]
     widths: tuple[int, ...]
     name: str
-    flattened: bool
+    fixed: FixedInputs = field(default_factory=FixedInputs)
     others: tuple[str, ...] = ()
 
     @staticmethod
@@ -181,7 +182,7 @@ class LayerChain:
         output = graph.tensor_output
         if output is None:
             raise _refusal(name, "it returns more than one tensor")
-        builder = _Builder(name, model.state_dict())
+        builder = _Builder(name, model.state_dict(), graph.constants)
         value = 0
         for node in graph.nodes[1:]:
             if not node.batched:
@@ -212,9 +213,9 @@ class LayerChain:
         """Returns layer p, from 1 to L."""
         return self.layers[p - 1]
 
-    def input(self, x: Tensor) -> Tensor:
-        """Returns h_0 of raw inputs: flattened where the network flattens them."""
-        return x.flatten(1) if self.flattened else x
+    def input(self, x: Tensor, state: State) -> Tensor:
+        """Returns h_0 of raw inputs: flattened, say, where the network flattens them."""
+        return self.fixed.apply(x, state)
 
     def affine(self, state: State, p: int, h: Tensor) -> Tensor:
         """Applies the affine map of layer p alone."""
@@ -231,7 +232,7 @@ class LayerChain:
                 None.
         """
         if start == 0:
-            h = self.input(h)
+            h = self.input(h, state)
         for layer in self.layers[start : self.length if stop is None else stop]:
             h = layer.finish(self.affine(state, layer.index, h), state)
         return h
@@ -244,11 +245,11 @@ def _refusal(name: str, why: str) -> ModeconnError:
 class _Builder:
     """Groups the nodes of a graph, taken in order, into layers."""
 
-    def __init__(self, name: str, state: State) -> None:
-        self.name, self.state = name, state
+    def __init__(self, name: str, state: State, constants: State) -> None:
+        self.name, self.state, self.constants = name, state, constants
         self.layers: list[AffineLayer] = []
         self.widths: list[int] = []
-        self.flattened = False
+        self.fixed: list[Node] = []
         self._affine: Node | None = None
         self._steps: list[Node] = []
 
@@ -263,20 +264,26 @@ class _Builder:
         """
         if node.op in _AFFINE:
             self._begin(node, before)
-        elif node.op == "flatten":
-            if self._affine is None:
-                self.flattened = True
-            self._steps.append(node)
-        elif node.op in _IDENTITIES or _keeps_shape(node, before):
+        elif node.op in _IDENTITIES or (node.op == "reshape" and _keeps_shape(node, before)):
             pass
         elif self._affine is None:
-            raise self.refuse(node, "comes before the first layer")
+            self._add_fixed(node, before)
+        elif node.op == "flatten":
+            self._steps.append(node)
         elif node.op == "batch_norm":
             self._add_norm(node)
         elif (node.op in ACTIVATIONS or node.op in _POOLING) and not node.entries:
             self._steps.append(node)
         else:
             raise self.refuse(node, "does not act unit by unit")
+
+    def _add_fixed(self, node: Node, before: tuple[Any, ...]) -> None:
+        """Adds a node before the first layer."""
+        fits = is_fixed_step(node) and _keeps_shape(node, before)
+        known = all(key in self.state or key in self.constants for key in node.entries)
+        if node.op != "flatten" and not (fits and known):
+            raise self.refuse(node, "comes before the first layer, and is no fixed sum or norm")
+        self.fixed.append(node)
 
     def _add_norm(self, node: Node) -> None:
         if any(step.op == "batch_norm" for step in self._steps):
@@ -344,8 +351,10 @@ class _Builder:
         self._check_last(self.layers[-1])
         used = self._used()
         others = tuple(key for key in self.state if key not in used)
-        return LayerChain(tuple(self.layers), tuple(self.widths), self.name, self.flattened, others)
-
+        fixed = FixedInputs(tuple(self.fixed), self.constants)
+        if used.intersection(fixed.keys):
+            raise _refusal(self.name, "a tensor before the first layer is one of a layer, too")
+        return LayerChain(tuple(self.layers), tuple(self.widths), self.name, fixed, others)
 
     def _check_last(self, last: AffineLayer) -> None:
         """Raises unless the outputs are linear in the last layer's weights, a number for each."""
@@ -366,8 +375,8 @@ class _Builder:
 
 
 def _keeps_shape(node: Node, before: tuple[Any, ...]) -> bool:
-    """Whether the node is a reshape to the value's own shape."""
-    return node.op == "reshape" and list(map(str, node.shape)) == list(map(str, before))
+    """Whether the value of a node has the shape of that before it."""
+    return list(map(str, node.shape)) == list(map(str, before))
 
 
 def _norm(node: Node) -> Norm:
@@ -380,7 +389,7 @@ def _norm(node: Node) -> Norm:
 
 def block_rows(chain: LayerChain, sample: Tensor, budget: int = _PLAIN_BUDGET) -> int:
     """Returns the number of rows whose widest value fits a budget of bytes."""
-    widest = max(1, chain.input(sample[:1]).numel())
+    widest = max(1, sample[:1].numel())
     for layer in chain.layers:
         size = math.prod(d for d in layer.affine.shape[1:] if not isinstance(d, Size))
         widest = max(widest, size)

@@ -25,10 +25,10 @@ Told = Callable[[Tensor, Tensor | None, float], None]
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 # Roundings beside those of a product's sum: of the bias, of an input or weight that is narrowed,
 # and five of a weight between two breakpoints.
-_BESIDE = 8
+BESIDE = 8
 # Roundings of a folded or unfolded norm, and of a smooth activation, in units of what they compute.
-_OF_NORM = 16
-_OF_ACTIVATION = 8
+OF_NORM = 16
+OF_ACTIVATION = 8
 # A value is near a kink within this many of its own rounding errors.
 _KINK = 4.0
 
@@ -78,7 +78,7 @@ class LiveNetwork:
         value = layer.map(h, self.state[layer.weight], bias)
         if torch.is_grad_enabled() and not value.requires_grad:
             value.requires_grad_()
-        error = self._of_product(layer, h.detach())
+        error = self.of_product(layer, h.detach())
         tell(value, error, 1.0 if torch.is_grad_enabled() else self._factor(layer))
         for node in layer.steps:
             value, error = self._step(layer, node, value, error, tell)
@@ -91,15 +91,16 @@ class LiveNetwork:
         return self._factors[key]
 
     @torch.no_grad()
-    def _of_product(self, layer: AffineLayer, h: Tensor) -> Tensor:
+    def of_product(self, layer: AffineLayer, h: Tensor) -> Tensor:
+        """Returns the size of the own error of a layer's affine map."""
         bias = self.sizes[layer.bias].abs() if layer.bias else None
         size = layer.map(h.abs(), self.sizes[layer.weight].abs(), bias)
         if layer is self.chain.layers[-1]:  # on a swing it reads what is live at either end
             terms = self.chain.widths[-2] * layer.block * math.prod(layer.kernel)
-            return size * (terms + _BESIDE)
+            return size * (terms + BESIDE)
         if layer.kind != "linear":
-            return size * (self.sizes[layer.weight][0].numel() + _BESIDE)
-        return size * ((h != 0).sum(1, keepdim=True) + _BESIDE)
+            return size * (self.sizes[layer.weight][0].numel() + BESIDE)
+        return size * ((h != 0).sum(1, keepdim=True) + BESIDE)
 
     def _step(
         self, layer: AffineLayer, node: Node, value: Tensor, error: Tensor, tell: Told
@@ -134,7 +135,7 @@ class LiveNetwork:
         if norm.mean is not None:
             size = size + self.state[norm.mean].abs().view(shape)
         bias = 0.0 if norm.bias is None else self.state[norm.bias].abs().view(shape)
-        return scale, _OF_NORM * (size * scale.view(shape) + bias)
+        return scale, OF_NORM * (size * scale.view(shape) + bias)
 
 
 def _activated(node: Node, value: Tensor, error: Tensor, tell: Told) -> tuple[Tensor, Tensor]:
@@ -151,7 +152,7 @@ def _activated(node: Node, value: Tensor, error: Tensor, tell: Told) -> tuple[Te
     if bounds.exact:
         tell(output, None, bounds.slope)
         return output, torch.zeros_like(error)
-    size = _OF_ACTIVATION * (value.detach().abs() + output.detach().abs() + 1)
+    size = OF_ACTIVATION * (value.detach().abs() + output.detach().abs() + 1)
     tell(output, size, bounds.slope)
     return output, size
 

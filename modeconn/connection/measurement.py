@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modeconn.capture.optimisations import without
 from modeconn.connection.certificate import Certificate, Rounding, Segment
+from modeconn.connection.data_digest import DataDigest
 from modeconn.connection.loss_bounds import CertifiedLoss
-from modeconn.connection.rounding import PathRounding
+from modeconn.connection.rounding import PathRounding, Sensitivity
 from modeconn.connection.segment_kinds import SWING, Evidence
 from modeconn.connection.structure import Structure
 from modeconn.connection.tally import Tallied, Tally
+from modeconn.connection.unfinished import UnfinishedSums
 from modeconn.connection.value_ranges import limit
 from modeconn.data.batches import Batches, as_batches
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import dtype_of, positive
 from modeconn.evaluation.outputs import PlannedForward
 from modeconn.evaluation.progress import Progress
+from modeconn.files.fingerprints import digest_of_tensors
 from modeconn.metrics.convexity import Loss
 from modeconn.parameters.paths import PolyChain
 
@@ -65,6 +68,7 @@ class Measuring:
         precision: of the outputs, "float64" or "float32"; losses are summed in float64.
         progress: called with the samples done and all samples.
         effort: multiply-adds to spend on the bounds of rounding; with less, they are coarser.
+        file: keeps the sums so far, from which the same measurement goes on after an interruption.
     """
 
     loss: Loss = "cross_entropy"
@@ -72,6 +76,7 @@ class Measuring:
     precision: str = "float64"
     progress: Progress | None = None
     effort: float = 1e11
+    file: str | os.PathLike[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,32 +115,74 @@ def measure_path(subject: Subject, data: Any, how: Measuring) -> MeasuredPath:
     rows = positive("batch_size", how.batch_size) or _default_rows(subject, data)
     swings = [k for k, found in enumerate(subject.evidence) if found.kind == SWING]
     tally = Tally(loss, path.segments + 1, swings, dtype_of(how.precision))
+    unfinished = UnfinishedSums(how.file, _settings(subject, how, loss.name, rows))
+    unfinished.restore(tally)
     inputs_seen, digest = _Largest(), DataDigest()
     batches = as_batches(data, rows)
-    forward: PlannedForward | None = None
-    rounded: PathRounding | None = None
+    engine: _Engine | None = None
     for inputs, targets in batches:
         x = computed_with(inputs, path)
-        if forward is None:
-            count = path.segments + 1
-            forward = PlannedForward(subject.model, path, count, x, precision=how.precision)
-            seen = batches.samples or _UNKNOWN_ROWS
-            rounded = subject.structure.rounding(
-                path.control_points, subject.evidence, seen, how.effort
-            )
-            _check_engine(subject, x[:_PLAIN_ROWS], forward, how.precision, rounded)
-        logits = forward(x).double()
-        y = loss.fit(logits[0], targets)
+        y = loss.fit(x.new_zeros(len(x), subject.structure.classes, dtype=torch.float64), targets)
         digest.add(x, y)
         inputs_seen.add(x)
-        tally.add(logits, y, None if rounded is None else rounded.of_rows(x))
+        if not unfinished.cover(digest):
+            engine = engine or _Engine(subject, how, x, batches.samples or _UNKNOWN_ROWS)
+            tally.add(*engine.run(x), y)
+            unfinished.keep(tally, digest)
         if how.progress is not None:
             how.progress(digest.rows, batches.samples)
+    unfinished.keep(tally, digest, finished=True)
     tallied = tally.finish()
     reach = _check_reach(subject, inputs_seen.value)
     segments = tuple(_segment(k, found, tallied) for k, found in enumerate(subject.evidence))
     rounding = tallied.rounding(segments, overflows=not reach <= limit(torch.float32))
     return MeasuredPath(segments, digest.finish(), loss.name, tallied, rounding)
+
+
+def _settings(subject: Subject, how: Measuring, loss: str, rows: int) -> dict[str, Any]:
+    """Describes all that decides the sums, beside the data; empty where nothing is kept."""
+    if how.file is None:
+        return {}
+    return {
+        "path": [digest_of_tensors(point) for point in subject.path.control_points],
+        "model": subject.structure.name,
+        "loss": loss,
+        "precision": how.precision,
+        "effort": how.effort,
+        "rows": rows,
+    }
+
+
+class _Engine:
+    """What computes the outputs at the breakpoints, and the bounds on their rounding.
+
+    Args:
+        x: some inputs, to try it on. rows: that there will be.
+
+    Raises:
+        ModeconnError: a plain pass of a few rows gives other outputs.
+    """
+
+    def __init__(self, subject: Subject, how: Measuring, x: Tensor, rows: int) -> None:
+        path = subject.path
+        self._forward = PlannedForward(
+            subject.model, path, path.segments + 1, x, precision=how.precision
+        )
+        self._rounding = subject.structure.rounding(
+            path.control_points, subject.evidence, rows, how.effort
+        )
+        x = x[:_PLAIN_ROWS]
+        _check_engine(subject, x, self._outputs, how.precision, self._rounding)
+
+    def run(self, x: Tensor) -> tuple[Tensor, Sequence[Sensitivity] | None]:
+        """Returns outputs [S + 1, B, C], float64, and each breakpoint's rounding if it is known."""
+        known = None if self._rounding is None else self._rounding.of_rows(x)
+        return self._outputs(x).double(), known
+
+    def _outputs(self, x: Tensor) -> Tensor:
+        # The bounds of rounding are of sums of products, and Winograd adds up others.
+        with without(*([] if self._rounding is None else ["winograd"])):
+            return self._forward(x)
 
 
 def computed_with(inputs: Tensor, path: PolyChain) -> Tensor:
@@ -163,7 +210,7 @@ def _default_rows(subject: Subject, data: Any) -> int:
 def _check_engine(
     subject: Subject,
     x: Tensor,
-    forward: PlannedForward,
+    forward: Callable[[Tensor], Tensor],
     precision: str,
     rounded: PathRounding | None,
 ) -> None:
@@ -237,25 +284,3 @@ class _Largest:
         """Adds rows [B, …]."""
         top = x.abs().amax(0, keepdim=True)
         self.value = torch.maximum(self.value.to(top), top)
-
-
-class DataDigest:
-    """SHA-256 of inputs and targets, row after row, whatever the batches."""
-
-    def __init__(self) -> None:
-        self._parts = [hashlib.sha256(), hashlib.sha256()]
-        self._kinds = ["", ""]
-        self.rows = 0
-
-    def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Adds a batch."""
-        self.rows += len(inputs)
-        for i, tensor in enumerate((inputs, targets)):
-            self._kinds[i] = f"{list(tensor.shape[1:])} {tensor.dtype}"
-            self._parts[i].update(np.ascontiguousarray(tensor.detach().cpu().numpy()).data)
-
-    def finish(self) -> str:
-        """Returns the digest of all batches, in hexadecimal."""
-        sums = [part.hexdigest() for part in self._parts]
-        text = " ".join([str(self.rows), *self._kinds, *sums])
-        return hashlib.sha256(text.encode()).hexdigest()

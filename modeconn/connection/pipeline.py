@@ -12,6 +12,7 @@ from torch import nn
 
 from modeconn.backends.precision import without_autocast
 from modeconn.connection.captured.structure import CapturedStructure
+from modeconn.connection.certifying import certify_made
 from modeconn.connection.connection import Connection
 from modeconn.connection.construct import Breakpoint, breakpoints
 from modeconn.connection.hub import connect_star
@@ -24,7 +25,7 @@ from modeconn.connection.residual.solution import (
 from modeconn.connection.solution import Settings, Solution, solve
 from modeconn.connection.star import Star
 from modeconn.connection.structure import Structure
-from modeconn.connection.verification import Claims, certify
+from modeconn.connection.verification import Claims
 from modeconn.data.batches import as_batches
 from modeconn.errors import ModeconnError
 from modeconn.metrics.convexity import Loss, name_of
@@ -161,11 +162,9 @@ def connect(
     path = PolyChain([point.state for point in points])
     kinds = tuple(point.kind for point in points[1:])
     claims = Claims(kinds, [point.label for point in points], target, loss)
-    say("certificate")
-    certificate = certify(model, structure, path, train, claims)
-    other = None if test is None else certify(model, structure, path, test, claims)
+    both = certify_made(model, structure, path, (train, test), claims, say, folder)
     details = details_of(settings, made, began)
-    return Connection(path, kinds, certificate, other, spec, details)
+    return Connection(path, kinds, *both, spec, details)
 
 
 def details_of(

@@ -83,8 +83,8 @@ class ChainRounding:
         rows: int,
         budget: float,
     ) -> None:
-        self._chain = chain
-        self._groups = _groups([found.kind for found in evidence])
+        self._chain, self._inputs = chain, points[0]
+        self._groups = groups_of(evidence)
         firsts = [self._groups.index(g) for g in range(self._groups[-1] + 1)]
         factors: dict[tuple[object, ...], float] = {}
         self._networks = [LiveNetwork(chain, points[k], points[k], factors) for k in firsts]
@@ -121,6 +121,12 @@ class ChainRounding:
     def _roundoffs(self, network: LiveNetwork, x: Tensor, lowest: Lowest) -> Tensor:
         """Returns Σ |∂z/∂value| · (size of its error) [N, C]."""
         h, length = self._below(network, x, lowest)
+        last = self._chain.layers[-1]
+        if self.lowest == self._chain.length - 1 and last.kind == "linear":
+            # Nothing is left to differentiate: the slopes are the last weights.
+            slopes = network.state[last.weight].double().norm(dim=1)
+            found: Tensor = length[:, None] * slopes + network.of_product(last, h)
+            return found
         taps: list[tuple[Tensor, Tensor]] = []
 
         def tell(value: Tensor, error: Tensor | None, factor: float) -> None:
@@ -144,8 +150,10 @@ class ChainRounding:
     @torch.no_grad()
     def _below(self, network: LiveNetwork, x: Tensor, lowest: Lowest) -> tuple[Tensor, Tensor]:
         """Returns the values behind the lowest layers, and the norm of their errors [N]."""
-        h = self._chain.input(x)
-        length = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        if () not in lowest:
+            error = self._chain.fixed.error(x, self._inputs) if self._chain.fixed.moves else x * 0
+            lowest[()] = self._chain.input(x, self._inputs), lipschitz.lengths(error).double()
+        h, length = lowest[()]
 
         def tell(value: Tensor, error: Tensor | None, factor: float) -> None:
             nonlocal length
@@ -191,9 +199,9 @@ def _between(chain: LayerChain, start: State, stop: State, degree: int) -> list[
     return networks
 
 
-def _groups(kinds: Sequence[str]) -> list[int]:
+def groups_of(evidence: Sequence[Evidence]) -> list[int]:
     """Numbers the breakpoints; those that rewrites join have one number."""
     groups = [0]
-    for kind in kinds:
-        groups.append(groups[-1] + (kind != REWRITE))
+    for found in evidence:
+        groups.append(groups[-1] + (found.kind != REWRITE))
     return groups

@@ -216,7 +216,7 @@ class Search:
             widths = members[0][1].widths
             if not widths:
                 self.say(f"round {number + 1}: readouts at {entries}")
-                self._fit_readouts(members, number)
+                self._fit_readouts([(slot, _at_zero(sub)) for slot, sub in members], number)
                 continue
             self.say(f"round {number + 1}: heads {'-'.join(map(str, widths))} at {entries}")
             self._fit(members, self._recipe(_SHALLOW, epochs, _SHALLOW_ROUNDS[0][1]), number)
@@ -230,22 +230,22 @@ class Search:
         rest = []
         for slot in left:
             sub = self._new_shallow(slot, 0, 0)
-            if not sub.widths and self._is_read_out(slot, sub):
-                self._fit_readouts([(slot, sub)], 0, "readout")
+            trial = None if sub.widths else self._trial(slot, sub)
+            if trial is not None and trial.reached:
+                self._fit_readouts([(slot, trial.subnetwork)], 0, "readout")
             if not self._is_finished(slot):
                 rest.append(slot)
         return rest
 
-    def _is_read_out(self, slot: Slot, sub: Subnetwork) -> bool:
-        """Whether a readout of the first rows gets to the goal."""
+    def _trial(self, slot: Slot, sub: Subnetwork) -> TrainedSubnetwork:
+        """Fits a readout of the first rows, in a few steps: those of all rows go on from there."""
         features = self.problem.features[slot[0]]
-        zero = replace(sub, weights=(torch.zeros_like(sub.weights[0]),))
         rows = slice(_TRIAL_ROWS)
         h, targets = features.entry(slot[1])[rows], self.problem.targets[rows]
         level = _MARGIN * self.problem.goal
         return fit_readout(
-            self.chain, zero, h, targets, iterations=_TRIAL_STEPS, stop_loss=level
-        ).reached
+            self.chain, _at_zero(sub), h, targets, iterations=_TRIAL_STEPS, stop_loss=level
+        )
 
     def _new_shallow(self, slot: Slot, depth: int, number: int) -> Subnetwork:
         """Draws new weights; the seed differs for every round and slot."""
@@ -263,12 +263,17 @@ class Search:
         A hidden layer gets the complement of I_p one layer up, I_p the next, and so on. The logits
         go on as 2C units a layer; where these do not fit, the subnetwork goes up to the last layer
         instead.
+
+        Where S_0 can be the first layer and S_1, these have equal layers side by side: then none is
+        wider than half of the network's.
         """
         chain, hidden = self.chain, self.chain.length - 1 - entry
+        side_by_side = 2 * len(self.units[1]) <= chain.widths[1]
 
         def available(p: int) -> int:
             kept = len(self.units[p])
-            return chain.widths[p] - kept if (p - entry) % 2 else kept
+            free = chain.widths[p] - kept if (p - entry) % 2 else kept
+            return min(free, max(1, chain.widths[p] // 2)) if side_by_side else free
 
         depth = min(depth, hidden)
         carried = range(entry + depth + 1, chain.length)
@@ -285,7 +290,7 @@ class Search:
             members = [(slot, self._start(slot)) for slot in left if slot[1] == entry]
             if entry == self.chain.length - 1 and self.chain.layers[-1].kind == "linear":
                 self.say(f"round {number + 1}: readouts at entry layer {entry}")
-                self._fit_readouts(members, number)
+                self._fit_readouts([(slot, _at_zero(sub)) for slot, sub in members], number)
                 continue
             self.say(f"round {number + 1}: subnetworks at entry layer {entry}, {epochs} epochs")
             self._fit(members, self._recipe(_FULL_DEPTH, epochs, _FULL_DEPTH_ROUNDS[0]), number)
@@ -312,13 +317,10 @@ class Search:
         )
 
     def _fit_readouts(self, members: Starts, number: int, method: str | None = None) -> None:
-        """Fits readouts one by one, each begun where the round before left off, or at zero."""
+        """Fits readouts one by one, each begun where the round before or a trial left off."""
         for slot, sub in members:
             found = self.best.get(slot)
-            if found is not None and not found.subnetwork.widths:
-                start = found.subnetwork
-            else:
-                start = replace(sub, weights=(torch.zeros_like(sub.weights[0]),))
+            start = sub if found is None or found.subnetwork.widths else found.subnetwork
             features = self.problem.features[slot[0]]
             fit = partial(
                 fit_readout,
@@ -384,3 +386,8 @@ def _single(
 ) -> list[TrainedSubnetwork]:
     """Runs a fit of one subnetwork that is too short to be interrupted and resumed."""
     return [fit()]
+
+
+def _at_zero(sub: Subnetwork) -> Subnetwork:
+    """A readout whose weights are zero: where the search for a first one begins."""
+    return replace(sub, weights=(torch.zeros_like(sub.weights[0]),))

@@ -121,6 +121,7 @@ def solve(
     """
     ends = load_ends(model, networks)
     chain = _hidden_chain(model, train)
+    chain.fixed.check_same(ends)
     active = activity(chain, ends, train)
     units = drawn_units(chain, settings.kept, active, settings.seed)
     task = _Task(chain, ends, train, settings, say, units, active)

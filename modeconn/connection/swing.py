@@ -14,7 +14,7 @@ counts as an error everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,6 +148,9 @@ class SwingError:
     others' intervals are kept.
     """
 
+    # The tensors that hold the sums.
+    KEYS = ("counts", "left", "right", "left_closed", "right_closed")
+
     def __init__(self) -> None:
         self.samples = 0
         self._always = 0  # right on the whole segment
@@ -162,6 +165,19 @@ class SwingError:
         rest = ~always
         if bool(rest.any()):
             self._parts.append(correct_intervals(start[rest], stop[rest], labels[rest]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the sums so far, by `KEYS`."""
+        known = Intervals.joined(self._parts)
+        arrays = known.left, known.right, known.left_closed, known.right_closed
+        counts = torch.tensor([self.samples, self._always])
+        return dict(zip(self.KEYS, (counts, *map(torch.from_numpy, arrays))))
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes up the sums that `tensors` returned."""
+        counts, *arrays = (tensors[key] for key in self.KEYS)
+        self.samples, self._always = counts.tolist()
+        self._parts = [Intervals(*(array.numpy() for array in arrays))]
 
     def finish(self) -> StepFunction:
         """Returns the error, a fraction of all samples, as a step function of t.

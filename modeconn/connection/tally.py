@@ -8,8 +8,9 @@ bound those between them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,13 +66,34 @@ class _Sums:
         self._wrong = np.zeros(breakpoints)
         self._swings = {k: SwingError() for k in swings} if loss.has_error else {}
 
-    def add_errors(self, logits: Sequence[Tensor], y: Tensor) -> None:
+    def add_losses(self, totals: Sequence[float], places: Sequence[int]) -> None:
+        """Adds the losses of a batch: at each breakpoint that of its place among the totals."""
+        self.losses += [totals[place] for place in places]
+
+    def add_errors(self, logits: Sequence[Tensor], places: Sequence[int], y: Tensor) -> None:
         """Adds the wrong samples at breakpoints and along swings."""
         if not self._loss.has_error:
             return
-        self._wrong += [float((~correct(row, y)).sum()) for row in logits]
+        wrong = [float((~correct(row, y)).sum()) for row in logits]
+        self._wrong += [wrong[place] for place in places]
         for k, swing in self._swings.items():
-            swing.add(logits[k], logits[k + 1], y)
+            swing.add(logits[places[k]], logits[places[k + 1]], y)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the sums so far."""
+        found = {"losses": torch.from_numpy(self.losses), "wrong": torch.from_numpy(self._wrong)}
+        for k, swing in self._swings.items():
+            found |= {f"{k}.{key}": value for key, value in swing.tensors().items()}
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes up the sums that `tensors` returned."""
+        losses, wrong = tensors["losses"].numpy(), tensors["wrong"].numpy()
+        if losses.shape != self.losses.shape or wrong.shape != self._wrong.shape:
+            raise ValueError(f"sums of {len(losses)} breakpoints, not {len(self.losses)}")
+        self.losses, self._wrong = losses.copy(), wrong.copy()
+        for k, swing in self._swings.items():
+            swing.restore({key: tensors[f"{k}.{key}"] for key in SwingError.KEYS})
 
     def finish(self, samples: int, count: float) -> Curves:
         """Returns the means."""
@@ -99,44 +121,81 @@ class Tally:
         self._bounded = True
         self._samples, self._count = 0, 0.0
 
-    def add(self, logits: Tensor, y: Tensor, known: Sequence[Sensitivity] | None) -> None:
-        """Adds a batch: outputs [S + 1, B, C], targets, and each breakpoint's rounding if known."""
+    def add(self, logits: Tensor, known: Sequence[Sensitivity] | None, y: Tensor) -> None:
+        """Adds a batch: outputs [S + 1, B, C], each breakpoint's rounding if known, and targets."""
         self._samples += len(y)
         self._count += self._loss.count(y)
-        rows = list(logits)
-        self._computed.losses += [self._loss.total(row, y) for row in rows]
-        self._computed.add_errors(rows, y)
+        first, places = _distinct(logits, known)
+        rows = [logits[k] for k in first]
+        self._computed.add_losses([self._loss.total(row, y) for row in rows], places)
+        self._computed.add_errors(rows, places, y)
         if known is None:
             self._bounded = False
             return
-        own = [each.errors(self._own).clamp(max=_UNKNOWN) for each in known]
-        self._add_worst(self._worst, rows, own, known, torch.float64, y)
-        self._add_worst(self._worst_float32, rows, own, known, torch.float32, y)
+        bounds = [known[k] for k in first]
+        own = [each.errors(self._own).clamp(max=_UNKNOWN) for each in bounds]
+        for sums, dtype in ((self._worst, torch.float64), (self._worst_float32, torch.float32)):
+            # Evaluations in a dtype are as far from exact outputs as their own rounding, and those
+            # from the ones computed.
+            errors = [
+                (error + each.errors(dtype)).clamp(max=_UNKNOWN)
+                for error, each in zip(own, bounds)
+            ]
+            self._add_worst(sums, rows, errors, places, dtype, y)
         if self._loss.has_error:
             best = [worst_logits(row, -error, y) for row, error in zip(rows, own)]
-            self._best.add_errors(best, y)
+            self._best.add_errors(best, places, y)
 
     def _add_worst(
         self,
         sums: _Sums,
         rows: Sequence[Tensor],
-        own: Sequence[Tensor],
-        known: Sequence[Sensitivity],
+        errors: Sequence[Tensor],
+        places: Sequence[int],
         dtype: torch.dtype,
         y: Tensor,
     ) -> None:
-        """Adds what evaluations in a dtype can make of the outputs, at worst.
-
-        They are as far from exact outputs as their own rounding, and those from the ones computed.
-        """
-        errors = [
-            (error + each.errors(dtype)).clamp(max=_UNKNOWN) for error, each in zip(own, known)
-        ]
-        for k, (row, error) in enumerate(zip(rows, errors)):
+        """Adds what evaluations in a dtype can make of the outputs, at worst."""
+        totals = []
+        for row, error in zip(rows, errors):
             total = self._loss.largest_total(row, error, y)
-            sums.losses[k] += total + self._loss.own_rounding(row, total, UNIT_ROUNDOFF[dtype])
+            totals.append(total + self._loss.own_rounding(row, total, UNIT_ROUNDOFF[dtype]))
+        sums.add_losses(totals, places)
         if self._loss.has_error:
-            sums.add_errors([worst_logits(r, e, y) for r, e in zip(rows, errors)], y)
+            worst = [worst_logits(row, error, y) for row, error in zip(rows, errors)]
+            sums.add_errors(worst, places, y)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns the sums so far, as tensors and plain values."""
+        tensors: dict[str, Tensor] = {}
+        for name, sums in self._variants().items():
+            tensors |= {f"{name}.{key}": value for key, value in sums.tensors().items()}
+        return tensors, {
+            "samples": self._samples,
+            "count": self._count,
+            "bounded": self._bounded,
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Takes up the sums that `state` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are of another tally.
+        """
+        for name, sums in self._variants().items():
+            prefix = f"{name}."
+            own = {key[len(prefix) :]: v for key, v in tensors.items() if key.startswith(prefix)}
+            sums.restore(own)
+        self._samples, self._count = int(state["samples"]), float(state["count"])
+        self._bounded = bool(state["bounded"])
+
+    def _variants(self) -> dict[str, _Sums]:
+        return {
+            "computed": self._computed,
+            "worst": self._worst,
+            "best": self._best,
+            "worst_float32": self._worst_float32,
+        }
 
     def finish(self) -> Tallied:
         """Returns the means, and their bounds."""
@@ -148,6 +207,23 @@ class Tally:
             for sums in (self._worst, self._best, self._worst_float32)
         )
         return Tallied(computed, worst, best, worst_float32, self._samples)
+
+
+def _distinct(
+    logits: Tensor, known: Sequence[Sensitivity] | None
+) -> tuple[list[int], list[int]]:
+    """Finds neighbouring breakpoints of equal outputs and bounds: rewrites join them.
+
+    Returns:
+        the first of each such group, and for each breakpoint its group's place among these.
+    """
+    first, places = [0], [0]
+    for k in range(1, len(logits)):
+        alike = known is None or known[k].roundoffs is known[k - 1].roundoffs
+        if not (alike and torch.equal(logits[k], logits[k - 1])):
+            first.append(k)
+        places.append(len(first) - 1)
+    return first, places
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def largest(chain: LayerChain, start: State, stop: State, inputs: Tensor) -> tup
     Returns:
         the largest bound, and the layer it is of, in words; NaN where an input or weight is NaN.
     """
-    v = _of_inputs(chain, inputs.double())
+    v = _by_unit(chain.fixed.largest(start, stop, inputs.double())[0])
     worst, where = float(v.max()), "the inputs"
     for layer in chain.layers:
         for bound in _of_layer(layer, start, stop, v):
@@ -44,12 +44,8 @@ def largest(chain: LayerChain, start: State, stop: State, inputs: Tensor) -> tup
     return worst, where
 
 
-def _of_inputs(chain: LayerChain, inputs: Tensor) -> Tensor:
-    """Returns the largest absolute value of each unit of layer 0: features, or channels."""
-    return _by_unit(chain.input(inputs)[0].abs())
-
-
 def _by_unit(value: Tensor) -> Tensor:
+    """Returns the largest value of each unit of layer 0: features, or channels."""
     return value.flatten(1).amax(1) if value.dim() > 1 else value
 
 

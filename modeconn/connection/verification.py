@@ -7,6 +7,7 @@ rounding can make of them, and compares every claim.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -89,6 +90,7 @@ def certify(
     *,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    file: str | os.PathLike[str] | None = None,
 ) -> Certificate:
     """Certifies a path for one data set, by one pass over it at the breakpoints, in float64.
 
@@ -99,6 +101,7 @@ def certify(
         claims: kinds to check, labels and target to keep, the loss.
         batch_size: rows at a time; by default what fits the memory of a plain pass.
         progress: called with the samples done and all samples.
+        file: keeps the sums so far, from which the same call goes on after an interruption.
 
     Raises:
         ModeconnError: a segment is none of the three kinds, or not of the kind given; values may
@@ -112,7 +115,7 @@ def certify(
     if claims.kinds is not None:
         compared.check_kinds(claims.kinds, evidence, ModeconnError)
     subject = Subject(model, structure, path, tuple(evidence))
-    how = Measuring(claims.loss, batch_size, progress=progress, effort=_EFFORT)
+    how = Measuring(claims.loss, batch_size, progress=progress, effort=_EFFORT, file=file)
     return measure_path(subject, data, how).certificate(claims.labels, claims.target)
 
 

@@ -60,6 +60,7 @@ class Batches:
         *,
         samples: int | None = None,
         once: bool = False,
+        rows: Callable[[int, int], Any] | None = None,
     ) -> None:
         """Make batches of a source; `as_batches` does so for all kinds of data.
 
@@ -68,6 +69,7 @@ class Batches:
             batch_size: Rows in each batch, at least 1.
             samples: Rows in a pass, where known.
             once: Whether the source is spent after one pass.
+            rows: Reads rows from one up to another, where that can be done without those before.
 
         Raises:
             ModeconnError: `samples` is 0.
@@ -78,7 +80,7 @@ class Batches:
         self.samples = samples
         self.passes = 0
         self._read = read
-        self._once = once
+        self._once, self._rows = once, rows
         self._counted: int | None = None  # rows in the first complete pass
 
     def __iter__(self) -> Iterator[Batch]:
@@ -89,6 +91,27 @@ class Batches:
             )
         self.passes += 1
         return self._pass(self.passes)
+
+    def share(self, rank: int, size: int) -> Iterator[tuple[int, Batch]]:
+        """Yield the first batch, and one in so many, each with its number, in a pass.
+
+        Other batches are not read where rows can be read without those before them.
+
+        Args:
+            rank: number of the first of those batches.
+            size: how many numbers they are apart.
+        """
+        if self._rows is None or self.samples is None:
+            for number, batch in enumerate(self):
+                if number == 0 or number % size == rank:
+                    yield number, batch
+            return
+        self.passes += 1
+        step, total, read = self.batch_size, self.samples, self._rows
+        count = -(-total // step)
+        numbers = [0, *range(rank or size, count, size)]
+        parts = (read(n * step, min((n + 1) * step, total)) for n in numbers)
+        yield from zip(numbers, _checked(parts))
 
     def _pass(self, number: int) -> Iterator[Batch]:
         seen = 0
@@ -131,7 +154,7 @@ def as_batches(data: Any, batch_size: int) -> Batches:
     if isinstance(data, TensorDataset):
         data = data.tensors
     if isinstance(data, Images):
-        return Batches(partial(_slices, data.slice, len(data), size), size, samples=len(data))
+        return _sliced(data.slice, len(data), size)
     if is_batch(data):
         data = _pair(data, "data")
     if isinstance(data, (tuple, list)) and data:
@@ -184,11 +207,11 @@ def _from_arrays(parts: Sequence[Any], size: int) -> Batches:
     as_inputs(each(_first_row, inputs), "data: inputs")
     as_tensor(_first_row(targets), "data: targets")
     check_lengths(inputs, targets, "data")
-    return Batches(
-        partial(_slices, partial(slice_rows, inputs, targets), len(targets), size),
-        size,
-        samples=len(targets),
-    )
+    return _sliced(partial(slice_rows, inputs, targets), len(targets), size)
+
+
+def _sliced(rows: Callable[[int, int], Batch], total: int, size: int) -> Batches:
+    return Batches(partial(_slices, rows, total, size), size, samples=total, rows=rows)
 
 
 def is_batch(data: Any) -> bool:
@@ -237,7 +260,13 @@ def _from_dataset(dataset: Dataset[Any], size: int) -> Batches:
             f"data: {kind} has no length; expected a Dataset with __len__, or IterableDataset"
         )
     total = len(dataset)
-    return Batches(lambda: _collated((dataset[i] for i in range(total)), size), size, samples=total)
+
+    def rows(start: int, stop: int) -> Any:
+        return _collate([dataset[i] for i in range(start, stop)])
+
+    return Batches(
+        lambda: _collated((dataset[i] for i in range(total)), size), size, samples=total, rows=rows
+    )
 
 
 def _collated(samples: Iterable[Any], size: int) -> Iterator[Any]:

@@ -210,6 +210,7 @@ def _measured(
         "recompute_average": "samples",
         "batch_size": batch_size or getattr(data[0], "batch_size", None) or _BATCH_SIZE,
         "metrics": ("loss", "error"),
+        "distributed": False,
     }
     results = evaluate(model, path, dict(zip(_SETS, data)), t, **(given | dict(options)))
     columns = {}

@@ -231,7 +231,7 @@ def _fill(
     unfinished = Path(f"{found.file}.unfinished")
     loss = "cross_entropy" if loss_name == "crossentropy" else softmax_mse
     given = {"metrics": ("loss", "error"), "loss": loss, "resume": unfinished} | options
-    result = evaluate(net, path, data, points, **given)
+    result = evaluate(net, path, data, points, distributed=False, **given)
     values = result.loss, 100.0 * (1.0 - result.error)
     _check_probes(found.file, tables[keys[0]][probes], values[0][: len(probes)])
     for key, column in zip(keys, values):

@@ -124,7 +124,8 @@ def compute_loss_landscape(
     t = t[:, 0] if dim == 1 else t
     if isinstance(scalar_fn, MeanLoss) and not model.training:
         options: dict[str, Any] = {"loss": scalar_fn.loss, "metrics": ["loss"], "buffers": "start"}
-        values = evaluate(net, path, data, t, progress=progress, **options).loss
+        alone = {"distributed": False, **options}
+        values = evaluate(net, path, data, t, progress=progress, **alone).loss
     else:
         values = _called(net, path, t, scalar_fn, data, progress)
     loss = _replaced(values).reshape([steps] * dim)

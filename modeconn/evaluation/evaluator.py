@@ -20,12 +20,14 @@ from modeconn.data.tensors import as_inputs
 from modeconn.evaluation.adaptive.evaluation import ENDS, adaptive_results, goal_of
 from modeconn.evaluation.arguments import device_of, dtype_of, fitted, frozen_entries
 from modeconn.evaluation.ends import capture_for
-from modeconn.evaluation.passes import Run, results_of
+from modeconn.evaluation.passes import results_of
 from modeconn.evaluation.progress import Meter, Progress, reporting
+from modeconn.evaluation.ranks import Ranks, installed, present_ranks
 from modeconn.evaluation.request import Request
 from modeconn.evaluation.result import PathResult
 from modeconn.evaluation.resume import Unfinished, fingerprint
 from modeconn.evaluation.statistics import placeholders
+from modeconn.evaluation.summing import Run
 from modeconn.files.writing import locked
 from modeconn.metrics import Metric, PerSample
 from modeconn.parameters.paths import Path
@@ -58,6 +60,7 @@ def evaluate(
     tolerance: float = 0.01,
     floor: float = 1e-4,
     ignore: Collection[str] = (),
+    distributed: bool = True,
 ) -> Any: ...
 
 
@@ -85,6 +88,7 @@ def evaluate(
     tolerance: float = 0.01,
     floor: float = 1e-4,
     ignore: Collection[str] = (),
+    distributed: bool = True,
 ) -> PathResult: ...
 
 
@@ -112,6 +116,7 @@ def evaluate(
     tolerance: float = 0.01,
     floor: float = 1e-4,
     ignore: Collection[str] = (),
+    distributed: bool = True,
 ) -> PathResult | dict[str, PathResult]:
     """Evaluate a network along a path, in one pass over the data.
 
@@ -169,6 +174,8 @@ def evaluate(
         floor: the least such miss that counts, whatever the height.
         ignore: entries in which the config.json of folders may differ, though they change the
             forward; the whole path has the model's.
+        distributed: whether the processes of torch.distributed's default group share the batches,
+            where it is initialised: each calls this with the same arguments, and has the result.
 
     Returns:
         The means over all samples, or over all tokens with a label, at each of `points`, in their
@@ -181,43 +188,51 @@ def evaluate(
         ModeconnError: bad input, named in one line, before the pass begins where that is known by
             then.
     """
-    goal = goal_of(points, path, tolerance, floor, resume)
-    request = Request(
-        model=model,
-        path=path,
-        data=data,
-        points=ENDS if goal else points,
-        loss=loss,
-        metrics=metrics,
-        buffers=buffers,
-        backend=backend,
-        device=device,
-        batch_size=batch_size,
-        precision=precision,
-        memory_budget=memory_budget,
-        recompute_data=recompute_data,
-        recompute_batches=recompute_batches,
-        recompute_average=recompute_average,
-        resume=resume,
-        noise_seed=noise_seed,
-        ignore=ignore,
-    )
-    runner = prepare(request.model, request.dtype, request.where)
-    evaluation = functools.partial(_evaluation, runner)
-    if goal is None:
-        with reporting(progress) as report:
-            results = evaluation(request, report)
-    else:
-        with torch.no_grad(), reporting(progress) as report:
-            results = adaptive_results(request, evaluation, goal, runner, report)
+    ranks = present_ranks(distributed)
+    with ranks.together():
+        goal = goal_of(points, path, tolerance, floor, resume)
+        request = Request(
+            model=model,
+            path=path,
+            data=data,
+            points=ENDS if goal else points,
+            loss=loss,
+            metrics=metrics,
+            buffers=buffers,
+            backend=backend,
+            device=device,
+            batch_size=batch_size,
+            precision=precision,
+            memory_budget=memory_budget,
+            recompute_data=recompute_data,
+            recompute_batches=recompute_batches,
+            recompute_average=recompute_average,
+            resume=resume,
+            noise_seed=noise_seed,
+            ignore=ignore,
+            shared=ranks.shared,
+        )
+        runner = prepare(request.model, request.dtype, request.where)
+        evaluation = functools.partial(_evaluation, runner, ranks)
+        shown = progress if ranks.rank == 0 or callable(progress) else False
+        with reporting(shown) as report:
+            if goal is None:
+                results = evaluation(request, report)
+            else:
+                with torch.no_grad():
+                    results = adaptive_results(request, evaluation, goal, runner, report)
     return results if request.has_names else results[""]
 
 
-def _evaluation(runner: Runner, request: Request, report: Progress) -> dict[str, PathResult]:
+def _evaluation(
+    runner: Runner, ranks: Ranks, request: Request, report: Progress
+) -> dict[str, PathResult]:
     """Evaluate at points that are given; return the result of each data set."""
     started = time.perf_counter()
     evaluated, training = request.sources()
-    identity = {} if request.resume is None else fingerprint(request.path, request.t)
+    kept = request.resume is not None or ranks.shared
+    identity = fingerprint(request.path, request.t) if kept else {}
+    ranks.agree({"version": installed()} | identity | request.settings())
     with (
         locked(request.resume),
         torch.no_grad(),
@@ -225,7 +240,7 @@ def _evaluation(runner: Runner, request: Request, report: Progress) -> dict[str,
     ):
         unfinished = Unfinished(request.resume, identity | request.settings())
         meter = Meter(report, [*evaluated.values()], training, request.recompute_batches)
-        run = Run(request, runner, meter, unfinished)
+        run = Run(request, runner, meter, unfinished, ranks)
         return results_of(run, evaluated, training, started)
 
 

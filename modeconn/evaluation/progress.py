@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from modeconn.data.batches import Batches
@@ -40,6 +41,32 @@ def reporting(
             bar.update(done - bar.n)
 
         yield report
+
+
+def told(say: Callable[[str], None], what: str, seconds: float = 10.0) -> Progress:
+    """Returns a callable that tells of progress by a line of text now and then.
+
+    Args:
+        say: is called with the line. what: the work.
+        seconds: between two lines.
+    """
+    began = last = time.monotonic()
+    first: int | None = None
+
+    def report(done: int, total: int | None) -> None:
+        nonlocal last, first
+        now = time.monotonic()
+        first = done if first is None else first  # what an earlier call did takes no time
+        if now - last < seconds or done == total:
+            return
+        last = now
+        if total is None or done == first:
+            say(f"{what}: {done:,} samples")
+            return
+        left = (now - began) / (done - first) * (total - done)
+        say(f"{what}: {done:,} of {total:,} samples, {left:.0f} s left")
+
+    return report
 
 
 def _on_terminal() -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from modeconn.backends import check_name
 from modeconn.backends.blocking import MEMORY_BUDGET
@@ -35,6 +37,10 @@ from modeconn.parameters.points import Points
 
 # Rows read at a time at most: more make nothing faster.
 _MOST_ROWS = 1 << 16
+# Data that processes share come in at least so many batches, within these numbers of rows: enough
+# for equal shares, and not so few rows that kernels become slow. They are the same for any number
+# of processes.
+_SHARES, _FEWEST_OF_A_SHARE, _MOST_OF_A_SHARE = 64, 128, 1024
 # Bytes of a row whose shape is unknown before it is read, and the fewest that are reckoned with: a
 # row of a few numbers costs as much as one of 16 in all that is computed from it.
 _UNKNOWN_ROW, _SMALLEST_ROW = 4096, 64
@@ -46,6 +52,7 @@ class Request:
     """The arguments of one call of `evaluate`, under their names there, and what follows from them.
 
     Attributes:
+        shared: whether processes share it (evaluation/ranks.py).
         t: the points, float64 [T] for a curve, [T, dim] otherwise.
         head: the sums that the loss and the metrics ask for.
         dtype, where: of the computation.
@@ -74,6 +81,7 @@ class Request:
     resume: str | os.PathLike[str] | None
     noise_seed: int | None
     ignore: Collection[str]
+    shared: bool = False
     t: np.ndarray = field(init=False)
     head: Head = field(init=False)
     dtype: torch.dtype = field(init=False)
@@ -97,6 +105,11 @@ class Request:
             raise ModeconnError(
                 f"resume keeps sums, and metric {next(iter(self.head.whole))!r} needs all outputs: "
                 "expected resume=None, or such metrics in a call of their own"
+            )
+        if self.shared and self.resume is not None:
+            raise ModeconnError(
+                "resume is for an evaluation in one process, and the ranks of torch.distributed "
+                "share this one: expected resume=None, or distributed=False"
             )
         if self.noise_seed is not None and type(self.noise_seed) is not int:
             raise ModeconnError(f"noise_seed is {self.noise_seed!r}: expected a whole number")
@@ -170,7 +183,14 @@ class Request:
 
     def _batches(self, name: str, data: Any) -> Batches:
         try:
-            return as_batches(data, self.batch_size or rows_within(self.budget, data))
+            if self.shared:
+                check_splits(data)
+            rows = rows_within(self.budget, data)
+            made = as_batches(data, self.batch_size or rows)
+            if self.batch_size or not self.shared:
+                return made
+            share = max(_FEWEST_OF_A_SHARE, -(-(made.samples or 1 << 30) // _SHARES))
+            return as_batches(data, min(rows, share, _MOST_OF_A_SHARE))
         except ModeconnError as error:
             if not name:
                 raise
@@ -224,6 +244,17 @@ class Request:
 
     def _digest(self, value: Any) -> list[str]:
         return [] if self.resume is None else [digest_of(value)]
+
+
+def check_splits(data: Any) -> None:
+    """Raise a ModeconnError for data that differ from process to process."""
+    sampler = getattr(data, "sampler", None) if isinstance(data, DataLoader) else None
+    if isinstance(sampler, (RandomSampler, DistributedSampler)):
+        raise ModeconnError(
+            f"data: the DataLoader has a {type(sampler).__name__}, and ranks share its batches: "
+            "expected shuffle=False and no sampler of its own, so that all ranks see one order; "
+            "each reads its share, whatever the sampler"
+        )
 
 
 def rows_within(budget: int, data: Any) -> int:

@@ -185,7 +185,7 @@ def _join(
     model = models.build(base.model)
     curves = {}
     for part, data in zip(("train", "test"), run.data(base)):
-        line = evaluate(model, Line(*ends), data, points=25)
+        line = evaluate(model, Line(*ends), data, points=25, distributed=False)
         curves[part] = connection.evaluate(model, data), line
     own = [table.original for table in dropout]
     title = _title(run, name, base, counts=f"{base.dropout_draws} draws (B), F = 2")

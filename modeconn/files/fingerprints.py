@@ -98,6 +98,8 @@ def digest_of_json(content: Mapping[str, Any]) -> str:
 def raw_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor's values, in row-major order."""
     values = tensor.detach().cpu().contiguous().reshape(-1)
+    if not len(values):  # of which a view may have no stride to speak of
+        return memoryview(b"")
     return values.view(torch.uint8).numpy().data
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,6 +36,50 @@ def blend(tensors: Sequence[Tensor], row: Sequence[float] | np.ndarray) -> Tenso
         return _added(terms)
     # A difference of large numbers may be too large where their sum is not.
     return mixed if _finite(mixed) else _added(terms)
+
+
+def blended_states(
+    points: Sequence[Mapping[str, Tensor]], fixed: Collection[str], rows: np.ndarray
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the sum of control points for each of many rows of coefficients.
+
+    A sum may be written into the memory of the one before: use it before asking for the next.
+
+    Args:
+        points: state dicts; what is no floating point is the first one's.
+        fixed: names that are the first one's, too.
+        rows: coefficients [T, K].
+    """
+    first = points[0]
+    moving = [name for name in first if first[name].is_floating_point() and name not in fixed]
+    columns = [[*map(point.__getitem__, moving)] for point in points]
+    memory = [*map(torch.empty_like, columns[0])]
+    for row in rows:
+        yield {**first, **dict(zip(moving, _blend_all(columns, row, memory)))}
+
+
+def _blend_all(
+    columns: Sequence[list[Tensor]], row: np.ndarray, memory: list[Tensor]
+) -> list[Tensor]:
+    """What `blend` returns for each of many tensors: in small networks calls take the time.
+
+    Args:
+        columns: for each control point, its tensors.
+        row: its coefficients.
+        memory: to write to.
+    """
+    terms = [(float(c), column) for c, column in zip(row, columns) if c != 0]
+    lone = len(terms) == 1 and terms[0][0] == 1.0
+    mixed = len(terms) == 2 and abs(terms[0][0] + terms[1][0] - 1.0) <= SNAP
+    far = any(abs(c) > _FAR for c, _ in terms) and is_far(np.array([[c for c, _ in terms]]))[0]
+    if not terms or lone or mixed or far:
+        return [blend(tensors, row) for tensors in zip(*columns)]
+    torch._foreach_copy_(memory, terms[0][1])
+    if terms[0][0] != 1.0:
+        torch._foreach_mul_(memory, terms[0][0])
+    for c, column in terms[1:]:
+        torch._foreach_add_(memory, column, alpha=c)
+    return memory
 
 
 def _added(terms: Sequence[tuple[float, Tensor]]) -> Tensor:

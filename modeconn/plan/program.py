@@ -276,6 +276,38 @@ def needed(shared: Sequence[SharedStep], values: Iterable[int]) -> set[int]:
     return used
 
 
+# The index of the shared steps as a segment.
+SHARED = -1
+
+
+def shared_steps(program: Program, kept: Iterable[int]) -> Segment:
+    """Returns the shared steps as a segment of one point, which gives some of their values.
+
+    Its outputs go by the values' numbers. Backends run it as any other segment.
+    """
+    one = np.ones(1)
+    forms: dict[int, Combination | Varying] = {}
+    steps: list[VaryingStep] = []
+    order = sorted(needed(program.shared, kept))
+    for number in order:
+        step = program.shared[number]
+        if step.node.op == "input":
+            forms[number] = Combination((Term(number, one),), step.units, step.numel)
+            continue
+        inputs = tuple(operand_of(forms[i]) for i in step.inputs)
+        forms[number] = Varying(len(steps), step.units)
+        steps.append(
+            VaryingStep(step.node, inputs, step.entries, step.units, step.flops, step.numel)
+        )
+    outputs: dict[int, Form] = {number: forms[number] for number in kept}
+    return Segment(SHARED, np.zeros(1, np.int64), (0,), np.ones((1, 1)), steps, outputs)
+
+
+def operand_of(form: Form) -> Combination | int:
+    """What a varying step reads of a constant or an earlier step's value."""
+    return form.step if isinstance(form, Varying) else form
+
+
 def _without_unused(segment: Segment) -> Segment:
     used = segment.used()
     if len(used) == len(segment.steps):

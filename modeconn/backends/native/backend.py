@@ -24,13 +24,15 @@ from modeconn.backends.native.partition import Subgraph, subgraphs, whole_subgra
 from modeconn.backends.reference import FusedSteps, ReferenceBackend
 from modeconn.errors import Unsupported
 from modeconn.metrics import Head
-from modeconn.plan.program import Segment, Term, VaryingStep
+from modeconn.plan.program import SHARED, Segment, Term, VaryingStep, shared_steps
 from modeconn.plan.units import static
 
 # Points of one call into the engine: few enough that progress moves, many enough to fill the cores.
 _POINTS = 16
 # The same where only outputs are combined, which takes next to no time per point.
 _POINTS_OF_OUTPUTS = 256
+# Elements behind each row of images: rows a multiple of 4 KiB apart share sets of the cache.
+_APART = 80
 # Images of a call for one subgraph at one point, for each thread: with fewer, some of the threads
 # have nothing to do.
 _ROWS_OF_A_THREAD = 32
@@ -70,7 +72,8 @@ class FusedSubgraph:
         shape = self.last.node.shape
         image = len(shape) == 4 and not steps.features_last
         features = [static(size) for size in (shape[1:] if image else shape[-1:])]
-        out = torch.empty((1, len(terms[0]), int(np.prod(features))), dtype=self.dtype)
+        width, apart = int(np.prod(features)), _APART if image else 0
+        out = torch.empty((1, len(terms[0]), width + apart), dtype=self.dtype)[:, :, :width]
         native.extension().chain_outputs(
             terms,
             columns[at],
@@ -81,8 +84,12 @@ class FusedSubgraph:
             threads=torch.get_num_threads(),
             **native.switches(),
         )
-        value = out.reshape(-1, *map(static, shape[1:]))
-        return value.contiguous(memory_format=torch.channels_last) if image else value
+        if not image:
+            return out.reshape(-1, *map(static, shape[1:]))
+        value: Tensor = out[0].unflatten(1, features)
+        # PyTorch has convolutions of its own for channels that lie together, but not in float64.
+        as_it_is = self.dtype == torch.float64
+        return value if as_it_is else value.contiguous(memory_format=torch.channels_last)
 
 
 @dataclass
@@ -130,7 +137,22 @@ def _lower(request: Request) -> _Lowered:
             lowered.kept |= each.steps.shared()
     if not lowered.whole and not any(lowered.fused.values()):
         raise reasons[0]
+    if request.dtype == torch.float64:
+        _lower_shared(request, lowered)
     return lowered
+
+
+def _lower_shared(request: Request, lowered: _Lowered) -> None:
+    """Lowers convolutions among the shared values: PyTorch has no kernels of float64 for them."""
+    program = request.program
+    if not any(program.shared[number].node.op == "conv2d" for number in program.order):
+        return
+    steps = shared_steps(program, lowered.kept.union(program.kept()))
+    taken = [each for each in subgraphs(program, steps) if each.pays_alone(steps)]
+    lowered.images |= bool(taken)
+    lowered.fused[SHARED] = {
+        each.last: FusedSubgraph(each, steps.steps[each.last], request.dtype) for each in taken
+    }
 
 
 class NativeBackend(ReferenceBackend):
@@ -208,6 +230,7 @@ def given_values(values: Values, dtype: torch.dtype, features_last: bool = False
 def _rows(value: Tensor, dtype: torch.dtype, features_last: bool) -> np.ndarray:
     """A value as the engine takes it: images, or rows of what its last axis holds."""
     axes = (2,) if features_last else (2, 4)
-    value = value if value.dim() in axes else value.reshape(-1, value.shape[-1])
-    array: np.ndarray = value.to(dtype).contiguous().numpy()
+    value = (value if value.dim() in axes else value.reshape(-1, value.shape[-1])).to(dtype)
+    rows_apart = len(value) > 0 and value[0].is_contiguous()
+    array: np.ndarray = (value if rows_apart else value.contiguous()).numpy()
     return array

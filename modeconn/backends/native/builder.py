@@ -100,6 +100,11 @@ class Builder:
         """Whether the step added last is the only output of the steps so far."""
         return self._open <= last and self._place[last] == len(self.steps.layers) - 1
 
+    @property
+    def never_ends(self) -> bool:
+        """Whether an output of the segment is not the last step: so no run of steps ends."""
+        return self._open >= len(self.segment.steps)
+
     def add(self, index: int) -> None:
         """Adds a step.
 

@@ -50,6 +50,15 @@ class Subgraph:
         worth = flops >= (_WORTH if faster else _WORTH_OF_LINEARS) * moved
         return layers >= _LAYERS and worth and flops >= _SHARE * segment.flops
 
+    def pays_alone(self, segment: Segment) -> bool:
+        """Whether its convolutions take longer in PyTorch than bringing its values here and back.
+
+        That is so in float64, which PyTorch unfolds images for.
+        """
+        steps = segment.steps[self.first : self.last + 1]
+        flops = sum(step.flops for step in steps)
+        return self.steps.images and flops >= _WORTH * (self.steps.numel + steps[-1].numel)
+
 
 def whole_subgraph(program: Program, segment: Segment, backend: str = "native") -> Subgraph:
     """All steps of a segment as one subgraph that ends in [N, classes].
@@ -118,6 +127,9 @@ def _longest(
     for index in range(start, len(segment.steps)):
         if isinstance(attempt(functools.partial(builder.add, index)), Unsupported):
             stop = index
+            break
+        if builder.never_ends:
+            stop = index + 1
             break
         layers = builder.steps.layers
         weighted = weighted or any(layer.weighted for layer in layers[looked_at:])

@@ -71,11 +71,19 @@ def _product(node: Node, inputs: Sequence[Tensor], entries: Sequence[Ends]) -> T
 
 def _quotient(node: Node, inputs: Sequence[Tensor], entries: Sequence[Ends]) -> Tensor:
     divisor = node["other"]
-    if isinstance(divisor, (In, Entry)) or not _number(divisor):
-        raise NoBound("which divides by what may be zero")
     if node.arguments.get("rounding_mode") is not None:
         raise NoBound("which rounds")
-    return _operand(node["self"], inputs, entries) / abs(_number(divisor))
+    if isinstance(divisor, Entry):
+        a, b = entries[divisor.index]
+        # Of one sign at both ends, it is nowhere nearer to zero.
+        least: Tensor | float = torch.minimum(a.abs(), b.abs())
+        apart = bool((a * b > 0).all())
+    else:
+        least = 0.0 if isinstance(divisor, In) else abs(_number(divisor))
+        apart = least > 0
+    if not apart:
+        raise NoBound("which divides by what may be zero")
+    return _operand(node["self"], inputs, entries) / least
 
 
 # -- activations -----------------------------------------------------------------------------------

@@ -7,9 +7,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from modeconn.connection.captured.liveness import Liveness, live_units
 from modeconn.connection.captured.magnitude import largest_value
 from modeconn.connection.captured.network import CapturedNetwork
-from modeconn.connection.captured.segments import classify_captured, liveness_between
+from modeconn.connection.captured.rounding import GraphRounding, graph_rounding
+from modeconn.connection.captured.segments import (
+    classify_captured,
+    liveness_between,
+    nonzero_at,
+)
+from modeconn.connection.rounding import groups_of
 from modeconn.connection.segment_kinds import Evidence
 
 State = Mapping[str, Tensor]
@@ -67,5 +74,11 @@ class CapturedStructure:
 
     def rounding(
         self, points: Sequence[State], evidence: Sequence[Evidence], rows: int, budget: float
-    ) -> None:
-        """Returns None: the rounding of a graph's operations is not known."""
+    ) -> GraphRounding | None:
+        """Returns the bounds of a path, whatever the budget; see `graph_rounding`."""
+        graph = self.network.graph
+
+        def live(point: State) -> Liveness:
+            return live_units(graph, nonzero_at(graph, point))
+
+        return graph_rounding(graph, points, live, groups_of(evidence))

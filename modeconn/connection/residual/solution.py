@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.connection.construct import Breakpoint
+from modeconn.connection.data_digest import DataDigest
 from modeconn.connection.labels import check_range, check_several, class_labels
 from modeconn.connection.layer_chain import LayerChain
-from modeconn.connection.measurement import DataDigest
 from modeconn.connection.residual.construct import residual_breakpoints
 from modeconn.connection.residual.entries import Halves
 from modeconn.connection.residual.network import ResidualNetwork

@@ -19,22 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.backends.blocking import MEMORY_BUDGET
+from modeconn.capture.trial import duplicate
+from modeconn.data.randomness import has_drawn, restorer, torch_states
 from modeconn.dropin.loss_landscapes import contract
 from modeconn.dropin.loss_landscapes.metrics import Loss
 from modeconn.dropin.loss_landscapes.wrappers import module_of, parameters_of, view_of
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.evaluator import evaluate
 from modeconn.evaluation.replay.mapping import map as mapped
+from modeconn.evaluation.replay.mapping import naming_point
 from modeconn.evaluation.replay.passes import Passes, Setting
-from modeconn.evaluation.replay.randomness import has_drawn, restorer, torch_states
 from modeconn.evaluation.replay.schedule import worth
 from modeconn.metrics.torch_losses import TorchLoss, understood
 from modeconn.parameters.paths import Mixture, Path
 from modeconn.parameters.state import State, load
 from modeconn.parameters.subspace import Subspace
 
-# Points that a known loss is taken at as it is, to see what it costs: the first may warm up.
-_TIMED = 2
+# Points behind the first, which may warm up, that a known loss is timed at as it is.
+_TIMED = 1
 # So far apart, relative to their size, are two sums of the same losses in float32.
 _CLOSE = 2e-5
 
@@ -166,23 +168,52 @@ def _losses(
     module: nn.Module, wrapper: Any, metric: Any, path: Path, points: np.ndarray
 ) -> list[Any]:
     """The loss at the points: at the first as it is, at the rest by the evaluator if that pays."""
-    call, states, seconds = _of_views(metric, wrapper), torch_states(), []
-
-    def timed(made: nn.Module) -> Any:
+    moved, states, seconds = _Moved(module, path, points), torch_states(), []
+    with _watched(wrapper) as seen:
+        values = [moved.value(metric, 0)]
+    if seen:
+        raise _OwnModel
+    for number in range(1, min(_TIMED + 1, len(points))):
         started = time.perf_counter()
-        value = call(made)
+        values.append(moved.value(metric, number))
         seconds.append(time.perf_counter() - started)
-        return value
+    done = len(values)
+    rest = len(points) - done
+    if rest and not has_drawn(states) and _pays(module, path, metric, min(seconds) * rest):
+        found = _evaluated(module, metric, path, points[done - 1 :])
+        if found is not None and abs(found[0] - values[-1]) <= _CLOSE * abs(values[-1]):
+            return [*values, *found[1:]]
+    return [*values, *(moved.value(metric, number) for number in range(done, len(points)))]
 
-    first = [*mapped(timed, module, path, points[:_TIMED], replay=False, **_OPTIONS)]
-    rest = points[_TIMED:]
-    if not len(rest):
-        return first
-    if not has_drawn(states) and _pays(module, path, metric, min(seconds) * len(rest)):
-        found = _evaluated(module, metric, path, points[_TIMED - 1 :])
-        if found is not None and abs(found[0] - first[-1]) <= _CLOSE * abs(first[-1]):
-            return [*first, *found[1:]]
-    return [*first, *mapped(call, module, path, rest, **_OPTIONS)]
+
+class _Moved:
+    """A copy of a module that is moved from point to point, for a loss that only runs it.
+
+    Args:
+        module: the user's; it is left alone.
+        path: an origin, and directions from it.
+        points: on it, as `Path.points` takes them.
+    """
+
+    def __init__(self, module: nn.Module, path: Path, points: np.ndarray) -> None:
+        made = duplicate(module)
+        self._view, self._points = view_of(made), points
+        self._coordinates = path.coefficients(points).tolist()
+        named = {**dict(made.named_parameters()), **dict(made.named_buffers())}
+        origin, *directions = path.control_points
+        moving = [name for name in named if name in origin and named[name].is_floating_point()]
+        self._own, self._moving = [*named.values()], [named[name] for name in moving]
+        self._start = [origin.get(name, value.detach().clone()) for name, value in named.items()]
+        self._directions = [[*map(direction.__getitem__, moving)] for direction in directions]
+
+    def value(self, metric: Any, number: int) -> Any:
+        """Return the metric at a point."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._own, self._start)
+            for direction, t in zip(self._directions, self._coordinates[number][1:]):
+                torch._foreach_add_(self._moving, direction, alpha=t)
+        with naming_point(number, self._points[number]):
+            return metric(self._view)
 
 
 def _pays(module: nn.Module, path: Path, metric: Any, seconds: float) -> bool:
@@ -211,6 +242,7 @@ def _evaluated(
                 buffers="start",
                 progress=False,
                 precision="float64" if double else "float32",
+                distributed=False,
             )
     except ModeconnError:
         return None

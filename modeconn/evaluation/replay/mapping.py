@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from modeconn.evaluation.progress import Progress, reporting
 from modeconn.evaluation.replay.passes import Passes, Setting
 from modeconn.evaluation.replay.schedule import Schedule
 from modeconn.evaluation.replay.stand_in import StandIn
+from modeconn.parameters.blending import blended_states
 from modeconn.parameters.paths import Path
 from modeconn.parameters.points import Points
 from modeconn.parameters.state import State
@@ -113,10 +115,12 @@ def map(  # noqa: A001
     setting = Setting(first.dtype, first.device, frozen, backend, budget)
     schedule = Schedule(Passes(own, path, setting), t, replay, _KEPT)
     scan = _Scan(fn, StandIn(own, _KEPT), path, frozen, schedule)
+    rows = path.coefficients(t).numpy()
+    states = blended_states(path.control_points, path.fixed, rows)
     with reporting(progress, "points", "map") as report:
         values = []
-        for index, point in enumerate(t):
-            values.append(scan.value(index, point))
+        for index, (point, state) in enumerate(zip(t, states)):
+            values.append(scan.value(index, point, state))
             report(index + 1, len(t))
     return MapResult(t, values, scan.info())
 
@@ -132,25 +136,26 @@ class _Scan:
         frozen: frozenset[str],
         schedule: Schedule,
     ) -> None:
-        self._fn, self._stand_in, self._path = fn, stand_in, path
-        self._frozen, self._schedule = frozen, schedule
+        self._fn, self._stand_in, self._schedule = fn, stand_in, schedule
+        start = path.control_points[0]
+        self._frozen = {name: start[name] for name in frozen}
         self._changed = 0
 
-    def value(self, index: int, point: Any) -> Any:
-        """Return what the function returns at a point."""
+    def value(self, index: int, point: Any, state: State) -> Any:
+        """Return what the function returns at a point, with its parameters and buffers."""
         stand_in, schedule = self._stand_in, self._schedule
-        stand_in.begin(self._state(point), schedule.answers(index), schedule.records(index))
+        if self._frozen:
+            state = state | self._frozen
+        stand_in.begin(state, schedule.answers(index), schedule.records(index))
         answered = stand_in.answered
-        try:
+        with naming_point(index, point):
             value = self._fn(stand_in.module)
-        except Exception as error:
-            _name_point(error, f"raised at point {index}, t = {_text(point)}, by the function")
-            raise
         if stand_in.changed():
             self._changed += 1
             self._warn_of_change(point)
         schedule.done(index, stand_in.calls, stand_in.answered - answered)
-        return pytree.tree_map_only(Tensor, self._kept, value)
+        plain = type(value) in (float, int)
+        return value if plain else pytree.tree_map_only(Tensor, self._kept, value)
 
     def info(self) -> dict[str, Any]:
         """Return what became of the forwards."""
@@ -164,11 +169,6 @@ class _Scan:
             "reason": self._schedule.reason,
         }
 
-    def _state(self, point: Any) -> State:
-        state = self._path.at(point)
-        start = self._path.control_points[0]
-        return state | {name: start[name] for name in self._frozen}
-
     def _kept(self, tensor: Tensor) -> Tensor:
         """A tensor of the function's value; the next point is loaded into the copy's own."""
         return tensor.detach().clone() if self._stand_in.owns(tensor) else tensor
@@ -181,12 +181,18 @@ class _Scan:
             )
 
 
-def _name_point(error: Exception, text: str) -> None:
-    """Say at which point an exception was raised; it stays itself."""
-    if sys.version_info >= (3, 11):
-        error.add_note(text)
-    elif error.__cause__ is None:  # shown above the exception, by every Python
-        error.__cause__ = ModeconnError(text)
+@contextlib.contextmanager
+def naming_point(index: int, point: Any) -> Iterator[None]:
+    """Within, an exception is told at which point it was raised; it stays itself."""
+    try:
+        yield
+    except Exception as error:
+        text = f"raised at point {index}, t = {_text(point)}, by the function"
+        if sys.version_info >= (3, 11):
+            error.add_note(text)
+        elif error.__cause__ is None:  # shown above the exception, by every Python
+            error.__cause__ = ModeconnError(text)
+        raise
 
 
 def _text(point: Any) -> str:

@@ -15,10 +15,9 @@ from torch.utils import _pytree as pytree
 from modeconn.backends import make_backend
 from modeconn.backends.base import Backend
 from modeconn.backends.precision import products, without_autocast
-from modeconn.capture.cache import is_known
-from modeconn.capture.export import prepare
+from modeconn.capture.export import is_at_hand, prepare
 from modeconn.capture.graph import Graph
-from modeconn.data.inputs import Inputs, describe, leaves, rows
+from modeconn.data.inputs import Inputs, describe, leaves, moved, rows
 from modeconn.errors import Unsupported
 from modeconn.evaluation.collecting import outputs_at_points
 from modeconn.evaluation.ends import capture_for
@@ -80,10 +79,10 @@ class Passes:
         if setting.dtype not in (torch.float32, torch.float64):
             raise Unsupported(f"weights are {setting.dtype}, and planned passes float32 or float64")
 
-    def is_captured(self, inputs: Inputs) -> bool:
-        """Whether the network was captured before for inputs of this kind."""
-        self._runner.expect(inputs)
-        return is_known(self._runner, inputs)
+    def is_at_hand(self, inputs: Inputs) -> bool:
+        """Whether the network is captured for inputs of this kind, or was in milliseconds."""
+        self._check_inputs(inputs)
+        return is_at_hand(self._runner, moved(inputs, self._setting.dtype, self._setting.device))
 
     @without_autocast
     def outputs(self, t: np.ndarray, batches: Sequence[Inputs]) -> list[Any]:

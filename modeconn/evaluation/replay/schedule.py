@@ -19,16 +19,17 @@ from torch.utils import _pytree as pytree
 
 from modeconn.capture.opaque import line_of
 from modeconn.data.inputs import Inputs
+from modeconn.data.randomness import untouched_randomness
 from modeconn.errors import ModeconnError, Unsupported
 from modeconn.evaluation.replay.calls import Call, agree
 from modeconn.evaluation.replay.passes import Passes
-from modeconn.evaluation.replay.randomness import untouched_randomness
 from modeconn.evaluation.replay.stand_in import Answers
 
 # Points that run before the scan gives up looking for calls that repeat: the first may warm up.
 _WATCHED = 3
 # Seconds that the other points' forwards must take for a capture to pay (it takes about 1.4 s; the
-# first of a process loads torch.export as well), and for passes of a network that is captured.
+# first of a process loads torch.export as well), and for passes of a network that is captured, or
+# that needs no torch.export.
 COLD, LOADED, WARM = 5.0, 2.0, 0.1
 # Points of the first chunk: enough to see whether planned passes are faster.
 _PROBE = 16
@@ -48,8 +49,8 @@ def worth(seconds: float, passes: Passes, batches: Sequence[Inputs]) -> str:
         return "the forwards take less time than planning them"
     if seconds >= (LOADED if "torch._dynamo" in sys.modules else COLD):
         return ""
-    with contextlib.suppress(ModeconnError), untouched_randomness():
-        if all(map(passes.is_captured, batches)):
+    with contextlib.suppress(ModeconnError, Unsupported), untouched_randomness():
+        if all(map(passes.is_at_hand, batches)):
             return ""
     return "the forwards take less time than a capture of the model"
 

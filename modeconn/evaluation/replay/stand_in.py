@@ -24,12 +24,10 @@ from torch.utils import _pytree as pytree
 from modeconn.capture.spectral import has_spectral_norm, renew
 from modeconn.capture.trial import duplicate
 from modeconn.data.inputs import Inputs, apply, leaves
+from modeconn.data.randomness import has_drawn, torch_states
 from modeconn.evaluation.replay.answers import lazily
 from modeconn.evaluation.replay.calls import Call, detached, inputs_of, same_inputs, same_tensor
-from modeconn.evaluation.replay.randomness import has_drawn, torch_states
 
-# Attributes of a module that are looked at by themselves.
-_APART = frozenset("_parameters _buffers _modules training".split())
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 # A parameter or buffer: the dict that holds it, its name there, itself, its name in the state.
@@ -65,12 +63,16 @@ class StandIn:
         self._stub = _Forward(self, self.module, self._own)
         if not isinstance(self.module, torch.jit.ScriptModule):
             vars(self.module)["forward"] = self._stub
+        self._modules = [*self.module.modules()]
         self._modes = self._modes_now()
-        self._gradients = [p.requires_grad for p in self.module.parameters()]
+        self._gradients = [(p, p.requires_grad) for p in self.module.parameters()]
         self._slots = list(_slots(self.module))
-        self._buffers = {k: v.detach().clone() for k, v in self.module.named_buffers()}
+        self._buffers = [(v, v.detach().clone()) for v in self.module.buffers()]
+        self._named = self.module.state_dict()
         self._hooked = _has_hooks(self.module)
-        self._whole = self._parts()
+        self._hooks = [*_hook_dicts(self.module)]
+        self._whole, self._around = self._parts(), self._own_hooks()
+        self._places = [_place(tensor) for _, _, tensor, _ in self._slots]
 
     # -- points --------------------------------------------------------------------------------
 
@@ -87,16 +89,19 @@ class StandIn:
         """
         if not self._is_intact():
             self._renew()
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(self._buffers[name])
-        for module, training in zip(self.module.modules(), self._modes):
-            module.training = training
-        for parameter, needs in zip(self.module.parameters(), self._gradients):
-            parameter.requires_grad_(needs)
-            parameter.grad = None
-        own = self.module.state_dict()
+        for buffer, value in self._buffers:
+            buffer.copy_(value)
+        # what is as it was is not set again: many scans are over in milliseconds
+        for module, training in zip(self._modules, self._modes):
+            if module.training is not training:
+                module.training = training
+        for parameter, needs in self._gradients:
+            if parameter.requires_grad is not needs:
+                parameter.requires_grad_(needs)
+            if parameter.grad is not None:
+                parameter.grad = None
         for name, value in state.items():
-            own[name].copy_(value)
+            self._named[name].copy_(value)
         if self._spectral:
             renew(self.module)
         self._set = [self._loaded(tensor, state.get(name)) for *_, tensor, name in self._slots]
@@ -201,10 +206,16 @@ class StandIn:
     def _is_intact(self) -> bool:
         """Whether the copy can be loaded with another point, and is a copy of the model again."""
         scripted = isinstance(self.module, torch.jit.ScriptModule)
+        around = self._own_hooks()
         return (
             self._is_whole()
             and (scripted or vars(self.module).get("forward") is self._stub)
-            and all(slots.get(name) is tensor for slots, name, tensor, _ in self._slots)
+            and len(around) == len(self._around)
+            and all(map(operator.is_, around, self._around))
+            and all(
+                slots.get(name) is tensor and _place(tensor) == place
+                for (slots, name, tensor, _), place in zip(self._slots, self._places)
+            )
         )
 
     def _has_weights(self, parameters: bool = False) -> bool:
@@ -216,7 +227,7 @@ class StandIn:
         )
 
     def _modes_now(self) -> tuple[bool, ...]:
-        return tuple(module.training for module in self.module.modules())
+        return tuple(module.training for module in self._modules)
 
     def _parts(self) -> list[Any]:
         """All that the copy is made of besides numbers: submodules, attributes, their hooks.
@@ -224,17 +235,24 @@ class StandIn:
         They are compared by identity. The list keeps them alive, so no other gets their place.
         """
         parts: list[Any] = []
-        for module in self.module.modules():
-            parts.append(module)
-            top = module is self.module
-            for name, value in vars(module).items():
-                if name in _APART or (top and name == "forward"):
-                    continue
-                if not name.endswith("_hooks"):
-                    parts += [name, value]
-                elif not top:  # its own run around an answer, too
-                    parts += [name, *value.values()]
+        for module in self._modules:
+            held = vars(module)
+            apart = ("training", "forward") if module is self.module else ("training",)
+            parts += held
+            parts += [value for name, value in held.items() if name not in apart]
+            parts += module._modules.values()
+        for hooks in self._hooks:
+            parts += hooks.values()
         return parts
+
+
+    def _own_hooks(self) -> list[Any]:
+        """The copy's own hooks, which run around an answer, too."""
+        hooks: list[Any] = []
+        for name, held in vars(self.module).items():
+            if name.endswith("_hooks"):
+                hooks += held.values()
+        return hooks
 
 
 class _Forward:
@@ -292,6 +310,11 @@ def _slots(module: nn.Module) -> Iterator[Slot]:
                     yield held, name, tensor, f"{prefix}.{name}" if prefix else name
 
 
+def _place(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size]:
+    """Where a tensor's numbers are, and of what kind: `tensor.data = …` changes that."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape
+
+
 def _has_hooks(module: nn.Module) -> bool:
     """Whether a part of a module has hooks that are not PyTorch's own (weight norm's, say)."""
     hooks: list[Any] = []
@@ -299,6 +322,13 @@ def _has_hooks(module: nn.Module) -> bool:
         if part is not module:
             hooks += [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
     return not all(str(getattr(hook, "__module__", "")).startswith("torch.") for hook in hooks)
+
+
+def _hook_dicts(module: nn.Module) -> Iterator[dict[Any, Any]]:
+    """The hooks of a module's parts: its own run around an answer, too."""
+    for part in module.modules():
+        if part is not module:
+            yield from (held for name, held in vars(part).items() if name.endswith("_hooks"))
 
 
 def _watch(output: Any, call: Call) -> None:

@@ -185,6 +185,7 @@ def _measured(
         buffers="recompute" if norms else "interpolate",
         recompute_data=samples if norms else None,
         progress=recipe.progress if isinstance(recipe.progress, bool) else False,
+        distributed=False,
     )
     # apart: each has maxima of its own to search for
     return measured(samples), None if recipe.test is None else measured(recipe.test)
