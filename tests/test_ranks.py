@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,7 @@ def test_ranks_that_differ_are_named(ends):
         )
 
 
-def test_what_cannot_be_shared_is_refused(ends):
+def test_what_cannot_be_shared_is_refused(ends, tmp_path: Path):
     a, b = ends
     data = TensorDataset(X, Y)
     for given, says in (
@@ -198,6 +199,10 @@ def test_what_cannot_be_shared_is_refused(ends):
         for each in Group(2).run(lambda rank: mc.evaluate(**call)):  # noqa: B023
             assert isinstance(each, mc.ModeconnError) and says in str(each), each
     alone = mc.evaluate(a, mc.Line(a, b), (X, Y), 3)
+    (kept,) = Group(1).run(
+        lambda rank: mc.evaluate(a, mc.Line(a, b), (X, Y), 3, resume=tmp_path / "sums")
+    )
+    assert bits(kept) == bits(alone)
     found = Group(2).run(  # one of them, whatever the other does
         lambda rank: mc.evaluate(a, mc.Line(a, b), (X, Y), 3, distributed=False) if rank else None
     )

@@ -189,6 +189,8 @@ def evaluate(
             then.
     """
     ranks = present_ranks(distributed)
+    if ranks.size == 1 and resume is not None:
+        ranks = Ranks()
     with ranks.together():
         goal = goal_of(points, path, tolerance, floor, resume)
         request = Request(
