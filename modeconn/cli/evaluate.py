@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modeconn.backends import NAMES as BACKENDS
-from modeconn.cli import launched, options, output
+from modeconn.cli import finished, launched, options, output
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import BUFFERS, PRECISIONS
 from modeconn.metrics import LOSSES, METRICS
@@ -137,6 +137,7 @@ def add_results(parser: argparse.ArgumentParser, plot: bool = True) -> None:
         help=f"keep the result for mc.PathResult.load: {options.listed(RESULT_SUFFIXES)}; "
         "after an interruption the same command continues (but for --points adaptive)",
     )
+    options.add_csv(group)
     options.add_json(group, "the result")
     options.add_quiet(group)
 
@@ -210,7 +211,7 @@ def check_results(args: argparse.Namespace, **more: str | None) -> None:
         **more: other files to write, by option.
     """
     plot = getattr(args, "plot", None)
-    outputs = {"--plot": plot, "--save": args.save, "--json": args.json, **more}
+    outputs = {"--plot": plot, "--save": args.save, "--csv": args.csv, "--json": args.json, **more}
     options.check_outputs(outputs, args.checkpoints)
     options.check_plot(plot)
     if args.save is not None and not args.save.lower().endswith(RESULT_SUFFIXES):
@@ -228,6 +229,8 @@ def evaluated(
 ) -> PathResult:
     """Evaluates as the options ask, and notes in the result what was evaluated.
 
+    Where the file of --save is the result of the same command, that is taken.
+
     Args:
         args: the parsed options.
         spec: of the model.
@@ -241,6 +244,16 @@ def evaluated(
     data = options.load_data(args)
     estimated = args.buffers == "recompute" and args.split != "train"
     alone = resume and not launched.is_shared()
+    training = options.load_data(args, "train") if estimated else None
+    identity = None
+    if args.save is not None and alone:
+        sets = [data] if training is None else [data, training]
+        identity = finished.identity(args, spec, path, points, sets)
+    known = finished.known(args.save, identity)
+    if known is not None:
+        if not args.quiet and args.json != "-":
+            print(f"{args.save} is the result of this command: remove it to compute it anew\n")
+        return known
     keeps = args.save is not None and alone and not isinstance(points, str)
     unfinished = f"{args.save}.unfinished" if keeps else None
     with output.kept(unfinished, unfinished):
@@ -257,7 +270,7 @@ def evaluated(
             batch_size=args.batch_size,
             precision=args.precision,
             progress=output.on_terminal() and not args.quiet,
-            recompute_data=options.load_data(args, "train") if estimated else None,
+            recompute_data=training,
             resume=unfinished,
             ignore=args.ignore,
         )
@@ -266,16 +279,19 @@ def evaluated(
         "checkpoints": ", ".join(args.checkpoints),
         "data": f"{args.data} {args.split}",
         "normalization": data.normalization,
+        **({} if identity is None else {finished.KEY: identity}),
     }
     return result
 
 
 def write(result: PathResult, args: argparse.Namespace) -> None:
-    """Writes the files of --save and --json, and removes what was kept of the unfinished one."""
+    """Writes the files of --save, --csv and --json; what was kept of the unfinished one goes."""
     if args.save is not None:
         result.save(args.save)
         with contextlib.suppress(FileNotFoundError):
             Path(f"{args.save}.unfinished").unlink()
+    if args.csv is not None:
+        result.to_csv(args.csv)
     if args.json is not None:
         output.write_json(result.to_dict(), args.json)
 
@@ -294,4 +310,4 @@ def report(result: PathResult, args: argparse.Namespace, **drawn: str | None) ->
     if args.quiet or args.json == "-":
         return
     output.print_result(result)
-    output.print_written(args.plot, *drawn.values(), args.save, args.json)
+    output.print_written(args.plot, *drawn.values(), args.save, args.csv, args.json)

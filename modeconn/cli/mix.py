@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     evaluate.write(result, args)
     if not args.quiet and args.json != "-":
         _print(result, by, [Path(file).stem for file in files])
-        output.print_written(args.out, args.save, args.json)
+        output.print_written(args.out, args.save, args.csv, args.json)
 
 
 def files_of(args: argparse.Namespace) -> list[str]:

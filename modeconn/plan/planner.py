@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from modeconn.capture.graph import Graph
-from modeconn.capture.noise import Noise
 from modeconn.capture.optimisations import current, without
 from modeconn.parameters.blending import is_far
 from modeconn.parameters.paths import Path
@@ -40,7 +39,6 @@ def make_program(
     frozen: frozenset[str],
     tables: Mapping[str, Tensor] | None = None,
     by_content: bool = True,
-    noise: Noise | None = None,
 ) -> Program:
     """Plans the evaluation of a graph at some points of a path.
 
@@ -53,7 +51,6 @@ def make_program(
             rising order, [T, …], instead of the path's (`buffers="recompute"`).
         by_content: False for a plan that can be differentiated in the control points: see
             `Contents`.
-        noise: what the network draws at random; by default anew at each point.
     """
     points_of_path = path.control_points
     contents = Contents(points_of_path, graph.constants, dtype, device, frozen, by_content)
@@ -66,7 +63,6 @@ def make_program(
         chosen = empty.point_indices
         here = {name: _rows_of(table, chosen) for name, table in (tables or {}).items()}
         segments.append(_planned(facts, empty, contents, here, shared))
-    noise = noise or Noise()
     program = Program(
         graph,
         distinct,
@@ -75,11 +71,10 @@ def make_program(
         segments,
         _naive_flops(graph, contents),
         dtype,
-        noise=noise,
     ).pruned()
     if not by_content:
         return program
-    given = {"dtype": dtype, "device": device, "frozen": frozen, "tables": tables, "noise": noise}
+    given = {"dtype": dtype, "device": device, "frozen": frozen, "tables": tables}
     return replace(program, plain=partial(_without_shortcuts, graph, path, points, **given))
 
 
