@@ -52,7 +52,7 @@ class Check:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What `check_model` found; print it."""
+    """Holds what `check_model` found; print it."""
 
     checks: tuple[Check, ...]
 

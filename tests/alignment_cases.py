@@ -30,6 +30,7 @@ from alignment_networks import (
     Shuffle,
     UNet,
 )
+from alignment_pretrained import GPT2, ClassToken, Phi
 from modeconn import models
 
 
@@ -96,6 +97,9 @@ CASES: dict[str, Case] = {
     "packed": Case(Packed, SEQUENCE, heads(12, 3, 1, 1), quick=True),
     "bert": Case(Bert, TOKENS, heads(16, 4, 2, 20)),
     "llama": Case(Llama, TOKENS, lg(32) + lg(2) + 2 * lg(2) + 2 * lg(8) + lg(24), quick=True),
+    "gpt2": Case(GPT2, TOKENS, heads(16, 4, 1, 32), quick=True),
+    "phi": Case(Phi, TOKENS, lg(32) + lg(2) + 2 * lg(2) + 2 * lg(8) + lg(24), quick=True),
+    "class_token": Case(ClassToken, IMAGE, heads(16, 4, 1, 20)),
     **{f"{kind.lower()}": _rnn(kind, False) for kind in ("RNN", "GRU", "LSTM")},
     **{f"{kind.lower()}_both": _rnn(kind, True) for kind in ("RNN", "GRU", "LSTM")},
     "last_state": Case(LastState, SEQUENCE, 2 * lg(7)),

@@ -21,7 +21,7 @@ PAIR = ("layerwise", "a.safetensors", "b.safetensors", *DATA)
 
 def test_a_table_of_layers_is_printed_drawn_and_kept(here, capsys):
     pytest.importorskip("matplotlib")
-    files = ("--save", "t.json", "--json", "r.json", "--plot", "t.png")
+    files = ("--save", "t.json", "--json", "r.json", "--plot", "t.png", "--csv", "t.csv")
     assert run(*PAIR, "--points", "3", *files) == 0
     text = capsys.readouterr().out
     assert "barrier" in text and "200 samples, 6 points, 1 pass" in text and "wrote t.png" in text
@@ -34,6 +34,9 @@ def test_a_table_of_layers_is_printed_drawn_and_kept(here, capsys):
     ends = [plain_loss({k: v.double() for k, v in each.items()}) for each in (a, b)]
     np.testing.assert_allclose(table.ends["loss"], ends, rtol=1e-5)
     assert json.loads((here / "r.json").read_text())["layers"] == list(table.layers)
+    names, *rows = (here / "t.csv").read_text().splitlines()
+    assert names == "layer,t,loss,error" and len(rows) == 6
+    assert [float(row.split(",")[2]) for row in rows] == table.values["loss"].ravel().tolist()
 
 
 def test_layers_may_be_patterns(here, capsys):

@@ -112,7 +112,7 @@ def test_the_sanitizer_finds_nothing(objects, tmp_path):
 
 
 def compiled_by_nvcc(name: str) -> tuple[Path, str]:
-    """The object file of a source and what ptxas says of it, kept until a source or nvcc changes."""
+    """The object file of a source, and what ptxas says of it; kept until either changes."""
     command = [NVCC, "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
     about = subprocess.run([NVCC, "--version"], capture_output=True, check=True).stdout
     key = hashlib.sha256(about + repr((command, name)).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import re
@@ -85,6 +86,7 @@ def level_of(name: str) -> int | None:
     return LEVELS.get(name)
 
 
+@functools.cache
 def graph_of(root: Path) -> dict[str, set[str]]:
     modules = modules_of(root)
     return {name: set(imports_of(name, path, modules)) - {name} for name, path in modules.items()}
@@ -248,6 +250,11 @@ def test_importing_modeconn_is_cheap(tmp_path):
 
 # Lines of a function without its docstring; a kernel is one program, which calls nothing.
 FUNCTION, KERNEL = 60, 130
+# Parameters of a function of the library's own; users' functions, in PUBLIC, take what they need.
+PARAMETERS = 8
+PUBLIC = {*mc.__all__, "train"}
+# Lines whose layout is by hand, in tests and examples.
+BY_HAND = 5
 FILE, COLUMNS = 400, 100
 # Of all lines, those that may be longer than COLUMNS; ruff holds most files to none.
 LONG_LINES = 0.03
@@ -292,7 +299,30 @@ def test_functions_are_short():
     assert long == []
 
 
-@pytest.mark.parametrize("folder", ["modeconn", "kernels", "bench", "examples"])
+def test_functions_of_our_own_take_few_parameters():
+    many = []
+    for path, function in functions():
+        given = function.args
+        names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+        count = len(names) - (names[:1] in (["self"], ["cls"]))
+        kernels, called = path.parent.name == "kernels", "dropin" in path.parts
+        if count > PARAMETERS and not (kernels or called or function.name in PUBLIC):
+            if function.name == "__init__" and path.name == "outputs.py":
+                continue  # of mc.Forward
+            many.append(f"{place(path, function)} {function.name}: {count} parameters")
+    assert many == []
+
+
+def test_hardly_a_line_is_laid_out_by_hand():
+    found = []
+    for folder in ("modeconn", "kernels", "bench", "tests", "examples"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            found += [path.name for line in lines if re.search(r"# fmt: (skip|off)", line)]
+    assert len([name for name in found if name != "test_layout.py"]) <= BY_HAND, found
+
+
+@pytest.mark.parametrize("folder", ["modeconn", "kernels", "bench", "examples", "tests"])
 def test_files_are_short(folder: str):
     long = {}
     for path in (ROOT / folder).rglob("*.py"):
@@ -314,6 +344,18 @@ def test_every_folder_is_installed():
     folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("modeconn/**/__init__.py")}
     expected = {".".join(folder.parts) for folder in folders} | {"modeconn.kernels"}
     assert set(re.findall(r'"([\w.]+)"', listed)) == expected
+
+
+def test_docstrings_do_not_begin_with_a_question():
+    """Verb first, as CONTRIBUTING.md has it."""
+    found = []
+    for path, tree in PARSED.items():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node) or ""
+                if re.match(r"(What|How|Which|Where|The same|Of)\b", text):
+                    found.append(f"{place(path, node)} {text.splitlines()[0]}")
+    assert found == []
 
 
 def test_comprehensions_do_not_nest():

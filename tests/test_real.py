@@ -32,14 +32,14 @@ def test_the_barrier_between_two_mnist_networks(line, mnist_root):
 
 
 def test_mnist_against_float64(line, mnist_root):
-    x, y = mc.datasets.load("mnist", root=mnist_root).slice(0, 6000)
+    x, y = mc.datasets.load("mnist", root=mnist_root).slice(0, 3000)
     model = build(SPEC)
-    got = mc.evaluate(model, line, (x, y), 9)
+    got = mc.evaluate(model, line, (x, y), 5)
     plain, exact = (
         pass_per_point(model, line, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64)
     )
     assert_within_policy("loss", got.loss, plain["loss"], exact["loss"], torch.float32)
-    np.testing.assert_allclose(got.error, exact["error"], atol=2 / 6000)  # ties, to rounding
+    np.testing.assert_allclose(got.error, exact["error"], atol=2 / 3000)  # ties, to rounding
 
 
 def test_test_error(line, mnist_root):
@@ -76,7 +76,7 @@ def test_a_convolutional_line_on_cifar10(shared, cifar10_root):
         shared / "checkpoints" / f"cifar10-vgg11-w16-seed{seed}.safetensors" for seed in (1, 2)
     ]
     path = mc.Line(*files)
-    x, y = mc.datasets.load("cifar10", root=cifar10_root, split="test").slice(0, 1000)
+    x, y = mc.datasets.load("cifar10", root=cifar10_root, split="test").slice(0, 400)
     got = mc.evaluate(model, path, (x, y), 3)
     plain, exact = (
         pass_per_point(model, path, x, y, got.t, dtype) for dtype in (torch.float32, torch.float64)

@@ -172,7 +172,7 @@ class ReferenceBackend:
 
 
 class _Order:
-    """What of a segment is done at each of its points, found once.
+    """Holds what of a segment is done at each of its points, found once.
 
     Attributes:
         fused: steps that run as one, by the last of them.

@@ -83,7 +83,7 @@ def is_known(runner: Runner, x: Inputs) -> bool:
 
 
 def _found(model: nn.Module, kind: Hashable) -> _Known | None:
-    """What is known of a module, or of one that reads the same: a copy, in most cases.
+    """Keeps what is known of a module, or of one that reads the same: a copy, in most cases.
 
     A graph with parts that run as they are belongs to its module alone: those are modules, too.
     """

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True)
 class Optimisations:
-    """What may be switched off.
+    """Lists what may be switched off.
 
     Attributes:
         dead: units that nothing reads are left out; off: every value is computed whole.
@@ -51,7 +51,7 @@ _CURRENT: ContextVar[Optimisations] = ContextVar("optimisations", default=_ALL)
 
 
 def current() -> Optimisations:
-    """Which optimisations are on here."""
+    """Return which optimisations are on here."""
     return _CURRENT.get()
 
 

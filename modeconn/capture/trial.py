@@ -175,7 +175,7 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class Trial:
-    """What was learnt of a module.
+    """Keeps what was learnt of a module.
 
     Attributes:
         module: a copy in eval mode with the user's weights, to be captured.
@@ -263,7 +263,7 @@ def _forgets(module: nn.Module, runner: Runner, x: Inputs, weights: Mapping[str,
 
 
 def _changes(module: nn.Module, weights: Mapping[str, Tensor], guard: Guard) -> str:
-    """What has changed of a module besides its modes, in words; "" for nothing."""
+    """Return what has changed of a module besides its modes, in words; "" for nothing."""
     state = saved_tensors(module)
     for name in [*weights, *state]:
         if name not in state:

@@ -27,13 +27,14 @@ from modeconn.cli import (
     layerwise,
     mix,
     plane,
+    plot,
     reproduce,
     surface,
     train,
     verify,
 )
 from modeconn.cli.options import Parser, example, release_outputs, written_outputs
-from modeconn.cli.output import Nowhere, Shown, is_closed, shown
+from modeconn.cli.output import Nowhere, Shown, is_closed, shown, version
 from modeconn.errors import ModeconnError, SystemFailure, out_of_memory
 
 LESS = ": expected less at a time, by --batch-size, where the command has it, or a larger machine"
@@ -44,6 +45,7 @@ COMMANDS = (
     explain,
     plane,
     surface,
+    plot,
     layerwise,
     mix,
     align,
@@ -150,20 +152,11 @@ def _parser() -> Parser:
             "It needs no files. Then see modeconn train --help and modeconn evaluate --help.",
         ),
     )
-    parser.add_argument("--version", action="version", version=f"modeconn {_version()}")
+    parser.add_argument("--version", action="version", version=f"modeconn {version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         command.add(commands)
     return parser
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("modeconn")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 @contextlib.contextmanager

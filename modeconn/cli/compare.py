@@ -25,7 +25,7 @@ _COLOUR = "#2a7d4f"
 
 @dataclass(frozen=True)
 class Row:
-    """What the table says of a path: largest loss and error, its length, and what it cost."""
+    """Returns a path's row of the table: largest loss and error, its length, and what it cost."""
 
     name: str
     loss: float

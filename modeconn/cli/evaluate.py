@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeconn.backends import NAMES as BACKENDS
-from modeconn.cli import launched, options, output
+from modeconn.cli import finished, launched, options, output
 from modeconn.errors import ModeconnError
 from modeconn.evaluation.arguments import BUFFERS, PRECISIONS
 from modeconn.metrics import LOSSES, METRICS
@@ -149,6 +149,7 @@ def add_results(
         f".load: {options.listed(suffixes)}; after an interruption the same command continues "
         "(but for --points adaptive)",
     )
+    options.add_csv(group)
     options.add_json(group, "the result")
     options.add_quiet(group)
 
@@ -259,7 +260,7 @@ def check_results(
         **more: other files to write, by option.
     """
     plot = getattr(args, "plot", None)
-    outputs = {"--plot": plot, "--save": args.save, "--json": args.json, **more}
+    outputs = {"--plot": plot, "--save": args.save, "--csv": args.csv, "--json": args.json, **more}
     options.check_outputs(outputs, args.checkpoints)
     options.check_plot(plot)
     if args.save is not None and not args.save.lower().endswith(suffixes):
@@ -277,6 +278,8 @@ def evaluated(
     by: Callable[..., Any] | None = None,
 ) -> Any:
     """Evaluates as the options ask, and notes in the result what was evaluated.
+
+    Where the file of --save is the result of the same command, that is taken.
 
     Args:
         args: the parsed options.
@@ -296,6 +299,16 @@ def evaluated(
     estimated = args.buffers == "recompute" and args.split != "train"
     run_by: Callable[..., Any] = by or evaluate
     alone = resume and not launched.is_shared()
+    training = options.load_data(args, "train") if estimated else None
+    identity = None
+    if args.save is not None and alone and by is None and path is not None:
+        sets = [data] if training is None else [data, training]
+        identity = finished.identity(args, spec, path, points, sets)
+    known = finished.known(args.save, identity)
+    if known is not None:
+        if not args.quiet and args.json != "-":
+            print(f"{args.save} is the result of this command: remove it to compute it anew\n")
+        return known
     keeps = args.save is not None and alone and not isinstance(points, str)
     unfinished = f"{args.save}.unfinished" if keeps else None
     with output.kept(unfinished, unfinished):
@@ -312,7 +325,7 @@ def evaluated(
             batch_size=args.batch_size,
             precision=args.precision,
             progress=output.on_terminal() and not args.quiet,
-            recompute_data=options.load_data(args, "train") if estimated else None,
+            recompute_data=training,
             resume=unfinished,
             ignore=args.ignore,
         )
@@ -321,16 +334,19 @@ def evaluated(
         "checkpoints": ", ".join(args.checkpoints),
         "data": f"{args.data} {args.split}",
         "normalization": data.normalization,
+        **({} if identity is None else {finished.KEY: identity}),
     }
     return result
 
 
 def write(result: PathResult | LayerTable, args: argparse.Namespace) -> None:
-    """Writes the files of --save and --json, and removes what was kept of the unfinished one."""
+    """Writes the files of --save, --csv and --json; what was kept of the unfinished one goes."""
     if args.save is not None:
         result.save(args.save)
         with contextlib.suppress(FileNotFoundError):
             Path(f"{args.save}.unfinished").unlink()
+    if args.csv is not None:
+        result.to_csv(args.csv)
     if args.json is not None:
         output.write_json(result.to_dict(), args.json)
 
@@ -349,4 +365,4 @@ def report(result: PathResult, args: argparse.Namespace, **drawn: str | None) ->
     if args.quiet or args.json == "-":
         return
     output.print_result(result)
-    output.print_written(args.plot, *drawn.values(), args.save, args.json)
+    output.print_written(args.plot, *drawn.values(), args.save, args.csv, args.json)

@@ -81,4 +81,4 @@ def run(args: argparse.Namespace) -> None:
     print(result)
     print()
     output.print_effort(result)
-    output.print_written(args.plot, args.save, args.json)
+    output.print_written(args.plot, args.save, args.csv, args.json)

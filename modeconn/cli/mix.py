@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
     evaluate.write(result, args)
     if not args.quiet and args.json != "-":
         _print(result, by, [Path(file).stem for file in files])
-        output.print_written(args.out, args.save, args.json)
+        output.print_written(args.out, args.save, args.csv, args.json)
 
 
 def _searched(args: argparse.Namespace, spec: str, model: nn.Module, path: Mixture) -> PathResult:

@@ -191,6 +191,11 @@ def add_plot(group: argparse._ActionsContainer, drawn: str) -> None:
     group.add_argument("--plot", metavar="FILE", help=f"draw {drawn}: {listed(PLOT_SUFFIXES)}")
 
 
+def add_csv(group: argparse._ActionsContainer) -> None:
+    """Declares --csv."""
+    group.add_argument("--csv", metavar="FILE", help="write t and the metrics as a table of text")
+
+
 def add_json(group: argparse._ActionsContainer, content: str) -> None:
     """Declares --json."""
     group.add_argument(

@@ -27,6 +27,16 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
+def version() -> str:
+    """Return the version of the installed package."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("modeconn")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
 def shown(text: object) -> str:
     """Return text with control characters escaped: names of files must not steer a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in str(text))
@@ -96,9 +106,14 @@ def write_json(content: dict[str, Any], file: str) -> None:
     atomic_write(file, lambda stream: stream.write(text.encode()))
 
 
-def write_plot(result: PathResult, file: str) -> None:
-    """Draws a result into a PNG, SVG or PDF file, whole or not at all."""
-    write_figure(result.plot, file)
+def main_metric(result: PathResult) -> str:
+    """Returns the metric that pictures show: the loss, or the first where there is none."""
+    return "loss" if "loss" in result.values else next(iter(result.values))
+
+
+def write_plot(result: PathResult, file: str, metric: str | None = None) -> None:
+    """Draws a metric of a result into a PNG, SVG or PDF file, whole or not at all."""
+    write_figure(lambda ax: result.plot(ax, metric or main_metric(result)), file)
 
 
 def write_figure(draw: Callable[[Axes], object], file: str, surface: bool = False) -> None:
@@ -122,10 +137,10 @@ def write_figure(draw: Callable[[Axes], object], file: str, surface: bool = Fals
     atomic_write(file, lambda stream: figure.savefig(stream, format=kind, dpi=160))
 
 
-def print_plot(result: PathResult) -> None:
+def print_plot(result: PathResult, metric: str | None = None) -> None:
     """Prints the small picture, as wide as the terminal allows, up to 80 columns."""
     width = min(80, max(30, shutil.get_terminal_size((80, 24)).columns))
-    print(result.terminal_plot(width=width, height=14))
+    print(result.terminal_plot(width=width, height=14, metric=metric or main_metric(result)))
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -174,9 +189,9 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
-def print_result(result: PathResult) -> None:
-    """Prints the picture and the numbers of an evaluation."""
-    print_plot(result)
+def print_result(result: PathResult, metric: str | None = None) -> None:
+    """Prints the picture of a metric, by default the loss, and the numbers of an evaluation."""
+    print_plot(result, metric)
     print()
     if result.t.ndim == 1:
         print_curve(result)

@@ -1,4 +1,4 @@
-"""How large an activation's values, slopes and rounding errors can be."""
+"""Bounds an activation's values, slopes and rounding errors."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How far rounding can lift loss and error above their bounds, to first order.
+    """Bounds how far rounding can lift loss and error above their bounds, to first order.
 
     A loss computed in float32 along the path is at most the bound plus `loss_float32`, whatever the
     order of additions; inf where nothing is bounded.
@@ -181,7 +181,7 @@ class Certificate:
 
     @property
     def _lift(self) -> float:
-        """How far the exact bound can be above the computed one."""
+        """Returns how far the exact bound can be above the computed one."""
         return 0.0 if self.rounding is None else self.rounding.loss_float64
 
     @property

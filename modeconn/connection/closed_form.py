@@ -1,4 +1,4 @@
-"""What closed-form subnetworks are built from: networks, features of all units, the goal.
+"""Holds what closed-form subnetworks are built from: networks, features of all units, the goal.
 
 Both conditions of Nguyen et al. 2021 that need no training are met by construction: linearly
 separable features (separable.py), and order of √N units in the last two hidden layers

@@ -1,4 +1,4 @@
-"""What a chain does to its inputs before the first layer: fixed sums, products and norms.
+"""Computes what a chain does to its inputs before the first layer: fixed sums, products, norms.
 
 They belong to no layer. A path does not move them, so that all of its networks read one and the
 same h_0.

@@ -60,7 +60,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How to measure.
+    """States how to measure.
 
     Attributes:
         loss: as for `evaluate`, one that is convex in the outputs.
@@ -154,7 +154,7 @@ def _settings(subject: Subject, how: Measuring, loss: str, rows: int) -> dict[st
 
 
 class _Engine:
-    """What computes the outputs at the breakpoints, and the bounds on their rounding.
+    """Computes the outputs at the breakpoints, and the bounds on their rounding.
 
     Args:
         x: some inputs, to try it on. rows: that there will be.

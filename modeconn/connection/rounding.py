@@ -57,7 +57,7 @@ class Sensitivity:
 
 
 class PathRounding(Protocol):
-    """What rounding does to the outputs at the breakpoints of a path, and between them."""
+    """Bounds what rounding does to the outputs at the breakpoints of a path, and between them."""
 
     def of_rows(self, x: Tensor) -> Sequence[Sensitivity]:
         """Returns a bound for each breakpoint; those of its ends bound a segment.

@@ -1,4 +1,4 @@
-"""What a verifier asks of a network's structure, answered for chains of layers and other graphs.
+"""Answers what a verifier asks of a network's structure, for chains of layers and other graphs.
 
 The proof of a segment has three parts that depend on how the network is built: which of its units
 are live, and so which kind of move the segment is; how large values can become on it; and how far

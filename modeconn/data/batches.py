@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from modeconn.data.datasets import Images
 from modeconn.data.inputs import Inputs, apply, join, take
 from modeconn.data.inputs import rows as rows_of
+from modeconn.data.randomness import watched
 from modeconn.data.tensors import as_inputs, as_tensor, check_lengths, each, row_kind, slice_rows
 from modeconn.errors import ModeconnError, warn
 
@@ -82,6 +83,16 @@ class Batches:
         self._read = read
         self._once, self._rows = once, rows
         self._counted: int | None = None  # rows in the first complete pass
+        self._drawn: tuple[Callable[[], None], int] | None = None
+
+    def watch(self, drawn: Callable[[], None], skip: int) -> None:
+        """Call a function in each pass whose first batches draw random numbers when they are read.
+
+        Args:
+            drawn: the function.
+            skip: batches of the source before the first that is watched.
+        """
+        self._drawn = drawn, skip
 
     def __iter__(self) -> Iterator[Batch]:
         if self._once and self.passes:
@@ -114,8 +125,10 @@ class Batches:
         yield from zip(numbers, _checked(parts))
 
     def _pass(self, number: int) -> Iterator[Batch]:
-        seen = 0
-        for batch in _regrouped(_checked(self._read()), self.batch_size):
+        seen, source = 0, self._read()
+        if self._drawn is not None:
+            source = watched(source, *self._drawn)
+        for batch in _regrouped(_checked(source), self.batch_size):
             seen += len(batch[0])
             yield batch
         if self._counted not in (None, seen):

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+# Batches that are looked at: what draws for one sample draws for all, or for one in a few.
+_WATCHED = 4
 
 
 @contextlib.contextmanager
@@ -34,6 +40,40 @@ def restorer() -> Callable[[], None]:
         _set_torch_states(states[2])
 
     return restore
+
+
+def watched(batches: Iterable[T], drawn: Callable[[], None], skip: int) -> Iterator[T]:
+    """Yield batches, and tell once if reading one of the first draws from a global generator.
+
+    Args:
+        batches: in the order in which they are read, one at a time.
+        drawn: called if one draws.
+        skip: batches before the first that is watched.
+    """
+    source, watching = iter(batches), True
+    for number in itertools.count():
+        watching &= number < skip + _WATCHED
+        before = _all_states() if watching and number >= skip else None
+        try:
+            batch = next(source)
+        except StopIteration:
+            return
+        if before is not None and not _equal(before, _all_states()):
+            watching = False
+            drawn()
+        yield batch
+
+
+def _all_states() -> list[Any]:
+    numpy: Any = np.random.get_state()  # noqa: NPY002
+    return [random.getstate(), numpy[1].tobytes(), numpy[2:], *torch_states()]
+
+
+def _equal(one: list[Any], other: list[Any]) -> bool:
+    pairs = zip(one, other)
+    return len(one) == len(other) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs
+    )
 
 
 def torch_states() -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""How two networks differ: findings with a verdict each, and the distance of every layer."""
+"""Says how two networks differ: findings with a verdict each, and the distance of every layer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class LayerDistance:
-    """How far two networks are apart in one layer.
+    """Measures how far two networks are apart in one layer.
 
     Attributes:
         layer: its name, which its tensors' names begin with.
@@ -48,7 +48,7 @@ class LayerDistance:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `check` found; print it, or ask for `.passed`.
+    """Holds what `check` found; print it, or ask for `.passed`.
 
     Attributes:
         findings: in the order in which they were looked at.

@@ -133,7 +133,7 @@ def _differences(model: nn.Module, end: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _modes(model: nn.Module, end: nn.Module) -> list[str]:
-    """Where modes differ, which `eval()` sets in most modules."""
+    """Name the modules whose modes differ, which `eval()` sets in most."""
     pairs = zip(model.named_modules(), end.modules())
     found = [
         f"'{name}.training'" if name else "'training'"
@@ -144,7 +144,7 @@ def _modes(model: nn.Module, end: nn.Module) -> list[str]:
 
 
 def _parts(module: nn.Module) -> dict[str, Any]:
-    """What a module has besides parameters, saved buffers and children, by name."""
+    """Return what a module has besides parameters, saved buffers and children, by name."""
     buffers = {name: module._buffers.get(name) for name in module._non_persistent_buffers_set}
     return {**attributes_of(module), **buffers}
 

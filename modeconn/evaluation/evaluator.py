@@ -19,6 +19,7 @@ from modeconn.data.inputs import moved
 from modeconn.data.tensors import as_inputs
 from modeconn.evaluation.adaptive.evaluation import ENDS, adaptive_results, goal_of
 from modeconn.evaluation.arguments import device_of, dtype_of, fitted, frozen_entries
+from modeconn.evaluation.data_notices import warn_of_data
 from modeconn.evaluation.ends import capture_for
 from modeconn.evaluation.passes import results_of
 from modeconn.evaluation.progress import Meter, Progress, reporting
@@ -214,6 +215,7 @@ def evaluate(
             ignore=ignore,
             shared=ranks.shared,
         )
+        warn_of_data(data, recompute_data, request.recomputes)
         runner = prepare(request.model, request.dtype, request.where)
         evaluation = functools.partial(_evaluation, runner, ranks)
         shown = progress if ranks.rank == 0 or callable(progress) else False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from dataclasses import dataclass, field
@@ -108,11 +110,29 @@ class LayerTable:
             raise ModeconnError(
                 "to_frame() needs pandas, which is not installed: pip install pandas"
             ) from None
-        columns: dict[str, Any] = {
+        return pandas.DataFrame(self._columns())
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        columns: dict[str, np.ndarray] = {
             "layer": np.repeat(np.array(self.layers, dtype=object), len(self.t)),
             "t": np.tile(self.t, len(self.layers)),
         }
-        return pandas.DataFrame(columns | {name: v.ravel() for name, v in self.values.items()})
+        return columns | {name: value.ravel() for name, value in self.values.items()}
+
+    def to_csv(self, file: str | os.PathLike[str]) -> None:
+        """Write the table of `to_frame` as text, whole or not at all: a line of names, then rows.
+
+        Numbers have all digits that they need to be read again exactly.
+
+        Raises:
+            ModeconnError: the file cannot be written.
+        """
+        columns = self._columns()
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(columns)
+        rows = zip(*(column.tolist() for column in columns.values()))
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        atomic_write(file, lambda stream: stream.write(text.getvalue().encode()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON values, with "nan", "inf" and "-inf" for such numbers."""

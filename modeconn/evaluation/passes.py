@@ -17,6 +17,7 @@ from modeconn.capture.noise import Noise
 from modeconn.data.batches import Batch, Batches
 from modeconn.data.inputs import leaves, moved, rows
 from modeconn.errors import ModeconnError
+from modeconn.evaluation.data_notices import warn_of_pixels
 from modeconn.evaluation.ends import capture_for
 from modeconn.evaluation.notices import (
     warn_of_capture,
@@ -109,6 +110,7 @@ def _prepare(
     warn_of_capture(graph, f"batch_size, here {size}", request.noise_seed)
     ending = ending_at(graph, request)
     warn_of_probabilities(ending, request.head)
+    warn_of_pixels(graph, first[0])
     program = make_program(
         ending,
         request.path,
@@ -117,8 +119,7 @@ def _prepare(
         device=request.where,
         frozen=request.frozen,
         tables=statistics.tables or None,
-        noise=Noise(request.noise_seed),
-    )
+    ).drawing(Noise(request.noise_seed))
     if request.buffers == "interpolate":
         warn_of_stale_statistics(program)
     backend = request.backend_of(graph)

@@ -29,6 +29,7 @@ from modeconn.evaluation.arguments import (
     frozen_entries,
     positive,
 )
+from modeconn.evaluation.data_notices import watch_draws
 from modeconn.evaluation.statistics import BATCH_SIZE
 from modeconn.files.fingerprints import digest_of
 from modeconn.metrics import DatasetMetric, Head, Metric, PerSample
@@ -188,6 +189,7 @@ class Request:
             rows = rows_within(self.budget, data)
             made = as_batches(data, self.batch_size or rows)
             if self.batch_size or not self.shared:
+                watch_draws(made, data)
                 return made
             share = max(_FEWEST_OF_A_SHARE, -(-(made.samples or 1 << 30) // _SHARES))
             return as_batches(data, min(rows, share, _MOST_OF_A_SHARE))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import os
@@ -190,6 +192,21 @@ class PathResult:
         arrays |= {"t": self.t, "meta": np.array(json.dumps(meta, allow_nan=False))}
         atomic_write(file, lambda stream: np.savez(stream, **arrays))  # type: ignore[arg-type]  # ** also fills flags
 
+    def to_csv(self, file: str | os.PathLike[str]) -> None:
+        """Write the table of `to_frame` as text, whole or not at all: a line of names, then points.
+
+        Numbers have all digits that they need to be read again exactly. `load` reads no CSV.
+
+        Raises:
+            ModeconnError: the file cannot be written.
+        """
+        text = io.StringIO()
+        columns = self._columns()
+        csv.writer(text, lineterminator="\n").writerow(columns)
+        rows = zip(*(column.tolist() for column in columns.values()))
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        atomic_write(file, lambda stream: stream.write(text.getvalue().encode()))
+
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> PathResult:
         """Read a result that :meth:`save` wrote; no code in the file ever runs.
@@ -250,11 +267,13 @@ class PathResult:
             raise ModeconnError(
                 "to_frame() needs pandas, which is not installed: pip install pandas"
             ) from None
+        return pandas.DataFrame(self._columns())
+
+    def _columns(self) -> dict[str, np.ndarray]:
         if self.t.ndim == 1:
-            columns = {"t": self.t}
-        else:
-            columns = {f"t{index}": self.t[:, index] for index in range(self.t.shape[1])}
-        return pandas.DataFrame(columns | self.values)
+            return {"t": self.t} | self.values
+        columns = {f"t{index}": self.t[:, index] for index in range(self.t.shape[1])}
+        return columns | self.values
 
     def plot(self, ax: Axes | None = None, metric: str = "loss", surface: bool = False) -> Axes:
         """Draw the result with matplotlib and return the axes.

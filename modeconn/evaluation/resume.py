@@ -28,7 +28,7 @@ from modeconn.resuming import Record
 
 @dataclass(frozen=True)
 class Place:
-    """How far a pass has come.
+    """Records how far a pass has come.
 
     Attributes:
         parts: of the data that are done.

@@ -38,7 +38,7 @@ _FLOOR = 16.0
 
 @dataclass(frozen=True)
 class Sameness:
-    """What `same_function` found.
+    """Holds what `same_function` found.
 
     Attributes:
         same: whether all outputs are within what rounding explains.
@@ -129,7 +129,7 @@ class _Outputs:
     jittered: list[Tensor]
 
     def rounding(self, i: int) -> Tensor:
-        """How far rounding moves each number of the i-th output."""
+        """Return how far rounding moves each number of the i-th output."""
         own, exact, jittered = self.own[i], self.exact[i], self.jittered[i]
         return _apart(own, exact, odd=0.0) + _apart(jittered, exact, odd=0.0)
 

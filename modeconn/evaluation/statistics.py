@@ -93,8 +93,7 @@ class NormStatistics:
                 dtype=dtype,
                 device=device,
                 frozen=frozenset(),
-                noise=Noise(noise_seed),
-            )
+            ).drawing(Noise(noise_seed))
             self.engine = make_statistics(backend, self.program, dtype, device)
 
     def recompute(

@@ -1,4 +1,4 @@
-"""What objects are made of, walked alike for digests and for guards.
+"""Walks what objects are made of, alike for digests and for guards.
 
 A callable or a module is what its classes, the code of the user's functions, their defaults,
 closures and global values, its attributes and its tensors are. `Walk` yields all of that, flat and
@@ -273,7 +273,7 @@ class Walk:
             yield from self.value(state)
 
     def _state(self, value: Any) -> Any:
-        """What an object is made of; None where that cannot be seen."""
+        """Return what an object is made of; None where that cannot be seen."""
         if not hasattr(value, "__dict__"):
             slots = list(itertools.chain.from_iterable(map(_slots, type(value).__mro__)))
             return {name: getattr(value, name, None) for name in slots} if slots else None
@@ -312,7 +312,7 @@ class Walk:
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """What a module keeps besides its tensors and children: attributes, and hooks of its forward.
+    """Return what a module keeps besides tensors and children: attributes and forward hooks.
 
     A hook comes with what it is called with, and without its number, which counts all hooks of a
     process.

@@ -1,4 +1,4 @@
-"""Which losses are convex in the outputs, and why: what a certificate on a swing rests on.
+"""Tells which losses are convex in the outputs, and why: a certificate on a swing rests on it.
 
 On a swing the outputs are affine in t, so a loss that is convex in them stays below its chord. A
 mean over samples, with weights that are not negative, keeps convexity. This is the one table; every

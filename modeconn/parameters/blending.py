@@ -61,7 +61,7 @@ def blended_states(
 def _blend_all(
     columns: Sequence[list[Tensor]], row: np.ndarray, memory: list[Tensor]
 ) -> list[Tensor]:
-    """What `blend` returns for each of many tensors: in small networks calls take the time.
+    """Blends many tensors as `blend` does one: in small networks calls take the time.
 
     Args:
         columns: for each control point, its tensors.

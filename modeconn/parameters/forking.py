@@ -1,4 +1,4 @@
-"""What of a process does not survive fork(), and locks that do.
+"""Finds what of a process does not survive fork(), and makes locks that do.
 
 A forked process has the thread that forked and no other. A lock that another one held would never
 be free again, so locks are new there. PyTorch's pool of threads is gone, too, but its library waits

@@ -73,7 +73,7 @@ def _of_numbers(one: Mapping[str, int], other: Mapping[str, int]) -> str:
 
 
 def _of_rules(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """How texts are cut, where the tokens are the same."""
+    """Tells how texts are cut, where the tokens are the same."""
     keys = ("normalizer", "pre_tokenizer", "post_processor", "model")
     differ = [key for key in keys if one.get(key) != other.get(key)]
     return f"the same tokens, by other rules: {', '.join(differ)}" if differ else ""

@@ -30,6 +30,6 @@ def unwrapped(model: Any) -> nn.Module:
 
 
 def name_of(source: Any, k: int) -> str:
-    """What messages call the k-th of some networks: the name of its file, if it has one."""
+    """Returns what messages call the k-th of some networks: the name of its file, if it has one."""
     is_file = isinstance(source, (str, bytes)) or hasattr(source, "__fspath__")
     return str(source) if is_file else f"control point {k}"

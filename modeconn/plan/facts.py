@@ -1,4 +1,4 @@
-"""What a plan knows of a graph's nodes whatever the segment, found once: rules and shapes."""
+"""Finds once what a plan knows of a graph's nodes whatever the segment: rules and shapes."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from modeconn.capture.graph import Graph
-from modeconn.capture.noise import Noise
 from modeconn.capture.optimisations import current, without
 from modeconn.parameters.blending import is_far
 from modeconn.parameters.paths import Path
@@ -41,7 +40,6 @@ def make_program(
     frozen: frozenset[str],
     tables: Mapping[str, Tensor] | None = None,
     by_content: bool = True,
-    noise: Noise | None = None,
 ) -> Program:
     """Plans the evaluation of a graph at some points of a path.
 
@@ -54,7 +52,6 @@ def make_program(
             rising order, [T, …], instead of the path's (`buffers="recompute"`).
         by_content: False for a plan that can be differentiated in the control points: see
             `Contents`.
-        noise: what the network draws at random; by default anew at each point.
     """
     points_of_path = path.control_points
     contents = Contents(
@@ -70,7 +67,6 @@ def make_program(
     for segment in empty:
         here = _rows_of(tables or {}, segment.point_indices)
         segments.append(_planned(facts, segment, contents, here, shared))
-    noise = noise or Noise()
     program = Program(
         graph,
         distinct,
@@ -79,12 +75,11 @@ def make_program(
         segments,
         _naive_flops(graph, contents),
         dtype,
-        noise=noise,
         trees=trees,
     ).pruned()
     if not by_content:
         return program
-    given = {"dtype": dtype, "device": device, "frozen": frozen, "tables": tables, "noise": noise}
+    given = {"dtype": dtype, "device": device, "frozen": frozen, "tables": tables}
     return replace(program, plain=partial(_without_shortcuts, graph, path, points, **given))
 
 

@@ -260,6 +260,11 @@ class Program:
         """Shared values that segments take up: what must stay while the points are evaluated."""
         return sorted(set().union(*(segment.taken() for segment in self.segments)))
 
+    def drawing(self, noise: Noise) -> Program:
+        """The program whose network draws its random numbers so; by default anew at each point."""
+        plan = self.plain
+        return replace(self, noise=noise, plain=plan and (lambda: plan().drawing(noise)))
+
     def pruned(self) -> Program:
         """The program without the steps that planning tried and nobody uses."""
         segments = [_without_unused(segment) for segment in self.segments]
@@ -304,7 +309,7 @@ def shared_steps(program: Program, kept: Iterable[int]) -> Segment:
 
 
 def operand_of(form: Form) -> Combination | int:
-    """What a varying step reads of a constant or an earlier step's value."""
+    """Names what a varying step reads of a constant or an earlier step's value."""
     return form.step if isinstance(form, Varying) else form
 
 

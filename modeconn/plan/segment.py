@@ -337,7 +337,7 @@ class SegmentPlanner:
         return self._add_step(VaryingStep(call.node, operands, entries, units, cost, numel))
 
     def _operand(self, form: Form) -> Combination | int:
-        """What a varying step reads: a constant, or the earlier step that has the value.
+        """Returns what a varying step reads: a constant, or the earlier step that has the value.
 
         A combination is materialized, by a step of its own.
         """

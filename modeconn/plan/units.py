@@ -79,7 +79,7 @@ class Units:
         return Units({axis: np.union1d(self.along[axis], other.along[axis]) for axis in both})
 
     def within(self, other: Units) -> Units:
-        """Where these are in a part that holds them: positions instead of indices."""
+        """Returns where these are in a part that holds them: positions instead of indices."""
         places: dict[int, np.ndarray] = {}
         for axis, index in self.along.items():
             kept = other.get(axis)

@@ -38,7 +38,7 @@ _VALUES = "values that are images [N, C, H, W] or rows, all of the same samples"
 
 
 class Reads:
-    """How often, and by which step last, the values of a segment's steps are read.
+    """Counts how often the values of a segment's steps are read, and names the last step that does.
 
     An output of the segment counts as a read behind all of its steps.
     """

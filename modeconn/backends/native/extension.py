@@ -56,5 +56,5 @@ def extension() -> Any:
 
 
 def switches() -> dict[str, bool]:
-    """What a call into the engine is to leave out (capture/optimisations.py)."""
+    """Returns what a call into the engine is to leave out (capture/optimisations.py)."""
     return {} if current().winograd else {"winograd": False}

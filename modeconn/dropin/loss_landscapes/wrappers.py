@@ -1,4 +1,4 @@
-"""What metrics are given: a model, or parts of one, behind one interface."""
+"""Gives metrics a model, or parts of one, behind one interface."""
 
 from __future__ import annotations
 

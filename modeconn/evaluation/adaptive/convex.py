@@ -1,4 +1,4 @@
-"""Which metrics a path's break points alone have the largest value of, by the plan of the path.
+"""Finds, by a path's plan, metrics whose largest value is at one of its break points.
 
 On a segment where the outputs are constant every metric is; where they are affine in t, a loss
 that is convex in the outputs is convex in t, and lies below its values at the segment's ends.

@@ -143,7 +143,7 @@ def adaptive_results(
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """What all data sets of an evaluation share."""
+    """Holds what all data sets of an evaluation share."""
 
     request: Request
     evaluate: Evaluate

@@ -30,7 +30,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Goal:
-    """How exact a maximum is to be.
+    """States how exact a maximum is to be.
 
     Attributes:
         tolerance: of the height, by which the largest value rises above the lower end.

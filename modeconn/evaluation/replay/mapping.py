@@ -31,7 +31,7 @@ _KEPT = 1 << 29
 
 
 class MapResult(Sequence[Any]):
-    """What a function returned at points, in their order.
+    """Holds what a function returned at points, in their order.
 
     Attributes:
         t: the points, float64 [T] for a curve, [T, dim] otherwise.

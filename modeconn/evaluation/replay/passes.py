@@ -29,7 +29,7 @@ from modeconn.plan.program import Program
 
 @dataclass(frozen=True)
 class Setting:
-    """What planned passes compute with.
+    """Holds what planned passes compute with.
 
     Attributes:
         dtype, device: of the model's own weights.

@@ -83,7 +83,7 @@ class Chunk:
 
 
 class Schedule:
-    """What happens at each point of a scan, in order.
+    """Lists what happens at each point of a scan, in order.
 
     Args:
         passes: run the planned passes.

@@ -110,7 +110,7 @@ class StandIn:
         self._number = self._depth = self._bytes = 0
 
     def _loaded(self, tensor: Tensor, value: Tensor | None) -> Tensor:
-        """What a parameter or buffer was set to: no second copy of what is kept anyway."""
+        """Return what a parameter or buffer was set to, without a second copy."""
         kept = value is not None and value.dtype == tensor.dtype and value.device == tensor.device
         return tensor.detach().clone() if value is None or self._spectral or not kept else value
 
@@ -311,7 +311,7 @@ def _slots(module: nn.Module) -> Iterator[Slot]:
 
 
 def _place(tensor: Tensor) -> tuple[int, torch.dtype, torch.Size]:
-    """Where a tensor's numbers are, and of what kind: `tensor.data = …` changes that."""
+    """Return where a tensor's numbers are, and of what kind: `tensor.data = …` changes that."""
     return tensor.data_ptr(), tensor.dtype, tensor.shape
 
 

@@ -144,7 +144,7 @@ class Rule:
         self._linear, self._entries, self._ties = linear, entries, ties
 
     def linearity(self, node: Node, moving: frozenset[int]) -> str:
-        """How the value depends on some of the inputs, with the others and the entries fixed."""
+        """Returns how the value depends on some of the inputs, with all others fixed."""
         if not isinstance(self._linear, str):
             return self._linear(node, moving)
         return "affine" if self._linear and len(moving) < len(node.inputs) else self._linear

@@ -1,4 +1,4 @@
-"""Which axes operations tie together that work index by index along some, and mix along others.
+"""Ties axes: operations work index by index along some, and mix along others.
 
 Each function ties the axes of a node's inputs and entries and returns those of its value; the
 table of rules (plan/rules/table.py) has each beside the operation's liveness and linearity.

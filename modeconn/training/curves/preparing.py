@@ -1,4 +1,4 @@
-"""What every fit begins with: networks that fit, data in memory, and the loop over the steps."""
+"""Prepares a fit: networks that fit, data in memory, and the loop over the steps."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
-    """What a fit trains.
+    """Holds what a fit trains.
 
     Attributes:
         model: the architecture.
