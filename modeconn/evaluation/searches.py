@@ -88,7 +88,7 @@ def search(
 
 
 def _identity(path: Path, data: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the outcome besides the strategy: digests, in lists, which say nothing else."""
+    """Returns digests of what decides the outcome besides the strategy, in lists."""
     plain = {name: value for name, value in options.items() if name != "progress"}
     corners = np.eye(path.dim)[:, 0] if path.dim == 1 else np.eye(path.dim)
     pair = isinstance(data, (tuple, list)) and len(data) == 2
@@ -99,7 +99,7 @@ def _identity(path: Path, data: Any, options: Mapping[str, Any]) -> dict[str, An
 
 
 class _Kept:
-    """What a search has found so far, pass by pass.
+    """The results of a search so far, pass by pass.
 
     Args:
         file: to keep it in; None for nothing.

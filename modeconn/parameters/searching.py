@@ -53,7 +53,7 @@ class Space:
 
     @property
     def groups(self) -> int:
-        """How often coordinates add up to 1."""
+        """The number of times that coordinates add up to 1."""
         return self.dim // self.sums if self.sums else 0
 
     def scaled(self, unit: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Where the points of a segment part: those that have a prefix of the network in common share it.
+"""Points of a segment part, and those that have a prefix of the network in common share it.
 
 Points are told apart by what moves: a node's weights are the same at two points where the tensors
 that they are made of have the same coefficients there. The points that part at a node are either

@@ -106,7 +106,7 @@ class Contents:
 
     @property
     def blocks(self) -> int:
-        """How many blocks of entries have coefficients of their own."""
+        """The number of blocks of entries with coefficients of their own."""
         return 1 if self._blocks is None else 1 + max(self._blocks.of.values())
 
     def block_of(self, k: int) -> int:
