@@ -87,7 +87,7 @@ def is_at_hand(model: Runner, sample: Inputs) -> bool:
 def _directly(runner: Runner, sample: Inputs) -> Graph:
     """Captures a module without torch.export; raises Unsupported where that cannot be."""
     x = _few(sample)
-    with undrawn(leaves(x)[0].device):
+    with quietly(), undrawn(leaves(x)[0].device):
         trial = on_trial(runner, x)
         made = None if trial.impure else direct_graph(trial.module, x)
         if made is None:
