@@ -1,4 +1,4 @@
-"""Networks written as those of transformers are: projections in one, grouped heads, class tokens."""
+"""Networks written as those of transformers are: one projection, grouped heads, class tokens."""
 
 from __future__ import annotations
 

@@ -209,6 +209,8 @@ def test_groups_and_dilations(isa, dtype, groups, window):
     net = Net(17, (12, 9, 10), points=2, dtype=dtype)
     net.product(24, groups=groups, norm=True, **window)
     net.product(12, groups=groups, kernel=(1, 1))
+    net.product(12, groups=12, norm=True, **window)  # depthwise
+    net.product(12, groups=12, kernel=(1, 1), activation="gelu")
     net.check(isa, dtype)
 
 

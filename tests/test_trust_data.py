@@ -180,3 +180,43 @@ def test_shuffling_is_warned_of_where_batches_count():
         (text,) = warned(buffers="recompute", **options)
         assert "reads a DataLoader that shuffles" in text and "shuffle=False" in text
     assert warned(shuffling, buffers="recompute", recompute_data=plain) == []
+
+
+# -- outputs and names -----------------------------------------------------------------------------
+
+
+def shared_exponentials(x: Tensor) -> Tensor:
+    powers = (x - x.amax(1, keepdim=True)).exp()
+    return powers / powers.sum(1, keepdim=True)
+
+
+class Ends(nn.Module):
+    """A layer, and a function behind it."""
+
+    def __init__(self, last: Any) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(64, 3), last
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.last(self.layer(image.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    "last",
+    [lambda x: x.softmax(1), lambda x: x.log_softmax(1).exp(), shared_exponentials],
+    ids=["softmax", "log_softmax and exp", "written out"],
+)
+def test_probabilities_are_warned_of_however_they_are_made(last: Any):
+    (text,) = warned((X, Y), lambda: Ends(last))
+    assert "ends in softmax" in text and "expects logits" in text
+
+
+@pytest.mark.parametrize("last", [lambda x: x.log_softmax(1), torch.exp, lambda x: x / x.sum()])
+def test_other_outputs_are_not_taken_for_probabilities(last: Any):
+    assert not any("softmax" in text for text in warned((X, Y), lambda: Ends(last), batch_size=40))
+
+
+def test_a_key_that_forward_does_not_take_is_named():
+    batches = [{"image": X, "labels": Y, "index": torch.arange(40)}]
+    with pytest.raises(mc.ModeconnError, match=r"forward takes image, .* have 'index', too: leave"):
+        warned(batches, lambda: Ends(torch.relu))

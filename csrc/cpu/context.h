@@ -51,6 +51,7 @@ template <class T> struct Kernels {
   void (*combine_rows)(int terms, const Rows<T>* rows, const T* coefficients, int samples, int64_t width, Activation act, T* panel);
   void (*combine)(int terms, const T* const* values, const T* coefficients, int64_t count, Activation act, T* out);
   void (*product)(int spans, const Span<T>* span, int units, const T* bias, const T* add, Activation act, T* out);
+  void (*depthwise)(int taps, const T* const* x, const T* w, int units, const T* bias, const T* add, Activation act, T* out);
   void (*winograd_weights)(const T* taps, int64_t count, T* out);
   void (*winograd_input)(const T* const* pixels, int64_t count, int64_t apart, T* out);
   bool (*winograd)(const T* x, int64_t apart, int64_t depth, const T* w, int units, const T* bias, Pixels<const T> add, Activation act,

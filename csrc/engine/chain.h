@@ -25,6 +25,7 @@ template <class T> struct Layer {
   const double* bias_coefficients; // [points][biases.size()]
   const double *scale = nullptr, *shift = nullptr;  // both or none: [points][units], a norm folded into the weights
   bool biased() const { return !biases.empty() || shift; }
+  bool depthwise() const { return groups > 1 && groups == units && depth == taps; }  // each unit reads its own channel
 };
 
 struct Image {

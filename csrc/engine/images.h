@@ -237,8 +237,9 @@ template <class T> class PanelSteps {
   Tile tile_of(const Stage<T>& s, int64_t i, const T* x, const T* more, const T* packed) const {
     const PackedLayer<T>& at = *s.packed;
     int64_t u0 = at.tiles.begin(i), channels = s.step->in.channels / at.layer->groups;
+    int64_t first = at.layer->depthwise() ? u0 : at.tiles.group(i) * channels;
     return {packed + at.weights + u0 * at.depth, at.layer->biased() ? packed + at.bias + u0 : nullptr, at.tiles.size(i),
-            x + at.tiles.group(i) * channels * k_.panel, more ? more + u0 * k_.panel : nullptr};
+            x + first * k_.panel, more ? more + u0 * k_.panel : nullptr};
   }
 
   // Prefetches the weights behind tile i, while that one is called so often.
@@ -259,7 +260,10 @@ template <class T> class PanelSteps {
         Tile tile = tile_of(s, i, x, more, packed);
         Prefetch prefetch = next_tile(at, i, packed, s.made.pixels());
         rows(s, at.tiles.begin(i), tile.units, begin, std::min(begin + chunk, s.out.height), 1, strip, y, seen,
-             [&](int64_t row, int64_t end, T* to, int64_t pixel) { direct_rows(s, tile, row, end, to, pixel, prefetch); });
+             [&](int64_t row, int64_t end, T* to, int64_t pixel) {
+               if (at.layer->depthwise()) depthwise_rows(s, tile, row, end, to, pixel);
+               else direct_rows(s, tile, row, end, to, pixel, prefetch);
+             });
       }
   }
 
@@ -335,6 +339,33 @@ template <class T> class PanelSteps {
         k_.product(count, spans.data(), tile.units, tile.bias, add, fused(act.kind) ? act : Activation{}, to);
         if (!fused(act.kind)) k_.activate(act, tile.units * k_.panel, to);
       }
+  }
+
+  // Each unit reads its own channel. The weights of taps that lie outside are passed over, row by row of the kernel.
+  void depthwise_rows(const Stage<T>& s, const Tile& tile, int64_t row, int64_t end, T* to, int64_t pixel) const {
+    const Window& w = s.step->window;
+    const Activation& act = s.step->act;
+    const Image& in = s.step->in;
+    std::vector<const T*> taps(w.taps());
+    Buffer<T> inside(w.taps() * tile.units);
+    for (; row < end; ++row) {
+      Inside v(row, in.height, w, 0);
+      for (int64_t column = 0; column < s.made.width; ++column, to += pixel) {
+        Inside h(column, in.width, w, 1);
+        bool whole = (v.end - v.begin) * (h.end - h.begin) == w.taps();
+        int count = 0;
+        for (int64_t i = v.begin; i < v.end; ++i)
+          for (int64_t j = h.begin; j < h.end; ++j) {
+            int64_t at = ((v.at + i * w.dilation[0]) * in.width + h.at + j * w.dilation[1]) * in.channels * k_.panel;
+            if (!whole) std::copy_n(tile.weights + (i * w.kernel[1] + j) * tile.units, tile.units, inside.get() + count * tile.units);
+            taps[count++] = tile.x + at;
+          }
+        const T* add = tile.more ? tile.more + (row * s.made.width + column) * s.made.channels * k_.panel : nullptr;
+        k_.depthwise(count, taps.data(), whole ? tile.weights : inside.get(), tile.units, tile.bias, add,
+                     fused(act.kind) ? act : Activation{}, to);
+        if (!fused(act.kind)) k_.activate(act, tile.units * k_.panel, to);
+      }
+    }
   }
 
   // The taps [begin, end) of a window that lie inside an image; tap 0 is at `at`.

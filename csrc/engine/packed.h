@@ -101,7 +101,7 @@ template <class T> struct Packing {
       const Layer<T>& layer = s.layer;
       bool winograd = chain.winograd && winograd_pays(s);
       int64_t depth = winograd ? layer.depth / layer.taps * winograd_products : layer.depth;
-      Tiles tiles(layer.units, kernels.units, layer.groups);
+      Tiles tiles(layer.units, kernels.units, layer.depthwise() ? 1 : layer.groups);
       int64_t step = std::max<int64_t>(1, (1 << 15) / (layer.depth * kernels.units + 1));
       int64_t weights = reserve(layer.units * depth), bias = reserve(layer.units);
       PackedLayer<T> at{&layer, tiles, weights, bias, depth, winograd};

@@ -106,7 +106,7 @@ int check_images(const Context& context) {
       {{{Op::conv, same}}}, {{{Op::conv, same}, {Op::max_pool, half}, {Op::conv, wide}}}, {{{Op::conv, wide}, {Op::max_pool, lapped}}},
       {{{Op::max_pool, half}, {Op::conv, same}, {Op::avg_pool, half}}}, {{{Op::avg_pool, lapped}, {Op::avg_pool, half}}},
       {{{Op::conv, same}, {Op::conv, same}, {Op::avg_pool, half}}, 1, true}, {{{Op::conv, same}, {Op::conv, spread}}, 17},
-      {{{Op::conv, spread}}}};
+      {{{Op::conv, spread}}}, {{{Op::conv, same}, {Op::conv, same}, {Op::max_pool, half}}, 17, true}};
   const std::vector<Case> by_winograd = {
       {{{Op::conv, same}, {Op::max_pool, half}}}, {{{Op::conv, same}, {Op::avg_pool, lapped}}, 1, true}, {{{Op::conv, inner}, {Op::max_pool, slices}}},
       {{{Op::conv, same}}, 1, false, true}};

@@ -87,7 +87,7 @@ def is_at_hand(model: Runner, sample: Inputs) -> bool:
 def _directly(runner: Runner, sample: Inputs) -> Graph:
     """Captures a module without torch.export; raises Unsupported where that cannot be."""
     x = _few(sample)
-    with undrawn(leaves(x)[0].device):
+    with quietly(), undrawn(leaves(x)[0].device):
         trial = on_trial(runner, x)
         made = None if trial.impure else direct_graph(trial.module, x)
         if made is None:
@@ -120,8 +120,23 @@ def _tried(runner: Runner, sample: Inputs) -> Graph:
             return _graph(runner, sample)
         except ModeconnError:
             runner.takes = 0
-    hint = _hint_of_kind(sample) or _hint(str(failure), rows(x), rows(sample))
+    hint = _hint_of_names(runner.model, sample) or _hint_of_kind(sample)
+    hint = hint or _hint(str(failure), rows(x), rows(sample))
     raise ModeconnError(f"{failure}{hint}") from failure
+
+
+def _hint_of_names(model: nn.Module, sample: Inputs) -> str:
+    """Say which inputs of a dict `forward` has no argument for, where a model does not run."""
+    if not isinstance(sample, dict):
+        return ""
+    taken = inspect.signature(model.forward).parameters
+    more = [repr(name) for name in sample if name not in taken]
+    if not more or any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+        return ""
+    return (
+        f" (forward takes {', '.join(taken)}, and the batches have {', '.join(more)}, too: leave "
+        "out what it does not take)"
+    )
 
 
 def _hint_of_kind(sample: Inputs) -> str:

@@ -17,7 +17,8 @@ from modeconn.capture.export import prepare
 from modeconn.capture.trial import Runner
 from modeconn.data.inputs import moved
 from modeconn.data.tensors import as_inputs
-from modeconn.evaluation.adaptive.evaluation import ENDS, adaptive_results, goal_of
+from modeconn.evaluation.adaptive.evaluation import ENDS, Evaluate, adaptive_results, goal_of
+from modeconn.evaluation.adaptive.searches import Goal
 from modeconn.evaluation.arguments import device_of, dtype_of, fitted, frozen_entries
 from modeconn.evaluation.data_notices import warn_of_data
 from modeconn.evaluation.ends import capture_for
@@ -220,12 +221,22 @@ def evaluate(
         evaluation = functools.partial(_evaluation, runner, ranks)
         shown = progress if ranks.rank == 0 or callable(progress) else False
         with reporting(shown) as report:
-            if goal is None:
-                results = evaluation(request, report)
-            else:
-                with torch.no_grad():
-                    results = adaptive_results(request, evaluation, goal, runner, report)
+            results = _at_points(request, evaluation, goal, runner, report)
     return results if request.has_names else results[""]
+
+
+def _at_points(
+    request: Request,
+    evaluation: Evaluate,
+    goal: Goal | None,
+    runner: Runner,
+    report: Progress,
+) -> dict[str, PathResult]:
+    """Evaluate at the points that were given, or at those that find the goal."""
+    if goal is None:
+        return evaluation(request, report)
+    with torch.no_grad():
+        return adaptive_results(request, evaluation, goal, runner, report)
 
 
 def _evaluation(

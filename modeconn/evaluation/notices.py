@@ -60,12 +60,27 @@ def warn_of_capture(graph: Graph, batch: str, noise_seed: int | None = None) -> 
 
 def warn_of_probabilities(graph: Graph, head: Head) -> None:
     """Warn of a network that ends in what the loss does itself: probabilities are no logits."""
-    last = None if graph.tensor_output is None else graph.nodes[graph.tensor_output].op
+    last = None if graph.tensor_output is None else _last_operation(graph, graph.tensor_output)
     if (last, head.loss) in _NO_LOGITS:
         warn(
             f'the network ends in {last}, and loss="{head.loss}" expects logits, whose {last} it '
             f"takes itself: leave that out, or give the loss of probabilities as a callable"
         )
+
+
+def _last_operation(graph: Graph, output: int) -> str:
+    """Return the operation of a node; a softmax that is written out is one."""
+    node = graph.nodes[output]
+    first, *others = [graph.nodes[value] for value in node.inputs] or [node]
+    if node.op == "exp" and first.op == "log_softmax":
+        return "softmax"
+    if (
+        node.op == "div"
+        and first.op == "exp"
+        and [(o.op, o.inputs) for o in others] == [("sum", (first.id,))]
+    ):
+        return "softmax"
+    return node.op
 
 
 def warn_of_stale_statistics(program: Program) -> None:

@@ -1,5 +1,6 @@
 // Fills one table: lanes of S, NV vectors of samples in a panel, `units` in a tile.
 #pragma once
+#include "depthwise.h"
 #include "head.h"
 #include "move.h"
 #include "norm.h"
@@ -25,6 +26,7 @@ template <class S, int NV, int units> void fill(Kernels<typename S::T>& k, const
   k.combine_rows = combine_rows<S, NV>;
   k.combine = combine<S>;
   k.product = product<S, NV, MR>;
+  k.depthwise = depthwise<S, NV, MR>;
   k.winograd_weights = winograd_weights<S>;
   k.winograd_input = winograd_input<S, NV>;
   k.winograd = winograd<S, NV, MR>;
