@@ -243,6 +243,9 @@ class Concatenation(Rule):
     def tie(self, node: Node, axes: Axes) -> list[Axis]:
         """Ties all axes but the joined one, which is the sum of those of the tensors."""
         tensors = [axes.of(leaf) for leaf in node["tensors"]]
+        # PyTorch passes over empty vectors, which caches of keys and values begin with
+        if len(node.shape) > 1:
+            tensors = [tensor for tensor in tensors if len(tensor) > 1]
         place = _joined(node)
         joined = concatenated([tensor.pop(place) for tensor in tensors])
         value = broadcast_axes(tensors, len(node.shape) - 1)

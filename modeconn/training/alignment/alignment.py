@@ -28,7 +28,7 @@ from modeconn.training.alignment.assignment import solver
 from modeconn.training.alignment.discovery import symmetries
 from modeconn.training.alignment.groups import Groups
 from modeconn.training.alignment.layouts import Permutations
-from modeconn.training.alignment.proof import TOLERANCE, difference
+from modeconn.training.alignment.proof import difference, tolerance_of
 from modeconn.training.alignment.weights import WeightMatching
 
 METHODS = ("auto", "activations", "weights")
@@ -272,9 +272,11 @@ def _by_activations(
 def _check_same(model: nn.Module, found: Alignment, b: State, x: Inputs) -> None:
     """Raise a ModeconnError unless b is the same function with its units permuted."""
     runner = Runner(model, torch.float64)
-    change = difference(runner, b, found.groups, found.permutations, take(x, 0, 8))
-    if not change <= TOLERANCE:
+    few = take(x, 0, 8)
+    tolerance = tolerance_of(runner, b, few)
+    change = difference(runner, b, found.groups, found.permutations, few)
+    if not change <= tolerance:
         raise ModeconnError(
             f"b is another function with its units permuted: outputs differ by {change:.1g} of the "
-            f"largest, expected at most {TOLERANCE:g}; are groups those of this model?"
+            f"largest, expected at most {tolerance:g}; are groups those of this model?"
         )

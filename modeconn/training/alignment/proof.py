@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeconn.capture.noise import seeded
 from modeconn.capture.opaque import tensors_of
@@ -18,6 +20,9 @@ from modeconn.training.alignment.layouts import Permutations
 
 # Of the largest output: sums in another order differ by some 1e-15 of it.
 TOLERANCE = 1e-10
+# Of a network that computes in float32 whatever its weights are, as norms of language models do: so
+# many times the rounding, and the most, above which nothing would be proved.
+_ROUNDINGS, _MOST = 100, 1e-3
 # Rows of a sample that are run, and the share of its own size that each weight is moved by, so that
 # weights that are zero or equal, as after initialising, prove something.
 _ROWS, _JITTER = 8, 0.1
@@ -47,6 +52,33 @@ def difference(
         found = exact_outputs(runner, each, inputs)
         outputs.append([t for t in found if t.is_floating_point()])
     return apart(*outputs)
+
+
+class _Coarsest(TorchDispatchMode):
+    """Notes the largest rounding of the numbers that are computed."""
+
+    rounding = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel() > 1:
+                self.rounding = max(self.rounding, torch.finfo(tensor.dtype).eps)
+        return made
+
+
+def tolerance_of(runner: Runner, state: Mapping[str, Tensor], inputs: Inputs) -> float:
+    """Return the largest difference of outputs that is rounding: 1e-10 for all of float64.
+
+    Args:
+        runner: of the architecture, in float64.
+        state: of the network.
+        inputs: to run it on.
+    """
+    with _Coarsest() as seen:
+        exact_outputs(runner, state, inputs)
+    coarse = seen.rounding > torch.finfo(torch.float64).eps
+    return min(_ROUNDINGS * seen.rounding, _MOST) if coarse else TOLERANCE
 
 
 def exact_outputs(runner: Runner, state: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
@@ -88,16 +120,17 @@ def proved(runner: Runner, groups: Groups, inputs: Inputs) -> Groups:
         return groups
     x = take(inputs, 0, _ROWS)
     state = _jittered(runner)
-    if difference(runner, state, groups, groups.random(0), x) <= TOLERANCE:
+    tolerance = tolerance_of(runner, state, x)
+    if difference(runner, state, groups, groups.random(0), x) <= tolerance:
         return groups
     for outer, inner in groups.clusters().items():
         names = {outer, *(group.name for group in inner)}
         some = {k: p for k, p in groups.random(1).items() if k in names}
         change = difference(runner, state, groups, some, x)
-        if not change <= TOLERANCE:
+        if not change <= tolerance:
             reason = f"a random permutation changed the outputs by {change:.1g} of the largest"
             groups = groups.without(frozenset(names), reason)
-    if groups and not difference(runner, state, groups, groups.random(2), x) <= TOLERANCE:
+    if groups and not difference(runner, state, groups, groups.random(2), x) <= tolerance:
         raise ModeconnError(
             f"the model {type(runner.model).__name__} is another function when its units are "
             "permuted: expected one whose outputs depend on its weights and inputs alone"
