@@ -75,7 +75,8 @@ def tolerance_of(runner: Runner, state: Mapping[str, Tensor], inputs: Inputs) ->
         state: of the network.
         inputs: to run it on.
     """
-    with _Coarsest() as seen:
+    seen = _Coarsest()
+    with seen:
         exact_outputs(runner, state, inputs)
     coarse = seen.rounding > torch.finfo(torch.float64).eps
     return min(_ROUNDINGS * seen.rounding, _MOST) if coarse else TOLERANCE
