@@ -14,6 +14,8 @@
                                                           of the ResNet line
     python bench/run.py --plane --samples 6000 --points 25     25 × 25 points of a plane through
                                                           three MNIST networks
+    python bench/run.py --curves --samples 5000           steps of fit_curve against Garipov's; with
+                                                          --vgg, --resnet, --gpt, --steps 100
     python bench/run.py --accuracy                        also the distance from a float64 pass per
                                                           point, at every point
     python bench/run.py --models                          common models of torchvision, timm and
@@ -37,6 +39,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import curves
 import dropin
 import models
 import numpy as np
@@ -56,6 +59,8 @@ def workload(options: argparse.Namespace) -> workloads.Workload:
     if options.model:
         return workloads.random_line(options.model, options.samples)
     if options.resnet:
+        if options.curves:
+            return workloads.trained_resnet_line(options.samples)
         return workloads.resnet_line(options.samples, options.resnet)
     named = {"vgg": workloads.vgg_line, "gpt": workloads.gpt_line}
     chosen = [make for name, make in named.items() if getattr(options, name)]
@@ -229,6 +234,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--models", action="store_true", help="common models, against the best plain loop each"
     )
+    parser.add_argument(
+        "--curves", action="store_true", help="steps of a curve's training, ours and Garipov's"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="of a curve (default 100)")
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args()
 
@@ -243,6 +252,7 @@ def main() -> None:
         "plane": passes.plane,
         "dropin": dropin.compare,
         "models": models.compare,
+        "curves": lambda options: curves.compare(workload(options), options),
     }
     chosen = [run for name, run in kinds.items() if getattr(options, name)]
     report = (chosen or [line])[0](options)

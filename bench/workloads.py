@@ -63,6 +63,14 @@ def vgg_line(samples: int) -> Workload:
     return Workload(name, model, path, x, y, f"{networks}, {data}", rows=(128, 500))
 
 
+def trained_resnet_line(samples: int) -> Workload:
+    """The line between the two ResNet-20, over CIFAR-10's training set."""
+    model, path, networks = _between("resnet20:width=16", "resnet20-w16")
+    x, y, data = _cifar10(samples)
+    name = f"CIFAR-10 ResNet-20, {len(x)} images, line"
+    return Workload(name, model, path, x, y, f"{networks}, {data}", rows=(128, 500))
+
+
 def resnet_line(samples: int, spec: str = "resnet20") -> Workload:
     """The line between two random networks, whose norms have random statistics as trained ones."""
     torch.manual_seed(0)
