@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import modeconn as mc
-from modeconn.connection import search
+from modeconn.connection import rounds
 from modeconn.connection.layer_chain import LayerChain
 from modeconn.connection.rounding import chain_rounding
 from modeconn.connection.segment_kinds import Evidence
@@ -83,7 +83,7 @@ def fitted(name: str, seed: int) -> nn.Module:
 @functools.cache
 def connected(name: str) -> mc.Connection:
     pair = fitted(name, 1), fitted(name, 2)
-    with mock.patch.object(search, "_STEPS", 300):  # of a round: enough for so few samples
+    with mock.patch.object(rounds, "_STEPS", 300):  # of a round: enough for so few samples
         return mc.connect(pair[0], *pair, data(), target=0.3)
 
 

@@ -21,8 +21,8 @@ def add(commands: options.Commands) -> None:
     parser = commands.add_parser(
         "layerwise",
         help="loss as single layers go from one network to the other, in one pass",
-        description="Loss where one layer after another, or all up to each one, is interpolated "
-        "between two checkpoints: a table layer × t, in one pass over the data.",
+        description="Loss where one layer after another, or all up to each one, is interpolated\n"
+        "between two checkpoints: a table layer × t, in one pass over the\ndata.",
         epilog=options.example(
             "modeconn layerwise a.safetensors b.safetensors --data digits --plot layers.png"
         ),

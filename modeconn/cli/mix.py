@@ -91,12 +91,13 @@ def _add_sums(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--search",
         choices=STRATEGIES,
-        help="search for the best weights that add up to 1, --budget sums in all; cma: CMA-ES, "
-        "many sums a pass (needs the package cmaes)",
+        metavar="HOW",
+        help="search for the best weights that add up to 1, --budget sums in all, by "
+        f"{', '.join(STRATEGIES)} (CMA-ES, many sums a pass; needs the package cmaes)",
     )
     group.add_argument(
         "--scales",
-        metavar="X,X,…",
+        metavar="X,…",
         type=options.numbers,
         help="with --base: base + Σ x · (checkpoint - base), for all choices of x",
     )
