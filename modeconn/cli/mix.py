@@ -91,7 +91,7 @@ def _add_sums(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--search",
         choices=STRATEGIES,
-        metavar="HOW",
+        metavar="BY",
         help="search for the best weights that add up to 1, --budget sums in all, by "
         f"{', '.join(STRATEGIES)} (CMA-ES, many sums a pass; needs the package cmaes)",
     )
