@@ -250,6 +250,21 @@ def test_equal_control_points_are_told(tmp_path):
     mc.PolyChain([file, other, file])  # a closed path: no warning, which would be an error here
 
 
+def test_directions_that_are_zero_are_told():
+    a, zero = linear(0), {k: torch.zeros_like(v) for k, v in linear(0).items()}
+    with pytest.warns(UserWarning, match="direction 1 is zero in every tensor"):
+        mc.Subspace(a, [linear(1), zero])
+    with pytest.warns(UserWarning, match="is zero in every tensor"):
+        mc.Plane(a, linear(1), zero)
+    zero["bias"][0] = 1e-9
+    mc.Subspace(a, [zero])
+
+
+def test_no_points_are_none():
+    with pytest.raises(mc.ModeconnError, match=r"points must be a count .* got None"):
+        mc.Line(linear(0), linear(1)).points(None)
+
+
 def test_a_path_of_networks_that_differ_in_one_number_is_no_point():
     a, b = linear(0), linear(0)
     b["bias"][1] += 1

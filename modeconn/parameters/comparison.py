@@ -32,9 +32,24 @@ def checked(
     match(points, names)
     masks = check_points(points, names, directions)
     warn_of_equal(points, names, in_turn)
-    if not directions:
+    if directions:
+        warn_of_zero(points[1:], names[1:])
+    else:
         warn_of_fixed(points, names)
     return masks
+
+
+def warn_of_zero(directions: Sequence[State], names: Sequence[str]) -> None:
+    """Warn of directions along which nothing changes.
+
+    The first tensor of others has a number that is not zero already, so that this takes no time.
+    """
+    for direction, name in zip(directions, names):
+        if not any(bool(value.any()) for value in direction.values()):
+            warn(
+                f"{name} is zero in every tensor, so that the network does not change along it: "
+                "expected a state dict of differences; are its two networks one?"
+            )
 
 
 def warn_of_equal(points: Sequence[State], names: Sequence[str], in_turn: bool) -> None:

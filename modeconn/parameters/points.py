@@ -76,6 +76,8 @@ def grid_over(extent: Sequence[tuple[float, float]], count: int | Sequence[int])
 def _numbers(points: Points) -> np.ndarray:
     """Points as float64; texts and truth values are no numbers, though NumPy converts them."""
     try:
+        if points is None:  # which NumPy takes for nan
+            raise TypeError
         given = np.asarray(points.detach().cpu() if isinstance(points, Tensor) else points)
         if given.dtype.kind in "iufO":
             return given.astype(np.float64)
