@@ -90,7 +90,9 @@ def _path(module: nn.Module, wrapper: Any, directions: Sequence[Sequence[Tensor]
             # a parameter of two of the modules moves twice
             total[id(parameter)] = total.get(id(parameter), 0) + part.to(parameter.device)
         states.append({k: total[id(v)].to(v.dtype) for k, v in named.items() if id(v) in total})
-    return Subspace(load(module), states) if states else Mixture([load(module)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two equal networks the package says nothing either
+        return Subspace(load(module), states) if states else Mixture([load(module)])
 
 
 def _of_views(metric: Metric, wrapper: Any) -> Callable[[nn.Module], Any]:
