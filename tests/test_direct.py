@@ -220,3 +220,13 @@ sys.exit(any(name in sys.modules for name in ("torch._dynamo", "torch.export._tr
 
 def test_torch_export_is_not_loaded_for_them():
     subprocess.run([sys.executable, "-c", SCRIPT], check=True)
+
+
+@pytest.mark.parametrize("first", [nn.ReLU(inplace=True), nn.Dropout(inplace=True)])
+def test_a_network_that_writes_to_its_input_leaves_the_data(first: nn.Module) -> None:
+    model = nn.Sequential(first, nn.Linear(6, 3)).eval()
+    x = torch.randn(3, 6)  # as many rows as are traced with
+    before = x.clone()
+    with torch.no_grad():
+        assert direct_graph(model, x) is not None
+    assert torch.equal(x, before)

@@ -20,6 +20,7 @@ FOUND = {
     122: "a constant, in float32",
     136: "an operation that changes the input",
     1795850524: "a view of a parameter, which has no input",
+    1795867833: "a first layer that writes to its input, in batches of two",
 }
 
 

@@ -47,6 +47,7 @@ def direct_graph(model: nn.Module, x: Any) -> Graph | None:
     names = {id(tensor): name for name, tensor in state.items() if isinstance(tensor, Tensor)}
     if len(names) < len(state):  # tied, or no tensor
         return None
+    x = x.clone()  # a network may write to its input
     recorder = _Recorder(model, x, names)
     try:
         with torch.no_grad(), _uncompiled(), recorder:
