@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from dataclasses import dataclass, field
@@ -14,12 +12,12 @@ import numpy as np
 
 from modeconn import plotting
 from modeconn.errors import ModeconnError
+from modeconn.evaluation.columns import Columns
 from modeconn.evaluation.stored import decoded, encoded, plain_fields
 from modeconn.files.fingerprints import digest_of_json
 from modeconn.files.writing import atomic_write
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.axes import Axes
 
 FORMAT = "modeconn.LayerTable/1"
@@ -28,7 +26,7 @@ _SHOWN = 5
 
 
 @dataclass(eq=False, repr=False)
-class LayerTable:
+class LayerTable(Columns):
     """Metrics where one layer after another moves from a network a to a network b.
 
     Attributes:
@@ -98,41 +96,12 @@ class LayerTable:
             f"passes={self.passes}, backend={self.backend!r}, seconds={self.seconds:.3g})"
         )
 
-    def to_frame(self) -> pandas.DataFrame:
-        """Return a pandas table with a row for each layer and t.
-
-        Raises:
-            ModeconnError: pandas is not installed.
-        """
-        try:
-            import pandas
-        except ImportError:
-            raise ModeconnError(
-                "to_frame() needs pandas, which is not installed: pip install pandas"
-            ) from None
-        return pandas.DataFrame(self._columns())
-
     def _columns(self) -> dict[str, np.ndarray]:
         columns: dict[str, np.ndarray] = {
             "layer": np.repeat(np.array(self.layers, dtype=object), len(self.t)),
             "t": np.tile(self.t, len(self.layers)),
         }
         return columns | {name: value.ravel() for name, value in self.values.items()}
-
-    def to_csv(self, file: str | os.PathLike[str]) -> None:
-        """Write the table of `to_frame` as text, whole or not at all: a line of names, then rows.
-
-        Numbers have all digits that they need to be read again exactly.
-
-        Raises:
-            ModeconnError: the file cannot be written.
-        """
-        columns = self._columns()
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerow(columns)
-        rows = zip(*(column.tolist() for column in columns.values()))
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        atomic_write(file, lambda stream: stream.write(text.getvalue().encode()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as JSON values, with "nan", "inf" and "-inf" for such numbers."""

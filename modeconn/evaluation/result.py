@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -16,13 +14,13 @@ import numpy as np
 
 from modeconn import plotting
 from modeconn.errors import ModeconnError
+from modeconn.evaluation.columns import Columns
 from modeconn.evaluation.stored import PLAIN, Barrier, decoded, encoded, plain_fields
 from modeconn.files.fingerprints import digest_of_json
 from modeconn.files.writing import atomic_write, check_sums
 from modeconn.parameters import ranking
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.axes import Axes
 
 FORMAT = "modeconn.PathResult/1"
@@ -30,7 +28,7 @@ SUFFIXES = (".npz", ".json")
 
 
 @dataclass(eq=False, repr=False)
-class PathResult:
+class PathResult(Columns):
     """Metrics along a path, one value per t, each an exact mean over all samples.
 
     Metrics are attributes too: ``result.loss`` is ``result.values["loss"]``. A metric with the name
@@ -192,21 +190,6 @@ class PathResult:
         arrays |= {"t": self.t, "meta": np.array(json.dumps(meta, allow_nan=False))}
         atomic_write(file, lambda stream: np.savez(stream, **arrays))  # type: ignore[arg-type]  # ** also fills flags
 
-    def to_csv(self, file: str | os.PathLike[str]) -> None:
-        """Write the table of `to_frame` as text, whole or not at all: a line of names, then points.
-
-        Numbers have all digits that they need to be read again exactly. `load` reads no CSV.
-
-        Raises:
-            ModeconnError: the file cannot be written.
-        """
-        text = io.StringIO()
-        columns = self._columns()
-        csv.writer(text, lineterminator="\n").writerow(columns)
-        rows = zip(*(column.tolist() for column in columns.values()))
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        atomic_write(file, lambda stream: stream.write(text.getvalue().encode()))
-
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> PathResult:
         """Read a result that :meth:`save` wrote; no code in the file ever runs.
@@ -254,20 +237,6 @@ class PathResult:
             values={name: decoded(column) for name, column in values.items()},
             **plain_fields(content),
         )
-
-    def to_frame(self) -> pandas.DataFrame:
-        """Return a pandas table: column ``t`` (or ``t0``, ``t1``, …), then one for each metric.
-
-        Raises:
-            ModeconnError: pandas is not installed.
-        """
-        try:
-            import pandas
-        except ImportError:
-            raise ModeconnError(
-                "to_frame() needs pandas, which is not installed: pip install pandas"
-            ) from None
-        return pandas.DataFrame(self._columns())
 
     def _columns(self) -> dict[str, np.ndarray]:
         if self.t.ndim == 1:

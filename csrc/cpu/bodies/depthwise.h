@@ -17,13 +17,7 @@ void depthwise_tile(int taps, const typename S::T* const* x, const typename S::T
       V weight = splat<S>(w[u]);
       for (int v = 0; v < NV; ++v) acc[u][v] += weight * load<S>(x[tap] + u * panel + v * S::L);
     }
-  for (int u = 0; u < R; ++u)
-    for (int v = 0; v < NV; ++v) {
-      V y = acc[u][v];
-      if (add) y += load<S>(add + u * panel + v * S::L);
-      if (bias) y += bias[u];
-      store<S>(out + u * panel + v * S::L, fused<S>(act, y));
-    }
+  finish<S, NV, R>(acc, bias, add, act, out);
 }
 
 template <class S, int NV, int MR, size_t... r>

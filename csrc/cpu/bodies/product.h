@@ -32,20 +32,28 @@ template <class S> MODECONN_INLINE typename S::V fused(Activation act, typename 
   return y;
 }
 
+// out = act(sums + add + bias), for the units of a tile.
 template <class S, int NV, int R>
-void tile(int spans, const Span<typename S::T>* span, const typename S::T* bias, const typename S::T* add, Activation act,
-          typename S::T* out) {
+MODECONN_INLINE void finish(const typename S::V (&sums)[R][NV], const typename S::T* bias, const typename S::T* add, Activation act,
+                            typename S::T* out) {
   using V = typename S::V;
   constexpr int panel = NV * S::L;
-  V acc[R][NV] = {};
-  for (; spans > 0; --spans, ++span) accumulate<S, NV, R>(acc, span->x, span->w, span->length);
   for (int u = 0; u < R; ++u)
     for (int v = 0; v < NV; ++v) {
-      V y = acc[u][v];
+      V y = sums[u][v];
       if (add) y += load<S>(add + u * panel + v * S::L);
       if (bias) y += bias[u];
       store<S>(out + u * panel + v * S::L, fused<S>(act, y));
     }
+}
+
+template <class S, int NV, int R>
+void tile(int spans, const Span<typename S::T>* span, const typename S::T* bias, const typename S::T* add, Activation act,
+          typename S::T* out) {
+  using V = typename S::V;
+  V acc[R][NV] = {};
+  for (; spans > 0; --spans, ++span) accumulate<S, NV, R>(acc, span->x, span->w, span->length);
+  finish<S, NV, R>(acc, bias, add, act, out);
 }
 
 template <class S, int NV, int MR, size_t... r>
