@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +167,16 @@ def test_a_false_breakpoint_is_refused() -> None:
         mc.verify(Residual(blocks=1), forged, data())
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One network after the other: with more threads both at a time, in no order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_an_interrupted_search_goes_on_to_the_same_connection(tmp_path: Path) -> None:
     def stop(line: str) -> None:
         if line.startswith("v1 of b"):
