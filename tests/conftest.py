@@ -10,8 +10,8 @@ import os
 if os.environ.get("MODECONN_TEST_DEVICE", "cpu") != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Small tests gain nothing from more threads than 4; the workers of pytest-xdist share the cores. They
-# inherit what the process that starts them has set here, which is not theirs, as a user's number is.
+# Small tests gain nothing from more threads than 4; the workers of pytest-xdist share the cores.
+# They inherit what the process that starts them has set here: that is not theirs, as a user's is.
 if os.environ.get("OMP_NUM_THREADS") == os.environ.get("MODECONN_TEST_THREADS"):
     os.environ["OMP_NUM_THREADS"] = os.environ["MODECONN_TEST_THREADS"] = str(
         max(1, min(4, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
